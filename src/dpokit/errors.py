@@ -1,0 +1,78 @@
+"""Every error a user can meet, one tree.
+
+    DpokitError             what was seen, what was expected, what to do
+      SettingsError         a recipe, a YAML file or the command line
+      DataError             a dataset, a file, a row
+      ModelError            a model, a tokenizer, an adapter
+      MachineError          precision, devices, number of processes
+      RunFolderError        a run folder that is taken, foreign or cannot be written
+
+All of them end a run with exit code 2 and one message on rank 0; anything else is a bug of ours and keeps its traceback.
+"""
+
+import errno
+
+
+class DpokitError(Exception):
+    """A mistake or a state of the machine that the user can mend.
+
+    Args:
+        seen: what was found, with the name of the flag, file or row.
+        expected: what would have been right.
+        do: the next thing to do.
+    """
+
+    def __init__(self, seen: str, *, expected: str, do: str) -> None:
+        self.seen = seen
+        self.expected = expected
+        self.do = do
+        super().__init__(f"{seen}\n  expected:  {expected}\n  do this:   {do}")
+
+
+class SettingsError(DpokitError):
+    """A setting that is unknown, retired, of the wrong type, or at odds with another."""
+
+
+class DataError(DpokitError):
+    """Preference data that is missing, unreadable, of no known format, or leaves no usable pair."""
+
+
+class ModelError(DpokitError):
+    """A model or tokenizer that cannot be found, or that cannot be trained with preference pairs."""
+
+
+class MachineError(DpokitError):
+    """A precision, device or number of processes that was asked for and is not there."""
+
+
+class RunFolderError(DpokitError):
+    """A run folder that belongs to another run, or that cannot be written."""
+
+
+_DISK_TROUBLE = {
+    errno.ENOSPC: ("no space is left on the disk", "free some space, or choose another disk with --output_dir"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another disk with --output_dir"),
+    errno.EACCES: ("writing is not permitted", "choose a folder of yours with --output_dir"),
+    errno.EPERM: ("writing is not permitted", "choose a folder of yours with --output_dir"),
+    errno.EROFS: ("the file system is read-only", "choose another folder with --output_dir"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another folder with --output_dir"),
+    errno.ENOENT: ("the folder cannot be made there", "choose another folder with --output_dir"),
+}
+
+
+def find_disk_trouble(error: BaseException) -> RunFolderError | None:
+    """The user's view of an operating-system error on writing; None where it is something else.
+
+    Libraries wrap `OSError` in errors of their own (safetensors even loses the number), so causes and texts are read.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = seen.errno if isinstance(seen, OSError) else None
+        if number is None and "os error 28" in str(seen).lower():  # safetensors' words for ENOSPC
+            number = errno.ENOSPC
+        if number in _DISK_TROUBLE:
+            trouble, remedy = _DISK_TROUBLE[number]
+            where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
+            return RunFolderError(f"{trouble}{where}", expected="a folder this run can write to", do=remedy)
+        seen = seen.__cause__ or seen.__context__
+    return None

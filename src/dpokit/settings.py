@@ -1,0 +1,320 @@
+"""Settings: TRL's defaults -> recipe -> YAML file -> command line -> what this machine decides.
+
+Every flag is TRL's own (`ScriptArguments`, `DPOConfig`, `ModelConfig`); the few of ours stand in `DataArguments`.
+Each layer goes through the same parser, so a misspelt key or a value of the wrong type is caught alike in all of them,
+and for every value it is known where it came from.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Never
+
+import torch
+import yaml
+from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
+
+from dpokit.errors import MachineError, SettingsError
+
+
+@dataclasses.dataclass
+class DataArguments(ScriptArguments):
+    """TRL's dataset flags and ours: which rows, and how much of them."""
+
+    eval_fraction: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Hold out this share of the training prompts for evaluation, instead of a test split."},
+    )
+    max_train_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Use only the first N rows of the training split."}
+    )
+    max_eval_samples: int | None = dataclasses.field(
+        default=None, metadata={"help": "Use only the first N rows of the evaluation split."}
+    )
+    max_prompt_length: int | None = dataclasses.field(
+        default=None, metadata={"help": "Keep at most this many tokens of a prompt: its end."}
+    )
+    max_completion_length: int | None = dataclasses.field(
+        default=None, metadata={"help": "Keep at most this many tokens of an answer: its start."}
+    )
+    overwrite_run: bool = dataclasses.field(
+        default=False, metadata={"help": "Delete the run that output_dir holds and begin a new one there."}
+    )
+
+
+# Names the field still writes in its configs, and what they are called today.
+RETIRED = {
+    "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
+    "evaluation_strategy": "eval_strategy",
+    "torch_dtype": "dtype",
+    "no_cuda": "use_cpu",
+    "overwrite_output_dir": "overwrite_run",
+    "use_flash_attention_2": "attn_implementation: flash_attention_2",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "group_by_length": "nothing: pairs are met in a seeded random order",
+    "logging_dir": "nothing: logs stand in output_dir; for TensorBoard set TENSORBOARD_LOGGING_DIR",
+    "save_safetensors": "nothing: weights are always safetensors",
+    "push_to_hub_model_id": "hub_model_id",
+    "max_target_length": "max_completion_length",
+    "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]",
+    "precompute_ref_eval_batch_size": "precompute_ref_batch_size",
+    "dataset_mixer": "dataset_name",
+    "dataset_splits": "dataset_train_split and dataset_test_split",
+    "model_name": "model_name_or_path",
+    "is_encoder_decoder": "nothing: only causal language models are trained",
+    "generate_during_eval": "nothing yet",
+}
+
+# Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
+NOT_HONOURED = {
+    "padding_free": "TRL warns and pads all the same",
+    "truncation_mode": "prompts keep their end and answers their start: --max_prompt_length, --max_completion_length",
+    "pad_token": "TRL retires it; the tokenizer's own padding token is used, or its EOS",
+    "ignore_bias_buffers": "it mends models of 2023 that transformers no longer has",
+    "train_sampling_strategy": "pairs are met in a seeded random order, which a resume can repeat",
+    "auto_find_batch_size": "it changes the global batch in the middle of a run; lower per_device_train_batch_size "
+    "and raise gradient_accumulation_steps instead",
+    "push_to_hub": "nothing is uploaded yet; the finished folder is OUTPUT_DIR/model",
+    "model_init_kwargs": "it would be read for the reference alone; use --dtype, --attn_implementation, "
+    "--model_revision",
+    "enable_jit_checkpoint": "it saves the wrong random state, and a preempted job looks completed",
+}
+
+SECRET = ("token", "api_key", "password")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of one run.
+
+    Attributes:
+        recipe: the recipe's name, e.g. `dpo_gpt2`.
+        data, training, model: TRL's own dataclasses, filled.
+        origins: where each value that is not TRL's default was set.
+    """
+
+    recipe: str
+    data: DataArguments
+    training: DPOConfig
+    model: ModelConfig
+    origins: dict[str, str]
+
+    def record(self) -> dict[str, dict[str, Any]]:
+        """`{name: {value, origin}}` for run.json, JSON values only, secrets masked."""
+        values = dataclasses.asdict(self.data) | self.training.to_dict() | dataclasses.asdict(self.model)
+        return {
+            name: {
+                "value": "***" if value and name.endswith(SECRET) else json.loads(json.dumps(value, default=str)),
+                "origin": self.origins.get(name, "default"),
+            }
+            for name, value in sorted(values.items())
+        }
+
+
+class _Parser(TrlParser):
+    """TRL's parser without abbreviations, without exits, and with words a user can act on."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__((DataArguments, DPOConfig, ModelConfig), allow_abbrev=False, **kwargs)
+        self.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
+        self.layer = "the command line"
+
+    def error(self, message: str) -> Never:
+        raise SettingsError(
+            f"{self.layer}: {message}",
+            expected="values of the type that --help shows",
+            do="correct the value and run the same command again",
+        )
+
+    def names(self) -> list[str]:
+        return [action.dest for action in self._actions if action.dest not in ("help", "config")]
+
+    def parse_layer(self, words: Sequence[str], layer: str) -> dict[str, Any]:
+        """Only what the words set, typed. Raises: SettingsError on unknown keys and wrong types."""
+        self.layer = layer
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        given, unknown = self.parse_known_args(list(words))
+        for word in unknown:
+            raise self._unknown(word, layer)
+        return vars(given)
+
+    def parse_mapping(self, values: Mapping[str, Any], layer: str) -> dict[str, Any]:
+        """A recipe's or a YAML file's mapping, through the same parser as the command line."""
+        words: list[str] = []
+        nothing = {}
+        for name, value in values.items():
+            if name not in self.names():
+                raise self._unknown(f"--{name}", layer)
+            if value is None:
+                nothing[name] = None
+            else:
+                words += [f"--{name}", *_words(value)]
+        return self.parse_layer(words, layer) | nothing
+
+    def _unknown(self, word: str, layer: str) -> SettingsError:
+        if not word.startswith("-"):
+            return SettingsError(
+                f"{layer}: {word!r} belongs to no flag", expected="--flag value", do="remove it, or quote the value"
+            )
+        name = word.lstrip("-").split("=")[0].replace("-", "_")
+        if name in RETIRED:
+            remedy = f"today's name is {RETIRED[name]}"
+        else:
+            near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.6)
+            near = near or [known for known in self.names() if known.startswith(name)][:3]
+            remedy = "did you mean " + " or ".join(near) + "?" if near else "see --help for every setting"
+        return SettingsError(
+            f"{layer}: there is no setting {name!r}", expected="full names of TRL's and dpokit's flags", do=remedy
+        )
+
+
+def _words(value: Any) -> list[str]:
+    if isinstance(value, Mapping):
+        return [json.dumps(value)]
+    if isinstance(value, (list, tuple)):
+        return [str(item) for item in value]
+    return [str(value)]
+
+
+def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> Settings:
+    """Merges the layers and builds TRL's dataclasses; building them starts accelerate's process group.
+
+    Args:
+        recipe: the recipe's file or name.
+        defaults: the recipe's `DEFAULTS`.
+        argv: the command line without the program's name.
+
+    Raises:
+        SettingsError: an unknown, retired, contradicting or wrongly typed setting, in whichever layer.
+        MachineError: a precision this machine does not have.
+    """
+    name = Path(recipe).stem
+    parser = _Parser(prog=f"{name}.py", description=f"Every setting of recipes/{name}.py")
+    layers = [(f"recipe {name}", parser.parse_mapping(defaults, f"recipe {name}"))]
+    given = parser.parse_layer(argv, "the command line")
+    config_file = given.pop("config", None)
+    if config_file is not None:
+        layers.append((Path(config_file).name, parser.parse_mapping(_read_yaml(config_file), config_file)))
+    layers.append(("command line", given))
+
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for layer, layer_values in layers:
+        values |= layer_values
+        origins |= dict.fromkeys(layer_values, layer)
+    machine = find_machine_settings(values)
+    values |= machine
+    origins |= dict.fromkeys(machine, "this machine")
+
+    check_honoured(values, origins)
+    data, training, model = (_build(kind, values) for kind in (DataArguments, DPOConfig, ModelConfig))
+    check_agreement(data, training)
+    return Settings(name, data, training, model, origins)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(
+            f"--config {path}: {error}", expected="a YAML file of settings", do="correct the path or the file"
+        ) from error
+    if not isinstance(values, dict):
+        raise SettingsError(f"--config {path} holds no settings", expected="lines of name: value", do="fill the file")
+    return values
+
+
+def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
+    known = {field.name for field in dataclasses.fields(kind) if field.init}
+    try:
+        return kind(**{name: value for name, value in values.items() if name in known})
+    except (ValueError, TypeError, ImportError, KeyError) as error:
+        raise SettingsError(
+            " ".join(str(error).split()),
+            expected="settings that go together",
+            do="change one of the settings that the first line names",
+        ) from error
+
+
+def find_machine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What nobody set and the machine decides: `use_cpu` without a GPU; bf16 on GPUs that have it, else fp32.
+
+    Raises: MachineError where a precision was asked for that the machine lacks.
+    """
+    on_cpu = bool(values.get("use_cpu")) or not torch.accelerator.is_available()
+    if values.get("fp16") and values.get("bf16"):
+        raise SettingsError("fp16 and bf16 are both true", expected="one of them", do="--fp16 false or --bf16 false")
+    if values.get("fp16") and on_cpu:
+        raise MachineError(
+            "fp16 is true, but this run is on the CPU, which has no fp16 training",
+            expected="fp16 on a GPU",
+            do="--fp16 false (the run is then in fp32)",
+        )
+    if values.get("bf16") and not _has_bf16(on_cpu):
+        where = "processor (neither AVX512-BF16 nor AMX)" if on_cpu else "GPU"
+        raise MachineError(
+            f"bf16 is true, but this {where} has no bf16",
+            expected="an Ampere GPU or newer, or a processor with AVX512-BF16 or AMX",
+            do="--bf16 false (the run is then in fp32)" + ("" if on_cpu else ", or --bf16 false --fp16 true"),
+        )
+    decided: dict[str, Any] = {}
+    if on_cpu and not values.get("use_cpu"):
+        decided["use_cpu"] = True
+    if values.get("bf16") is None:
+        decided["bf16"] = not on_cpu and not values.get("fp16") and _has_bf16(on_cpu)
+    return decided
+
+
+def _has_bf16(on_cpu: bool) -> bool:
+    if not on_cpu:
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch reads the processor's flags; oneDNN computes bf16 in hardware with either of the two.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def check_honoured(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raises SettingsError for a flag that parses but would do nothing here, or not what it says."""
+    for name in NOT_HONOURED:
+        if values.get(name):
+            raise SettingsError(
+                f"{origins[name]} sets {name}, which has no effect here",
+                expected="settings that are honoured",
+                do=f"remove it: {NOT_HONOURED[name]}",
+            )
+
+
+def check_agreement(data: DataArguments, training: DPOConfig) -> None:
+    """Raises SettingsError for values that cannot be, or that cannot be together."""
+
+    def refuse(seen: str, expected: str, do: str) -> Never:
+        raise SettingsError(seen, expected=expected, do=do)
+
+    for name in ("max_train_samples", "max_eval_samples", "max_prompt_length", "max_completion_length"):
+        number = getattr(data, name)
+        if number is not None and number < 1:
+            refuse(f"{name} is {number}", "a number of at least 1", f"raise --{name}, or leave it out for no limit")
+    if training.max_length is not None and training.max_length < 2:
+        refuse(
+            f"max_length is {training.max_length}, which leaves no room for any answer",
+            "at least 2: one token of the prompt and one of the answer",
+            "--max_length 512",
+        )
+    if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
+        refuse(f"eval_fraction is {data.eval_fraction}", "a share between 0 and 1", "--eval_fraction 0.05")
+    if data.dataset_streaming and training.max_steps <= 0:
+        refuse("a streamed dataset has no known length", "max_steps", "--max_steps 1000")
+    if data.dataset_streaming and data.eval_fraction is not None:
+        refuse(
+            "eval_fraction cannot be taken of a stream, whose length nobody knows",
+            "a test split, or no streaming",
+            "--dataset_test_split NAME --max_eval_samples 1000, or --dataset_streaming false",
+        )
+    if data.dataset_streaming and training.precompute_ref_log_probs:
+        refuse("a streamed dataset cannot be gone through ahead of the run", "one of the two", "drop either flag")
+    if training.dataloader_num_workers and data.dataset_streaming:
+        refuse("a stream is read once, in order, by one worker", "0 workers", "--dataloader_num_workers 0")
