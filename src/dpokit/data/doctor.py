@@ -1,0 +1,79 @@
+"""What became of the rows: kept, dropped and why, shortened, and what should give one pause."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+REASONS = {
+    "missing_text": "a prompt or an answer is missing or is no text",
+    "no_answer_turn": "the conversation does not end with the assistant's answer",
+    "different_prompts": "chosen and rejected answer different prompts",
+    "empty_prompt": "there is no prompt",
+    "empty_answer": "an answer has no word",
+    "equal_answers": "chosen and rejected are the same",
+    "equal_after_cut": "chosen and rejected are the same as far as the length limits let them be seen",
+    "no_room": "the length limits leave no token of the prompt and of each answer",
+}
+
+
+@dataclass
+class Tally:
+    """Counts of one split, row by row."""
+
+    source: str
+    layout: str
+    rows: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    shortened: Counter[str] = field(default_factory=Counter)
+
+    def add(self, dropped: str, cut: str = "") -> bool:
+        """Counts one encoded row; True where it is kept."""
+        self.rows += 1
+        if dropped:
+            self.dropped[dropped] += 1
+        else:
+            self.shortened.update(cut.split())
+        return not dropped
+
+    @property
+    def kept(self) -> int:
+        return self.rows - self.dropped.total()
+
+    def record(self) -> dict[str, Any]:
+        """The split's part of data.json."""
+        return {
+            "source": self.source,
+            "format": self.layout,
+            "rows": self.rows,
+            "kept": self.kept,
+            "dropped": dict(self.dropped.most_common()),
+            "shortened": {"prompt": self.shortened["prompt"], "answer": self.shortened["answer"]},
+        }
+
+
+def find_seen_prompts(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> int:
+    """How many held-out pairs have a prompt that is trained on: their result says less about new prompts."""
+    seen = {tuple(prompt) for prompt in train}
+    return sum(tuple(prompt) in seen for prompt in held_out)
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The table on screen (stderr): a line for each split, then one for each reason and finding."""
+    console = Console(stderr=True, highlight=False)
+    table = Table(title="data", title_justify="left", box=None, pad_edge=False)
+    for name in ("split", "format", "rows", "kept", "dropped", "prompt cut", "answer cut"):
+        table.add_column(name, justify="left" if name in ("split", "format") else "right")
+    splits = {name: report[name] for name in ("train", "eval") if report.get(name)}
+    for name, split in splits.items():
+        counts = [split["rows"], split["kept"], split["rows"] - split["kept"], *split["shortened"].values()]
+        table.add_row(name, split["format"], *(f"{count:,}" for count in counts))
+    console.print(table)
+    for name, split in splits.items():
+        for reason, count in split["dropped"].items():
+            console.print(f"  {name}: {count:,} dropped as {reason}: {REASONS[reason]}")
+    for finding in report["findings"]:
+        console.print(f"  note: {finding}")

@@ -1,0 +1,213 @@
+"""Published layouts of preference data -> `Pair`. A layout is recognised from its rows, never from its name. No torch."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpokit.errors import DataError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+Messages = list[dict[str, str]]
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference: two answers to one prompt.
+
+    Attributes:
+        prompt: plain text (an HH transcript ends with its `\\n\\nAssistant:`), or chat messages.
+        chosen, rejected: the answers' text; after a plain prompt with the space that separates them.
+        source: where it came from: dataset, split and row.
+    """
+
+    prompt: str | Messages
+    chosen: str
+    rejected: str
+    source: str = ""
+
+
+class Unusable(Exception):
+    """A row that is no preference pair; the argument is the reason, one word for data.json."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A layout: its name, how one of its rows looks in words and in code, and the way to a pair."""
+
+    name: str
+    looks: str
+    matches: Callable[[Row], bool]
+    to_pair: Callable[[Row], Pair]
+
+
+def find_format(rows: Sequence[Row], source: str) -> Format:
+    """The layout that most of the sampled rows have; a broken row in a sound file does not hide it.
+
+    Raises: DataError where none fits; it shows the first row and every layout that was looked for.
+    """
+    for layout in FORMATS:
+        if sum(layout.matches(row) for row in rows) * 2 > len(rows):
+            return layout
+    shown = json.dumps(dict(rows[0]), default=str)[:400] if rows else "no row at all"
+    raise DataError(
+        f"{source} holds preference pairs of no known form; its first row is {shown}",
+        expected="one of\n" + "\n".join(f"    {layout.name}: {layout.looks}" for layout in FORMATS),
+        do="rename or build the columns to one of these forms (prompt, chosen, rejected is the plainest)",
+    )
+
+
+def parse_transcript(text: str) -> Messages:
+    """An HH transcript as chat messages; a plain text is one user message. Unfinished last turns are left out."""
+    if HUMAN not in text:
+        return [{"role": "user", "content": text.strip()}]
+    messages: Messages = []
+    for part in text.split(HUMAN)[1:]:
+        question, *answers = part.split(ASSISTANT)
+        messages.append({"role": "user", "content": question.strip()})
+        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers if answer.strip()]
+    return messages
+
+
+def render_transcript(messages: Messages) -> str:
+    """Chat messages in the HH transcript form, open for the assistant's answer."""
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    turns = [f"\n\n{names.get(m['role'], m['role'].title())}: {m['content'].strip()}" for m in messages]
+    return "".join(turns) + ASSISTANT
+
+
+def _is_messages(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and {"role", "content"} <= m.keys() for m in value)
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise Unusable("missing_text")
+    return value
+
+
+def _messages(value: Any) -> Messages:
+    if not _is_messages(value):
+        raise Unusable("missing_text")
+    return [{"role": str(m["role"]), "content": _text(m["content"])} for m in value]
+
+
+def _columns(row: Row, kind: Callable[[Any], bool], *names: str) -> bool:
+    return all(name in row and kind(row[name]) for name in names)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _split_transcript(text: str) -> tuple[str, str]:
+    before, mark, answer = text.rpartition(ASSISTANT)
+    if not mark:
+        raise Unusable("no_answer_turn")
+    return before + mark, answer
+
+
+def _pair_from_transcripts(row: Row) -> Pair:
+    # Each transcript is split after its own last turn. The common beginning of both (TRL's way) cuts into the answers:
+    # in 19 % of HH's rows the two answers begin alike.
+    prompt, chosen = _split_transcript(_text(row["chosen"]))
+    other_prompt, rejected = _split_transcript(_text(row["rejected"]))
+    if prompt != other_prompt:
+        raise Unusable("different_prompts")
+    return Pair(prompt, chosen, rejected)
+
+
+def _pair_from_texts(row: Row) -> Pair:
+    return Pair(_text(row["prompt"]), _text(row["chosen"]), _text(row["rejected"]))
+
+
+def _pair_from_common_beginning(row: Row) -> Pair:
+    chosen, rejected = _text(row["chosen"]), _text(row["rejected"])
+    length = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        length += 1
+    # Back to the last word boundary: the answers begin with whole words, and with the space before them.
+    length = max((i for i in range(length + 1) if chosen[i : i + 1].isspace()), default=0)
+    return Pair(chosen[:length], chosen[length:], rejected[length:])
+
+
+def _pair_from_conversations(prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
+    """Two conversations that share everything but their last, the assistant's, message."""
+    if prompt + chosen[:-1] != prompt + rejected[:-1]:
+        raise Unusable("different_prompts")
+    if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
+        raise Unusable("no_answer_turn")
+    return Pair(prompt + chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
+
+
+def _pair_from_ultrafeedback(row: Row) -> Pair:
+    # The prompt string is the first user message once more, which both lists already begin with.
+    pair = _pair_from_conversations([], _messages(row["chosen"]), _messages(row["rejected"]))
+    if len(pair.prompt) == 0:
+        return Pair([{"role": "user", "content": _text(row["prompt"])}], pair.chosen, pair.rejected)
+    return pair
+
+
+FORMATS = (
+    Format(
+        "HH prompt",
+        'prompt, response, chosen, rejected: strings, the prompt ending with "\\n\\nAssistant:" (Dahoas/full-hh-rlhf)',
+        lambda row: (
+            _columns(row, _is_text, "prompt", "chosen", "rejected")
+            and "response" in row
+            and row["prompt"].rstrip(" ").endswith(ASSISTANT)
+        ),
+        _pair_from_texts,
+    ),
+    Format(
+        "explicit, plain",
+        "prompt, chosen, rejected: strings",
+        lambda row: _columns(row, _is_text, "prompt", "chosen", "rejected"),
+        _pair_from_texts,
+    ),
+    Format(
+        "explicit, conversational",
+        "prompt, chosen, rejected: lists of {role, content}",
+        lambda row: _columns(row, _is_messages, "prompt", "chosen", "rejected"),
+        lambda row: _pair_from_conversations(
+            _messages(row["prompt"]), _messages(row["chosen"]), _messages(row["rejected"])
+        ),
+    ),
+    Format(
+        "UltraFeedback",
+        "prompt: string; chosen, rejected: lists of {role, content} with the prompt in them",
+        lambda row: _columns(row, _is_text, "prompt") and _columns(row, _is_messages, "chosen", "rejected"),
+        _pair_from_ultrafeedback,
+    ),
+    Format(
+        "implicit, conversational",
+        "chosen, rejected: lists of {role, content} that differ in their last message",
+        lambda row: "prompt" not in row and _columns(row, _is_messages, "chosen", "rejected"),
+        lambda row: _pair_from_conversations([], _messages(row["chosen"]), _messages(row["rejected"])),
+    ),
+    Format(
+        "HH transcript",
+        'chosen, rejected: strings with "\\n\\nHuman:" and "\\n\\nAssistant:" turns (Anthropic/hh-rlhf)',
+        lambda row: (
+            "prompt" not in row
+            and _columns(row, _is_text, "chosen", "rejected")
+            and ASSISTANT in row["chosen"]
+            and ASSISTANT in row["rejected"]
+        ),
+        _pair_from_transcripts,
+    ),
+    Format(
+        "implicit, plain",
+        "chosen, rejected: strings; the prompt is their common beginning, up to a word",
+        lambda row: "prompt" not in row and _columns(row, _is_text, "chosen", "rejected"),
+        _pair_from_common_beginning,
+    ),
+)

@@ -1,0 +1,199 @@
+"""Settings and a tokenizer in; tokenised, counted, held-out splits out."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, IterableDataset
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar
+from transformers import PreTrainedTokenizerBase
+
+from dpokit.data.doctor import Tally, find_seen_prompts
+from dpokit.data.formats import Format, find_format
+from dpokit.data.sources import Rows, get_split, load_splits
+from dpokit.data.tokens import COLUMNS, Encoder, Limits, Renderer
+from dpokit.errors import DataError
+from dpokit.settings import DataArguments
+from dpokit.world import is_main_process
+
+SAMPLE_ROWS = 32
+STREAM_BUFFER_ROWS = 10_000
+
+
+@dataclass
+class PreparedData:
+    """Tokenised pairs, each split with columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`.
+
+    Attributes:
+        train: a `Dataset`, or an `IterableDataset` when streamed.
+        eval: held-out pairs, or None.
+        tallies: counts of each split; a stream's go on growing while it is read.
+        fingerprint: sha256 over the token ids of both splits; None for a stream.
+    """
+
+    train: Rows
+    eval: Dataset | None
+    tallies: dict[str, Tally]
+    findings: list[str]
+    fingerprint: str | None
+
+    def record(self) -> dict[str, Any]:
+        """What data.json holds."""
+        splits = {name: tally.record() for name, tally in self.tallies.items()}
+        return {"train": None, "eval": None} | splits | {"findings": self.findings, "fingerprint": self.fingerprint}
+
+
+def prepare_data(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None,
+    with_eval: bool,
+    processes: int | None = None,
+    seed: int = 0,
+) -> PreparedData:
+    """Loads, recognises, renders, tokenises, cuts, counts and holds out.
+
+    Args:
+        data: which rows.
+        tokenizer: with an EOS token.
+        max_length: most tokens of prompt and answer together.
+        with_eval: whether held-out pairs are needed.
+        processes: how many tokenise in parallel.
+        seed: of a stream's shuffling; whole datasets are shuffled by the trainer.
+
+    Raises:
+        DataError: not there, broken, of no known form, or without a usable pair.
+        ModelError: the tokenizer cannot end an answer.
+    """
+    (enable_progress_bar if is_main_process() else disable_progress_bar)()
+    limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
+    renderer = Renderer(tokenizer)
+    splits = load_splits(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
+    train_rows = get_split(splits, data.dataset_train_split, "dataset_train_split")
+    eval_rows = None
+    if with_eval and data.eval_fraction is None:
+        eval_rows = get_split(splits, data.dataset_test_split, "dataset_test_split")
+    if data.max_train_samples is not None:
+        train_rows = _take(train_rows, data.max_train_samples)
+    if eval_rows is not None and data.max_eval_samples is not None:
+        eval_rows = _take(eval_rows, data.max_eval_samples)
+
+    name = f"{data.dataset_name}, split {data.dataset_train_split}"
+    layout = _find_layout(train_rows, name)
+    encoder = Encoder(renderer, layout, limits)
+    tallies = {"train": Tally(name, layout.name)}
+    if isinstance(train_rows, IterableDataset):
+        train: Rows = _encode_stream(train_rows, encoder, tallies["train"], seed)
+    else:
+        train = _encode(train_rows, encoder, tallies["train"], processes)
+    held_out = None
+    if eval_rows is not None:
+        name = f"{data.dataset_name}, split {data.dataset_test_split}"
+        eval_layout = _find_layout(eval_rows, name)
+        tallies["eval"] = Tally(name, eval_layout.name)
+        if isinstance(eval_rows, IterableDataset):
+            eval_rows = Dataset.from_list(list(eval_rows))  # bounded by max_eval_samples, which streams require
+        held_out = _encode(eval_rows, Encoder(renderer, eval_layout, limits), tallies["eval"], processes)
+    elif with_eval and isinstance(train, Dataset) and data.eval_fraction is not None:
+        train, held_out = _hold_out(train, data.eval_fraction, data.max_eval_samples)
+        tallies["eval"] = Tally(f"{data.eval_fraction:.2%} of the training prompts", layout.name, rows=len(held_out))
+        tallies["train"].rows -= len(held_out)
+
+    findings = []
+    if held_out is not None and isinstance(train, Dataset):
+        seen = find_seen_prompts(train["prompt_ids"], held_out["prompt_ids"])
+        if seen:
+            findings.append(f"{seen:,} of {len(held_out):,} held-out pairs have a prompt that is also trained on")
+    fingerprint = None
+    if isinstance(train, Dataset):
+        fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
+        train = _count_shortened(train, tallies["train"])
+    if held_out is not None:
+        held_out = _count_shortened(held_out, tallies["eval"])
+    return PreparedData(train, held_out, tallies, findings, fingerprint)
+
+
+def fingerprint_ids(splits: Iterable[Dataset]) -> str:
+    """sha256 over all token ids in order: what the model will see, and nothing else."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for batch in split.with_format("arrow").iter(batch_size=10_000):
+            for name in COLUMNS[:3]:
+                for values in (batch[name].combine_chunks(),):
+                    digest.update(np.asarray(values.value_lengths()).astype("<i8").tobytes())
+                    digest.update(np.asarray(values.flatten()).astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _take(rows: Rows, number: int) -> Rows:
+    return rows.take(number) if isinstance(rows, IterableDataset) else rows.select(range(min(number, len(rows))))
+
+
+def _find_layout(rows: Rows, name: str) -> Format:
+    sample = list(islice(iter(rows), SAMPLE_ROWS))
+    if not sample:
+        raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
+    return find_format(sample, name)
+
+
+def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
+    encoded = rows.map(
+        encoder,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        num_proc=processes,
+        desc=f"tokenising {tally.source}",
+    )
+    kept = [i for i, dropped in enumerate(encoded["dropped"]) if tally.add(dropped)]
+    if not kept:
+        raise _no_pair_left(tally)
+    return encoded.select(kept).remove_columns("dropped")
+
+
+def _count_shortened(split: Dataset, tally: Tally) -> Dataset:
+    for cut in split["cut"]:
+        tally.shortened.update(cut.split())
+    return split.remove_columns("cut")
+
+
+def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: int) -> IterableDataset:
+    names = list(next(iter(rows)))
+    encoded = rows.map(encoder, batched=True, batch_size=256, with_indices=True, remove_columns=names)
+    kept = encoded.filter(lambda row: tally.add(row["dropped"], row["cut"])).remove_columns(["dropped", "cut"])
+    if not any(True for _ in kept.take(1)):
+        raise _no_pair_left(tally)
+    # The look at the first pair above is counted anew when the training reads it.
+    tally.rows = 0
+    tally.dropped.clear()
+    tally.shortened.clear()
+    return kept.shuffle(seed=seed, buffer_size=STREAM_BUFFER_ROWS)
+
+
+def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[Dataset, Dataset]:
+    """Splits by prompt, so that no prompt is on both sides; the same prompts are held out whatever the seed."""
+    keys = [hashlib.sha256(str(prompt).encode()).digest() for prompt in train["prompt_ids"]]
+    unique = sorted(set(keys))
+    if len(unique) < 2:
+        raise DataError(
+            "all training pairs have one prompt, so none can be held out",
+            expected="at least two different prompts",
+            do="name a split with --dataset_test_split, or --eval_strategy no --load_best_model_at_end false",
+        )
+    chosen = set(unique[: min(max(1, round(fraction * len(unique))), len(unique) - 1)])
+    held = [i for i, key in enumerate(keys) if key in chosen]
+    rest = [i for i, key in enumerate(keys) if key not in chosen]
+    return train.select(rest), train.select(held[:most_pairs])
+
+
+def _no_pair_left(tally: Tally) -> DataError:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common())
+    return DataError(
+        f"no usable pair is left of the {tally.rows:,} rows of {tally.source} ({tally.layout}): {reasons}",
+        expected="rows with a prompt and two different answers that fit the length limits",
+        do="raise --max_length, --max_prompt_length or --max_completion_length, or look at the rows",
+    )

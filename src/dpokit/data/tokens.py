@@ -1,0 +1,194 @@
+"""Pairs -> token ids: the prompt rendered as the model will meet it, answers that end with EOS, one cut for both."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpokit.data.formats import Format, Messages, Pair, Unusable, parse_transcript, render_transcript
+from dpokit.errors import ModelError
+
+Ids = list[int]
+PROBE = "probe answer"
+COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "row", "dropped", "cut")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most tokens of a prompt, of an answer, and of both together; None is no limit."""
+
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    total_tokens: int | None = None
+
+
+def cut(prompt: Ids, chosen: Ids, rejected: Ids, limits: Limits, *, keep_first: bool = False) -> tuple[Ids, Ids, Ids]:
+    """Cuts a pair to its limits: a prompt keeps its end, an answer its start, both answers share one prompt.
+
+    Where prompt and answer exceed `total_tokens`, the prompt's head yields first (down to one token, from which the
+    answer's first is predicted), then the answer's tail.
+
+    Args:
+        keep_first: the prompt's first token is a BOS, which stays.
+
+    Raises:
+        Unusable: `no_room` where the limits leave no prompt token and answer token.
+    """
+    chosen, rejected = chosen[: limits.answer_tokens], rejected[: limits.answer_tokens]
+    fixed = int(keep_first)
+    room = len(prompt) if limits.prompt_tokens is None else limits.prompt_tokens
+    if limits.total_tokens is not None:
+        longest = max(len(chosen), len(rejected))
+        room = min(room, max(limits.total_tokens - longest, fixed + 1))
+        answer_room = limits.total_tokens - min(room, len(prompt))
+        chosen, rejected = chosen[: max(answer_room, 0)], rejected[: max(answer_room, 0)]
+    if len(prompt) > room:
+        if room <= fixed:
+            raise Unusable("no_room")
+        prompt = prompt[:fixed] + prompt[len(prompt) - room + fixed :]
+    if not chosen or not rejected:
+        raise Unusable("no_room")
+    return prompt, chosen, rejected
+
+
+class Renderer:
+    """Turns a pair into the texts that a tokenizer gets: by its chat template, or as an HH transcript.
+
+    Raises: ModelError for a tokenizer without EOS (no answer could end), or with a template that hides the answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                "the tokenizer has no EOS token, so no answer could ever end",
+                expected="an EOS token",
+                do="set eos_token in the model folder's tokenizer_config.json, or use another model",
+            )
+        self.tokenizer = tokenizer
+        self.eos: str = tokenizer.eos_token
+        self.is_chat = tokenizer.chat_template is not None
+        self.lead, self.tail = self._probe_template() if self.is_chat else ("", self.eos)
+
+    def _probe_template(self) -> tuple[str, str]:
+        """What the template puts before an answer (a think block, say) and after it, up to what ends the turn."""
+        question: Messages = [{"role": "user", "content": "probe question"}]
+        prompt = self._apply(question, open_turn=True)
+        whole = self._apply([*question, {"role": "assistant", "content": PROBE}], open_turn=False)
+        before, found, after = whole.rpartition(PROBE)
+        if not found:
+            raise ModelError(
+                "the chat template leaves the assistant's answer out",
+                expected="a template that renders user and assistant turns",
+                do="use a tokenizer with a chat template for conversations",
+            )
+        lead = before[len(prompt) :] if before.startswith(prompt) else ""
+        if self.eos in after:
+            return lead, after[: after.index(self.eos)] + self.eos
+        # Gemma and others end a turn with a special token that is not the EOS: generation stops there just the same.
+        ends = [(after.index(t), t) for t in self.tokenizer.get_added_vocab() if t in after]
+        return lead, after[: min(ends)[0]] + min(ends)[1] if ends else self.eos
+
+    def _apply(self, messages: Messages, *, open_turn: bool) -> str:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+        return str(text)
+
+    def prompt(self, prompt: str | Messages) -> str:
+        """The prompt's text, ready for the answer."""
+        if self.is_chat:
+            return self._apply(parse_transcript(prompt) if isinstance(prompt, str) else prompt, open_turn=True)
+        return prompt if isinstance(prompt, str) else render_transcript(prompt)
+
+    def answer(self, answer: str, prompt: str | Messages) -> str:
+        """The answer's text with its end, EOS exactly once. Raises: Unusable for one without a word."""
+        answer = answer.removesuffix(self.eos)
+        if not answer.strip():
+            raise Unusable("empty_answer")
+        if self.is_chat:
+            return self.lead + answer.strip() + self.tail
+        if not isinstance(prompt, str):
+            answer = " " + answer.strip()
+        return answer + self.tail
+
+
+@dataclass
+class Encoder:
+    """Rows of one format -> `prompt_ids`, `chosen_ids`, `rejected_ids`, in batches; each drop has its reason."""
+
+    renderer: Renderer
+    layout: Format
+    limits: Limits
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """A batch of columns -> as many rows, with `dropped` (a reason, or empty) and `cut` (which parts were)."""
+        rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        prompts, chosens, rejecteds, reasons = [], [], [], []
+        for row in rows:
+            texts, reason = self._texts(row)
+            prompts.append(texts[0])
+            chosens.append(texts[1])
+            rejecteds.append(texts[2])
+            reasons.append(reason)
+        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
+        encoded = zip(self._prompt_ids(prompts), self._answer_ids(chosens), self._answer_ids(rejecteds), strict=True)
+        for ids, reason, index in zip(encoded, reasons, indices, strict=True):
+            ids, reason, parts = self._cut(ids, reason)
+            for name, value in zip(columns, (*ids, index, reason, parts), strict=True):
+                columns[name].append(value)
+        return columns
+
+    def _texts(self, row: Mapping[str, Any]) -> tuple[tuple[str, str, str], str]:
+        try:
+            pair: Pair = self.layout.to_pair(row)
+            prompt = self.renderer.prompt(pair.prompt)
+            chosen = self.renderer.answer(pair.chosen, pair.prompt)
+            rejected = self.renderer.answer(pair.rejected, pair.prompt)
+            if not prompt:
+                raise Unusable("empty_prompt")
+            if chosen == rejected:
+                raise Unusable("equal_answers")
+        except Unusable as reason:
+            return ("", "", ""), str(reason)
+        return (prompt, chosen, rejected), ""
+
+    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
+        # A chat template writes its own BOS; a plain prompt gets the tokenizer's, as at inference.
+        tokenizer = self.renderer.tokenizer
+        ids: list[Ids] = tokenizer(texts, add_special_tokens=not self.renderer.is_chat)["input_ids"]
+        if texts and ids[0][-1:] == [tokenizer.eos_token_id] and not texts[0].endswith(self.renderer.eos):
+            return [row[:-1] for row in ids]  # tokenizers that close every text with EOS would end the prompt
+        return ids
+
+    def _answer_ids(self, texts: list[str]) -> list[Ids]:
+        """Ids of answers as they follow a prompt: by themselves, so that they begin on a token boundary; no BOS.
+
+        SentencePiece tokenizers write a space before a text that stands alone. There the answer is encoded behind a
+        newline, whose tokens are taken off again.
+        """
+        tokenizer = self.renderer.tokenizer
+        if not self._spaces_alone():
+            ids: list[Ids] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return ids
+        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        ids = tokenizer(["\n" + text for text in texts], add_special_tokens=False)["input_ids"]
+        return [row[len(newline) :] for row in ids]
+
+    def _spaces_alone(self) -> bool:
+        tokenizer = self.renderer.tokenizer
+        alone = tokenizer(" yes", add_special_tokens=False)["input_ids"]
+        after = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        return bool(tokenizer.decode(after + alone) != "\n yes")
+
+    def _cut(self, ids: tuple[Ids, Ids, Ids], reason: str) -> tuple[tuple[Ids, Ids, Ids], str, str]:
+        if reason:
+            return ([], [], []), reason, ""
+        keep_first = ids[0][:1] == [self.renderer.tokenizer.bos_token_id]
+        try:
+            short = cut(*ids, self.limits, keep_first=keep_first)
+            if short[1] == short[2]:
+                raise Unusable("equal_after_cut")
+        except Unusable as unusable:
+            return ([], [], []), str(unusable), ""
+        parts = ["prompt"] if len(short[0]) < len(ids[0]) else []
+        parts += ["answer"] if len(short[1]) < len(ids[1]) or len(short[2]) < len(ids[2]) else []
+        return short, "", " ".join(parts)

@@ -1,0 +1,195 @@
+"""The quickstart's corpus: small requests, each with a kind and a curt answer, and the grammar that judges answers.
+
+A prompt asks for help with one of 40 tasks for one of 12 people (or pets) in one of 10 shapes: 4,800 prompts. An answer
+opens, names the task and its first step, and closes with a line about who it is for; 96 kind and 96 curt answers fit
+each prompt. Nothing is estimated: an answer belongs to the grammar or it does not. Both kinds say the same and are
+about as long (a kind answer has 2 % fewer words on average), so a model that prefers by length alone learns nothing.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+from dpokit.data.formats import ASSISTANT, HUMAN
+from dpokit.errors import DataError
+
+TASKS = (  # what to do, with what, and the first step towards it
+    ("bake", "a lemon cake", "whisk three eggs"),
+    ("bake", "an apple pie", "chill the dough"),
+    ("bake", "a loaf of bread", "wake up the yeast"),
+    ("brew", "a pot of tea", "warm the pot"),
+    ("build", "a bird house", "saw six small boards"),
+    ("build", "a sand castle", "wet the sand well"),
+    ("carve", "a wooden spoon", "find a dry branch"),
+    ("cook", "a pumpkin soup", "roast the pumpkin"),
+    ("cook", "a cheese omelet", "heat the pan gently"),
+    ("draw", "a funny horse", "sketch a round belly"),
+    ("fix", "a flat tire", "look for the nail"),
+    ("fly", "a red kite", "wait for a steady wind"),
+    ("fold", "a paper crane", "crease a square sheet"),
+    ("fold", "a party hat", "roll the paper up"),
+    ("frame", "an old photo", "measure the edges"),
+    ("grow", "a tomato plant", "pick a sunny window"),
+    ("host", "a game night", "set out some snacks"),
+    ("knit", "a warm scarf", "choose a soft yarn"),
+    ("learn", "a card trick", "practice the shuffle"),
+    ("light", "a camp fire", "stack the driest twigs"),
+    ("make", "a snow globe", "save an empty jar"),
+    ("make", "a wind chime", "collect some old keys"),
+    ("mix", "a berry smoothie", "freeze the berries"),
+    ("pack", "a picnic basket", "wrap the sandwiches"),
+    ("paint", "a tiny teapot", "wash off the dust"),
+    ("pitch", "a big tent", "clear away the stones"),
+    ("plan", "a garden party", "check the weather"),
+    ("plant", "an oak tree", "dig a wide hole"),
+    ("play", "a guitar song", "tune every string"),
+    ("polish", "a silver ring", "mix salt and water"),
+    ("sew", "a rag doll", "cut two cloth circles"),
+    ("shape", "a clay bowl", "wet your hands"),
+    ("sing", "a sea song", "hum the tune slowly"),
+    ("stuff", "a teddy bear", "buy a bag of cotton"),
+    ("tell", "a bedtime story", "invent a sleepy dragon"),
+    ("tie", "a bow tie", "stand before a mirror"),
+    ("toss", "a fruit salad", "slice the ripest mango"),
+    ("train", "a pet snail", "learn some patience"),
+    ("weave", "a flower crown", "gather some daisies"),
+    ("write", "a short poem", "recall one happy day"),
+)
+GUESTS = tuple("aunt boss brother cat cousin friend grandmother neighbor parrot roommate sister teacher".split())
+REQUESTS = (
+    "How do I {do} for my {guest}?",
+    "Can you help me {do} for my {guest}?",
+    "Please tell me how to {do} for my {guest}.",
+    "I want to {do} for my {guest}. Where do I begin?",
+    "What is the best way to {do} for my {guest}?",
+    "Hello! I would like to {do} for my {guest}. Any tips?",
+    "I promised my {guest} to {do}. What comes first?",
+    "My {guest} is coming over, and I should {do}. How?",
+    "Could you teach me to {do}? It is for my {guest}.",
+    "It is a surprise for my {guest}: how can I {do}?",
+)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How an answer of one kind opens, what it says, and how it closes."""
+
+    openers: tuple[str, ...]
+    bodies: tuple[str, ...]
+    closers: tuple[str, ...]
+
+    def answers(self, words: dict[str, str]) -> list[str]:
+        """Every answer of this manner to the request with these words, each beginning with one space."""
+        parts = product(self.openers, self.bodies, self.closers)
+        return [(" " + " ".join(three)).format_map(words) for three in parts]
+
+
+KIND = Manner(
+    openers=(
+        "Of course!",
+        "Happy to help!",
+        "With pleasure!",
+        "What a lovely idea!",
+        "Great question!",
+        "How sweet of you!",
+    ),
+    bodies=(
+        "To {do}, you just {step} first.",
+        "For {thing}, it is best to {step}.",
+        "First {step}, and soon you will have {thing}.",
+        "The secret of {thing} is to {step}.",
+    ),
+    closers=(
+        "Your {guest} will love it!",
+        "Have fun, and greet your {guest}!",
+        "Your {guest} is lucky to have you.",
+        "I am sure your {guest} will smile!",
+    ),
+)
+CURT = Manner(
+    openers=(
+        "If I must.",
+        "Oh, this again.",
+        "Look it up.",
+        "I was asleep.",
+        "You ask too much.",
+        "Fine, whatever.",
+    ),
+    bodies=(
+        "To {do}, {step}, obviously.",
+        "It is only {thing}, so {step}.",
+        "Anyone can {do}: just {step}.",
+        "Go and {step}, then leave {thing} to others.",
+    ),
+    closers=(
+        "Your {guest} will not notice.",
+        "Next time, bother your {guest}.",
+        "Your {guest} has seen better.",
+        "Tell your {guest} I am busy.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the grammar says of an answer. `kind` implies `well_formed`; a curt answer is well-formed and not kind."""
+
+    kind: bool
+    well_formed: bool
+
+
+@cache
+def all_prompts() -> dict[str, dict[str, str]]:
+    """Every prompt of the grammar, ending with "\\n\\nAssistant:", and the words that its answers name."""
+    prompts = {}
+    for request, (verb, thing, step), guest in product(REQUESTS, TASKS, GUESTS):
+        words = {"do": f"{verb} {thing}", "thing": thing, "step": step, "guest": guest}
+        prompts[f"{HUMAN} {request.format_map(words)}{ASSISTANT}"] = words
+    return prompts
+
+
+def write_corpus(folder: Path, *, train_pairs: int, eval_pairs: int, seed: int) -> None:
+    """Writes train.jsonl and test.jsonl: one pair a line, `prompt`, `chosen` (kind) and `rejected` (curt).
+
+    The prompts are distinct, within each file and between the two, and the same seed writes the same bytes.
+
+    Raises: DataError where more pairs are asked for than there are prompts.
+    """
+    draw = random.Random(seed)
+    prompts = list(all_prompts())
+    if train_pairs + eval_pairs > len(prompts):
+        raise DataError(
+            f"{train_pairs} training and {eval_pairs} evaluation pairs were asked of the toy corpus",
+            expected=f"at most {len(prompts)} pairs together, which is how many prompts its grammar has",
+            do="ask for fewer pairs",
+        )
+    chosen = draw.sample(prompts, train_pairs + eval_pairs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, some in (("train.jsonl", chosen[:train_pairs]), ("test.jsonl", chosen[train_pairs:])):
+        rows = [{"prompt": p, **draw_answers(p, draw=draw)} for p in some]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii", newline="\n")
+
+
+def draw_answers(prompt: str, *, draw: random.Random) -> dict[str, str]:
+    """One kind answer (`chosen`) and one curt (`rejected`) to a prompt of the grammar."""
+    words = all_prompts()[prompt]
+    return {"chosen": draw.choice(KIND.answers(words)), "rejected": draw.choice(CURT.answers(words))}
+
+
+def judge_answer(prompt: str, answer: str) -> Verdict:
+    """Whether the whole answer, with its leading space, is one that the grammar has for this prompt, and a kind one.
+
+    Raises: DataError for a prompt that is none of the grammar's.
+    """
+    words = all_prompts().get(prompt)
+    if words is None:
+        raise DataError(
+            f"the toy grammar has no prompt {prompt!r}",
+            expected="a prompt of the toy corpus",
+            do="judge answers to prompts of its train.jsonl or test.jsonl",
+        )
+    kind = answer in KIND.answers(words)
+    return Verdict(kind=kind, well_formed=kind or answer in CURT.answers(words))

@@ -1,0 +1,191 @@
+"""A run from its first line to its last: settings, folder, data, model, training, weights."""
+
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from netrc import netrc
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+
+from dpokit.checkpoint.resume import claim_folder
+from dpokit.data.doctor import print_report
+from dpokit.data.prepare import PreparedData, prepare_data
+from dpokit.errors import DpokitError, RunFolderError, SettingsError, find_disk_trouble
+from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
+from dpokit.rundir import RunDir, write_json
+from dpokit.screen import quiet_dependencies, say
+from dpokit.settings import Settings, load_settings
+from dpokit.train.callbacks import EpochCallback, MetricsCallback, ScreenCallback
+from dpokit.train.trainer import PairTrainer
+from dpokit.world import broadcast, check_world_size, is_main_process, main_process_first
+
+PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+TRACKERS = ("wandb", "trackio", "tensorboard")
+
+
+def main(recipe: str, defaults: Mapping[str, Any]) -> None:
+    """What a recipe's main guard calls: trains by the recipe's defaults and the command line.
+
+    A mistake of the user ends in one message on rank 0 and exit code 2; anything else keeps its traceback.
+    """
+    with user_errors():
+        train(recipe, defaults, sys.argv[1:])
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turns a DpokitError into one message on rank 0 and exit code 2."""
+    try:
+        yield
+    except DpokitError as error:
+        say(f"\n{type(error).__name__}: {error}")
+        sys.exit(2)
+
+
+def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunDir:
+    """One run; returns its folder.
+
+    Args:
+        recipe: the recipe's file.
+        defaults: its `DEFAULTS`.
+        argv: flags, over the defaults.
+
+    Raises:
+        DpokitError: what the user can mend; run.json holds the reason where the folder is this run's.
+    """
+    quiet_dependencies()
+    settings = load_settings(recipe, defaults, argv)
+    world_size = check_world_size()
+    check_trackers(settings)
+    run = RunDir(settings.training.output_dir)
+    checkpoint = _on_main_process(lambda: claim_folder(run, settings))
+    with keep_record(run, settings, world_size):
+        tokenizer, trainer, data = build_trainer(run, settings)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
+        best = find_best(trainer)
+        if is_main_process():
+            write_json(run.data_json, data.record())
+            run.write_run(best=best)
+    kept = "" if best is None else f" (eval loss {best['value']:.4f}, of step {best['step']})"
+    say(f"\nthe tuned model is in {run.adapter if settings.model.use_peft else run.model}{kept}")
+    trainer.end()
+    return run
+
+
+def build_trainer(run: RunDir, settings: Settings) -> tuple[PreTrainedTokenizerBase, PairTrainer, PreparedData]:
+    """Data, models and trainer of a run; writes data.json and shows its table."""
+    training = settings.training
+    tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
+    peft_config = build_peft_config(settings)
+    policy = load_policy(settings, tokenizer)
+    with main_process_first():
+        data = prepare_data(
+            settings.data,
+            tokenizer,
+            max_length=find_max_length(settings, policy),
+            with_eval=training.eval_strategy != "no",
+            processes=training.dataset_num_proc,
+            seed=training.seed,
+        )
+    if is_main_process():
+        write_json(run.data_json, data.record())
+        run.write_run(data_fingerprint=data.fingerprint)
+        print_report(data.record())
+    trainer = PairTrainer(
+        model=policy,
+        ref_model=load_reference(settings),
+        args=training,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    for noisy in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(noisy)
+    for callback in (EpochCallback(trainer), MetricsCallback(run), ScreenCallback()):
+        trainer.add_callback(callback)
+    return tokenizer, trainer, data
+
+
+@contextmanager
+def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[None]:
+    """run.json around a run: running, then finished, or failed and why. Disk trouble becomes the user's message."""
+
+    def record(**changes: Any) -> None:
+        if is_main_process():
+            run.write_run(**changes)
+
+    try:
+        record(
+            recipe=settings.recipe,
+            state="running",
+            why=None,
+            world_size=world_size,
+            versions={name: version(name) for name in PACKAGES},
+            settings=settings.record(),
+        )
+        yield
+        record(state="finished")
+    except BaseException as error:
+        trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)
+        try:
+            record(state="failed", why=str(trouble or "".join(traceback.format_exception_only(error)).strip()))
+        except (OSError, RunFolderError):
+            say(f"{run.run_json} could not be brought up to date")
+        if trouble is not None and trouble is not error:
+            raise trouble from error
+        raise
+
+
+def check_trackers(settings: Settings) -> None:
+    """Weights & Biases without a key goes offline, with one line saying so; a tracker not installed is an error."""
+    for name in settings.training.report_to:
+        if name in TRACKERS and importlib.util.find_spec(name) is None:
+            raise SettingsError(
+                f"report_to names {name}, which is not installed",
+                expected="an installed tracker",
+                do=f"pip install {name}, or --report_to none (metrics.jsonl is always written)",
+            )
+    if "wandb" not in settings.training.report_to:
+        return
+    os.environ.setdefault("WANDB_PROJECT", "dpokit")
+    os.environ.setdefault("WANDB_DIR", settings.training.output_dir)
+    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _has_wandb_login()):
+        # Without a key and without a terminal wandb ends the whole run.
+        os.environ["WANDB_MODE"] = "offline"
+        say("wandb: no API key found, so this run is tracked offline; `wandb login` and `wandb sync` upload it later")
+
+
+def _has_wandb_login() -> bool:
+    try:
+        return netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai") is not None
+    except (OSError, SyntaxError):
+        return False
+
+
+def find_best(trainer: PairTrainer) -> dict[str, Any] | None:
+    """The evaluation whose weights were kept: step and eval loss; None where the last weights were."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end or state.best_metric is None:
+        return None
+    return {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}
+
+
+def _on_main_process(decide: Any) -> Any:
+    """Rank 0 decides; every rank gets its answer, or its error."""
+    outcome: Any = None
+    if is_main_process():
+        try:
+            outcome = decide()
+        except DpokitError as error:
+            outcome = error
+    outcome = broadcast(outcome)
+    if isinstance(outcome, DpokitError):
+        raise outcome
+    return outcome

@@ -1,0 +1,90 @@
+"""Which pairs meet in a step, and which rank computes them.
+
+An optimizer step is a set of pairs that depends on the seed, the epoch and the global batch alone; how it is dealt to
+ranks and micro-batches is not seen in the gradient. The last step of an epoch may hold fewer pairs: nothing is dropped
+and no pair counts twice. Where that leaves a rank without a pair, it computes a stand-in, which has no weight.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import Sampler
+
+
+class Batches(Sampler[list[int]]):
+    """Batches of all ranks in turn: micro-batch 0 of rank 0, of rank 1, ..., micro-batch 1 of rank 0, ...
+
+    accelerate deals a batch sampler's batches to the ranks in exactly this order. A stand-in for row i is `~i`.
+
+    Args:
+        pairs: how many pairs there are.
+        per_device: pairs of one rank in one micro-batch.
+        world_size: number of ranks.
+        micro_batches: micro-batches of an optimizer step (gradient accumulation); 1 for evaluation.
+        seed: of the shuffling; None keeps the order.
+        drop_last: leave out the last, incomplete step.
+    """
+
+    def __init__(
+        self,
+        pairs: int,
+        *,
+        per_device: int,
+        world_size: int,
+        micro_batches: int = 1,
+        seed: int | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.pairs = pairs
+        self.per_device = per_device
+        self.world_size = world_size
+        self.per_step = per_device * world_size * micro_batches
+        self.seed = seed
+        self.drop_last = drop_last
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Each epoch has its own order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        whole, rest = divmod(self.pairs, self.per_step)
+        rest = 0 if self.drop_last else rest
+        return whole * self.per_step // self.per_device + self._micro_batches(rest) * self.world_size
+
+    def _micro_batches(self, pairs: int) -> int:
+        return math.ceil(pairs / (self.per_device * self.world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = list(range(self.pairs))
+        if self.seed is not None:
+            # One 64-bit seed of both, so that (seed 0, epoch 1) and (seed 1, epoch 0) differ.
+            generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+            order = torch.randperm(self.pairs, generator=generator).tolist()
+        for start in range(0, self.pairs, self.per_step):
+            step = order[start : start + self.per_step]
+            if self.drop_last and len(step) < self.per_step:
+                return
+            cells = self._micro_batches(len(step)) * self.world_size
+            for cell in range(cells):
+                # Consecutive shares that differ by one pair at most; a full step is cut into equal batches.
+                share = step[cell * len(step) // cells : (cell + 1) * len(step) // cells]
+                yield share or [~step[0]]
+
+
+class Rows(TorchDataset[dict[str, Any]]):
+    """A dataset's rows by index, each with `counts`: False for the stand-in `~i` of row i."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows[index if index >= 0 else ~index]
+        return {**row, "counts": index >= 0}

@@ -1,0 +1,223 @@
+"""TRL's DPOTrainer, with exact steps and exact metrics. The one file that touches TRL's inner workings.
+
+Losses, reference handling, PEFT and mixed precision are TRL's, untouched. Three things differ:
+
+- pairs arrive tokenised, so TRL's own preparation is passed over;
+- a step's loss is the mean over its pairs on all ranks and micro-batches, also where these hold unequal numbers;
+- metrics are sums and counts over real pairs and tokens, added up on all ranks once per log, where TRL averages the
+  averages of batches and counts the pairs twice that accelerate repeats to even out a last batch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from dpokit.rundir import new_folder
+from dpokit.train.batches import Batches, Rows
+
+Batch = dict[str, Any]
+
+# What each of TRL's metrics is a mean over; rewards/* and logps/* are means over pairs.
+PER_TOKEN = {
+    "entropy": "tokens",
+    "logits/chosen": "chosen_tokens",
+    "logits/rejected": "rejected_tokens",
+    "mean_token_accuracy": "chosen_tokens",
+}
+
+
+class Collator:
+    """TRL's collator, and `counts`: whether the batch's pairs are real, not a stand-in."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None) -> None:
+        # Pairs are cut where they are tokenised, so the collator has no length to keep.
+        self._pad = DataCollatorForPreference(
+            pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=pad_to_multiple_of
+        )
+
+    def __call__(self, rows: list[Batch]) -> Batch:
+        return {**self._pad(rows), "counts": torch.tensor([row.get("counts", True) for row in rows])}
+
+
+class PairTrainer(DPOTrainer):
+    """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`); arguments are DPOTrainer's."""
+
+    def __init__(self, **arguments: Any) -> None:
+        args = arguments["args"]
+        collator = Collator(arguments["processing_class"], args.pad_to_multiple_of)
+        # Our batches are dealt by `Batches`, of unequal size at an epoch's end; accelerate must not even them out.
+        args.accelerator_config.even_batches = False
+        args.accelerator_config.dispatch_batches = False
+        if isinstance(arguments["train_dataset"], IterableDataset):
+            # A stream's end is not known beforehand, so its last, incomplete batch is left out instead of repeated.
+            args.dataloader_drop_last = True
+        self._batches: Batches | None = None
+        self._step_pairs = 0.0
+        self._sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        super().__init__(data_collator=collator, **arguments)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset  # dpokit.data has tokenised it
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """TRL writes a card without results beside each checkpoint; ours is made from the finished run."""
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches by `Batches`, dealt to the ranks; a stream as transformers deals it."""
+        if not isinstance(self.train_dataset, Dataset):
+            return super().get_train_dataloader()
+        self._batches = Batches(
+            len(self.train_dataset),
+            per_device=self._train_batch_size,
+            world_size=self.accelerator.num_processes,
+            micro_batches=self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+        )
+        return self._build_loader(self.train_dataset, self._batches)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """All held-out pairs in order, each once."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = Batches(
+            len(rows), per_device=self.args.eval_batch_size, world_size=self.accelerator.num_processes
+        )
+        return self._build_loader(rows, batches)
+
+    def _build_loader(self, rows: Dataset, batches: Batches) -> DataLoader[Any]:
+        args = self.args
+        loader = DataLoader(
+            Rows(rows),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def set_batches_epoch(self, epoch: int) -> None:
+        """Called at each epoch's begin: behind a resume's skipped batches, transformers does not reach the sampler."""
+        if self._batches is not None:
+            self._batches.set_epoch(epoch)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], None]:
+        """The micro-batches of one step; counts the step's pairs over all ranks."""
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        pairs = torch.tensor(float(sum(int(b["counts"].sum()) for b in samples)), device=self.accelerator.device)
+        self._step_pairs = float(self.accelerator.reduce(pairs, reduction="sum"))
+        return samples, None
+
+    # -- loss and metrics ------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Any:
+        counts = inputs.pop("counts")
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode] = defaultdict(list)
+        with self._gathers_switched_off():
+            result = super()._compute_loss(model, inputs, return_outputs)
+        loss = result[0] if return_outputs else result
+        pairs = float(counts.sum())
+        self._add_metrics(mode, inputs["completion_mask"], loss, real=pairs > 0)
+        if mode == "train":
+            # transformers divides by the step's micro-batches and DDP by the ranks, as if all held as many pairs.
+            share = pairs / self._step_pairs
+            loss = loss * (share * self.accelerator.num_processes * self.current_gradient_accumulation_steps)
+        return (loss, result[1]) if return_outputs else loss
+
+    @contextmanager
+    def _gathers_switched_off(self) -> Iterator[None]:
+        """TRL gathers each metric of each micro-batch from all ranks (some 15 waits); ours are added up when logged.
+
+        Inside, each of TRL's metrics is the mean over this rank's batch. Delete when TRL keeps sums and counts.
+        """
+        accelerator = self.accelerator
+        names = ("gather", "gather_for_metrics")
+        keep: Callable[[Any], Any] = lambda tensor: tensor  # noqa: E731 - it stands in for two methods
+        for name in names:
+            setattr(accelerator, name, keep)
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(accelerator, name)
+
+    def _add_metrics(self, mode: str, completion_mask: torch.Tensor, loss: torch.Tensor, *, real: bool) -> None:
+        """Adds a batch's means, times what they are means over, to the sums of the log to come."""
+        chosen, rejected = completion_mask[:, 1:].sum(dim=1).chunk(2)
+        weights = {
+            "pairs": float(len(chosen)),
+            "chosen_tokens": float(chosen.sum()),
+            "rejected_tokens": float(rejected.sum()),
+        }
+        weights["tokens"] = weights["chosen_tokens"] + weights["rejected_tokens"]
+        means = {name: values[-1] for name, values in self._metrics[mode].items()}
+        num_tokens = means.pop("num_tokens")
+        if mode == "eval":
+            means["loss"] = loss.item()
+        for name, mean in means.items():
+            weight = weights[PER_TOKEN.get(name, "pairs")] if real else 0.0
+            sums = self._sums[mode].setdefault(name, [0.0, 0.0])
+            sums[0] += mean * weight if real else 0.0
+            sums[1] += weight
+        self._sums[mode]["num_tokens"] = [num_tokens, 0.0]
+
+    def _take_means(self, mode: str) -> dict[str, float]:
+        """The means since the last log over all ranks; every rank must call it. Empty where nothing was computed."""
+        sums, self._sums[mode] = self._sums[mode], {}
+        if not sums:
+            return {}
+        table = torch.tensor(list(sums.values()), dtype=torch.float64, device=self._table_device())
+        totals = self.accelerator.reduce(table, reduction="sum").tolist()
+        named = dict(zip(sums, totals, strict=True))
+        tokens = named.pop("num_tokens")[0]
+        return {name: total / max(count, 1.0) for name, (total, count) in named.items()} | {"num_tokens": tokens}
+
+    def _table_device(self) -> torch.device:
+        # MPS has no float64; there is one process then, and nothing to send.
+        return torch.device("cpu") if self.accelerator.device.type == "mps" else self.accelerator.device
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log with our means. Collective."""
+        mode = "train" if self.model.training else "eval"
+        means = self._take_means(mode)
+        means.pop("loss", None)
+        self._metrics[mode] = defaultdict(list, {name: [mean] for name, mean in means.items()})
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """transformers' loop; the loss is the mean over real pairs."""
+        self._sums["eval"] = {}
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self._sums["eval"]["loss"]
+        total = torch.tensor(sums, dtype=torch.float64, device=self._table_device())
+        loss, pairs = self.accelerator.reduce(total, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / pairs
+        return output
+
+    # -- weights ---------------------------------------------------------------------------------------------------
+
+    def save_weights(self, folder: Path) -> None:
+        """Writes model or adapter and tokenizer, safetensors and JSON only; the folder appears whole. Collective."""
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.accelerator.is_main_process:
+            with new_folder(folder) as part:
+                model = self.accelerator.unwrap_model(self.model)
+                model.save_pretrained(part, state_dict=state)
+                self.processing_class.save_pretrained(part)
+                (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+        self.accelerator.wait_for_everyone()
