@@ -1,0 +1,43 @@
+"""A whole preference-training run in minutes on two CPU cores, nothing downloaded; the result is judged exactly.
+
+    accelerate launch recipes/dpo_quickstart.py
+
+A small GPT-2 is first taught to answer small requests, as often kindly as curtly. DPO then teaches it to be kind.
+"""
+
+from dpokit.quickstart import main
+
+DEFAULTS = {
+    "output_dir": "runs/dpo_quickstart",
+    # Both are made at the first start and kept.
+    "model_name_or_path": "runs/quickstart_base",
+    "dataset_name": "runs/quickstart_corpus",
+    # The longest pair has fewer tokens; nothing is cut.
+    "max_length": 128,
+    # DPO alone reaches 100 % reward accuracy while the answers fall apart; the SFT term on the chosen answer keeps them
+    # whole.
+    "loss_type": ["sigmoid", "sft"],
+    "loss_weights": [1.0, 1.0],
+    "beta": 0.1,
+    # A model of under a million parameters takes, and needs, a higher rate than a real one.
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 50,
+    "max_steps": 100,
+    "gradient_checkpointing": False,
+    "eval_strategy": "steps",
+    "eval_steps": 25,
+    "save_strategy": "steps",
+    "save_steps": 25,
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "logging_steps": 5,
+    # The quickstart may be run again and again.
+    "overwrite_run": True,
+}
+
+if __name__ == "__main__":
+    main(__file__, DEFAULTS)
