@@ -2,7 +2,8 @@
 
     accelerate launch recipes/dpo_gpt2.py
     accelerate launch recipes/dpo_gpt2.py --config recipes/presets/gpt2_hh_512.yaml
-    accelerate launch recipes/dpo_gpt2.py --use_peft --learning_rate 1e-4 --dataset_name pairs.jsonl --eval_fraction 0.05
+    accelerate launch recipes/dpo_gpt2.py --dataset_name pairs.jsonl --eval_fraction 0.05
+    accelerate launch recipes/dpo_gpt2.py --use_peft --learning_rate 1e-4 --output_dir runs/gpt2_lora
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/dpo_gpt2.py
 
 Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments works; `--help` lists them.
@@ -30,8 +31,8 @@ DEFAULTS = {
     # Preference pairs are memorised early: more epochs mostly move the training metrics.
     "num_train_epochs": 1,
     "beta": 0.1,
-    # Pure DPO may lower the chosen answers' log-probs too, as long as the rejected ones fall faster. A small SFT term on
-    # the chosen answers holds them; set loss_type to sigmoid for the plain loss.
+    # Pure DPO may lower the chosen answers' log-probs too, as long as the rejected ones fall faster. A small SFT term
+    # on the chosen answers holds them; set loss_type to sigmoid for the plain loss.
     "loss_type": ["sigmoid", "sft"],
     "loss_weights": [1.0, 0.1],
     # Activations of a 124M model fit on any GPU; recomputing them would cost a fifth of the speed.

@@ -7,7 +7,7 @@
       MachineError          precision, devices, number of processes
       RunFolderError        a run folder that is taken, foreign or cannot be written
 
-All of them end a run with exit code 2 and one message on rank 0; anything else is a bug of ours and keeps its traceback.
+All of them end a run with exit code 2 and one message on rank 0; anything else is our bug and keeps its traceback.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""The quickstart: a world small enough to judge exactly. Corpus and base model first, then an ordinary run, then proof."""
+"""The quickstart: a world small enough to judge exactly. Corpus and base model, then an ordinary run, then proof."""
 
 import json
 import sys

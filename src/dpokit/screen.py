@@ -5,12 +5,14 @@ import os
 import sys
 import warnings
 
+from transformers.utils.logging import disable_progress_bar
+
 from dpokit.world import is_main_process
 
 # (start of the message, why a user need not see it, delete when)
 NOISE = (
     # TRL's own default, True, meets a rename in transformers 5.x. Delete when TRL sets activation_checkpointing.
-    r"`gradient_checkpointing.*` is deprecated and will be removed in v6",
+    r"`(is_)?gradient_checkpointing.*` is deprecated and will be removed in v6",
     # torch's checkpointing speaks of the frozen reference and of eval, where no input needs a gradient: as meant.
     r"None of the inputs have requires_grad=True",
     # DataLoader with pin_memory on a CPU machine. Delete when transformers asks the accelerator first.
@@ -20,20 +22,34 @@ NOISE = (
 )
 
 
-class _NoKernelsHub(logging.Filter):
+LOGGED_NOISE = (
     # bitsandbytes looks for an optional faster CPU kernel at import, 4-bit or not; its own works. Delete when it asks
     # only on use.
+    ("bitsandbytes", "kernels-community"),
+    # Weights tied to the embedding are stored once, and tied again when the best checkpoint is loaded. Delete when
+    # transformers knows its own tied weights there.
+    ("transformers.trainer", "There were missing keys in the checkpoint model loaded: ['lm_head.weight']"),
+)
+
+
+class _Without(logging.Filter):
+    """Lets every record pass that does not hold the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
     def filter(self, record: logging.LogRecord) -> bool:
-        return "kernels-community" not in record.getMessage()
+        return self.text not in record.getMessage()
 
 
 def quiet_dependencies() -> None:
     """Called once before anything heavy is built; errors and unknown warnings still show."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("bitsandbytes").addFilter(_NoKernelsHub())
-    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.backends.utils"):
-        logging.getLogger(name).addFilter(_NoKernelsHub())
+    for name, text in LOGGED_NOISE:
+        logging.getLogger(name).addFilter(_Without(text))
+    disable_progress_bar()  # of reading and writing weights: a bar a file, on every save
     if not is_main_process():
         warnings.simplefilter("ignore")
         os.environ["TQDM_DISABLE"] = "1"

@@ -146,7 +146,7 @@ class _Parser(TrlParser):
     def parse_mapping(self, values: Mapping[str, Any], layer: str) -> dict[str, Any]:
         """A recipe's or a YAML file's mapping, through the same parser as the command line."""
         words: list[str] = []
-        nothing = {}
+        nothing: dict[str, Any] = {}
         for name, value in values.items():
             if name not in self.names():
                 raise self._unknown(f"--{name}", layer)

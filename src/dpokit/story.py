@@ -10,7 +10,7 @@ from importlib.metadata import version
 from netrc import netrc
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.data.doctor import print_report
@@ -65,7 +65,7 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     run = RunDir(settings.training.output_dir)
     checkpoint = _on_main_process(lambda: claim_folder(run, settings))
     with keep_record(run, settings, world_size):
-        tokenizer, trainer, data = build_trainer(run, settings)
+        trainer, data = build_trainer(run, settings)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
         best = find_best(trainer)
@@ -78,7 +78,7 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     return run
 
 
-def build_trainer(run: RunDir, settings: Settings) -> tuple[PreTrainedTokenizerBase, PairTrainer, PreparedData]:
+def build_trainer(run: RunDir, settings: Settings) -> tuple[PairTrainer, PreparedData]:
     """Data, models and trainer of a run; writes data.json and shows its table."""
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
@@ -110,7 +110,7 @@ def build_trainer(run: RunDir, settings: Settings) -> tuple[PreTrainedTokenizerB
         trainer.remove_callback(noisy)
     for callback in (EpochCallback(trainer), MetricsCallback(run), ScreenCallback()):
         trainer.add_callback(callback)
-    return tokenizer, trainer, data
+    return trainer, data
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -47,7 +48,7 @@ def _read_accelerate_command(words: list[str]) -> tuple[int, str] | None:
     if asked.num_processes is not None:
         return asked.num_processes, f"accelerate launch --num_processes {asked.num_processes}"
     config_file = asked.config_file or default_config_file
-    if not os.path.isfile(config_file):
+    if not Path(config_file).is_file():
         return None
     with open(config_file) as file:
         number = (yaml.safe_load(file) or {}).get("num_processes")

@@ -1,4 +1,4 @@
-"""Published layouts of preference data -> `Pair`. A layout is recognised from its rows, never from its name. No torch."""
+"""Published layouts of preference data -> `Pair`. A layout is recognised by its rows, never by its name. No torch."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ class Pair:
     source: str = ""
 
 
-class Unusable(Exception):
+class UnusableError(Exception):
     """A row that is no preference pair; the argument is the reason, one word for data.json."""
 
 
@@ -88,13 +88,13 @@ def _is_messages(value: Any) -> bool:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise Unusable("missing_text")
+        raise UnusableError("missing_text")
     return value
 
 
 def _messages(value: Any) -> Messages:
     if not _is_messages(value):
-        raise Unusable("missing_text")
+        raise UnusableError("missing_text")
     return [{"role": str(m["role"]), "content": _text(m["content"])} for m in value]
 
 
@@ -109,7 +109,7 @@ def _is_text(value: Any) -> bool:
 def _split_transcript(text: str) -> tuple[str, str]:
     before, mark, answer = text.rpartition(ASSISTANT)
     if not mark:
-        raise Unusable("no_answer_turn")
+        raise UnusableError("no_answer_turn")
     return before + mark, answer
 
 
@@ -119,7 +119,7 @@ def _pair_from_transcripts(row: Row) -> Pair:
     prompt, chosen = _split_transcript(_text(row["chosen"]))
     other_prompt, rejected = _split_transcript(_text(row["rejected"]))
     if prompt != other_prompt:
-        raise Unusable("different_prompts")
+        raise UnusableError("different_prompts")
     return Pair(prompt, chosen, rejected)
 
 
@@ -142,9 +142,9 @@ def _pair_from_common_beginning(row: Row) -> Pair:
 def _pair_from_conversations(prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
     """Two conversations that share everything but their last, the assistant's, message."""
     if prompt + chosen[:-1] != prompt + rejected[:-1]:
-        raise Unusable("different_prompts")
+        raise UnusableError("different_prompts")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
-        raise Unusable("no_answer_turn")
+        raise UnusableError("no_answer_turn")
     return Pair(prompt + chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 

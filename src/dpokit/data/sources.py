@@ -4,7 +4,7 @@ import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
@@ -13,7 +13,7 @@ from dpokit.errors import DataError, find_disk_trouble
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 def load_splits(name: str | None, config: str | None, *, streaming: bool) -> dict[str, Rows]:
@@ -64,7 +64,9 @@ def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
         remedy = f"--{flag} {next(iter(splits))}"
         if flag == "dataset_test_split":
             remedy = "name one of them with --dataset_test_split, hold out a part of the training rows with "
-            remedy += "--eval_fraction 0.05, or do without evaluation: --eval_strategy no --load_best_model_at_end false"
+            remedy += (
+                "--eval_fraction 0.05, or do without evaluation: --eval_strategy no --load_best_model_at_end false"
+            )
         raise DataError(f"there is no split {split!r}; there is {', '.join(splits)}", expected=f"--{flag}", do=remedy)
     return splits[split]
 
@@ -127,7 +129,7 @@ def check_text_file(path: Path, *, as_json_lines: bool) -> None:
 
     number, last = 0, ""
     try:
-        for number, last in _numbered_lines(path):  # noqa: B007 - the last values are what an error speaks of
+        for number, last in _numbered_lines(path):  # both are what an error speaks of
             if as_json_lines and number == 1 and last.lstrip().startswith("["):
                 return  # one JSON list, not JSON lines: the loader reads it whole
             if as_json_lines and last.strip():

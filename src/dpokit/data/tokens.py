@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.formats import Format, Messages, Pair, Unusable, parse_transcript, render_transcript
+from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
 from dpokit.errors import ModelError
 
 Ids = list[int]
@@ -33,7 +33,7 @@ def cut(prompt: Ids, chosen: Ids, rejected: Ids, limits: Limits, *, keep_first: 
         keep_first: the prompt's first token is a BOS, which stays.
 
     Raises:
-        Unusable: `no_room` where the limits leave no prompt token and answer token.
+        UnusableError: `no_room` where the limits leave no prompt token and answer token.
     """
     chosen, rejected = chosen[: limits.answer_tokens], rejected[: limits.answer_tokens]
     fixed = int(keep_first)
@@ -45,10 +45,10 @@ def cut(prompt: Ids, chosen: Ids, rejected: Ids, limits: Limits, *, keep_first: 
         chosen, rejected = chosen[: max(answer_room, 0)], rejected[: max(answer_room, 0)]
     if len(prompt) > room:
         if room <= fixed:
-            raise Unusable("no_room")
+            raise UnusableError("no_room")
         prompt = prompt[:fixed] + prompt[len(prompt) - room + fixed :]
     if not chosen or not rejected:
-        raise Unusable("no_room")
+        raise UnusableError("no_room")
     return prompt, chosen, rejected
 
 
@@ -68,7 +68,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self.eos: str = tokenizer.eos_token
         self.is_chat = tokenizer.chat_template is not None
-        self.lead, self.tail = self._probe_template() if self.is_chat else ("", self.eos)
+        self.lead: str = ""
+        self.tail: str = self.eos
+        if self.is_chat:
+            self.lead, self.tail = self._probe_template()
 
     def _probe_template(self) -> tuple[str, str]:
         """What the template puts before an answer (a think block, say) and after it, up to what ends the turn."""
@@ -100,10 +103,10 @@ class Renderer:
         return prompt if isinstance(prompt, str) else render_transcript(prompt)
 
     def answer(self, answer: str, prompt: str | Messages) -> str:
-        """The answer's text with its end, EOS exactly once. Raises: Unusable for one without a word."""
+        """The answer's text with its end, EOS exactly once. Raises: UnusableError for one without a word."""
         answer = answer.removesuffix(self.eos)
         if not answer.strip():
-            raise Unusable("empty_answer")
+            raise UnusableError("empty_answer")
         if self.is_chat:
             return self.lead + answer.strip() + self.tail
         if not isinstance(prompt, str):
@@ -144,10 +147,10 @@ class Encoder:
             chosen = self.renderer.answer(pair.chosen, pair.prompt)
             rejected = self.renderer.answer(pair.rejected, pair.prompt)
             if not prompt:
-                raise Unusable("empty_prompt")
+                raise UnusableError("empty_prompt")
             if chosen == rejected:
-                raise Unusable("equal_answers")
-        except Unusable as reason:
+                raise UnusableError("equal_answers")
+        except UnusableError as reason:
             return ("", "", ""), str(reason)
         return (prompt, chosen, rejected), ""
 
@@ -186,9 +189,9 @@ class Encoder:
         try:
             short = cut(*ids, self.limits, keep_first=keep_first)
             if short[1] == short[2]:
-                raise Unusable("equal_after_cut")
-        except Unusable as unusable:
-            return ([], [], []), str(unusable), ""
+                raise UnusableError("equal_after_cut")
+        except UnusableError as error:
+            return ([], [], []), str(error), ""
         parts = ["prompt"] if len(short[0]) < len(ids[0]) else []
         parts += ["answer"] if len(short[1]) < len(ids[1]) or len(short[2]) < len(ids[2]) else []
         return short, "", " ".join(parts)

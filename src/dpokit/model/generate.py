@@ -1,4 +1,4 @@
-"""Sampling answers: the one place."""
+"""Sampling of answers: the one place."""
 
 from collections.abc import Sequence
 
@@ -18,33 +18,46 @@ def generate_answers(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[str]:
-    """One answer to each prompt, in the prompts' order.
-
-    The model's own habits (top-k, penalties) are switched off, so that what is sampled is what was trained. The global
-    torch RNG and the model's mode are afterwards as they were.
+    """One answer for each rendered prompt, without prompt and special tokens, its leading space kept.
 
     Args:
-        prompts: rendered texts: a chat template's output, or an HH transcript that ends with "\\n\\nAssistant:".
-        max_new_tokens: an answer without an end is cut here.
-        temperature: 0 always takes the likeliest token, and then `top_p` and `seed` mean nothing.
-        seed: with the same seed and batch size come the same answers.
-
-    Returns:
-        The answers' text, without prompt and special tokens, with the leading space.
+        model: a causal LM; its mode is restored afterwards.
+        tokenizer: with EOS and padding tokens.
+        prompts: as the model shall meet them: chat template applied, or an HH transcript.
+        max_new_tokens: most tokens of an answer; EOS ends it earlier.
+        temperature: 0 is greedy.
+        top_p: share of the probability mass that is sampled from.
+        seed: repeats the answers for the same prompts and batch size; torch's own random state is left alone.
     """
-    settings = _build_settings(model, tokenizer, max_new_tokens, temperature, top_p)
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    answers: list[str] = []
-    was_training = model.training
+    options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    generation = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **options,
+    )
+    was_training, side = model.training, tokenizer.padding_side
     model.eval()
+    tokenizer.padding_side = "left"
+    answers: list[str] = []
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            for start in range(0, len(encoded), batch_size):
-                ids, mask = pad_left(encoded[start : start + batch_size], settings.pad_token_id)
-                ids, mask = ids.to(model.device), mask.to(model.device)
-                whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-                answers += tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
+            for start in range(0, len(prompts), batch_size):
+                batch = list(prompts[start : start + batch_size])
+                # A chat template has written the BOS already; a second one would be met nowhere else.
+                has_bos = bool(tokenizer.bos_token) and batch[0].startswith(tokenizer.bos_token)
+                inputs = tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=not has_bos)
+                inputs = inputs.to(model.device)
+                ids = model.generate(
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    generation_config=generation,
+                )
+                new = ids[:, inputs["input_ids"].shape[1] :]
+                answers += tokenizer.batch_decode(new, skip_special_tokens=True)
     finally:
         model.train(was_training)
+        tokenizer.padding_side = side
     return answers

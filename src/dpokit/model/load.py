@@ -70,19 +70,21 @@ def build_peft_config(settings: Settings) -> PeftConfig | None:
 
 
 def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
-    """Most tokens a pair may have: `--max_length`, else the model's positions; None where both have no limit.
+    """Most tokens a pair may have: `--max_length`, else TRL's default or the model's positions, whichever is less.
 
     Raises: SettingsError where more is asked for than the model has positions.
     """
     positions: int | None = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     asked = settings.training.max_length
-    if asked is not None and positions is not None and asked > positions:
+    if asked is None or positions is None:
+        return asked or positions
+    if asked > positions and "max_length" in settings.origins:
         raise SettingsError(
             f"max_length is {asked}, but the model has only {positions} positions",
             expected=f"at most {positions}",
             do=f"--max_length {positions}",
         )
-    return asked or positions
+    return min(asked, positions)
 
 
 def _load_causal_lm(settings: Settings) -> PreTrainedModel:

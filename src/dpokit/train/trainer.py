@@ -91,9 +91,7 @@ class PairTrainer(DPOTrainer):
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """All held-out pairs in order, each once."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
-        batches = Batches(
-            len(rows), per_device=self.args.eval_batch_size, world_size=self.accelerator.num_processes
-        )
+        batches = Batches(len(rows), per_device=self.args.eval_batch_size, world_size=self.accelerator.num_processes)
         return self._build_loader(rows, batches)
 
     def _build_loader(self, rows: Dataset, batches: Batches) -> DataLoader[Any]:

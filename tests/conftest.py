@@ -1,0 +1,131 @@
+"""What all tests share: small tokenizers and models made on the spot, pairs, and real data where it is at hand."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a slip must fail fast
+
+ROOT = Path(__file__).parent.parent
+SHARED = Path(os.environ.get("DPOKIT_SHARED", ROOT.parent / "shared"))
+
+SENTENCES = [
+    "\n\nHuman: How do I bake bread?\n\nAssistant: Mix flour, water, salt and yeast, then wait and bake.",
+    "\n\nHuman: What is the capital of France?\n\nAssistant: The capital of France is Paris.",
+    "\n\nHuman: Please help me with my garden.\n\nAssistant: I would start with good soil and a plan.",
+    "The sky is blue. The sky is green. Yes, of course! No, not again.",
+    "It is better to ask twice than to lose your way once, said the old teacher.",
+]
+
+# As Qwen2 has it: ChatML, the EOS ends the turn, a newline follows it.
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="takes minutes: --slow"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """accelerate keeps its state in singletons: each test builds its own."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    yield
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder with real HH rows and the real GPT-2 tokenizer."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real data at {SHARED} (set DPOKIT_SHARED)")
+    return SHARED
+
+
+def build_tokenizer(special: list[str], **names: str):
+    """A byte-level BPE of some 400 tokens, always the same."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(SENTENCES, vocab_size=400, special_tokens=special, show_progress=False)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, **names)
+
+
+@pytest.fixture(scope="session")
+def plain_tokenizer():
+    """A stand-in for GPT-2's: no chat template, one special token."""
+    end = "<|endoftext|>"
+    return build_tokenizer([end], bos_token=end, eos_token=end, pad_token=end)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """A stand-in for Qwen2's."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = build_tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory, plain_tokenizer) -> Path:
+    """A random GPT-2 of 2 layers with the plain tokenizer, as a model folder."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny_gpt2")
+    torch.manual_seed(0)
+    end = plain_tokenizer.eos_token_id
+    size = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 256, "vocab_size": len(plain_tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=end, eos_token_id=end)).save_pretrained(folder)
+    plain_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer) -> Path:
+    """A random Qwen2 of 2 layers with the chat tokenizer, as a model folder."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_qwen2")
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "vocab_size": len(chat_tokenizer)}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    Qwen2ForCausalLM(Qwen2Config(**size, **heads)).save_pretrained(folder)
+    chat_tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(path: Path, number: int) -> Path:
+    """HH-form pairs with distinct prompts and answers of varied lengths."""
+    with path.open("w") as file:
+        for i in range(number):
+            prompt = f"\n\nHuman: How do I bake {'good ' * (i % 5)}bread number {i}?\n\nAssistant:"
+            chosen = " Mix flour, water and salt." + " Then wait." * (i % 4)
+            rejected = " No, not again." + " Ask the old teacher." * (i % 3)
+            file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")
+    return path
+
+
+@pytest.fixture
+def pairs_file(tmp_path: Path) -> Path:
+    """40 pairs, JSONL."""
+    return write_pairs(tmp_path / "pairs.jsonl", 40)
