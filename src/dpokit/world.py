@@ -35,8 +35,12 @@ def find_asked_processes() -> tuple[int, str] | None:
             words = parent.cmdline()
         except psutil.Error:
             continue
-        if "launch" in words and any("accelerate" in word for word in words[: words.index("launch")]):
-            return _read_accelerate_command(words[words.index("launch") + 1 :])
+        for place, word in enumerate(words):
+            name = Path(word).name
+            if name in ("accelerate-launch", "accelerate.commands.launch"):
+                return _read_accelerate_command(words[place + 1 :])
+            if name == "accelerate" and words[place + 1 : place + 2] == ["launch"]:
+                return _read_accelerate_command(words[place + 2 :])
     return None
 
 

@@ -164,13 +164,12 @@ def _count_shortened(split: Dataset, tally: Tally) -> Dataset:
 def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: int) -> IterableDataset:
     names = list(next(iter(rows)))
     encoded = rows.map(encoder, batched=True, batch_size=256, with_indices=True, remove_columns=names)
-    kept = encoded.filter(lambda row: tally.add(row["dropped"], row["cut"])).remove_columns(["dropped", "cut"])
+    # A stream is begun anew by every look at its first rows and by every epoch; each row counts once.
+    kept = encoded.filter(
+        lambda row: tally.add(row["dropped"], row["cut"]) if row["row"] >= tally.rows else not row["dropped"]
+    ).remove_columns(["dropped", "cut"])
     if not any(True for _ in kept.take(1)):
         raise _no_pair_left(tally)
-    # The look at the first pair above is counted anew when the training reads it.
-    tally.rows = 0
-    tally.dropped.clear()
-    tally.shortened.clear()
     return kept.shuffle(seed=seed, buffer_size=STREAM_BUFFER_ROWS)
 
 

@@ -1,0 +1,105 @@
+"""Under the real launchers: one process, two, and what happens when they are not as many as were asked for."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, write_pairs
+
+RECIPE = str(ROOT / "recipes" / "dpo_gpt2.py")
+TWO = ["--config_file", str(ROOT / "accelerate_configs" / "ddp_cpu.yaml")]
+ONE = ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
+
+
+def launch(launcher: list[str], *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, RECIPE, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weights(tiny_gpt2, tmp_path):
+    """31 training and 7 held-out pairs: neither divides by the batch, so last steps are uneven on the ranks."""
+    from safetensors.torch import load_file
+
+    data = tmp_path / "data"
+    data.mkdir()
+    write_pairs(data / "train.jsonl", 31)
+    write_pairs(data / "test.jsonl", 7)
+    flags = [
+        *("--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(data), "--num_train_epochs", "2"),
+        *("--logging_steps", "1", "--max_length", "96", "--learning_rate", "1e-3", "--warmup_steps", "0"),
+        *("--loss_type", "sigmoid", "--loss_weights", "1.0", "--eval_steps", "2", "--save_steps", "2"),
+    ]
+    one = [*flags, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
+    two = [*flags, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
+    for launcher, given in ((ONE, one), (TWO, two)):
+        done = launch(launcher, *given, "--gradient_accumulation_steps", "2", "--per_device_eval_batch_size", "2")
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["world_size"] == 2
+    pairs = list(zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True))
+    assert len(pairs) == 8
+    timing = ("seconds", "runtime", "per_second", "total_flos")
+    for a, b in pairs:
+        assert a.keys() == b.keys()
+        for name in a:
+            if not any(word in name for word in timing):
+                assert a[name] == pytest.approx(b[name], rel=2e-4, abs=2e-6), (a["step"], name)
+    weights = [load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two")]
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).abs().max() < 2e-5, name
+
+
+def test_two_processes_asked_of_a_launcher_that_starts_one_are_refused(tiny_gpt2, pairs_file, tmp_path):
+    done = launch(
+        ["--cpu", "--num_processes", "2"],
+        *("--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file)),
+        *("--output_dir", str(tmp_path / "run"), "--eval_fraction", "0.2", "--max_length", "96"),
+    )
+    assert done.returncode != 0
+    assert "2 processes were asked for (accelerate launch --num_processes 2), but 1 is training" in done.stderr
+    assert "ddp_cpu.yaml" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_flag_is_one_message_without_a_traceback_and_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, RECIPE, "--learning_rat", "1e-4"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert "did you mean learning_rate?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one_process", "two_processes"])
+def test_a_twelve_layer_gpt2_trains_on_real_hh_rows(launcher, shared, tmp_path):
+    """Random weights, real tokenizer and rows, GPT-2's own depth; the width is GPT-2's too."""
+    import torch
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer")
+    model = tmp_path / "gpt2"
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    done = launch(
+        launcher,
+        *("--model_name_or_path", str(model), "--dataset_name", str(shared / "data" / "hh-rlhf" / "harmless-base")),
+        *("--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--max_length", "96", "--logging_steps", "1"),
+        *("--max_eval_samples", "8", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
+        *("--eval_steps", "3", "--save_strategy", "no", "--load_best_model_at_end", "false"),
+        *("--per_device_eval_batch_size", "4", "--loss_type", "sigmoid", "--loss_weights", "1.0"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    data = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert data["train"]["dropped"] == {"different_prompts": 4, "empty_answer": 1}
+    seen = records(tmp_path / "run")
+    assert [record["step"] for record in seen] == [1, 2, 3]
+    assert seen[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert seen[-1]["eval_loss"] > 0
