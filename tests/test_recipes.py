@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -108,7 +109,7 @@ def test_a_documented_command_names_what_exists(command):
         assert (ROOT / words[1]).is_file()
         return
     position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
-    for launcher_flag, value in zip(words[2:position], words[3:position], strict=False):
+    for launcher_flag, value in pairwise(words[2:position]):
         if launcher_flag == "--config_file":
             assert (ROOT / value).is_file()
     flags = [str(ROOT / w) if w.startswith("recipes/presets") else w for w in words[position + 1 :]]

@@ -314,6 +314,8 @@ def check_agreement(data: DataArguments, training: DPOConfig) -> None:
             "a test split, or no streaming",
             "--dataset_test_split NAME --max_eval_samples 1000, or --dataset_streaming false",
         )
+    if data.dataset_streaming and training.eval_strategy != "no" and data.max_eval_samples is None:
+        refuse("a streamed evaluation split has no known end", "max_eval_samples", "--max_eval_samples 1000")
     if data.dataset_streaming and training.precompute_ref_log_probs:
         refuse("a streamed dataset cannot be gone through ahead of the run", "one of the two", "drop either flag")
     if training.dataloader_num_workers and data.dataset_streaming:

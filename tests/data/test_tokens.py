@@ -1,0 +1,222 @@
+"""Token dumps, row by row, for every published layout with a plain and a chat tokenizer; the rules of the cut."""
+
+import copy
+import random
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import decoders as decoding
+from transformers import PreTrainedTokenizerFast
+
+from dpokit.data.formats import FORMATS, UnusableError, find_format
+from dpokit.data.tokens import Encoder, Limits, Renderer, cut
+from dpokit.errors import DataError, ModelError
+
+ASKED = "How do I bake bread?"
+YES, NO = "Mix flour and wait.", "No, not again."
+HH = f"\n\nHuman: {ASKED}\n\nAssistant:"
+USER = {"role": "user", "content": ASKED}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+TURNS = [USER, assistant("What kind?"), {"role": "user", "content": "Rye."}]
+HH_TURNS = "\n\nHuman: How do I bake bread?\n\nAssistant: What kind?\n\nHuman: Rye.\n\nAssistant:"
+CHAT = f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
+CHAT_TURNS = (
+    f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\nWhat kind?<|im_end|>\n"
+    "<|im_start|>user\nRye.<|im_end|>\n<|im_start|>assistant\n"
+)
+SKY = "The sky is"
+
+# layout -> (row, what a plain tokenizer's model meets, what a chat model meets): prompt, chosen, rejected
+DUMPS = {
+    "HH prompt": (
+        {"prompt": HH, "response": f" {YES}", "chosen": f" {YES}", "rejected": f" {NO}"},
+        (HH, f" {YES}", f" {NO}"),
+        (CHAT, YES, NO),
+    ),
+    "explicit, plain": (
+        {"prompt": SKY, "chosen": " blue.", "rejected": " green."},
+        (SKY, " blue.", " green."),
+        (CHAT.replace(ASKED, SKY), "blue.", "green."),
+    ),
+    "explicit, conversational": (
+        {"prompt": TURNS, "chosen": [assistant(YES)], "rejected": [assistant(NO)]},
+        (HH_TURNS, f" {YES}", f" {NO}"),
+        (CHAT_TURNS, YES, NO),
+    ),
+    "UltraFeedback": (
+        {
+            "prompt": ASKED,
+            "chosen": [USER, assistant(YES)],
+            "rejected": [USER, assistant(NO)],
+            "score_chosen": 8.0,
+            "score_rejected": 2.0,
+        },
+        (HH, f" {YES}", f" {NO}"),
+        (CHAT, YES, NO),
+    ),
+    "implicit, conversational": (
+        {"chosen": [*TURNS, assistant(YES)], "rejected": [*TURNS, assistant(NO)]},
+        (HH_TURNS, f" {YES}", f" {NO}"),
+        (CHAT_TURNS, YES, NO),
+    ),
+    "HH transcript": (
+        # Both answers begin alike: a common beginning would cut into them.
+        {"chosen": f"{HH_TURNS} No, mix it.", "rejected": f"{HH_TURNS} No, not again."},
+        (HH_TURNS, " No, mix it.", " No, not again."),
+        (CHAT_TURNS, "No, mix it.", "No, not again."),
+    ),
+    "implicit, plain": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is black."},
+        (SKY, " blue.", " black."),
+        (CHAT.replace(ASKED, SKY), "blue.", "black."),
+    ),
+}
+
+
+def encode(tokenizer, row: dict, limits: Limits = Limits()) -> dict:
+    encoder = Encoder(Renderer(tokenizer), find_format([row], "test"), limits)
+    columns = encoder({name: [value] for name, value in row.items()}, [0])
+    return {name: values[0] for name, values in columns.items()}
+
+
+def test_every_layout_has_a_dump():
+    assert {layout.name for layout in FORMATS} == set(DUMPS)
+
+
+@pytest.mark.parametrize("name", DUMPS)
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+def test_a_row_becomes_exactly_these_tokens(name, kind, plain_tokenizer, chat_tokenizer):
+    row, plain, chat = DUMPS[name]
+    tokenizer, expected = (plain_tokenizer, plain) if kind == "plain" else (chat_tokenizer, chat)
+    assert find_format([row], "test").name == name
+    ids = encode(tokenizer, row)
+    assert ids["dropped"] == ""
+    for column, text in zip(("prompt_ids", "chosen_ids", "rejected_ids"), expected, strict=True):
+        if column != "prompt_ids":
+            # EOS once, at the end, and nothing of a BOS before the answer.
+            assert ids[column].count(tokenizer.eos_token_id) == 1
+            text += tokenizer.eos_token
+        assert tokenizer.decode(ids[column]) == text
+        assert ids[column] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids["prompt_ids"] == tokenizer(expected[0])["input_ids"]  # what the model sees at inference
+
+
+def test_an_answer_that_already_ends_with_eos_ends_with_it_once(plain_tokenizer):
+    end = plain_tokenizer.eos_token
+    ids = encode(plain_tokenizer, {"prompt": SKY, "chosen": f" blue.{end}", "rejected": " green."})
+    assert ids["chosen_ids"].count(plain_tokenizer.eos_token_id) == 1
+
+
+def test_a_shortened_answer_has_no_eos_and_a_shortened_prompt_keeps_its_end(plain_tokenizer):
+    row = DUMPS["HH prompt"][0]
+    whole, short = encode(plain_tokenizer, row), encode(plain_tokenizer, row, Limits(4, 3, None))
+    assert short["prompt_ids"] == whole["prompt_ids"][-4:]
+    assert short["chosen_ids"] == whole["chosen_ids"][:3]
+    assert plain_tokenizer.eos_token_id not in short["chosen_ids"]
+    assert short["cut"] == "prompt answer"
+
+
+def test_a_bos_of_the_tokenizer_opens_the_prompt_alone_and_survives_the_cut(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template, tokenizer.bos_token = None, "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    ids = encode(tokenizer, DUMPS["HH prompt"][0], Limits(4, None, None))
+    assert ids["prompt_ids"][0] == tokenizer.bos_token_id
+    assert len(ids["prompt_ids"]) == 4
+    assert tokenizer.bos_token_id not in ids["prompt_ids"][1:] + ids["chosen_ids"] + ids["rejected_ids"]
+
+
+def test_a_tokenizer_that_closes_every_text_with_eos_leaves_the_prompt_open(plain_tokenizer):
+    tokenizer = copy.deepcopy(plain_tokenizer)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end[0]}", special_tokens=[end]
+    )
+    assert encode(tokenizer, DUMPS["HH prompt"][0])["prompt_ids"][-1] != tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_writes_a_space_before_every_text_does_not_double_it():
+    pieces = ["<unk>", "</s>", "▁", *(f"▁{word}" for word in ("The", "sky", "is", "blue.", "green."))]
+    backend = Tokenizer(models.Unigram([(piece, 0.0 - i / 10) for i, piece in enumerate([*pieces, "\n"])], unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoding.Metaspace(prepend_scheme="always")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    ids = encode(tokenizer, {"prompt": SKY, "chosen": " blue.", "rejected": " green."})
+    assert tokenizer.convert_ids_to_tokens(ids["chosen_ids"]) == ["▁blue.", "</s>"]
+
+
+def test_a_think_block_of_the_template_belongs_to_the_answer(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ message['content'] }}",
+    )
+    renderer = Renderer(tokenizer)
+    assert renderer.answer("Yes.", [USER]) == "<think></think>Yes.<|im_end|>"
+
+
+def test_a_turn_that_ends_with_another_special_token_than_eos_ends_there(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    assert Renderer(tokenizer).answer("Yes.", [USER]) == "Yes.<|im_end|>"
+
+
+def test_a_tokenizer_without_eos_is_refused(plain_tokenizer):
+    tokenizer = copy.deepcopy(plain_tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ModelError, match="no EOS"):
+        Renderer(tokenizer)
+
+
+def test_the_cut_keeps_its_promises_for_all_sizes():
+    draw = random.Random(0)
+    for _ in range(3000):
+        prompt, chosen, rejected = (list(range(draw.randint(1, 12))) for _ in range(3))
+        limits = Limits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
+        try:
+            p, c, r = cut(prompt, chosen, rejected, limits)
+        except UnusableError as error:
+            assert str(error) == "no_room"
+            assert limits.total_tokens is not None and limits.total_tokens < 2
+            continue
+        assert p == prompt[-len(p) :] and c == chosen[: len(c)] and r == rejected[: len(r)]
+        assert len(p) <= (limits.prompt_tokens or 99) and max(len(c), len(r)) <= (limits.answer_tokens or 99)
+        assert len(p) + max(len(c), len(r)) <= (limits.total_tokens or 99)
+        if len(c) < min(len(chosen), limits.answer_tokens or 99):
+            assert len(p) == 1, "an answer yields only when the prompt has yielded all but one token"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": SKY, "chosen": " ", "rejected": " green."}, "empty_answer"),
+        ({"prompt": SKY, "chosen": " green.", "rejected": " green."}, "equal_answers"),
+        ({"prompt": "", "chosen": " blue.", "rejected": " green."}, "empty_prompt"),
+        ({"chosen": f"{HH} Yes.", "rejected": f"{HH_TURNS} No."}, "different_prompts"),
+        ({"chosen": [*TURNS, USER], "rejected": [*TURNS, assistant(NO)]}, "no_answer_turn"),
+        ({"chosen": [USER, assistant(YES)], "rejected": [*TURNS, assistant(NO)]}, "different_prompts"),
+    ],
+)
+def test_an_unusable_row_is_dropped_with_its_reason(row, reason, plain_tokenizer):
+    assert encode(plain_tokenizer, row)["dropped"] == reason
+
+
+def test_a_null_in_a_sound_file_is_dropped_with_its_reason(plain_tokenizer):
+    rows = [{"prompt": SKY, "chosen": " blue.", "rejected": " green."}] * 3
+    rows.append({"prompt": SKY, "chosen": None, "rejected": " green."})
+    encoder = Encoder(Renderer(plain_tokenizer), find_format(rows, "test"), Limits())
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    assert encoder(columns, range(4))["dropped"] == ["", "", "", "missing_text"]
+
+
+def test_rows_of_no_known_layout_are_shown_with_what_was_looked_for():
+    with pytest.raises(DataError, match='"question": "why"') as error:
+        find_format([{"question": "why", "answer": "because"}], "my.jsonl")
+    assert all(layout.name in str(error.value) for layout in FORMATS)
