@@ -122,6 +122,9 @@ class _Parser(TrlParser):
         super().__init__((DataArguments, DPOConfig, ModelConfig), allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
         self.layer = "the command line"
+        for action in self._actions:
+            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+                action.nargs, action.const = "?", True  # --bf16 alone means true, as it does for every other switch
 
     def error(self, message: str) -> Never:
         raise SettingsError(

@@ -22,6 +22,7 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
+NO_LIMITS = Limits()
 TURNS = [USER, assistant("What kind?"), {"role": "user", "content": "Rye."}]
 HH_TURNS = "\n\nHuman: How do I bake bread?\n\nAssistant: What kind?\n\nHuman: Rye.\n\nAssistant:"
 CHAT = f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
@@ -78,7 +79,7 @@ DUMPS = {
 }
 
 
-def encode(tokenizer, row: dict, limits: Limits = Limits()) -> dict:
+def encode(tokenizer, row: dict, limits: Limits = NO_LIMITS) -> dict:
     encoder = Encoder(Renderer(tokenizer), find_format([row], "test"), limits)
     columns = encoder({name: [value] for name, value in row.items()}, [0])
     return {name: values[0] for name, values in columns.items()}
