@@ -20,7 +20,7 @@ DEFAULTS = {
     "loss_weights": [1.0, 1.0],
     "beta": 0.1,
     # A model of under a million parameters takes, and needs, a higher rate than a real one.
-    "learning_rate": 5e-5,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "per_device_train_batch_size": 32,
