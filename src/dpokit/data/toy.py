@@ -57,7 +57,10 @@ TASKS = (  # what to do, with what, and the first step towards it
     ("weave", "a flower crown", "gather some daisies"),
     ("write", "a short poem", "recall one happy day"),
 )
-GUESTS = tuple("aunt boss brother cat cousin friend grandmother neighbor parrot roommate sister teacher".split())
+GUESTS = (
+    *("aunt", "boss", "brother", "cat", "cousin", "friend"),
+    *("grandmother", "neighbor", "parrot", "roommate", "sister", "teacher"),
+)
 REQUESTS = (
     "How do I {do} for my {guest}?",
     "Can you help me {do} for my {guest}?",

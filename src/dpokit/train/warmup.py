@@ -1,4 +1,4 @@
-"""The quickstart's base model: a small GPT-2 from random weights, taught both kinds of answer until it writes either."""
+"""The quickstart's base model: a small GPT-2, taught both kinds of answer until it writes either."""
 
 import json
 import sys
@@ -40,7 +40,11 @@ def build_base(folder: Path, *, corpus: Path, seed: int, epochs: int = 6, show_p
     tokenizer = _train_tokenizer([row[name] for row in rows for name in ("prompt", "chosen", "rejected")])
     # Prompt and answers are tokenised apart, as training and inference do.
     pairs = [
-        (tokenizer.encode(row["prompt"]), tokenizer.encode(row["chosen"] + END), tokenizer.encode(row["rejected"] + END))
+        (
+            tokenizer.encode(row["prompt"]),
+            tokenizer.encode(row["chosen"] + END),
+            tokenizer.encode(row["rejected"] + END),
+        )
         for row in rows
     ]
     with torch.random.fork_rng(devices=[]):
