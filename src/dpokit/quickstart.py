@@ -19,7 +19,7 @@ from dpokit.story import train, user_errors
 from dpokit.train.warmup import build_base
 from dpokit.world import is_main_process
 
-TRAIN_PAIRS, EVAL_PAIRS = 3200, 400
+TRAIN_PAIRS, EVAL_PAIRS = 4200, 400
 SEED = 0
 # The longest answer of the grammar has 30-odd tokens; a broken one may run on and is then cut.
 MOST_NEW_TOKENS = 60

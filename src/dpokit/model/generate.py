@@ -1,6 +1,7 @@
 """Sampling of answers: the one place."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,42 +23,79 @@ def generate_answers(
 
     Args:
         model: a causal LM; its mode is restored afterwards.
-        tokenizer: with EOS and padding tokens.
+        tokenizer: with an EOS token.
         prompts: as the model shall meet them: chat template applied, or an HH transcript.
         max_new_tokens: most tokens of an answer; EOS ends it earlier.
         temperature: 0 is greedy.
         top_p: share of the probability mass that is sampled from.
         seed: repeats the answers for the same prompts and batch size; torch's own random state is left alone.
     """
-    options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
-    generation = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=model.generation_config.eos_token_id or tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        **options,
-    )
-    was_training, side = model.training, tokenizer.padding_side
-    model.eval()
-    tokenizer.padding_side = "left"
+    settings = _settings(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
     answers: list[str] = []
-    devices = [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
+    model.eval()
     try:
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
-            for start in range(0, len(prompts), batch_size):
-                batch = list(prompts[start : start + batch_size])
-                # A chat template has written the BOS already; a second one would be met nowhere else.
-                has_bos = bool(tokenizer.bos_token) and batch[0].startswith(tokenizer.bos_token)
-                inputs = tokenizer(batch, return_tensors="pt", padding=True, add_special_tokens=not has_bos)
-                inputs = inputs.to(model.device)
-                ids = model.generate(
-                    input_ids=inputs["input_ids"],
-                    attention_mask=inputs["attention_mask"],
-                    generation_config=generation,
-                )
-                new = ids[:, inputs["input_ids"].shape[1] :]
-                answers += tokenizer.batch_decode(new, skip_special_tokens=True)
+        with _own_randomness(model.device, seed):
+            for start in range(0, len(encoded), batch_size):
+                ids, mask = _pad_left(encoded[start : start + batch_size], settings.pad_token_id)
+                ids, mask = ids.to(model.device), mask.to(model.device)
+                whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+                answers += tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
     finally:
         model.train(was_training)
-        tokenizer.padding_side = side
     return answers
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A prompt's ids: one BOS where the tokenizer writes one, and never closed with EOS, which would end the prompt."""
+    has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
+    closed = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
+    return ids[:-1] if closed else ids
+
+
+def _pad_left(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask, both int64 (rows, tokens): every row ends in the last column, where generation goes on."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _settings(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> GenerationConfig:
+    # What is left out here, generate() takes from the model's generation_config.json, where chat models have top-k and
+    # penalties of their own. Their list of end tokens is the one thing to keep.
+    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    pad = tokenizer.pad_token_id
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,  # the Trainer switches it off in the model's config
+        eos_token_id=ends,
+        pad_token_id=pad if pad is not None else ends[0] if isinstance(ends, list) else ends,
+        **sampling,
+    )
+
+
+@contextmanager
+def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
+    # torch.manual_seed would seed every GPU, and fork_rng would have to open each of them to restore it.
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for gpu in devices:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield

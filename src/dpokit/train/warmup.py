@@ -17,7 +17,7 @@ VOCABULARY = 1000
 POSITIONS = 128
 IGNORED = -100
 BATCH_PAIRS = 16
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 3e-3
 
 # A pair's ids: prompt, and its two answers with their END.
 Pair = tuple[list[int], list[int], list[int]]
@@ -84,7 +84,9 @@ def _fit(model: GPT2LMHeadModel, pairs: list[Pair], *, epochs: int, show_progres
     """The losses of the last epoch's steps. The rate falls to zero, which makes sampled answers clean."""
     steps_an_epoch = -(-len(pairs) // BATCH_PAIRS)
     steps = epochs * steps_an_epoch
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
     )
