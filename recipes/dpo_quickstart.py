@@ -14,13 +14,14 @@ DEFAULTS = {
     "dataset_name": "runs/quickstart_corpus",
     # The longest pair has fewer tokens; nothing is cut.
     "max_length": 128,
-    # DPO alone reaches 100 % reward accuracy while the answers fall apart; the SFT term on the chosen answer keeps them
-    # whole.
+    # DPO alone reaches 100 % reward accuracy while the answers fall apart; the SFT term on the chosen answer, which does
+    # much of the work here, keeps them whole.
     "loss_type": ["sigmoid", "sft"],
     "loss_weights": [1.0, 1.0],
-    # A strong pull towards the base: with 0.1 the rejected answers are pushed down so far that others break, too.
+    # Between 0.1 and 1.0 it matters little here.
     "beta": 0.5,
-    # A model of under a million parameters takes, and needs, a far higher rate than a real one.
+    # Near the warm-up's own rate, far above what a real model takes: at 2e-4 a tenth of the answers broke, at 5e-5 a
+    # quarter stayed curt (100 steps, seed 0); from 1e-3 on, at least 98 % are kind and whole.
     "learning_rate": 2e-3,
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.1,

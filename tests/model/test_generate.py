@@ -1,35 +1,118 @@
-"""Sampling: repeatable, and without a trace in the model or in torch's random state."""
+"""Sampling answers: repeatable, the same in any batch, and without a trace afterwards."""
 
+import logging
+from pathlib import Path
+
+import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
+from dpokit.data.toy import all_requests, write_corpus
 from dpokit.model.generate import generate_answers
+from dpokit.train.warmup import build_base
 
-PROMPTS = [f"\n\nHuman: How do I bake {'good ' * i}bread?\n\nAssistant:" for i in range(5)]
+PROMPTS = [request.prompt for request in all_requests()[::450]]
 
 
-def test_the_same_seed_gives_the_same_answers_and_another_seed_others(tiny_gpt2, plain_tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-    first, again, other = (
-        generate_answers(model, plain_tokenizer, PROMPTS, max_new_tokens=8, seed=seed) for seed in (1, 1, 2)
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    write_corpus(folder, train_pairs=64, eval_pairs=1, seed=0)
+    build_base(folder / "base", corpus=folder / "train.jsonl", seed=0, epochs=1, show_progress=False)
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "base")
+    return loaded
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
+    # Large weights make an untrained model opinionated: greedy answers that do not hang on rounding.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        end = tokenizer.eos_token_id
+        sizes = {"vocab_size": len(tokenizer), "n_positions": 128, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        config = GPT2Config(**sizes, initializer_range=0.5, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+        return GPT2LMHeadModel(config).eval()
+
+
+def test_a_seed_repeats_the_answers_and_another_does_not(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    a, b, c = (generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, seed=seed) for seed in (3, 3, 4))
+    assert a == b != c
+    assert len(a) == len(PROMPTS)
+
+
+def test_greedy_answers_are_the_same_in_batches_of_any_size(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert len({len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS}) > 1, "padding is not met"
+    alone, three, all_together = (
+        generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0, batch_size=size)
+        for size in (1, 3, 32)
     )
-    assert len(first) == 5
-    assert first == again != other
+    assert alone == three == all_together
 
 
-def test_greedy_answers_do_not_depend_on_the_batch(tiny_gpt2, plain_tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
-    alone, together = (
-        generate_answers(model, plain_tokenizer, PROMPTS, max_new_tokens=8, temperature=0, batch_size=size)
-        for size in (1, 5)
-    )
-    assert alone == together
+def test_greedy_answers_are_those_of_a_plain_argmax_loop(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    [answer] = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=6, temperature=0.0)
+    ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
+    start = ids.shape[1]
+    for _ in range(6):
+        following = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, following], dim=1)
+        if following.item() == tokenizer.eos_token_id:
+            break
+    assert answer == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_mode_padding_side_and_random_state_are_left_alone(tiny_gpt2, plain_tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2).train()
-    state = torch.get_rng_state()
-    generate_answers(model, plain_tokenizer, PROMPTS, max_new_tokens=2)
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_global_rng_and_padding_side_are_afterwards_as_they_were(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, training: bool
+) -> None:
+    model.train(training)
+    before, side = torch.random.get_rng_state(), tokenizer.padding_side
+    generate_answers(model, tokenizer, PROMPTS, max_new_tokens=4)
+    assert model.training is training
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert tokenizer.padding_side == side
+
+
+def test_the_mode_is_restored_after_an_error_too(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    model.train()
+    with pytest.raises(IndexError):
+        generate_answers(model, tokenizer, ["far too long " * 200], max_new_tokens=4)
     assert model.training
-    assert plain_tokenizer.padding_side == "right"
-    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_never_meets_an_answer(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    calm = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
+    assert generate_answers(model.train(), tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == calm
+
+
+def test_the_habits_of_the_model_are_off_and_its_warnings_too(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
+    sampled = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8)
+    for habit, value in {"repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.01}.items():
+        setattr(model.generation_config, habit, value)
+    logging.getLogger("transformers").propagate = True
+    try:
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == plain
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8) == sampled
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert not caplog.records
+
+
+def test_answers_have_no_special_tokens_and_no_prompt(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for answer in generate_answers(model, tokenizer, PROMPTS, max_new_tokens=20, seed=1):
+        assert "<|endoftext|>" not in answer and "Human: " not in answer[:10]
+
+
+def test_no_prompts_have_no_answers(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert generate_answers(model, tokenizer, [], max_new_tokens=4) == []

@@ -158,9 +158,11 @@ class Encoder:
         # A chat template writes its own BOS; a plain prompt gets the tokenizer's, as at inference.
         tokenizer = self.renderer.tokenizer
         ids: list[Ids] = tokenizer(texts, add_special_tokens=not self.renderer.is_chat)["input_ids"]
-        if texts and ids[0][-1:] == [tokenizer.eos_token_id] and not texts[0].endswith(self.renderer.eos):
-            return [row[:-1] for row in ids]  # tokenizers that close every text with EOS would end the prompt
-        return ids
+        # Tokenizers that close every text with EOS would end the prompt.
+        eos, end = self.renderer.eos, [tokenizer.eos_token_id]
+        return [
+            row[:-1] if row[-1:] == end and not text.endswith(eos) else row for row, text in zip(ids, texts, strict=True)
+        ]
 
     def _answer_ids(self, texts: list[str]) -> list[Ids]:
         """Ids of answers as they follow a prompt: by themselves, so that they begin on a token boundary; no BOS.

@@ -2,8 +2,9 @@
 
 A prompt asks for help with one of 40 tasks for one of 12 people (or pets) in one of 10 shapes: 4,800 prompts. An answer
 opens, names the task and its first step, and closes with a line about who it is for; 96 kind and 96 curt answers fit
-each prompt. Nothing is estimated: an answer belongs to the grammar or it does not. Both kinds say the same and are
-about as long (a kind answer has 2 % fewer words on average), so a model that prefers by length alone learns nothing.
+each prompt. Nothing is estimated: an answer belongs to the grammar or it does not. Both kinds say the
+same and differ little in length: 21.1 words kind, 19.3 curt on average. That is not nothing: the longer answer is the
+kind one in 83 % of pairs (ties counted half), so a reward accuracy near that figure would prove no more than length.
 """
 
 import json

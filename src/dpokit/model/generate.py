@@ -76,7 +76,10 @@ def _settings(
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = tokenizer.eos_token_id if ends is None else ends
     pad = tokenizer.pad_token_id
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
+    # For greedy answers these are the values that transformers takes for "not set", without a warning.
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    if temperature > 0:
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
