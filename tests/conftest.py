@@ -2,12 +2,16 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a slip must fail fast
+# datasets reads it at import; the folder is of this session alone, and goes when the process ends.
+_DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="dpokit-test-datasets-")
+os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("DPOKIT_SHARED", ROOT.parent / "shared"))

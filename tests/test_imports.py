@@ -1,6 +1,9 @@
 """Who may import whom: downwards only, rooms on one floor do not know each other, light rooms stay light."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,11 +20,12 @@ FLOORS = [
 LIGHT = ("report", "cluster", "figures", "data.formats", "data.toy", "rundir", "errors", "cli")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
 TRL_INSIDE = {"train/trainer.py", "model/shared_prefix.py", "model/score.py"}
+GROUND = sorted(FLOORS[-1])
 MODULES = sorted(SRC.rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, anywhere in it."""
+    """Full names of all modules that a file imports, anywhere in it; what comes from a package may be a module."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -29,7 +33,13 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found.add(str(node.module))
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name for name in names if is_ours(name) or name == "trl.trainer"}
     return found
+
+
+def is_ours(name: str) -> bool:
+    return name.split(".")[0] == "dpokit" and module_path(name).is_file()
 
 
 def floor_of(room: str) -> int:
@@ -39,6 +49,12 @@ def floor_of(room: str) -> int:
 def module_path(name: str) -> Path:
     path = SRC.joinpath(*name.split(".")[1:])
     return path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+
+
+def files_of(room: str) -> list[Path]:
+    """The modules of a room, which may be one file, a folder, or not there yet."""
+    files = [SRC / f"{room.replace('.', '/')}.py", *(SRC / room).glob("*.py")]
+    return [path for path in files if path.exists()]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SRC)))
@@ -56,8 +72,7 @@ def test_imports_go_downwards(path):
 
 @pytest.mark.parametrize("room", LIGHT)
 def test_light_rooms_import_nothing_heavy(room):
-    seen, to_read = set(), [SRC / f"{room.replace('.', '/')}.py", *(SRC / room).glob("*.py")]
-    to_read = [path for path in to_read if path.exists()]
+    seen, to_read = set(), files_of(room)
     while to_read:
         path = to_read.pop()
         if path in seen:
@@ -65,7 +80,10 @@ def test_light_rooms_import_nothing_heavy(room):
         seen.add(path)
         names = imports(path)
         assert not {name.split(".")[0] for name in names} & HEAVY, path
-        to_read += [module_path(name) for name in names if name.startswith("dpokit.")]
+        ours = [name for name in names if is_ours(name)]
+        # Importing a module runs its packages' __init__ first.
+        ours += [name.rpartition(".")[0] for name in ours]
+        to_read += [module_path(name) for name in ours]
 
 
 @pytest.mark.parametrize("path", [*MODULES, *(ROOT / "recipes").glob("*.py")], ids=lambda path: path.name)
@@ -74,3 +92,48 @@ def test_inner_names_stay_where_they_are_explained(path):
     assert not any(name.split(".")[0] == "deepspeed" for name in names)
     if str(path.relative_to(ROOT)) not in {f"src/dpokit/{name}" for name in TRL_INSIDE}:
         assert not any(name.startswith("trl.") for name in names)
+
+
+def test_an_import_is_seen_however_it_is_written(tmp_path):
+    file = tmp_path / "module.py"
+    written = {
+        "import dpokit.data.sources": "dpokit.data.sources",
+        "from dpokit.data.sources import load_splits": "dpokit.data.sources",
+        "from dpokit.data import sources as rows": "dpokit.data.sources",
+        "from dpokit import settings": "dpokit.settings",
+        "def late():\n    from dpokit import data": "dpokit.data",
+        "from trl import trainer": "trl.trainer",
+        "from trl.trainer.utils import pad": "trl.trainer.utils",
+    }
+    for text, name in written.items():
+        file.write_text(text)
+        assert name in imports(file), text
+
+
+def test_every_module_has_its_floor():
+    rooms = {path.relative_to(SRC).parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
+    assert rooms <= set().union(*FLOORS)
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "recipes").glob("*.py")], ids=lambda path: path.name)
+def test_a_recipe_imports_no_other_recipe_and_nothing_heavy_of_its_own(path):
+    recipes = {other.stem for other in (ROOT / "recipes").glob("*.py")}
+    first = {name.split(".")[0] for name in imports(path)}
+    assert not first & (recipes | {"recipes"} | HEAVY)
+
+
+def test_no_module_of_the_ground_floor_needs_itself():
+    needs = {name: {n.split(".")[1] for n in imports(SRC / f"{name}.py") if is_ours(n) and "." in n} for name in GROUND}
+    while free := {name for name, others in needs.items() if not others & needs.keys()}:
+        needs = {name: others for name, others in needs.items() if name not in free}
+    assert needs == {}
+
+
+def test_light_rooms_load_nothing_heavy_when_they_are_imported():
+    """What the files say, once more in a real interpreter."""
+    files = [path for room in LIGHT for path in files_of(room)]
+    names = [".".join(path.relative_to(SRC.parent).with_suffix("").parts) for path in files]
+    code = f"import sys, {', '.join(names)}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    environment = os.environ | {"PYTHONPATH": str(SRC.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "[]"

@@ -69,3 +69,134 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     for step in (10, 9, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()
     assert [path.name for path in RunDir(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+
+
+def test_a_number_that_json_has_not_leaves_the_old_file(tmp_path):
+    path = tmp_path / "data.json"
+    write_json(path, {"loss": 1.0})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"loss": float("nan")})
+    assert json.loads(path.read_text()) == {"loss": 1.0}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writing_the_record_keeps_the_fields_that_are_not_named(tmp_path):
+    run = RunDir(tmp_path)
+    assert run.read_run() is None
+    run.write_run(state="running", world_size=2)
+    run.write_run(state="finished")
+    assert run.read_run() == {"state": "finished", "world_size": 2}
+
+
+def test_a_folder_that_is_made_again_replaces_the_old_one_whole(tmp_path):
+    for name in ("old", "new"):
+        with new_folder(tmp_path / "model") as part:
+            (part / name).write_text(name)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_folder_leaves_the_old_one(tmp_path):
+    with new_folder(tmp_path / "model") as part:
+        (part / "old").write_text("old")
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "model") as part:
+        (part / "new").write_text("new")
+        raise ZeroDivisionError
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_a_killed_writer_left_is_not_in_the_new_folder(tmp_path):
+    (tmp_path / ".model.part").mkdir()
+    (tmp_path / ".model.part" / "half").write_text("")
+    with new_folder(tmp_path / "model") as part:
+        (part / "whole").write_text("")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["whole"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "null", "\x00\x00", '{"state": "finished"} x'])
+def test_a_record_that_is_no_mapping_is_damaged(text, tmp_path):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(RunFolderError, match="damaged") as error:
+        RunDir(tmp_path).read_run()
+    assert str(tmp_path / "run.json") in error.value.seen
+
+
+def test_a_record_of_another_encoding_is_damaged(tmp_path):
+    (tmp_path / "run.json").write_bytes(b'{"state": "\xff"}')
+    with pytest.raises(RunFolderError, match="damaged"):
+        RunDir(tmp_path).read_run()
+
+
+@pytest.mark.parametrize("torn", ["", "{", '{"step": 3, "seconds": 3.0', "\x00\x00\x00", '{"step": 3}{"st'])
+def test_a_torn_last_line_is_left_out_and_written_over(torn, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, after_step=0)
+    for step in (1, 2):
+        file.log(step, float(step), {"loss": 1.0})
+    path.write_text(path.read_text() + torn)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    MetricsFile(path, after_step=2).log(3, 1.0, {"loss": 0.5})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(line["step"], line["seconds"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_new_run_forgets_what_the_file_held(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, after_step=0).log(1, 9.0, {"loss": 1.0})
+    MetricsFile(path, after_step=0).log(1, 2.0, {"loss": 0.9})
+    assert read_metrics(path) == [{"step": 1, "seconds": 2.0, "loss": 0.9}]
+
+
+def test_a_run_resumed_twice_goes_on_from_the_clock_of_its_last_kept_record(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    MetricsFile(path, after_step=0).log(1, 10.0, {})
+    MetricsFile(path, after_step=1).log(2, 5.0, {})
+    third = MetricsFile(path, after_step=2)
+    assert third.seconds_before == 15.0
+    third.log(3, 1.0, {})
+    assert [record["seconds"] for record in read_metrics(path)] == [10.0, 15.0, 16.0]
+
+
+def test_an_evaluation_before_the_first_step_survives_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path, after_step=0)
+    first.log(0, 1.0, {"eval_loss": 0.7})
+    first.log(1, 2.0, {"loss": 0.6})
+    MetricsFile(path, after_step=0).log(1, 1.0, {"loss": 0.6})
+    assert [record["step"] for record in read_metrics(path)] == [0, 1]
+
+
+def test_a_folder_that_cannot_be_written_says_so_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        RunDir(tmp_path / "file" / "run").make()
+    RunDir(tmp_path / "a" / "run").make()
+    assert list((tmp_path / "a" / "run").iterdir()) == []
+
+
+def test_clearing_takes_a_link_away_and_not_what_it_points_to(tmp_path):
+    scratch, run = tmp_path / "scratch", RunDir(tmp_path / "run")
+    scratch.mkdir()
+    (scratch / "weights").write_text("")
+    run.make()
+    run.write_run(state="finished")
+    (run.path / "checkpoint-5").symlink_to(scratch)
+    run.clear()
+    assert list(run.path.iterdir()) == []
+    assert (scratch / "weights").exists()
+
+
+def test_an_interrupted_clearing_still_has_its_record(tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    run.write_run(state="finished")
+    for step in (1, 2):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+
+    def stop(path):
+        raise KeyboardInterrupt(path)
+
+    monkeypatch.setattr("dpokit.rundir.shutil.rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.clear()
+    assert run.read_run() == {"state": "finished"}

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.settings import RETIRED, load_settings
+from dpokit.settings import NOT_HONOURED, RETIRED, find_machine_settings, load_settings
 
 RECIPE = {"output_dir": "runs/x", "learning_rate": 1e-5, "loss_type": ["sigmoid", "sft"], "max_length": None}
 
@@ -121,3 +121,233 @@ def test_a_record_is_json_and_holds_no_secret():
     record = load("--hub_token", "hf_secret").record()
     assert "hf_secret" not in json.dumps(record)
     assert record["hub_token"]["value"] == "***"
+
+
+def every_layer(tmp_path, name: str, value: str) -> list[tuple[list[str], dict]]:
+    """The same setting on the command line, in a recipe and in a YAML file."""
+    config = yaml_file(tmp_path, f"{name}: {value}\n")
+    return [([f"--{name}", value], {}), ([], {name: value}), (["--config", config], {})]
+
+
+@pytest.mark.parametrize("name", RETIRED)
+def test_a_retired_name_is_answered_with_todays_in_every_layer(name, tmp_path):
+    for words, recipe in every_layer(tmp_path, name, "1"):
+        with pytest.raises(SettingsError, match=f"no setting '{name}'") as error:
+            load(*words, **recipe)
+        assert RETIRED[name] in error.value.do
+
+
+@pytest.mark.parametrize("name", ["bta", "warmup_ratio"])
+def test_an_error_names_the_layer_that_holds_the_key(name, tmp_path):
+    layers = ("the command line", "recipe dpo_x", "settings.yaml")
+    for (words, recipe), layer in zip(every_layer(tmp_path, name, "1"), layers, strict=True):
+        with pytest.raises(SettingsError) as error:
+            load(*words, **recipe)
+        assert layer in error.value.seen
+
+
+def test_a_key_is_named_as_it_was_written(tmp_path):
+    with pytest.raises(SettingsError, match="'learning-rate'") as error:
+        load("--config", yaml_file(tmp_path, "learning-rate: 1e-5\n"))
+    assert "learning_rate" in error.value.do
+
+
+@pytest.mark.parametrize("name", ["config", "help"])
+def test_a_file_cannot_name_another_file(name, tmp_path):
+    with pytest.raises(SettingsError, match=f"no setting '{name}'"):
+        load("--config", yaml_file(tmp_path, f"{name}: other.yaml\n"))
+
+
+@pytest.mark.parametrize("name", NOT_HONOURED)
+def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
+    value = {
+        "truncation_mode": "keep_start",
+        "pad_token": "x",
+        "train_sampling_strategy": "random",
+        "model_init_kwargs": '{"dtype": "float32"}',
+    }.get(name, "true")
+    for words, recipe in every_layer(tmp_path, name, value):
+        with pytest.raises(SettingsError, match=f"sets {name}") as error:
+            load(*words, **recipe)
+        assert NOT_HONOURED[name] in error.value.do
+
+
+@pytest.mark.parametrize(
+    ("words", "seen", "do"),
+    [
+        (["--max_train_samples", "0"], "max_train_samples is 0", "--max_train_samples"),
+        (["--max_eval_samples", "0"], "max_eval_samples is 0", "--max_eval_samples"),
+        (["--max_prompt_length", "0"], "max_prompt_length is 0", "--max_prompt_length"),
+        (["--max_completion_length", "-1"], "max_completion_length is -1", "--max_completion_length"),
+        (["--max_length", "1"], "max_length is 1", "--max_length"),
+        (["--eval_fraction", "0"], "eval_fraction is 0", "--eval_fraction"),
+        (["--eval_fraction", "1"], "eval_fraction is 1", "--eval_fraction"),
+        (["--eval_fraction", "nan"], "eval_fraction is nan", "--eval_fraction"),
+        (["--dataset_streaming"], "no known length", "--max_steps"),
+        (
+            ["--dataset_streaming", "--max_steps", "5", "--eval_fraction", "0.1"],
+            "eval_fraction",
+            "--dataset_test_split",
+        ),
+        (["--dataset_streaming", "--max_steps", "5", "--eval_strategy", "epoch"], "no known end", "--max_eval_samples"),
+        (["--dataset_streaming", "--max_steps", "5", "--precompute_ref_log_probs"], "ahead of the run", "drop either"),
+        (
+            ["--dataset_streaming", "--max_steps", "5", "--dataloader_num_workers", "2"],
+            "one worker",
+            "--dataloader_num_workers 0",
+        ),
+        (["--fp16", "--bf16"], "fp16 and bf16", "--fp16 false"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_what_cannot_be_together_names_the_flag_to_change(words, seen, do):
+    with pytest.raises(SettingsError, match=seen) as error:
+        load(*words)
+    assert do in error.value.do
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--max_length", "2"],
+        ["--max_train_samples", "1", "--max_prompt_length", "1", "--max_completion_length", "1"],
+        ["--dataset_streaming", "--max_steps", "5"],
+        ["--dataset_streaming", "--max_steps", "5", "--eval_strategy", "epoch", "--max_eval_samples", "9"],
+        ["--eval_fraction", "0.5"],
+    ],
+    ids=" ".join,
+)
+def test_what_goes_together_is_accepted(words):
+    load(*words)
+
+
+def on_gpu(monkeypatch, *, has_bf16: bool) -> None:
+    """A machine with one GPU as far as settings look at it; no test machine has both kinds."""
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: has_bf16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_bf16", "decided"),
+    [
+        ({}, True, {"bf16": True}),
+        ({}, False, {"bf16": False}),
+        ({"fp16": True}, True, {"bf16": False}),
+        ({"bf16": False}, True, {}),
+        ({"bf16": True}, True, {}),
+        ({"bf16": None}, True, {"bf16": True}),
+        ({"fp16": True}, False, {"bf16": False}),
+    ],
+)
+def test_a_gpu_decides_the_precision_that_nobody_asked_for(asked, has_bf16, decided, monkeypatch):
+    on_gpu(monkeypatch, has_bf16=has_bf16)
+    assert find_machine_settings(asked) == decided
+
+
+def test_bf16_on_an_old_gpu_names_both_ways_out(monkeypatch):
+    on_gpu(monkeypatch, has_bf16=False)
+    with pytest.raises(MachineError, match="this GPU has no bf16") as error:
+        find_machine_settings({"bf16": True})
+    assert "--bf16 false" in error.value.do
+    assert "--fp16 true" in error.value.do
+
+
+@pytest.mark.parametrize("asked", [{}, {"use_cpu": False}, {"use_cpu": None}])
+def test_a_machine_without_a_gpu_trains_on_the_cpu_whatever_was_asked(asked, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    assert find_machine_settings(asked) == {"use_cpu": True, "bf16": False}
+
+
+def test_a_cpu_run_on_a_gpu_machine_is_not_given_the_gpus_precision(monkeypatch):
+    on_gpu(monkeypatch, has_bf16=True)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    assert find_machine_settings({"use_cpu": True}) == {"bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("learning_rate: 5e-5", "learning_rate", 5e-5),
+        ("learning_rate: 5E-05", "learning_rate", 5e-5),
+        ("beta: 1", "beta", 1.0),
+        ("max_steps: -1", "max_steps", -1),
+        ("max_length: null", "max_length", None),
+        ("max_length: ~", "max_length", None),
+        ("bf16: null", "bf16", False),
+        ("gradient_checkpointing: off", "gradient_checkpointing", False),
+        ("loss_type: sigmoid", "loss_type", ["sigmoid"]),
+        ("loss_weights: [1, 5e-1]", "loss_weights", [1.0, 0.5]),
+        ("lr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+        ('run_name: "-baseline"', "run_name", "-baseline"),
+        ("max_grad_norm: -1.0e-05", "max_grad_norm", -1e-5),
+    ],
+)
+def test_a_value_in_yaml_has_its_type(text, name, value, tmp_path):
+    extra = "\nloss_type: [sigmoid, sft]" if name == "loss_weights" else ""
+    settings = load("--use_cpu", "--config", yaml_file(tmp_path, f"{text}{extra}\n"))
+    found = settings.record()[name]["value"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize("name", ["beta", "learning_rate", "logging_steps"])
+def test_nothing_where_a_value_must_be_is_an_error_that_names_it(name, tmp_path):
+    config = yaml_file(tmp_path, f"{name}: null\n")
+    for words, recipe in ((["--config", config], {}), ([], {name: None})):
+        with pytest.raises(SettingsError, match=name):
+            load(*words, **recipe)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "beta", "max_steps"])
+def test_a_list_where_one_value_must_be_is_an_error_that_names_it(name, tmp_path):
+    for value in ([1], [1, 2]):
+        config = yaml_file(tmp_path, f"{name}: {value}\n")
+        for words, recipe in ((["--config", config], {}), ([], {name: value})):
+            with pytest.raises(SettingsError, match=name):
+                load(*words, **recipe)
+
+
+def test_a_file_that_a_setting_names_and_is_not_there_is_an_error_of_the_user(tmp_path):
+    with pytest.raises(SettingsError, match=r"none\.json"):
+        load("--accelerator_config", str(tmp_path / "none.json"))
+
+
+def test_a_mapping_that_is_no_json_is_an_error():
+    with pytest.raises(SettingsError):
+        load("--lr_scheduler_kwargs", "{min_lr")
+
+
+@pytest.mark.parametrize("flag", ["--bf16", "--gradient_checkpointing", "--use_peft", "--dataset_streaming"])
+def test_a_switch_without_a_word_means_true_and_takes_no_neighbour(flag, monkeypatch):
+    on_gpu(monkeypatch, has_bf16=True)
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    record = load("--use_cpu", flag, "--max_steps", "3").record()
+    assert record[flag[2:]] == {"value": True, "origin": "command line"}
+    assert record["max_steps"]["value"] == 3
+
+
+def test_the_last_of_two_flags_wins():
+    assert load("--beta", "0.2", "--beta", "0.4").training.beta == 0.4
+
+
+def test_no_secret_is_in_what_settings_print():
+    settings = load("--hub_token", "hf_secret")
+    assert settings.training.hub_token == "hf_secret"
+    assert "hf_secret" not in repr(settings)
+    assert "hf_secret" not in str(settings)
+
+
+def test_no_secret_is_in_an_error():
+    for words in (["--hub_tokn", "hf_secret"], ["--hub_tokn=hf_secret"], ["--hub_token", "hf_secret", "--beta", "x"]):
+        with pytest.raises(SettingsError) as error:
+            load(*words)
+        assert "hf_secret" not in str(error.value)
+
+
+def test_a_record_holds_every_setting_once_as_strict_json():
+    record = load("--use_cpu").record()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert {"beta", "dataset_name", "model_name_or_path", "eval_fraction"} <= set(record)
+    assert all(set(entry) == {"value", "origin"} for entry in record.values())

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 from datasets import Dataset, DatasetDict, load_dataset
+from test_tokens import DUMPS, encode
+from transformers import AutoTokenizer
 
+from dpokit.data.doctor import print_report
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
 from dpokit.settings import DataArguments
@@ -134,3 +137,179 @@ def test_real_hh_rows_are_split_where_the_transcripts_are(shared, plain_tokenize
         texts = [plain_tokenizer.decode(row[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
         for side, answer in zip(("chosen", "rejected"), texts[1:], strict=True):
             assert texts[0] + answer == rows[row["row"]][side] + plain_tokenizer.eos_token
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("name", DUMPS)
+def test_every_layout_read_from_a_file_has_the_same_ids_as_by_hand(name, streaming, tmp_path, chat_tokenizer):
+    row = DUMPS[name][0]
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    data = prepare(tmp_path / "rows.jsonl", chat_tokenizer, dataset_streaming=streaming)
+    by_hand = encode(chat_tokenizer, row)
+    assert data.record()["train"]["format"] == name
+    expected = tuple(tuple(by_hand[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
+    assert ids_of(data.train) == [expected] * 3
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_columns_named_like_ours_are_not_mistaken_for_them(streaming, tmp_path, plain_tokenizer):
+    row = {**json.loads(LINE), "row": "first", "dropped": "yes", "cut": 3, "prompt_ids": [1]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    rows = list(prepare(tmp_path / "rows.jsonl", plain_tokenizer, dataset_streaming=streaming).train)
+    assert sorted(row["row"] for row in rows) == [0, 1]
+    assert plain_tokenizer.decode(rows[0]["prompt_ids"]) == "The sky is"
+    assert set(rows[0]) == {"prompt_ids", "chosen_ids", "rejected_ids", "row"}
+
+
+def write_mixed(path: Path) -> Path:
+    """12 rows: 2 without an answer, 1 with two answers alike, 9 sound ones; the broken ones stand among the others."""
+    write_pairs(path, 9)
+    sound = path.read_text().splitlines()
+    empty = json.dumps({"prompt": "The sky is", "chosen": " ", "rejected": " green."})
+    path.write_text("\n".join([empty, *sound[:4], LINE.replace("green", "blue").strip(), *sound[4:], empty]) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_every_row_is_kept_or_dropped_with_a_reason(streaming, tmp_path, plain_tokenizer):
+    data = prepare(write_mixed(tmp_path / "rows.jsonl"), plain_tokenizer, dataset_streaming=streaming, max_length=20)
+    for _ in range(2):  # a second epoch of a stream counts nothing twice
+        assert len(list(data.train)) == 9
+        record = data.record()
+        json.dumps(record, allow_nan=False)
+        assert (record["train"]["rows"], record["train"]["kept"]) == (12, 9)
+        assert record["train"]["dropped"] == {"empty_answer": 2, "equal_answers": 1}
+        assert record["train"]["shortened"]["prompt"] == 9
+        assert record["eval"] is None
+    assert (data.fingerprint is None) == streaming
+
+
+def test_a_stream_of_several_files_counts_every_row_once(tmp_path, plain_tokenizer):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for i in range(3):
+        write_mixed(folder / f"train-{i:05d}-of-00003.jsonl")
+    whole, stream = (prepare(folder, plain_tokenizer, dataset_streaming=streaming) for streaming in (False, True))
+    rows = list(stream.train)
+    assert ids_of(rows) == ids_of(whole.train)
+    counts = ("rows", "kept", "dropped")
+    assert [stream.record()["train"][name] for name in counts] == [whole.record()["train"][name] for name in counts]
+
+
+def test_a_stream_is_shuffled_by_its_seed(pairs_file, plain_tokenizer):
+    data = DataArguments(dataset_name=str(pairs_file), dataset_streaming=True)
+    orders = []
+    for seed in (0, 0, 1):
+        rows = prepare_data(data, plain_tokenizer, max_length=None, with_eval=False, seed=seed).train
+        orders.append([row["row"] for row in rows])
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+    assert sorted(orders[0]) == list(range(40))
+
+
+def test_a_streamed_evaluation_split_ends_where_it_is_told(tmp_path, plain_tokenizer):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        write_pairs(folder / f"{split}.jsonl", 12)
+    data = prepare(
+        folder, plain_tokenizer, with_eval=True, dataset_streaming=True, max_eval_samples=5, max_train_samples=7
+    )
+    assert len(list(data.train)) == 7
+    assert data.eval["row"] == [0, 1, 2, 3, 4]
+    assert (data.record()["train"]["rows"], data.record()["eval"]["rows"]) == (7, 5)
+
+
+def test_no_usable_row_in_a_stream_is_an_error_with_the_reasons(tmp_path, plain_tokenizer):
+    (tmp_path / "equal.jsonl").write_text(LINE.replace("green", "blue") * 300)
+    with pytest.raises(DataError, match="300 equal_answers"):
+        prepare(tmp_path / "equal.jsonl", plain_tokenizer, dataset_streaming=True)
+
+
+def test_limits_that_leave_no_room_name_the_flags(pairs_file, plain_tokenizer):
+    with pytest.raises(DataError, match="40 no_room") as error:
+        prepare(pairs_file, plain_tokenizer, max_length=1)
+    assert "--max_length" in error.value.do
+
+
+def test_the_fingerprint_is_of_the_ids_and_not_of_the_file(pairs_file, tmp_path, plain_tokenizer):
+    rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    Dataset.from_list(rows).to_csv(tmp_path / "other.csv")
+    (tmp_path / "copy.jsonl").write_bytes(pairs_file.read_bytes())
+    (tmp_path / "changed.jsonl").write_text(pairs_file.read_text().replace("flour", "sand", 1))
+    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())) + "\n")
+    first = prepare(pairs_file, plain_tokenizer).fingerprint
+    assert first == prepare(tmp_path / "copy.jsonl", plain_tokenizer).fingerprint
+    assert first == prepare(tmp_path / "other.csv", plain_tokenizer).fingerprint
+    others = [prepare(tmp_path / name, plain_tokenizer).fingerprint for name in ("changed.jsonl", "turned.jsonl")]
+    others.append(prepare(pairs_file, plain_tokenizer, max_length=20).fingerprint)
+    others.append(prepare(pairs_file, plain_tokenizer, with_eval=True, eval_fraction=0.1).fingerprint)
+    assert len({first, *others}) == 5
+
+
+def test_several_processes_tokenise_to_the_same_fingerprint(pairs_file, plain_tokenizer):
+    data = DataArguments(dataset_name=str(pairs_file))
+    one, two = (
+        prepare_data(data, plain_tokenizer, max_length=None, with_eval=False, processes=n).fingerprint for n in (1, 2)
+    )
+    assert one == two
+
+
+def test_the_same_prompts_are_held_out_in_whichever_order_the_rows_come(pairs_file, tmp_path, plain_tokenizer):
+    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())) + "\n")
+    held_out = [
+        prepare(path, plain_tokenizer, with_eval=True, eval_fraction=0.25).eval
+        for path in (pairs_file, tmp_path / "turned.jsonl")
+    ]
+    assert len(held_out[0]) == 10
+    assert ids_of(held_out[0]) == ids_of(held_out[1])
+
+
+@pytest.mark.parametrize("fraction", [0.0001, 0.9999])
+def test_a_hold_out_leaves_a_prompt_on_either_side(fraction, pairs_file, plain_tokenizer):
+    data = prepare(pairs_file, plain_tokenizer, with_eval=True, eval_fraction=fraction)
+    assert min(len(data.train), len(data.eval)) == 1
+    assert len(data.train) + len(data.eval) == 40
+
+
+def test_pairs_that_share_one_prompt_cannot_be_held_out(tmp_path, plain_tokenizer):
+    (tmp_path / "one.jsonl").write_text(LINE * 4)
+    with pytest.raises(DataError, match="all training pairs have one prompt") as error:
+        prepare(tmp_path / "one.jsonl", plain_tokenizer, with_eval=True, eval_fraction=0.5)
+    assert "--dataset_test_split" in error.value.do
+
+
+def test_a_limited_hold_out_still_accounts_for_every_row(pairs_file, plain_tokenizer):
+    data = prepare(pairs_file, plain_tokenizer, with_eval=True, eval_fraction=0.5, max_eval_samples=5)
+    train, held_out = data.record()["train"], data.record()["eval"]
+    assert len(data.eval) == 5
+    assert (train["kept"], held_out["kept"]) == (len(data.train), len(data.eval))
+    assert train["rows"] + held_out["rows"] == 40
+
+
+def test_the_table_on_screen_holds_counts_reasons_and_findings(tmp_path, plain_tokenizer, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_mixed(folder / "train.jsonl")
+    write_pairs(folder / "test.jsonl", 3)
+    capsys.readouterr()
+    print_report(prepare(folder, plain_tokenizer, with_eval=True).record())
+    screen = capsys.readouterr()
+    assert screen.out == ""
+    text = " ".join(screen.err.split())
+    assert "train: 2 dropped as empty_answer: an answer has no word" in text
+    assert "3 of 3 held-out pairs have a prompt that is also trained on" in text
+
+
+def test_real_hh_rows_with_the_real_gpt2_tokenizer_are_counted_and_end_with_eos(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer")
+    data = prepare(shared / "data" / "hh-rlhf" / "harmless-base", tokenizer, with_eval=True, max_length=512)
+    train = data.record()["train"]
+    assert (train["rows"], train["kept"]) == (1500, 1495)
+    assert train["dropped"] == {"different_prompts": 4, "empty_answer": 1}
+    for row in data.train:
+        assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= 512
+        assert tokenizer.eos_token_id not in row["prompt_ids"]
+    whole = [row["chosen_ids"] for row in data.train if tokenizer.eos_token_id in row["chosen_ids"]]
+    assert all(ids.index(tokenizer.eos_token_id) == len(ids) - 1 for ids in whole)
+    assert len(whole) >= 1400

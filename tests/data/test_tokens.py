@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
-from dpokit.data.formats import FORMATS, UnusableError, find_format
+from dpokit.data.formats import FORMATS, UnusableError, find_format, parse_transcript
 from dpokit.data.tokens import Encoder, Limits, Renderer, cut
 from dpokit.errors import DataError, ModelError
 
@@ -221,3 +221,191 @@ def test_rows_of_no_known_layout_are_shown_with_what_was_looked_for():
     with pytest.raises(DataError, match='"question": "why"') as error:
         find_format([{"question": "why", "answer": "because"}], "my.jsonl")
     assert all(layout.name in str(error.value) for layout in FORMATS)
+
+
+def encode_rows(tokenizer, rows: list[dict], limits: Limits = NO_LIMITS) -> dict[str, list]:
+    encoder = Encoder(Renderer(tokenizer), find_format(rows, "test"), limits)
+    return encoder({name: [row[name] for row in rows] for name in rows[0]}, range(len(rows)))
+
+
+def with_bos(tokenizer, bos: str):
+    """A copy without a chat template that opens every text with this token, as Llama's and OPT's do."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template, tokenizer.bos_token = None, bos
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", special_tokens=[(bos, tokenizer.convert_tokens_to_ids(bos))]
+    )
+    return tokenizer
+
+
+def test_a_row_becomes_these_tokens_one_by_one(plain_tokenizer, chat_tokenizer):
+    """Names of tokens, so that a boundary that moves is seen: an answer begins with its space, or after the newline."""
+    row = DUMPS["implicit, plain"][0]
+    plain, chat = encode(plain_tokenizer, row), encode(chat_tokenizer, row)
+    names = plain_tokenizer.convert_ids_to_tokens
+    assert names(plain["prompt_ids"])[0][0] == "T"
+    assert names(plain["chosen_ids"])[0].startswith("Ġb")
+    assert names(plain["chosen_ids"])[-1] == "<|endoftext|>"
+    names = chat_tokenizer.convert_ids_to_tokens
+    prompt = names(chat["prompt_ids"])
+    assert [name for name in prompt if name.startswith("<|")] == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]
+    assert prompt[-1] == "Ċ"
+    assert names(chat["chosen_ids"])[0].startswith("b")
+    assert names(chat["chosen_ids"])[-1] == "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", DUMPS)
+def test_prompt_and_answer_are_what_the_template_renders_as_a_whole(name, chat_tokenizer):
+    row = DUMPS[name][0]
+    ids, pair = encode(chat_tokenizer, row), find_format([row], "test").to_pair(row)
+    turns = pair.prompt if isinstance(pair.prompt, list) else parse_transcript(pair.prompt)
+    for column, answer in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected)):
+        whole = chat_tokenizer.apply_chat_template([*turns, assistant(answer.strip())], tokenize=False)
+        assert chat_tokenizer.decode(ids["prompt_ids"] + ids[column]) == whole.removesuffix("\n")
+
+
+@pytest.mark.parametrize("name", ["HH transcript", "implicit, plain"])
+def test_prompt_and_answer_of_a_plain_model_are_the_rows_text_and_eos(name, plain_tokenizer):
+    row = DUMPS[name][0]
+    ids = encode(plain_tokenizer, row)
+    for side in ("chosen", "rejected"):
+        text = plain_tokenizer.decode(ids["prompt_ids"] + ids[f"{side}_ids"])
+        assert text == row[side] + plain_tokenizer.eos_token
+
+
+def test_a_prompt_does_not_depend_on_the_row_that_opens_its_batch(plain_tokenizer):
+    """BOS and EOS are one token that opens every text (OPT): the empty text of a dropped row is that token alone."""
+    tokenizer = with_bos(plain_tokenizer, plain_tokenizer.eos_token)
+    sound = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
+    dropped = {**sound, "rejected": " blue."}
+    batch = encode_rows(tokenizer, [dropped, sound])
+    assert batch["dropped"] == ["equal_answers", ""]
+    assert batch["prompt_ids"][1] == tokenizer(SKY)["input_ids"]
+    assert batch["prompt_ids"][1] == encode(tokenizer, sound)["prompt_ids"]
+
+
+def test_a_tokenizer_that_closes_every_text_does_so_for_no_prompt_of_a_batch(plain_tokenizer):
+    tokenizer = copy.deepcopy(plain_tokenizer)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {end[0]}", special_tokens=[end]
+    )
+    sound = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
+    batch = encode_rows(tokenizer, [{**sound, "prompt": f"{SKY}{end[0]}"}, sound, {**sound, "rejected": " blue."}])
+    assert tokenizer.decode(batch["prompt_ids"][1]) == SKY
+    assert batch["chosen_ids"][1].count(end[1]) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+@pytest.mark.parametrize("end", ["{eos}", "{eos}{eos}", "{eos}\n", " {eos} "])
+def test_an_answer_that_brings_its_own_eos_ends_with_one(end, kind, plain_tokenizer, chat_tokenizer):
+    tokenizer = plain_tokenizer if kind == "plain" else chat_tokenizer
+    end = end.format(eos=tokenizer.eos_token)
+    ids = encode(tokenizer, {"prompt": SKY, "chosen": f" blue.{end}", "rejected": " green."})["chosen_ids"]
+    assert ids.count(tokenizer.eos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["plain", "chat"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "", "chosen": " blue.", "rejected": " green."},
+        {"chosen": "Blue.", "rejected": "Green."},
+        {"chosen": [assistant(YES)], "rejected": [assistant(NO)]},
+    ],
+    ids=["empty text", "no common beginning", "no message before the answer"],
+)
+def test_a_row_without_a_prompt_is_dropped_whatever_the_tokenizer(row, kind, plain_tokenizer, chat_tokenizer):
+    tokenizer = plain_tokenizer if kind == "plain" else chat_tokenizer
+    assert encode(tokenizer, row)["dropped"] == "empty_prompt"
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[{"role": "system", "content": "Be brief."}, USER], [USER, USER], [USER, assistant("Well."), assistant("Hm.")]],
+    ids=["system", "two questions", "two answers"],
+)
+def test_a_row_that_the_template_refuses_is_dropped_and_ends_no_run(turns, chat_tokenizer):
+    """As Gemma's and Mistral's: no system turn, and turns that take turns."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+        "{% endfor %}" + tokenizer.chat_template
+    )
+    sound = {"prompt": [USER], "chosen": [assistant(YES)], "rejected": [assistant(NO)]}
+    dropped = encode_rows(tokenizer, [sound, {**sound, "prompt": turns}])["dropped"]
+    assert dropped[0] == ""
+    assert dropped[1] != ""
+
+
+def test_a_template_without_the_assistants_turn_is_refused(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ModelError, match="leaves the assistant's answer out"):
+        Renderer(tokenizer)
+
+
+def test_a_turn_that_ends_with_another_special_token_has_it_once_and_last(chat_tokenizer):
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    ids = encode(tokenizer, DUMPS["HH prompt"][0])["chosen_ids"]
+    assert ids == tokenizer(f"{YES}<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_a_think_block_of_the_generation_prompt_is_not_written_twice(chat_tokenizer):
+    """A template that opens the turn with an empty think block and keeps it, as Qwen3 without thinking."""
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    think = "<think>\\n\\n</think>\\n\\n"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}",
+        "{% if message['role'] == 'assistant' %}" + think + "{% endif %}{{ message['content'] }}",
+    ).replace("<|im_start|>assistant\n", "<|im_start|>assistant\n" + think)
+    ids = encode(tokenizer, DUMPS["UltraFeedback"][0])
+    whole = tokenizer.apply_chat_template([USER, assistant(YES)], tokenize=False)
+    assert whole.count("<think>") == 1
+    assert tokenizer.decode(ids["prompt_ids"] + ids["chosen_ids"]) == whole.removesuffix("\n")
+    assert tokenizer.decode(ids["chosen_ids"]) == f"{YES}<|im_end|>"
+
+
+@pytest.mark.parametrize("limits", [Limits(1, None, None), Limits(None, None, 2), Limits(2, None, 2)])
+def test_a_bos_is_not_kept_alone(limits, chat_tokenizer):
+    """One prompt token, and that a BOS, would leave an answer to nothing."""
+    tokenizer = with_bos(chat_tokenizer, "<|im_start|>")
+    assert encode(tokenizer, DUMPS["HH prompt"][0], limits)["dropped"] == "no_room"
+
+
+def test_answers_that_differ_only_behind_the_limit_are_dropped(plain_tokenizer):
+    row = {"prompt": SKY, "chosen": " blue, of course!", "rejected": " blue, not green."}
+    assert encode(plain_tokenizer, row, Limits(None, 2, None))["dropped"] == "equal_after_cut"
+
+
+def test_the_cut_with_a_bos_keeps_it_and_its_promises_for_all_sizes():
+    draw = random.Random(1)
+    kept = 0
+    for _ in range(3000):
+        sizes = [draw.randint(1, 12) for _ in range(3)]
+        prompt, chosen, rejected = ([*range(100 * i, 100 * i + size)] for i, size in enumerate(sizes, start=1))
+        limits = Limits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
+        try:
+            p, c, r = cut(prompt, chosen, rejected, limits, keep_first=True)
+        except UnusableError as error:
+            assert str(error) == "no_room"
+            assert limits.prompt_tokens == 1 or (limits.total_tokens or 99) <= 2
+            continue
+        kept += 1
+        assert p[0] == prompt[0]
+        assert p[1:] == prompt[len(prompt) - len(p) + 1 :]
+        assert (c, r) == (chosen[: len(c)], rejected[: len(r)])
+        assert len(p) >= min(2, len(prompt))
+        assert len(p) <= (limits.prompt_tokens or 99)
+        assert max(len(c), len(r)) <= (limits.answer_tokens or 99)
+        assert len(p) + max(len(c), len(r)) <= (limits.total_tokens or 99)
+        shortened = max(len(c), len(r)) < min(max(len(chosen), len(rejected)), limits.answer_tokens or 99)
+        assert not shortened or len(p) == min(2, len(prompt)), "the prompt's head yields first"
+        unlimited = min(len(prompt), limits.prompt_tokens or 99)
+        room = (limits.total_tokens or 99) - max(len(c), len(r))
+        assert len(p) == min(unlimited, max(room, len(p) if shortened else 0)), "no token is given up without need"
+    assert kept > 2000

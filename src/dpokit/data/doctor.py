@@ -13,6 +13,7 @@ REASONS = {
     "no_answer_turn": "the conversation does not end with the assistant's answer",
     "different_prompts": "chosen and rejected answer different prompts",
     "empty_prompt": "there is no prompt",
+    "refused_by_template": "the model's chat template refuses the conversation",
     "empty_answer": "an answer has no word",
     "equal_answers": "chosen and rejected are the same",
     "equal_after_cut": "chosen and rejected are the same as far as the length limits let them be seen",

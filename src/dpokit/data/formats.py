@@ -63,8 +63,9 @@ def parse_transcript(text: str) -> Messages:
     """An HH transcript as chat messages; a plain text is one user message. Unfinished last turns are left out."""
     if HUMAN not in text:
         return [{"role": "user", "content": text.strip()}]
-    messages: Messages = []
-    for part in text.split(HUMAN)[1:]:
+    before, *parts = text.split(HUMAN)
+    messages: Messages = [{"role": "system", "content": before.strip()}] if before.strip() else []
+    for part in parts:
         question, *answers = part.split(ASSISTANT)
         messages.append({"role": "user", "content": question.strip()})
         messages += [{"role": "assistant", "content": answer.strip()} for answer in answers if answer.strip()]
@@ -108,7 +109,7 @@ def _is_text(value: Any) -> bool:
 
 def _split_transcript(text: str) -> tuple[str, str]:
     before, mark, answer = text.rpartition(ASSISTANT)
-    if not mark:
+    if not mark or HUMAN in answer:
         raise UnusableError("no_answer_turn")
     return before + mark, answer
 
@@ -135,7 +136,7 @@ def _pair_from_common_beginning(row: Row) -> Pair:
             break
         length += 1
     # Back to the last word boundary: the answers begin with whole words, and with the space before them.
-    length = max((i for i in range(length + 1) if chosen[i : i + 1].isspace()), default=0)
+    length = max((i for i in range(length) if chosen[i].isspace()), default=0)
     return Pair(chosen[:length], chosen[length:], rejected[length:])
 
 

@@ -1,7 +1,8 @@
 """Settings and a tokenizer in; tokenised, counted, held-out splits out."""
 
 import hashlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -134,7 +135,15 @@ def _take(rows: Rows, number: int) -> Rows:
 
 
 def _find_layout(rows: Rows, name: str) -> Format:
-    sample = list(islice(iter(rows), SAMPLE_ROWS))
+    try:
+        sample = list(islice(iter(rows), SAMPLE_ROWS))
+    except Exception as error:  # a stream's files are read only now, each kind with errors of its own
+        cause = error.__cause__ or error
+        raise DataError(
+            f"{name} cannot be read: {' '.join(str(cause).split())[:300]}",
+            expected="whole files with the same columns in every row",
+            do="mend the file that the first line names, or name another",
+        ) from error
     if not sample:
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     return find_format(sample, name)
@@ -164,17 +173,25 @@ def _count_shortened(split: Dataset, tally: Tally) -> Dataset:
 def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: int) -> IterableDataset:
     names = list(next(iter(rows)))
     encoded = rows.map(encoder, batched=True, batch_size=256, with_indices=True, remove_columns=names)
-    # A stream is begun anew by every look at its first rows and by every epoch; each row counts once.
-    kept = encoded.filter(
-        lambda row: tally.add(row["dropped"], row["cut"]) if row["row"] >= tally.rows else not row["dropped"]
-    ).remove_columns(["dropped", "cut"])
+
+    def kept_pairs() -> Iterator[dict[str, Any]]:
+        # A stream is begun anew by every look at its first rows and by every epoch; each row counts once.
+        for position, row in enumerate(encoded):
+            dropped, cut = row.pop("dropped"), row.pop("cut")
+            if tally.add(dropped, cut) if position >= tally.rows else not dropped:
+                yield {**row, "row": position}
+
+    kept = IterableDataset.from_generator(kept_pairs)
     if not any(True for _ in kept.take(1)):
         raise _no_pair_left(tally)
     return kept.shuffle(seed=seed, buffer_size=STREAM_BUFFER_ROWS)
 
 
 def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[Dataset, Dataset]:
-    """Splits by prompt, so that no prompt is on both sides; the same prompts are held out whatever the seed."""
+    """Splits by prompt, so that no prompt is on both sides; the same prompts are held out whatever the seed.
+
+    No more is held out than `most_pairs` asks for: the rest is trained on.
+    """
     keys = [hashlib.sha256(str(prompt).encode()).digest() for prompt in train["prompt_ids"]]
     unique = sorted(set(keys))
     if len(unique) < 2:
@@ -183,10 +200,17 @@ def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[
             expected="at least two different prompts",
             do="name a split with --dataset_test_split, or --eval_strategy no --load_best_model_at_end false",
         )
-    chosen = set(unique[: min(max(1, round(fraction * len(unique))), len(unique) - 1)])
+    pairs_of = Counter(keys)
+    chosen: set[bytes] = set()
+    taken = 0
+    for key in unique[: min(max(1, round(fraction * len(unique))), len(unique) - 1)]:
+        taken += pairs_of[key]
+        if chosen and most_pairs is not None and taken > most_pairs:
+            break
+        chosen.add(key)
     held = [i for i, key in enumerate(keys) if key in chosen]
     rest = [i for i, key in enumerate(keys) if key not in chosen]
-    return train.select(rest), train.select(held[:most_pairs])
+    return train.select(rest), train.select(held)
 
 
 def _no_pair_left(tally: Tally) -> DataError:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DownloadManager, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 
 from dpokit.errors import DataError, find_disk_trouble
@@ -88,7 +88,9 @@ def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
         # Checked ahead of loading: pyarrow lets some broken encodings through and names no line for the rest.
         check_text_file(path, as_json_lines=builder == "json")
     try:
-        return dict(load_dataset(builder, data_files={"train": str(path)}, streaming=streaming))
+        # datasets unpacks text files by itself, Parquet files not.
+        whole = DownloadManager().extract(str(path)) if path.name.endswith(".parquet.gz") else str(path)
+        return dict(load_dataset(builder, data_files={"train": whole}, streaming=streaming))
     except Exception as error:
         cause = error.__cause__ or error
         raise find_disk_trouble_or(
@@ -131,7 +133,8 @@ def check_text_file(path: Path, *, as_json_lines: bool) -> None:
     try:
         for number, last in _numbered_lines(path):  # both are what an error speaks of
             if as_json_lines and number == 1 and last.lstrip().startswith("["):
-                return  # one JSON list, not JSON lines: the loader reads it whole
+                json.loads("".join(line for _, line in _numbered_lines(path)))  # one list, not a row a line
+                return
             if as_json_lines and last.strip():
                 row: Any = json.loads(last)
                 if not isinstance(row, dict):
@@ -150,5 +153,7 @@ def check_text_file(path: Path, *, as_json_lines: bool) -> None:
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", errors="strict") as file:
-        yield from enumerate(file, start=1)
+    with opener(path, "rb") as file:
+        # Decoded line by line: a text file is decoded in blocks, and an error in one names no line.
+        for number, line in enumerate(file, start=1):
+            yield number, line.decode("utf-8")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
@@ -97,14 +98,20 @@ class Renderer:
         return str(text)
 
     def prompt(self, prompt: str | Messages) -> str:
-        """The prompt's text, ready for the answer."""
+        """The prompt's text, ready for the answer. Raises: UnusableError for none, or one the template refuses."""
+        if not (prompt.strip() if isinstance(prompt, str) else prompt):
+            raise UnusableError("empty_prompt")
         if self.is_chat:
-            return self._apply(parse_transcript(prompt) if isinstance(prompt, str) else prompt, open_turn=True)
+            try:
+                return self._apply(parse_transcript(prompt) if isinstance(prompt, str) else prompt, open_turn=True)
+            except TemplateError as error:  # no system turn, say, or two questions in a row
+                raise UnusableError("refused_by_template") from error
         return prompt if isinstance(prompt, str) else render_transcript(prompt)
 
     def answer(self, answer: str, prompt: str | Messages) -> str:
         """The answer's text with its end, EOS exactly once. Raises: UnusableError for one without a word."""
-        answer = answer.removesuffix(self.eos)
+        while answer.rstrip().endswith(self.eos):
+            answer = answer.rstrip().removesuffix(self.eos)
         if not answer.strip():
             raise UnusableError("empty_answer")
         if self.is_chat:
@@ -146,8 +153,6 @@ class Encoder:
             prompt = self.renderer.prompt(pair.prompt)
             chosen = self.renderer.answer(pair.chosen, pair.prompt)
             rejected = self.renderer.answer(pair.rejected, pair.prompt)
-            if not prompt:
-                raise UnusableError("empty_prompt")
             if chosen == rejected:
                 raise UnusableError("equal_answers")
         except UnusableError as reason:
@@ -161,7 +166,8 @@ class Encoder:
         # Tokenizers that close every text with EOS would end the prompt.
         eos, end = self.renderer.eos, [tokenizer.eos_token_id]
         return [
-            row[:-1] if row[-1:] == end and not text.endswith(eos) else row for row, text in zip(ids, texts, strict=True)
+            row[:-1] if row[-1:] == end and not text.endswith(eos) else row
+            for row, text in zip(ids, texts, strict=True)
         ]
 
     def _answer_ids(self, texts: list[str]) -> list[Ids]:

@@ -1,0 +1,208 @@
+"""Rows from files and folders, whole and streamed, and what is said of those that cannot be read."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import write_pairs
+from datasets import Dataset, DatasetDict
+
+from dpokit.data.prepare import prepare_data
+from dpokit.data.sources import get_split, load_splits
+from dpokit.errors import DataError
+from dpokit.settings import DataArguments
+
+ROWS = [{"prompt": f"Number {i} is", "chosen": " é one.", "rejected": f" row {i}."} for i in range(5)]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+KINDS = ["jsonl", "json", "csv", "parquet"]
+BOTH_WAYS = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+
+
+def write_rows(path: Path, kind: str) -> Path:
+    """The same rows in any kind of file, packed where the kind ends with gz."""
+    plain = path.with_suffix(f".{kind.removesuffix('.gz')}")
+    if "jsonl" in kind:
+        plain.write_text(LINES, encoding="utf-8")
+    elif "json" in kind:
+        plain.write_text(json.dumps(ROWS), encoding="utf-8")
+    elif "csv" in kind:
+        Dataset.from_list(ROWS).to_csv(plain)
+    else:
+        Dataset.from_list(ROWS).to_parquet(plain)
+    if not kind.endswith(".gz"):
+        return plain
+    packed = plain.with_name(plain.name + ".gz")
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    return packed
+
+
+def read(path: Path | str, *, streaming: bool, split: str = "train") -> list[dict]:
+    return list(load_splits(str(path), None, streaming=streaming)[split])
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("kind", [kind + end for kind in KINDS for end in ("", ".gz")])
+def test_every_kind_of_file_gives_its_rows(kind, streaming, tmp_path):
+    assert read(write_rows(tmp_path / "rows", kind), streaming=streaming) == ROWS
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_has_the_splits_that_its_files_are_named_after(kind, streaming, tmp_path):
+    for split in ("train", "test"):
+        write_rows(tmp_path / split, kind)
+    assert set(load_splits(str(tmp_path), None, streaming=streaming)) == {"train", "test"}
+    assert read(tmp_path, streaming=streaming, split="test") == ROWS
+
+
+@BOTH_WAYS
+def test_a_saved_set_and_a_saved_set_of_splits_are_read(streaming, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    Dataset.from_list(ROWS).save_to_disk(one)
+    DatasetDict(train=Dataset.from_list(ROWS), held=Dataset.from_list(ROWS[:2])).save_to_disk(two)
+    assert read(one, streaming=streaming) == ROWS
+    assert read(two, streaming=streaming, split="held") == ROWS[:2]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pretty.json", json.dumps(ROWS, indent=2)),
+        ("windows.jsonl", LINES.replace("\n", "\r\n")),
+        ("blank.jsonl", LINES.replace("\n", "\n\n")),
+        ("no_newline.jsonl", LINES.rstrip("\n")),
+        ("UPPER.JSONL", LINES),
+    ],
+)
+def test_an_unusual_but_sound_file_gives_its_rows(name, text, streaming, tmp_path):
+    (tmp_path / name).write_bytes(text.encode())
+    assert read(tmp_path / name, streaming=streaming) == ROWS
+
+
+def test_a_home_folder_is_understood(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_rows(tmp_path / "rows", "jsonl")
+    assert read("~/rows.jsonl", streaming=False) == ROWS
+
+
+PARQUET_HEAD = b"PAR1 and no more"
+# name, bytes, what the message must hold
+BROKEN = [
+    ("broken.jsonl", (LINES + '{"prompt": "The sk\n').encode(), "line 6 is broken JSON"),
+    ("first.jsonl", b'{"prompt": \n' + LINES.encode(), "line 1 is broken JSON"),
+    ("number.jsonl", (LINES + "5\n").encode(), "line 6 is not an object of columns"),
+    ("cut_list.json", json.dumps(ROWS)[:-9].encode(), "cut_list.json"),
+    ("cut.jsonl.gz", gzip.compress(LINES.encode() * 500)[:-20], "gzip data is cut off or broken after line"),
+    ("cut.csv.gz", gzip.compress(b"prompt,chosen,rejected\n" + b"a,b,c\n" * 500)[:-12], "gzip data is cut off"),
+    ("not_gzip.jsonl.gz", LINES.encode(), "gzip data is cut off or broken after line 0"),
+    ("empty.jsonl", b"", "the file is empty"),
+    ("empty.json", b"", "the file is empty"),
+    ("empty.csv", b"", "the file is empty"),
+    ("empty.jsonl.gz", gzip.compress(b""), "the file is empty"),
+    ("empty.csv.gz", gzip.compress(b""), "the file is empty"),
+    ("empty.parquet", b"", "0 bytes"),
+    ("latin.jsonl", LINES.encode("latin-1"), "line 1 is not UTF-8"),
+    ("latin.csv", "prompt,chosen,rejected\na,é,b\n".encode("latin-1"), "line 2 is not UTF-8"),
+    ("late_latin.jsonl", LINES.encode() + LINES.encode("latin-1"), "line 6 is not UTF-8"),
+    ("windows.csv", "prompt,chosen,rejected\na,b,c\n".encode("utf-16"), "line 1 is not UTF-8"),
+    ("ragged.csv", b"prompt,chosen,rejected\na,b,c\nd,e,f,g,h\n", "Expected 3 fields in line 3, saw 5"),
+    ("broken.parquet", PARQUET_HEAD, "magic bytes"),
+    ("pairs.txt", LINES.encode(), "file of an unknown kind"),
+    ("pairs", LINES.encode(), "file of an unknown kind"),
+    ("pairs.txt.gz", gzip.compress(LINES.encode()), "file of an unknown kind"),
+    ("columns.jsonl", b'{"prompt": "a", "chosen": "b"}\n', 'its first row is {"prompt": "a", "chosen": "b"}'),
+    ("header.csv", b"prompt,chosen,rejected\n", "no data|no rows"),
+    ("list.json", b"[]", "no data|no rows"),
+    ("blank.jsonl", b"\n\n", "no data|no rows"),
+]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(("name", "content", "seen"), BROKEN, ids=[name for name, _, _ in BROKEN])
+def test_a_broken_file_is_one_error_that_names_the_file_and_what_was_seen(
+    name, content, seen, streaming, tmp_path, plain_tokenizer
+):
+    (tmp_path / name).write_bytes(content)
+    data = DataArguments(dataset_name=str(tmp_path / name), dataset_streaming=streaming)
+    with pytest.raises(DataError, match=seen) as error:
+        prepare_data(data, plain_tokenizer, max_length=None, with_eval=False)
+    assert name in error.value.seen
+    assert error.value.do
+
+
+@BOTH_WAYS
+def test_a_parquet_file_without_rows_is_refused(streaming, tmp_path, plain_tokenizer):
+    Dataset.from_list(ROWS).select([]).to_parquet(tmp_path / "none.parquet")
+    data = DataArguments(dataset_name=str(tmp_path / "none.parquet"), dataset_streaming=streaming)
+    with pytest.raises(DataError, match=r"no data|no rows"):
+        prepare_data(data, plain_tokenizer, max_length=None, with_eval=False)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("name", ["none.jsonl", "./none", "~/none", "/no/such/folder", "none.csv.gz"])
+def test_a_missing_file_is_not_looked_for_on_the_hub(name, streaming):
+    with pytest.raises(DataError, match="there is no such file") as error:
+        load_splits(name, None, streaming=streaming)
+    assert name in error.value.seen
+
+
+@BOTH_WAYS
+def test_a_hub_set_that_cannot_be_reached_is_named_with_what_to_check(streaming):
+    with pytest.raises(DataError, match="nobody/nothing could not be loaded from the Hub") as error:
+        load_splits("nobody/nothing", None, streaming=streaming)
+    assert "--dataset_config" in error.value.do
+
+
+@pytest.mark.parametrize("name", [None, ""])
+def test_no_dataset_at_all_names_the_flag(name):
+    with pytest.raises(DataError, match="no dataset was named") as error:
+        load_splits(name, None, streaming=False)
+    assert "--dataset_name" in error.value.do
+
+
+@BOTH_WAYS
+def test_a_folder_without_data_is_refused(streaming, tmp_path):
+    (tmp_path / "README.md").write_text("nothing here")
+    with pytest.raises(DataError, match="data files") as error:
+        load_splits(str(tmp_path), None, streaming=streaming)
+    assert str(tmp_path) in error.value.seen
+
+
+@BOTH_WAYS
+def test_a_broken_file_in_a_folder_is_named_with_its_line(streaming, tmp_path):
+    write_pairs(tmp_path / "train.jsonl", 3)
+    (tmp_path / "test.jsonl").write_text(LINES + '{"prompt": \n')
+    with pytest.raises(DataError, match="line 6 is broken JSON") as error:
+        load_splits(str(tmp_path), None, streaming=streaming)
+    assert "test.jsonl" in error.value.seen
+
+
+@BOTH_WAYS
+def test_a_saved_folder_that_is_cut_off_is_refused(streaming, tmp_path):
+    Dataset.from_list(ROWS * 100).save_to_disk(tmp_path)
+    arrow = next(tmp_path.glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:200])
+    with pytest.raises(DataError, match="cannot be read as a dataset") as error:
+        load_splits(str(tmp_path), None, streaming=streaming)
+    assert str(tmp_path) in error.value.seen
+
+
+@BOTH_WAYS
+def test_files_of_one_folder_with_different_columns_are_refused(streaming, tmp_path, plain_tokenizer):
+    write_pairs(tmp_path / "train.jsonl", 3)
+    (tmp_path / "test.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    data = DataArguments(dataset_name=str(tmp_path), dataset_streaming=streaming, max_eval_samples=5)
+    with pytest.raises(DataError, match="question"):
+        prepare_data(data, plain_tokenizer, max_length=None, with_eval=True)
+
+
+@pytest.mark.parametrize("flag", ["dataset_train_split", "dataset_test_split"])
+def test_a_missing_split_names_those_there_are_and_the_flag(flag, tmp_path):
+    splits = load_splits(str(write_rows(tmp_path / "rows", "jsonl")), None, streaming=False)
+    with pytest.raises(DataError, match=re.escape("no split 'validation'; there is train")) as error:
+        get_split(splits, "validation", flag)
+    assert f"--{flag}" in error.value.do
+    assert ("--eval_fraction" in error.value.do) == (flag == "dataset_test_split")
