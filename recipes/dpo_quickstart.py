@@ -14,8 +14,8 @@ DEFAULTS = {
     "dataset_name": "runs/quickstart_corpus",
     # The longest pair has fewer tokens; nothing is cut.
     "max_length": 128,
-    # DPO alone reaches 100 % reward accuracy while the answers fall apart; the SFT term on the chosen answer, which does
-    # much of the work here, keeps them whole.
+    # DPO alone reaches 100 % reward accuracy while the answers fall apart. The SFT term on the chosen answer keeps them
+    # whole; at this rate it does much of the work.
     "loss_type": ["sigmoid", "sft"],
     "loss_weights": [1.0, 1.0],
     # Between 0.1 and 1.0 it matters little here.
