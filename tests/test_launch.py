@@ -76,6 +76,19 @@ def test_a_misspelt_flag_is_one_message_without_a_traceback_and_exit_code_2(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_bad_data_is_one_message_on_two_processes_and_nobody_waits(tiny_gpt2, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": \n')
+    flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(tmp_path / "bad.jsonl")]
+    flags += ["--output_dir", str(tmp_path / "run"), "--max_length", "96"]
+    for expected in ("DataError: ", "RunFolderError: "):
+        done = launch(TWO, *flags)
+        assert done.returncode != 0
+        assert done.stderr.count(expected) == 1
+        assert "[rank1]" not in done.stderr
+        assert "failed" in (tmp_path / "run" / "run.json").read_text()
+        flags += ["--resume_from_checkpoint", "never"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one_process", "two_processes"])
 def test_a_twelve_layer_gpt2_trains_on_real_hh_rows(launcher, shared, tmp_path):

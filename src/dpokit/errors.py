@@ -11,6 +11,8 @@ All of them end a run with exit code 2 and one message on rank 0; anything else 
 """
 
 import errno
+from functools import partial
+from typing import Any
 
 
 class DpokitError(Exception):
@@ -27,6 +29,10 @@ class DpokitError(Exception):
         self.expected = expected
         self.do = do
         super().__init__(f"{seen}\n  expected:  {expected}\n  do this:   {do}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Ranks send errors to each other; pickling an exception forgets arguments given by keyword.
+        return partial(type(self), expected=self.expected, do=self.do), (self.seen,)
 
 
 class SettingsError(DpokitError):

@@ -22,7 +22,7 @@ from dpokit.screen import quiet_dependencies, say
 from dpokit.settings import Settings, load_settings
 from dpokit.train.callbacks import EpochCallback, MetricsCallback, ScreenCallback
 from dpokit.train.trainer import PairTrainer
-from dpokit.world import broadcast, check_world_size, is_main_process, main_process_first
+from dpokit.world import check_world_size, decide_on_main_process, is_main_process, main_process_first
 
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 TRACKERS = ("wandb", "trackio", "tensorboard")
@@ -63,7 +63,7 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     world_size = check_world_size()
     check_trackers(settings)
     run = RunDir(settings.training.output_dir)
-    checkpoint = _on_main_process(lambda: claim_folder(run, settings))
+    checkpoint = decide_on_main_process(lambda: claim_folder(run, settings))
     with keep_record(run, settings, world_size):
         trainer, data = build_trainer(run, settings)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -84,15 +84,17 @@ def build_trainer(run: RunDir, settings: Settings) -> tuple[PairTrainer, Prepare
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
     peft_config = build_peft_config(settings)
     policy = load_policy(settings, tokenizer)
-    with main_process_first():
-        data = prepare_data(
+    max_length = find_max_length(settings, policy)
+    data = main_process_first(
+        lambda: prepare_data(
             settings.data,
             tokenizer,
-            max_length=find_max_length(settings, policy),
+            max_length=max_length,
             with_eval=training.eval_strategy != "no",
             processes=training.dataset_num_proc,
             seed=training.seed,
         )
+    )
     if is_main_process():
         write_json(run.data_json, data.record())
         run.write_run(data_fingerprint=data.fingerprint)
@@ -175,17 +177,3 @@ def find_best(trainer: PairTrainer) -> dict[str, Any] | None:
     if not trainer.args.load_best_model_at_end or state.best_metric is None:
         return None
     return {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}
-
-
-def _on_main_process(decide: Any) -> Any:
-    """Rank 0 decides; every rank gets its answer, or its error."""
-    outcome: Any = None
-    if is_main_process():
-        try:
-            outcome = decide()
-        except DpokitError as error:
-            outcome = error
-    outcome = broadcast(outcome)
-    if isinstance(outcome, DpokitError):
-        raise outcome
-    return outcome

@@ -1,16 +1,17 @@
 """Ranks and processes: who am I, how many were asked for, how many are there. Built on accelerate's state."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import yaml
 from accelerate import PartialState
 
-from dpokit.errors import MachineError
+from dpokit.errors import DpokitError, MachineError
+
+T = TypeVar("T")
 
 
 def is_main_process() -> bool:
@@ -80,16 +81,37 @@ def check_world_size() -> int:
     return size
 
 
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """Rank 0 runs the block before the others: they find its files instead of writing them again."""
-    state = PartialState()
-    with state.main_process_first() if state.num_processes > 1 else nullcontext():
-        yield
+def decide_on_main_process(decide: Callable[[], T]) -> T:
+    """Rank 0 decides; every rank gets its answer (any picklable object), or raises its DpokitError."""
+    answer, error = _try_on_main_process(decide)
+    answer, error = _broadcast((answer, error))
+    if error is not None:
+        raise error
+    return answer
 
 
-def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank: for decisions that all ranks must take alike. Any picklable object."""
+def main_process_first(build: Callable[[], T]) -> T:
+    """What `build` returns, on every rank: rank 0 builds first, and the others find its cached files.
+
+    An error of rank 0 is raised on every rank, so that none waits for a rank that is gone.
+    """
+    result, error = _try_on_main_process(build)
+    error = _broadcast(error)
+    if error is not None:
+        raise error
+    return result if is_main_process() else build()
+
+
+def _try_on_main_process(call: Callable[[], T]) -> tuple[Any, DpokitError | None]:
+    if not is_main_process():
+        return None, None
+    try:
+        return call(), None
+    except DpokitError as error:
+        return None, error
+
+
+def _broadcast(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     box = [value]

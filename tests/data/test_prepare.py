@@ -313,3 +313,14 @@ def test_real_hh_rows_with_the_real_gpt2_tokenizer_are_counted_and_end_with_eos(
     whole = [row["chosen_ids"] for row in data.train if tokenizer.eos_token_id in row["chosen_ids"]]
     assert all(ids.index(tokenizer.eos_token_id) == len(ids) - 1 for ids in whole)
     assert len(whole) >= 1400
+
+
+def test_no_more_is_held_out_than_was_asked_for_though_a_prompt_has_several_pairs(tmp_path, plain_tokenizer):
+    file = write_pairs(tmp_path / "pairs.jsonl", 10)
+    file.write_text(file.read_text() + file.read_text().replace("Mix", "Stir") + file.read_text().replace("Mix", "Get"))
+    for most in (1, 2, 4):
+        data = prepare(file, plain_tokenizer, with_eval=True, eval_fraction=0.5, max_eval_samples=most)
+        assert 1 <= len(data.eval) <= most
+        record = data.record()
+        assert (record["train"]["kept"], record["eval"]["kept"]) == (len(data.train), len(data.eval))
+        assert record["train"]["rows"] + record["eval"]["rows"] == 30

@@ -206,3 +206,23 @@ def test_a_missing_split_names_those_there_are_and_the_flag(flag, tmp_path):
         get_split(splits, "validation", flag)
     assert f"--{flag}" in error.value.do
     assert ("--eval_fraction" in error.value.do) == (flag == "dataset_test_split")
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize(
+    ("line", "seen"), [(b'  {"prompt": "a" "chosen"},', "is broken JSON"), (b'  {"prompt": "\xe9"},', "is not UTF-8")]
+)
+def test_a_list_over_several_lines_names_the_line_that_is_broken(line, seen, streaming, tmp_path):
+    lines = [b"[", *(json.dumps(row).encode() + b"," for row in ROWS), line, b"{}", b"]"]
+    (tmp_path / "list.json").write_bytes(b"\n".join(lines))
+    with pytest.raises(DataError, match=f"line 7 {seen}"):
+        load_splits(str(tmp_path / "list.json"), None, streaming=streaming)
+
+
+@BOTH_WAYS
+def test_a_later_file_of_a_split_that_does_not_fit_is_refused_whenever_it_is_met(streaming, tmp_path, plain_tokenizer):
+    write_pairs(tmp_path / "train-00000-of-00002.jsonl", 50)
+    (tmp_path / "train-00001-of-00002.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    data = DataArguments(dataset_name=str(tmp_path), dataset_streaming=streaming)
+    with pytest.raises(DataError, match="question"):
+        list(prepare_data(data, plain_tokenizer, max_length=None, with_eval=False).train)
