@@ -15,7 +15,7 @@ FLOORS = [
     {"story", "sweep"},
     {"train", "evaluate", "release", "report", "serve", "cluster"},
     {"checkpoint", "model", "data", "figures"},
-    {"settings", "rundir", "world", "errors", "screen"},
+    {"settings", "flags", "rundir", "world", "errors", "screen"},
 ]
 LIGHT = ("report", "cluster", "figures", "data.formats", "data.toy", "rundir", "errors", "cli")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}

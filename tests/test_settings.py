@@ -5,7 +5,8 @@ import json
 import pytest
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.settings import NOT_HONOURED, RETIRED, find_machine_settings, load_settings
+from dpokit.flags import RETIRED
+from dpokit.settings import NOT_HONOURED, find_machine_settings, load_settings
 
 RECIPE = {"output_dir": "runs/x", "learning_rate": 1e-5, "loss_type": ["sigmoid", "sft"], "max_length": None}
 

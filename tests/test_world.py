@@ -9,11 +9,11 @@ import pytest
 from accelerate import PartialState
 from conftest import ROOT
 
-from dpokit.errors import MachineError
+from dpokit.errors import DataError, MachineError
 from dpokit.world import (
     _read_accelerate_command,
-    broadcast,
     check_world_size,
+    decide_on_main_process,
     find_asked_processes,
     is_main_process,
     main_process_first,
@@ -132,8 +132,19 @@ def test_rank_0_and_a_process_without_a_rank_speak(rank, speaks, monkeypatch):
     assert is_main_process() is speaks
 
 
-def test_one_process_hears_itself_and_waits_for_nobody():
-    value = {"checkpoint": Path("run/checkpoint-3"), "error": None}
-    assert broadcast(value) == value
-    with main_process_first():
-        pass
+@pytest.mark.parametrize("ask", [decide_on_main_process, main_process_first])
+def test_one_process_has_its_own_answer_and_its_own_error(ask):
+    answers = []
+
+    def answer() -> Path:
+        answers.append(Path("run/checkpoint-3"))
+        return answers[-1]
+
+    def refuse() -> Path:
+        raise DataError("a hole", expected="a row", do="fill it")
+
+    assert ask(answer) == Path("run/checkpoint-3")
+    assert len(answers) == 1, "the work is done once"
+    with pytest.raises(DataError, match="a hole") as error:
+        ask(refuse)
+    assert error.value.do == "fill it"

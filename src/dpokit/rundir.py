@@ -49,7 +49,7 @@ class RunDir:
     def clear(self) -> None:
         """Deletes what a former run left here, run.json last: an interrupted clearing is still recognised."""
         for path in sorted(self.own_files(), key=lambda p: p == self.run_json):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def read_run(self) -> dict[str, Any] | None:
         """run.json, or None where there is no run yet. Raises: RunFolderError where it is damaged."""

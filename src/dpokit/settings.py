@@ -1,73 +1,23 @@
 """Settings: TRL's defaults -> recipe -> YAML file -> command line -> what this machine decides.
 
-Every flag is TRL's own (`ScriptArguments`, `DPOConfig`, `ModelConfig`); the few of ours stand in `DataArguments`.
+Every flag is TRL's own (`ScriptArguments`, `DPOConfig`, `ModelConfig`); the few of ours stand in `flags.DataArguments`.
 Each layer goes through the same parser, so a misspelt key or a value of the wrong type is caught alike in all of them,
 and for every value it is known where it came from.
 """
 
-import argparse
 import dataclasses
-import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
 
 import torch
 import yaml
-from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DPOConfig, ModelConfig
 
 from dpokit.errors import MachineError, SettingsError
-
-
-@dataclasses.dataclass
-class DataArguments(ScriptArguments):
-    """TRL's dataset flags and ours: which rows, and how much of them."""
-
-    eval_fraction: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "Hold out this share of the training prompts for evaluation, instead of a test split."},
-    )
-    max_train_samples: int | None = dataclasses.field(
-        default=None, metadata={"help": "Use only the first N rows of the training split."}
-    )
-    max_eval_samples: int | None = dataclasses.field(
-        default=None, metadata={"help": "Use only the first N rows of the evaluation split."}
-    )
-    max_prompt_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Keep at most this many tokens of a prompt: its end."}
-    )
-    max_completion_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Keep at most this many tokens of an answer: its start."}
-    )
-    overwrite_run: bool = dataclasses.field(
-        default=False, metadata={"help": "Delete the run that output_dir holds and begin a new one there."}
-    )
-
-
-# Names the field still writes in its configs, and what they are called today.
-RETIRED = {
-    "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
-    "evaluation_strategy": "eval_strategy",
-    "torch_dtype": "dtype",
-    "no_cuda": "use_cpu",
-    "overwrite_output_dir": "overwrite_run",
-    "use_flash_attention_2": "attn_implementation: flash_attention_2",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "group_by_length": "nothing: pairs are met in a seeded random order",
-    "logging_dir": "nothing: logs stand in output_dir; for TensorBoard set TENSORBOARD_LOGGING_DIR",
-    "save_safetensors": "nothing: weights are always safetensors",
-    "push_to_hub_model_id": "hub_model_id",
-    "max_target_length": "max_completion_length",
-    "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]",
-    "precompute_ref_eval_batch_size": "precompute_ref_batch_size",
-    "dataset_mixer": "dataset_name",
-    "dataset_splits": "dataset_train_split and dataset_test_split",
-    "model_name": "model_name_or_path",
-    "is_encoder_decoder": "nothing: only causal language models are trained",
-    "generate_during_eval": "nothing yet",
-}
+from dpokit.flags import DataArguments, FlagParser
 
 # Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
 NOT_HONOURED = {
@@ -99,7 +49,7 @@ class Settings:
 
     recipe: str
     data: DataArguments
-    training: DPOConfig
+    training: DPOConfig = dataclasses.field(repr=False)  # its repr shows hub_token
     model: ModelConfig
     origins: dict[str, str]
 
@@ -115,75 +65,6 @@ class Settings:
         }
 
 
-class _Parser(TrlParser):
-    """TRL's parser without abbreviations, without exits, and with words a user can act on."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__((DataArguments, DPOConfig, ModelConfig), allow_abbrev=False, **kwargs)
-        self.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
-        self.layer = "the command line"
-        for action in self._actions:
-            if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
-                action.nargs, action.const = "?", True  # --bf16 alone means true, as it does for every other switch
-
-    def error(self, message: str) -> Never:
-        raise SettingsError(
-            f"{self.layer}: {message}",
-            expected="values of the type that --help shows",
-            do="correct the value and run the same command again",
-        )
-
-    def names(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest not in ("help", "config")]
-
-    def parse_layer(self, words: Sequence[str], layer: str) -> dict[str, Any]:
-        """Only what the words set, typed. Raises: SettingsError on unknown keys and wrong types."""
-        self.layer = layer
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        given, unknown = self.parse_known_args(list(words))
-        for word in unknown:
-            raise self._unknown(word, layer)
-        return vars(given)
-
-    def parse_mapping(self, values: Mapping[str, Any], layer: str) -> dict[str, Any]:
-        """A recipe's or a YAML file's mapping, through the same parser as the command line."""
-        words: list[str] = []
-        nothing: dict[str, Any] = {}
-        for name, value in values.items():
-            if name not in self.names():
-                raise self._unknown(f"--{name}", layer)
-            if value is None:
-                nothing[name] = None
-            else:
-                words += [f"--{name}", *_words(value)]
-        return self.parse_layer(words, layer) | nothing
-
-    def _unknown(self, word: str, layer: str) -> SettingsError:
-        if not word.startswith("-"):
-            return SettingsError(
-                f"{layer}: {word!r} belongs to no flag", expected="--flag value", do="remove it, or quote the value"
-            )
-        name = word.lstrip("-").split("=")[0].replace("-", "_")
-        if name in RETIRED:
-            remedy = f"today's name is {RETIRED[name]}"
-        else:
-            near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.6)
-            near = near or [known for known in self.names() if known.startswith(name)][:3]
-            remedy = "did you mean " + " or ".join(near) + "?" if near else "see --help for every setting"
-        return SettingsError(
-            f"{layer}: there is no setting {name!r}", expected="full names of TRL's and dpokit's flags", do=remedy
-        )
-
-
-def _words(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        return [json.dumps(value)]
-    if isinstance(value, (list, tuple)):
-        return [str(item) for item in value]
-    return [str(value)]
-
-
 def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> Settings:
     """Merges the layers and builds TRL's dataclasses; building them starts accelerate's process group.
 
@@ -197,7 +78,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
         MachineError: a precision this machine does not have.
     """
     name = Path(recipe).stem
-    parser = _Parser(prog=f"{name}.py", description=f"Every setting of recipes/{name}.py")
+    parser = FlagParser(prog=f"{name}.py", description=f"Every setting of recipes/{name}.py")
     layers = [(f"recipe {name}", parser.parse_mapping(defaults, f"recipe {name}"))]
     given = parser.parse_layer(argv, "the command line")
     config_file = given.pop("config", None)
@@ -220,9 +101,18 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     return Settings(name, data, training, model, origins)
 
 
+class _YamlLoader(yaml.SafeLoader):
+    """YAML 1.2's floats: 5e-5 is a number also without a dot, and inside a mapping."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.load(Path(path).read_text(), _YamlLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(
             f"--config {path}: {error}", expected="a YAML file of settings", do="correct the path or the file"
@@ -236,7 +126,7 @@ def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(kind) if field.init}
     try:
         return kind(**{name: value for name, value in values.items() if name in known})
-    except (ValueError, TypeError, ImportError, KeyError) as error:
+    except (ValueError, TypeError, ImportError, KeyError, OSError) as error:
         raise SettingsError(
             " ".join(str(error).split()),
             expected="settings that go together",

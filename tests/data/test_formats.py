@@ -143,4 +143,5 @@ def test_every_reason_that_the_source_gives_has_words_for_the_screen():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UnusableError":
                 given.add(ast.literal_eval(node.args[0]))
-    assert given == set(REASONS)
+    assert given
+    assert given <= set(REASONS)

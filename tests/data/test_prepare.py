@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from dpokit.data.doctor import print_report
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
-from dpokit.settings import DataArguments
+from dpokit.flags import DataArguments
 
 LINE = json.dumps({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}) + "\n"
 

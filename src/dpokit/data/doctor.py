@@ -17,6 +17,7 @@ REASONS = {
     "empty_answer": "an answer has no word",
     "equal_answers": "chosen and rejected are the same",
     "equal_after_cut": "chosen and rejected are the same as far as the length limits let them be seen",
+    "over_max_eval_samples": "max_eval_samples asks for fewer pairs than the held-out prompt has",
     "no_room": "the length limits leave no token of the prompt and of each answer",
 }
 

@@ -17,7 +17,7 @@ from dpokit.data.formats import Format, find_format
 from dpokit.data.sources import Rows, get_split, load_splits
 from dpokit.data.tokens import COLUMNS, Encoder, Limits, Renderer
 from dpokit.errors import DataError
-from dpokit.settings import DataArguments
+from dpokit.flags import DataArguments
 from dpokit.world import is_main_process
 
 SAMPLE_ROWS = 32
@@ -103,6 +103,10 @@ def prepare_data(
         train, held_out = _hold_out(train, data.eval_fraction, data.max_eval_samples)
         tallies["eval"] = Tally(f"{data.eval_fraction:.2%} of the training prompts", layout.name, rows=len(held_out))
         tallies["train"].rows -= len(held_out)
+        surplus = len(held_out) - (data.max_eval_samples or len(held_out))
+        if surplus > 0:  # the pairs of a single prompt are more than were asked for
+            tallies["eval"].dropped["over_max_eval_samples"] = surplus
+            held_out = held_out.select(range(data.max_eval_samples or 0))
 
     findings = []
     if held_out is not None and isinstance(train, Dataset):
@@ -134,16 +138,21 @@ def _take(rows: Rows, number: int) -> Rows:
     return rows.take(number) if isinstance(rows, IterableDataset) else rows.select(range(min(number, len(rows))))
 
 
-def _find_layout(rows: Rows, name: str) -> Format:
+def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
+    """The rows. Raises: DataError; a stream's files are read only now, each kind with errors of its own."""
     try:
-        sample = list(islice(iter(rows), SAMPLE_ROWS))
-    except Exception as error:  # a stream's files are read only now, each kind with errors of its own
+        yield from rows
+    except Exception as error:
         cause = error.__cause__ or error
         raise DataError(
             f"{name} cannot be read: {' '.join(str(cause).split())[:300]}",
             expected="whole files with the same columns in every row",
             do="mend the file that the first line names, or name another",
         ) from error
+
+
+def _find_layout(rows: Rows, name: str) -> Format:
+    sample = list(islice(_read(rows, name), SAMPLE_ROWS))
     if not sample:
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     return find_format(sample, name)
@@ -176,7 +185,7 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
 
     def kept_pairs() -> Iterator[dict[str, Any]]:
         # A stream is begun anew by every look at its first rows and by every epoch; each row counts once.
-        for position, row in enumerate(encoded):
+        for position, row in enumerate(_read(encoded, tally.source)):
             dropped, cut = row.pop("dropped"), row.pop("cut")
             if tally.add(dropped, cut) if position >= tally.rows else not dropped:
                 yield {**row, "row": position}

@@ -133,7 +133,10 @@ def check_text_file(path: Path, *, as_json_lines: bool) -> None:
     try:
         for number, last in _numbered_lines(path):  # both are what an error speaks of
             if as_json_lines and number == 1 and last.lstrip().startswith("["):
-                json.loads("".join(line for _, line in _numbered_lines(path)))  # one list, not a row a line
+                lines = []
+                for number, last in _numbered_lines(path):  # noqa: B007  one list, not a row a line; an error speaks of both
+                    lines.append(last)
+                json.loads("".join(lines))
                 return
             if as_json_lines and last.strip():
                 row: Any = json.loads(last)
@@ -146,7 +149,8 @@ def check_text_file(path: Path, *, as_json_lines: bool) -> None:
     except json.JSONDecodeError as error:
         if number == 1 and last.strip() in ("{", ""):
             return  # one object over several lines: left to the loader
-        raise refuse(f"line {number} is broken JSON: {error}", f"mend line {number}, or delete it") from error
+        at = error.lineno if error.doc != last else number  # of a whole list, or of the one line that was read
+        raise refuse(f"line {at} is broken JSON: {error}", f"mend line {at}, or delete it") from error
     if number == 0:
         raise refuse("the file is empty", "name another file")
 

@@ -9,7 +9,7 @@ Losses, reference handling, PEFT and mixed precision are TRL's, untouched. Three
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,8 @@ class PairTrainer(DPOTrainer):
         """
         accelerator = self.accelerator
         names = ("gather", "gather_for_metrics")
-        keep: Callable[[Any], Any] = lambda tensor: tensor  # noqa: E731 - it stands in for two methods
         for name in names:
-            setattr(accelerator, name, keep)
+            setattr(accelerator, name, _keep)
         try:
             yield
         finally:
@@ -219,3 +218,7 @@ class PairTrainer(DPOTrainer):
                 self.processing_class.save_pretrained(part)
                 (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         self.accelerator.wait_for_everyone()
+
+
+def _keep(tensor: Any) -> Any:
+    return tensor

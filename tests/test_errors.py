@@ -1,0 +1,59 @@
+"""The one tree of errors: three sentences each, and whole on the way to another rank."""
+
+import errno
+import pickle
+
+import pytest
+
+from dpokit.errors import (
+    DataError,
+    DpokitError,
+    MachineError,
+    ModelError,
+    RunFolderError,
+    SettingsError,
+    find_disk_trouble,
+)
+
+KINDS = [DataError, MachineError, ModelError, RunFolderError, SettingsError]
+
+
+def test_no_error_of_the_tree_is_left_out_here():
+    assert set(DpokitError.__subclasses__()) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_says_what_was_seen_expected_and_to_do(kind):
+    text = str(kind("a hole", expected="a row", do="fill it"))
+    assert text.splitlines()[0] == "a hole"
+    assert "a row" in text
+    assert "fill it" in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_that_is_sent_to_another_rank_arrives_whole(kind):
+    error = kind("a hole", expected="a row", do="fill it")
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is kind
+    assert (arrived.seen, arrived.expected, arrived.do) == ("a hole", "a row", "fill it")
+    assert str(arrived) == str(error)
+
+
+@pytest.mark.parametrize(("number", "seen"), [(errno.ENOSPC, "no space"), (errno.EROFS, "read-only")])
+def test_disk_trouble_is_found_behind_the_error_of_a_library(number, seen):
+    try:
+        try:
+            raise OSError(number, "words of the system", "/scratch/run")
+        except OSError as cause:
+            raise RuntimeError("could not save") from cause
+    except RuntimeError as error:
+        trouble = find_disk_trouble(error)
+    assert trouble is not None
+    assert seen in trouble.seen
+    assert "/scratch/run" in trouble.seen
+    assert "--output_dir" in trouble.do
+
+
+def test_what_is_no_disk_trouble_is_none():
+    assert find_disk_trouble(ValueError("beta")) is None
+    assert find_disk_trouble(OSError(errno.ECONNREFUSED, "refused")) is None
