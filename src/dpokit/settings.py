@@ -34,6 +34,12 @@ NOT_HONOURED = {
     "enable_jit_checkpoint": "it saves the wrong random state, and a preempted job looks completed",
 }
 
+# TRL looks at these only when it computes the first loss.
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
 SECRET = ("token", "api_key", "password")
 
 
@@ -191,6 +197,13 @@ def check_agreement(data: DataArguments, training: DPOConfig) -> None:
         number = getattr(data, name)
         if number is not None and number < 1:
             refuse(f"{name} is {number}", "a number of at least 1", f"raise --{name}, or leave it out for no limit")
+    unknown = sorted(set(training.loss_type) - set(LOSS_TYPES))
+    if unknown:
+        refuse(f"loss_type {', '.join(unknown)} is unknown", ", ".join(LOSS_TYPES), "correct --loss_type")
+    for name in ("beta", "learning_rate"):
+        number = getattr(training, name)
+        if not 0 < number < float("inf"):
+            refuse(f"{name} is {number}", "a number above 0", f"correct --{name}")
     if training.max_length is not None and training.max_length < 2:
         refuse(
             f"max_length is {training.max_length}, which leaves no room for any answer",
