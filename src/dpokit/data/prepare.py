@@ -128,9 +128,9 @@ def fingerprint_ids(splits: Iterable[Dataset]) -> str:
     for split in splits:
         for batch in split.with_format("arrow").iter(batch_size=10_000):
             for name in COLUMNS[:3]:
-                for values in (batch[name].combine_chunks(),):
-                    digest.update(np.asarray(values.value_lengths()).astype("<i8").tobytes())
-                    digest.update(np.asarray(values.flatten()).astype("<i8").tobytes())
+                values = batch[name].combine_chunks()
+                for numbers in (values.value_lengths(), values.flatten()):
+                    digest.update(np.asarray(numbers).astype("<i8").tobytes())
     return digest.hexdigest()
 
 

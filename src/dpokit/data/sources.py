@@ -133,8 +133,9 @@ def check_text_file(path: Path, *, as_json_lines: bool) -> None:
     try:
         for number, last in _numbered_lines(path):  # both are what an error speaks of
             if as_json_lines and number == 1 and last.lstrip().startswith("["):
-                lines = []
-                for number, last in _numbered_lines(path):  # noqa: B007  one list, not a row a line; an error speaks of both
+                lines = []  # of one list, not a row a line
+                for numbered in _numbered_lines(path):
+                    number, last = numbered
                     lines.append(last)
                 json.loads("".join(lines))
                 return

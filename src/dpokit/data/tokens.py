@@ -73,6 +73,7 @@ class Renderer:
         self.tail: str = self.eos
         if self.is_chat:
             self.lead, self.tail = self._probe_template()
+        self.spaces_alone = self._probe_spaces()
 
     def _probe_template(self) -> tuple[str, str]:
         """What the template puts before an answer (a think block, say) and after it, up to what ends the turn."""
@@ -96,6 +97,12 @@ class Renderer:
     def _apply(self, messages: Messages, *, open_turn: bool) -> str:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
         return str(text)
+
+    def _probe_spaces(self) -> bool:
+        """Whether the tokenizer writes a space before every text that stands alone, as SentencePiece does."""
+        alone = self.tokenizer(" yes", add_special_tokens=False)["input_ids"]
+        after = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
+        return bool(self.tokenizer.decode(after + alone) != "\n yes")
 
     def prompt(self, prompt: str | Messages) -> str:
         """The prompt's text, ready for the answer. Raises: UnusableError for none, or one the template refuses."""
@@ -177,18 +184,12 @@ class Encoder:
         newline, whose tokens are taken off again.
         """
         tokenizer = self.renderer.tokenizer
-        if not self._spaces_alone():
+        if not self.renderer.spaces_alone:
             ids: list[Ids] = tokenizer(texts, add_special_tokens=False)["input_ids"]
             return ids
         newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
         ids = tokenizer(["\n" + text for text in texts], add_special_tokens=False)["input_ids"]
         return [row[len(newline) :] for row in ids]
-
-    def _spaces_alone(self) -> bool:
-        tokenizer = self.renderer.tokenizer
-        alone = tokenizer(" yes", add_special_tokens=False)["input_ids"]
-        after = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        return bool(tokenizer.decode(after + alone) != "\n yes")
 
     def _cut(self, ids: tuple[Ids, Ids, Ids], reason: str) -> tuple[tuple[Ids, Ids, Ids], str, str]:
         if reason:

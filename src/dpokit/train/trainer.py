@@ -52,6 +52,8 @@ class Collator:
 class PairTrainer(DPOTrainer):
     """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`); arguments are DPOTrainer's."""
 
+    _total_train_tokens: float  # TRL's count of tokens seen, over all ranks
+
     def __init__(self, **arguments: Any) -> None:
         args = arguments["args"]
         collator = Collator(arguments["processing_class"], args.pad_to_multiple_of)
@@ -125,11 +127,14 @@ class PairTrainer(DPOTrainer):
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Any:
         counts = inputs.pop("counts")
         mode = "train" if self.model.training else "eval"
+        pairs = float(counts.sum())
         self._metrics[mode] = defaultdict(list)
+        tokens_before = self._total_train_tokens
         with self._gathers_switched_off():
             result = super()._compute_loss(model, inputs, return_outputs)
+        if not pairs:
+            self._total_train_tokens = tokens_before
         loss = result[0] if return_outputs else result
-        pairs = float(counts.sum())
         self._add_metrics(mode, inputs["completion_mask"], loss, real=pairs > 0)
         if mode == "train":
             # transformers divides by the step's micro-batches and DDP by the ranks, as if all held as many pairs.
@@ -163,7 +168,7 @@ class PairTrainer(DPOTrainer):
         }
         weights["tokens"] = weights["chosen_tokens"] + weights["rejected_tokens"]
         means = {name: values[-1] for name, values in self._metrics[mode].items()}
-        num_tokens = means.pop("num_tokens")
+        means.pop("num_tokens")
         if mode == "eval":
             means["loss"] = loss.item()
         for name, mean in means.items():
@@ -171,7 +176,7 @@ class PairTrainer(DPOTrainer):
             sums = self._sums[mode].setdefault(name, [0.0, 0.0])
             sums[0] += mean * weight if real else 0.0
             sums[1] += weight
-        self._sums[mode]["num_tokens"] = [num_tokens, 0.0]
+        self._sums[mode]["num_tokens"] = [self._total_train_tokens, 0.0]
 
     def _take_means(self, mode: str) -> dict[str, float]:
         """The means since the last log over all ranks; every rank must call it. Empty where nothing was computed."""
