@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Never, get_args, get_type_hints
+from typing import Any, Literal, Never, get_args, get_type_hints
 
 from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
@@ -32,6 +32,13 @@ class DataArguments(ScriptArguments):
     max_completion_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Keep at most this many tokens of an answer: its start."}
     )
+    gates: Literal["stop", "warn"] = dataclasses.field(
+        default="stop", metadata={"help": "What a check that a run cannot be right does: stop it, or warn and go on."}
+    )
+    run_group: str | None = dataclasses.field(
+        default=None, metadata={"help": "Group of this run in the tracker: the trials of a sweep, say."}
+    )
+    run_tags: list[str] | None = dataclasses.field(default=None, metadata={"help": "Tags of this run in the tracker."})
     overwrite_run: bool = dataclasses.field(
         default=False, metadata={"help": "Delete the run that output_dir holds and begin a new one there."}
     )
