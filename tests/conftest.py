@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from placement_table import write_placements
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a slip must fail fast
 # datasets reads it at import; the folder is of this session alone, and goes when the process ends.
@@ -133,3 +134,8 @@ def write_pairs(path: Path, number: int) -> Path:
 def pairs_file(tmp_path: Path) -> Path:
     """40 pairs, JSONL."""
     return write_pairs(tmp_path / "pairs.jsonl", 40)
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """The README's table of placements, where their tests were run."""
+    write_placements(terminalreporter)

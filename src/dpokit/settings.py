@@ -18,6 +18,7 @@ from trl import DPOConfig, ModelConfig
 
 from dpokit.errors import MachineError, SettingsError
 from dpokit.flags import DataArguments, FlagParser
+from dpokit.world import check_devices, join_on_cpu, peer_errors
 
 # Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
 NOT_HONOURED = {
@@ -81,7 +82,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
 
     Raises:
         SettingsError: an unknown, retired, contradicting or wrongly typed setting, in whichever layer.
-        MachineError: a precision this machine does not have.
+        MachineError: a precision or GPUs that this machine does not have, or other processes that cannot be joined.
     """
     name = Path(recipe).stem
     parser = FlagParser(prog=f"{name}.py", description=f"Every setting of recipes/{name}.py")
@@ -102,8 +103,12 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     origins |= dict.fromkeys(machine, "this machine")
 
     check_honoured(values, origins)
-    data, training, model = (_build(kind, values) for kind in (DataArguments, DPOConfig, ModelConfig))
+    timeout_seconds = values.get("ddp_timeout", DPOConfig.ddp_timeout)
+    with peer_errors(timeout_seconds):
+        join_on_cpu(timeout_seconds) if values.get("use_cpu") else check_devices()
+        data, training, model = (_build(kind, values) for kind in (DataArguments, DPOConfig, ModelConfig))
     check_agreement(data, training)
+    check_adapter(model, origins)
     return Settings(name, data, training, model, origins)
 
 
@@ -226,3 +231,22 @@ def check_agreement(data: DataArguments, training: DPOConfig) -> None:
         refuse("a streamed dataset cannot be gone through ahead of the run", "one of the two", "drop either flag")
     if training.dataloader_num_workers and data.dataset_streaming:
         refuse("a stream is read once, in order, by one worker", "0 workers", "--dataloader_num_workers 0")
+
+
+def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
+    """Raises SettingsError where LoRA or quantisation is asked for, but not `use_peft`."""
+    if model.use_peft:
+        return
+    asked = [name for name in origins if name.startswith("lora_") or name in ("use_dora", "use_rslora")]
+    if any(origins[name] == "command line" for name in asked):
+        raise SettingsError(
+            f"{', '.join(asked)} is set, but use_peft is not: the whole model would be trained",
+            expected="--use_peft with LoRA's settings",
+            do="add --use_peft, or remove the LoRA settings",
+        )
+    if model.load_in_4bit or model.load_in_8bit:
+        raise SettingsError(
+            "a quantised model cannot be trained as a whole",
+            expected="--use_peft with --load_in_4bit or --load_in_8bit",
+            do="add --use_peft, or load the model in 16 or 32 bit",
+        )

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from netrc import netrc
 from typing import Any
 
+from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback
 
 from dpokit.checkpoint.resume import claim_folder
@@ -17,12 +18,20 @@ from dpokit.data.doctor import print_report
 from dpokit.data.prepare import PreparedData, prepare_data
 from dpokit.errors import DpokitError, RunFolderError, SettingsError, find_disk_trouble
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
+from dpokit.placement import find_asked_placement
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import quiet_dependencies, say
 from dpokit.settings import Settings, load_settings
-from dpokit.train.callbacks import EpochCallback, MetricsCallback, ScreenCallback
+from dpokit.train.callbacks import EpochCallback, MetricsCallback, PlacementCallback, ScreenCallback
 from dpokit.train.trainer import PairTrainer
-from dpokit.world import check_world_size, decide_on_main_process, is_main_process, main_process_first
+from dpokit.world import (
+    check_world_size,
+    decide_on_main_process,
+    is_main_process,
+    main_process_first,
+    peer_errors,
+    speaks_for_all,
+)
 
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 TRACKERS = ("wandb", "trackio", "tensorboard")
@@ -39,11 +48,12 @@ def main(recipe: str, defaults: Mapping[str, Any]) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns a DpokitError into one message on rank 0 and exit code 2."""
+    """Turns what the user can mend into one message of all ranks together and exit code 2."""
     try:
         yield
     except DpokitError as error:
-        say(f"\n{type(error).__name__}: {error}")
+        if speaks_for_all():
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -60,11 +70,15 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     """
     quiet_dependencies()
     settings = load_settings(recipe, defaults, argv)
+    training = settings.training
     world_size = check_world_size()
+    placement = find_asked_placement(training)
+    say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
     check_trackers(settings)
-    run = RunDir(settings.training.output_dir)
-    checkpoint = decide_on_main_process(lambda: claim_folder(run, settings))
-    with keep_record(run, settings, world_size):
+    run = RunDir(training.output_dir)
+    with peer_errors(training.ddp_timeout):
+        checkpoint = decide_on_main_process(lambda: claim_folder(run, settings))
+    with keep_record(run, settings, world_size), peer_errors(training.ddp_timeout):
         trainer, data = build_trainer(run, settings)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
@@ -82,8 +96,8 @@ def build_trainer(run: RunDir, settings: Settings) -> tuple[PairTrainer, Prepare
     """Data, models and trainer of a run; writes data.json and shows its table."""
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
-    peft_config = build_peft_config(settings)
     policy = load_policy(settings, tokenizer)
+    peft_config = build_peft_config(settings, policy)
     max_length = find_max_length(settings, policy)
     data = main_process_first(
         lambda: prepare_data(
@@ -110,7 +124,7 @@ def build_trainer(run: RunDir, settings: Settings) -> tuple[PairTrainer, Prepare
     )
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
-    for callback in (EpochCallback(trainer), MetricsCallback(run), ScreenCallback()):
+    for callback in (EpochCallback(trainer), PlacementCallback(trainer, run), MetricsCallback(run), ScreenCallback()):
         trainer.add_callback(callback)
     return trainer, data
 
@@ -143,6 +157,16 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
         if trouble is not None and trouble is not error:
             raise trouble from error
         raise
+
+
+def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
+    """One line on who trains together, and how long they wait for each other; nothing where one process is alone."""
+    processes = PartialState().num_processes
+    if processes > 1:
+        say(
+            f"{processes} {'CPU processes' if on_cpu else 'GPUs'}, {placement}; a process waits at most "
+            f"{timeout_seconds:,} s for the others (--ddp_timeout)"
+        )
 
 
 def check_trackers(settings: Settings) -> None:

@@ -1,11 +1,15 @@
 """Ranks and processes: who am I, how many were asked for, how many are there. Built on accelerate's state."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import torch
+import torch.distributed as dist
 import yaml
 from accelerate import PartialState
 
@@ -57,7 +61,7 @@ def _read_accelerate_command(words: list[str]) -> tuple[int, str] | None:
         return None
     with open(config_file) as file:
         number = (yaml.safe_load(file) or {}).get("num_processes")
-    return (int(number), f"num_processes: {number} in {config_file}") if number is not None else None
+    return (number, f"num_processes: {number} in {config_file}") if isinstance(number, int) else None
 
 
 def check_world_size() -> int:
@@ -79,6 +83,79 @@ def check_world_size() -> int:
             "for one process: --num_processes 1",
         )
     return size
+
+
+def check_devices() -> None:
+    """Raises MachineError where more processes were started on this machine than it has GPUs; none is a CPU run."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if 0 < gpus < processes:
+        raise MachineError(
+            f"{processes} processes were started on this machine, which has {gpus} GPU{'s' if gpus > 1 else ''}",
+            expected="a GPU for each process",
+            do=f"accelerate launch --num_processes {gpus}; or --use_cpu, to train on the processor",
+        )
+
+
+def join_on_cpu(timeout_seconds: int) -> None:
+    """Joins the launcher's CPU processes over gloo, under the collective time-out.
+
+    transformers hands the time-out on for GPUs alone (5.23); torch's own, on CPU, is 30 minutes whatever the flag says.
+    Delete when TrainingArguments passes ddp_timeout on with use_cpu.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
+        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
+
+
+def speaks_for_all() -> bool:
+    """Whether this process shows an error that ended its run: the first of the world that asks does.
+
+    Other ranks have met the same, or a consequence of it. Before the world is joined, one process per machine speaks.
+    """
+    if not dist.is_initialized():
+        return int(os.environ.get("LOCAL_RANK", "0")) == 0
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return bool(store.add("dpokit/errors_shown", 1) == 1)
+    except RuntimeError:  # the store went down with the process that kept it
+        return True
+
+
+# What gloo, NCCL and the rendezvous say when another process is gone, cannot be reached or does not answer.
+_LOST = ("timed out", "timeout", "connection closed by peer", "connection reset by peer", "connection refused")
+
+
+@contextmanager
+def peer_errors(timeout_seconds: int) -> Iterator[None]:
+    """Turns what gloo, NCCL or the rendezvous raise when another process is gone or silent into a MachineError.
+
+    Args:
+        timeout_seconds: the collective time-out in force (`--ddp_timeout`), for the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        of_torch = isinstance(error, dist.DistError) or "gloo" in text.lower()
+        if not of_torch or not any(word in text.lower() for word in _LOST):
+            raise
+        raise _lost_peer(text[:200], timeout_seconds) from error
+
+
+def _lost_peer(text: str, timeout_seconds: int) -> MachineError:
+    rank = os.environ.get("RANK", "0")
+    if not dist.is_initialized():
+        master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        return MachineError(
+            f"rank {rank} could not join the other processes at {master} within {timeout_seconds} s: {text}",
+            expected="a first process (rank 0) that listens there, and a network that lets it be reached",
+            do="check the address and the port (--main_process_ip, --main_process_port), and that rank 0 was started",
+        )
+    return MachineError(
+        f"rank {rank} lost another process, or waited {timeout_seconds} s for it in vain: {text}",
+        expected="every process to take part in every step",
+        do="look for the first error above, on any rank or machine (killed? out of memory?); where a process only "
+        "needed longer, raise --ddp_timeout",
+    )
 
 
 def decide_on_main_process(decide: Callable[[], T]) -> T:

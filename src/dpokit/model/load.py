@@ -1,9 +1,11 @@
-"""Tokenizer, policy and reference from a name or a folder."""
+"""Tokenizer, policy and reference from a name or a folder; the folder may be an adapter's."""
 
+import re
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from dpokit.errors import ModelError, SettingsError
@@ -16,7 +18,7 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
     Raises: ModelError where there is none. That it has an EOS is checked where answers are rendered.
     """
     tokenizer: PreTrainedTokenizerBase = _load(
-        AutoTokenizer, model, revision=model.model_revision, trust_remote_code=trust_remote_code
+        AutoTokenizer, model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -25,17 +27,45 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
     return tokenizer
 
 
-def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model to train, in `--dtype`, quantised where asked for. Raises: ModelError where it cannot be loaded."""
-    policy = _load_causal_lm(settings)
-    rows = policy.get_input_embeddings().weight.shape[0]
+def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+    """The model to train, in `--dtype`, quantised where asked for; with its adapter, where the name is an adapter's.
+
+    An adapter is trained further on its own base; DPOTrainer keeps a copy of it as the reference.
+
+    Raises:
+        ModelError: it cannot be loaded, or is not the tokenizer's.
+        SettingsError: an adapter without `--use_peft`.
+    """
+    adapter = find_adapter(settings)
+    policy = _load_causal_lm(settings, settings.model.model_name_or_path if adapter is None else adapter)
+    rows = policy.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself is empty on a rank
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {rows:,} rows",
             expected="a tokenizer that belongs to the model",
             do="use the tokenizer that the model was saved with",
         )
-    return policy
+    if adapter is None:
+        return policy
+    return PeftModel.from_pretrained(policy, settings.model.model_name_or_path, is_trainable=True)
+
+
+def find_adapter(settings: Settings) -> str | None:
+    """The base model of the adapter that `--model_name_or_path` names; None where it names a whole model.
+
+    Raises: SettingsError for an adapter without `--use_peft`.
+    """
+    name, revision = settings.model.model_name_or_path, settings.model.model_revision
+    if find_adapter_config_file(name, revision=revision) is None:
+        return None
+    base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
+    if not settings.model.use_peft:
+        raise SettingsError(
+            f"--model_name_or_path {name} is an adapter (of {base}), and use_peft is not set",
+            expected="--use_peft, to train the adapter further, or the name of a whole model",
+            do="add --use_peft; to train every weight, merge the adapter into its base first",
+        )
+    return str(base)
 
 
 def load_reference(settings: Settings) -> PreTrainedModel | None:
@@ -46,27 +76,36 @@ def load_reference(settings: Settings) -> PreTrainedModel | None:
     """
     if settings.model.use_peft or settings.training.precompute_ref_log_probs:
         return None
-    return _load_causal_lm(settings).requires_grad_(False)
+    return _load_causal_lm(settings, settings.model.model_name_or_path).requires_grad_(False)
 
 
-def build_peft_config(settings: Settings) -> PeftConfig | None:
-    """LoRA by TRL's flags, or None. Raises: SettingsError where LoRA flags are set but `use_peft` is not."""
-    if not settings.model.use_peft:
-        asked = [name for name in settings.origins if name.startswith("lora_") or name in ("use_dora", "use_rslora")]
-        if any(settings.origins[name] == "command line" for name in asked):
-            raise SettingsError(
-                f"{', '.join(asked)} is set, but use_peft is not: the whole model would be trained",
-                expected="--use_peft with LoRA's settings",
-                do="add --use_peft, or remove the LoRA settings",
-            )
-        if settings.model.load_in_4bit or settings.model.load_in_8bit:
-            raise SettingsError(
-                "a quantised model cannot be trained as a whole",
-                expected="--use_peft with --load_in_4bit or --load_in_8bit",
-                do="add --use_peft, or load the model in 16 or 32 bit",
-            )
-    config: PeftConfig | None = get_peft_config(settings.model)
+def build_peft_config(settings: Settings, policy: PreTrainedModel | PeftModel) -> PeftConfig | None:
+    """LoRA by TRL's flags for the policy; None where the whole model or an adapter of its own is trained.
+
+    Raises: SettingsError for target modules that the model does not have.
+    """
+    if not settings.model.use_peft or isinstance(policy, PeftModel):
+        return None
+    config: PeftConfig = get_peft_config(settings.model)
+    if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
+        # TRL hands a single name over as text, which PEFT takes for a pattern of the whole path.
+        config.target_modules = {config.target_modules}
+    check_target_modules(config, policy)
     return config
+
+
+def check_target_modules(config: PeftConfig, policy: PreTrainedModel) -> None:
+    """Raises SettingsError for a target module that is not there; PEFT passes over it as long as another is."""
+    names = [name for name, _ in policy.named_modules()]
+    wanted = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
+    missing = sorted(w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names))
+    if missing:
+        layers = {name.rsplit(".", 1)[-1] for name, layer in policy.named_modules() if hasattr(layer, "weight")}
+        raise SettingsError(
+            f"lora_target_modules names {', '.join(missing)}, which the model does not have",
+            expected=f"all-linear, or some of: {', '.join(sorted(layers))}",
+            do="correct --lora_target_modules",
+        )
 
 
 def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
@@ -87,22 +126,27 @@ def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
     return min(asked, positions)
 
 
-def _load_causal_lm(settings: Settings) -> PreTrainedModel:
+def _load_causal_lm(settings: Settings, name: str) -> PreTrainedModel:
     model = settings.model
     policy: PreTrainedModel = _load(
         AutoModelForCausalLM,
-        model,
+        name,
         revision=model.model_revision,
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         trust_remote_code=settings.training.trust_remote_code,
         quantization_config=get_quantization_config(model),
     )
+    for module in policy.modules():
+        # On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights in place when it evaluates (0.50.2), and a
+        # repacked layer passes no gradient back: each rank that evaluated and did not save since would train wrongly.
+        # Delete when bitsandbytes unpacks them to train.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return policy
 
 
-def _load(kind: Any, model: ModelConfig, **options: Any) -> Any:
-    name = model.model_name_or_path
+def _load(kind: Any, name: str | None, **options: Any) -> Any:
     if not name:
         raise ModelError("no model was named", expected="a Hub id or a folder", do="--model_name_or_path ID|FOLDER")
     what = "tokenizer" if kind is AutoTokenizer else "model"

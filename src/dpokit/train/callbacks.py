@@ -6,6 +6,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpokit.placement import find_placement
 from dpokit.rundir import MetricsFile, RunDir
 from dpokit.train.trainer import PairTrainer
 
@@ -25,6 +26,18 @@ class EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.set_batches_epoch(int(state.epoch or 0))
+
+
+class PlacementCallback(TrainerCallback):
+    """Writes to run.json where the prepared model lives."""
+
+    def __init__(self, trainer: PairTrainer, run: RunDir) -> None:
+        self.trainer = trainer
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.run.write_run(placement=find_placement(self.trainer.model_wrapped))
 
 
 class MetricsCallback(TrainerCallback):

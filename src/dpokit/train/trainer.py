@@ -22,6 +22,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dpokit.placement import shard_on_cpu
 from dpokit.rundir import new_folder
 from dpokit.train.batches import Batches, Rows
 
@@ -73,6 +74,11 @@ class PairTrainer(DPOTrainer):
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """TRL writes a card without results beside each checkpoint; ours is made from the finished run."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' own, with FSDP2 that shards on CPU too."""
+        shard_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
@@ -211,7 +217,14 @@ class PairTrainer(DPOTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss / pairs
         return output
 
-    # -- weights ---------------------------------------------------------------------------------------------------
+    # -- checkpoints and weights -----------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # A rank calls a checkpoint the best if it sees the folder, and with sharded states that is made later, by
+        # whichever rank is first: the ranks disagree on what to load in the end, and wait for each other for ever.
+        # Delete when transformers makes the folder first.
+        Path(self.args.output_dir, f"checkpoint-{self.state.global_step}").mkdir(parents=True, exist_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def save_weights(self, folder: Path) -> None:
         """Writes model or adapter and tokenizer, safetensors and JSON only; the folder appears whole. Collective."""

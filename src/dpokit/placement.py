@@ -1,0 +1,64 @@
+"""Where weights, gradients and optimizer states live: what the launcher was asked for, and what is in force.
+
+accelerate drops some placements without a word (FSDP on CPU becomes DDP), so the prepared model itself is looked at.
+"""
+
+import os
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from trl import DPOConfig
+
+
+def find_asked_placement(training: DPOConfig) -> str:
+    """`one device`, `DDP`, `ZeRO-1` to `ZeRO-3` (with ` + CPU offload`), `FSDP1` or `FSDP2`.
+
+    From accelerate's config file, by the environment that its launcher sets, or from `--deepspeed` and `--fsdp`.
+    """
+    plugin = training.deepspeed_plugin
+    if plugin is not None:
+        zero = plugin.deepspeed_config.get("zero_optimization", {})
+        devices = {(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")}
+        return f"ZeRO-{plugin.zero_stage}" + (" + CPU offload" if "cpu" in devices else "")
+    if _asks_for_fsdp(training):
+        # accelerate's own default is version 1, unless the training arguments say otherwise.
+        version = (training.fsdp_config or {}).get("version") if training.fsdp else os.environ.get("FSDP_VERSION")
+        return f"FSDP{version or 1}"
+    return "one device" if training.world_size == 1 else "DDP"
+
+
+def find_placement(model: Any) -> str:
+    """The placement that a prepared model is in, in the words of `find_asked_placement`, offload left out.
+
+    A sharded model counts as sharded only if its parameters are: with every parameter whole on this rank, it is not.
+    """
+    parameters: list[Any] = list(model.parameters())
+    if type(model).__name__ == "DeepSpeedEngine":  # by name: DeepSpeed is imported through accelerate alone
+        stage = model.zero_optimization_stage()
+        sharded = any(hasattr(p, "ds_tensor") and p.ds_tensor.numel() < p.ds_numel for p in parameters)
+        return f"ZeRO-{stage}" if stage < 3 or sharded or model.world_size == 1 else "ZeRO-3, nothing sharded"
+    if isinstance(model, FSDPModule):
+        shards = [p for p in parameters if isinstance(p, DTensor)]
+        sharded = any(p.to_local().numel() < p.numel() for p in shards)
+        return "FSDP2" if sharded else "FSDP2, nothing sharded"
+    if isinstance(model, FullyShardedDataParallel):
+        return "FSDP1"
+    return "DDP" if isinstance(model, DistributedDataParallel) else "one device"
+
+
+def shard_on_cpu(training: DPOConfig) -> None:
+    """Makes accelerate shard by FSDP2 where the devices are CPU processes; called before its Accelerator is built.
+
+    accelerate asks for FSDP only where the processes are GPUs or the like, and runs DDP on CPU. Told that these are
+    such, it shards them for real, over gloo. Delete when accelerate knows FSDP on CPU.
+    """
+    if training.use_cpu and training.world_size > 1 and _asks_for_fsdp(training):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def _asks_for_fsdp(training: DPOConfig) -> bool:
+    return bool(training.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"

@@ -1,0 +1,42 @@
+"""The README's table of placements, made of what test_placements.py saw in this very run."""
+
+import os
+from datetime import date
+from importlib.metadata import version
+
+PLACEMENTS = ("one device", "DDP", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload", "FSDP2")
+COLUMNS = [(device, kind) for device in ("CPU", "GPU") for kind in ("full", "LoRA", "QLoRA")]
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "bitsandbytes")
+
+
+def write_placements(terminalreporter) -> None:
+    """Writes the table to the terminal if any test recorded a `placement`: (device, placement, kind)."""
+    seen: dict[tuple[str, str, str], str] = {}
+    for outcome, mark in (("passed", "yes"), ("failed", "FAILS")):
+        for report in terminalreporter.getreports(outcome):
+            for name, value in getattr(report, "user_properties", []):
+                if name == "placement" and (report.when == "call" or outcome == "failed"):
+                    seen[tuple(value)] = mark
+    if seen:
+        terminalreporter.section("placements, for the README")
+        terminalreporter.write_line(render(seen))
+
+
+def render(seen: dict[tuple[str, str, str], str]) -> str:
+    """Markdown: a row a placement, a column per device and kind; what was not run says so."""
+    lines = ["| placement | " + " | ".join(f"{device}, {kind}" for device, kind in COLUMNS) + " |"]
+    lines.append("|---|" + "---|" * len(COLUMNS))
+    for placement in PLACEMENTS:
+        cells = [seen.get((device, placement, kind), "not run") for device, kind in COLUMNS]
+        lines.append(f"| {placement} | " + " | ".join(cells) + " |")
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return "\n".join([*lines, "", f"{date.today()}, {machine()}; {versions}."])
+
+
+def machine() -> str:
+    import torch
+
+    text = f"{os.cpu_count()} CPU cores"
+    if torch.cuda.is_available():
+        return f"{text}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{text}, no GPU"

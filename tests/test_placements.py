@@ -1,0 +1,143 @@
+"""Every placement trains, evaluates, saves and is reloaded, with the losses of one process. Prints the README's table.
+
+    bash launch/test.sh --slow tests/test_placements.py
+
+The CPU columns are the twins, two processes over gloo; the GPU columns need a GPU and take all that are visible.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_pairs
+from test_launch import launch, records
+
+PLACEMENTS = ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
+CPU_TWINS = ["ddp_cpu", "zero2_cpu", "zero3_cpu", "fsdp2_cpu"]
+LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear", "--gradient_checkpointing", "true"]
+KINDS = {
+    "full": [],
+    "LoRA": LORA,
+    "QLoRA": [*LORA, "--load_in_4bit", "--use_bnb_nested_quant", "--dtype", "bfloat16"],
+}
+# 16-bit adapters and 4-bit products leave rounding where the order of sums differs; fp32 leaves none to speak of.
+TOLERANCE = {"full": 2e-4, "LoRA": 2e-4, "QLoRA": 1e-2}
+SHOWN = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "eval_loss"}
+GPUS = torch.cuda.device_count()
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory, plain_tokenizer) -> Path:
+    """A random Llama of 2 layers; its head is not tied to its embedding."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    torch.manual_seed(0)
+    size = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": len(plain_tokenizer)}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    end = {"bos_token_id": plain_tokenizer.eos_token_id, "eos_token_id": plain_tokenizer.eos_token_id}
+    LlamaForCausalLM(LlamaConfig(**size, **heads, **end)).save_pretrained(folder)
+    plain_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """17 and 7 pairs: an epoch's last step and the evaluation leave a rank without a pair."""
+    folder = tmp_path_factory.mktemp("data")
+    write_pairs(folder / "train.jsonl", 17)
+    write_pairs(folder / "test.jsonl", 7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama, data):
+    """Trains by config, kind and pairs a device; the same run is made once."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def train(config: str, kind: str, per_device: int, *flags: str) -> Path:
+        name = f"{config}-{kind}-{per_device}"
+        if name not in done:
+            done[name] = folder / name
+            launcher = ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+            result = launch(
+                launcher,
+                *("--model_name_or_path", str(tiny_llama), "--dataset_name", str(data), *KINDS[kind], *flags),
+                *("--output_dir", str(folder / name), "--num_train_epochs", "2", "--max_length", "96"),
+                *("--learning_rate", "1e-3", "--warmup_steps", "0", "--logging_steps", "1"),
+                *("--loss_type", "sigmoid", "--loss_weights", "1.0", "--eval_steps", "2", "--save_steps", "2"),
+                *("--per_device_train_batch_size", str(per_device), "--per_device_eval_batch_size", "2"),
+                *("--gradient_accumulation_steps", "2", "--bf16", "false"),
+            )
+            print(result.stderr[-5000:])
+        return done[name]
+
+    return train
+
+
+def check_same_run(folder: Path, one: Path, kind: str, placement: str) -> None:
+    """Placement in force, every logged loss, and the final weights read back from the disk."""
+    record = json.loads((folder / "run.json").read_text())
+    assert record["state"] == "finished"
+    assert record["placement"] == placement
+    lines = list(zip(records(folder), records(one), strict=True))
+    assert [line["step"] for line, _ in lines] == [1, 2, 3, 4, 5, 6]
+    for line, expected in lines:
+        assert line.keys() == expected.keys()
+        for name in SHOWN & expected.keys():
+            assert line[name] == pytest.approx(expected[name], rel=TOLERANCE[kind], abs=TOLERANCE[kind]), name
+    ours, theirs = (reload(path, kind) for path in (folder, one))
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert weight.numel() > 0
+        # AdamW moves a weight by up to the learning rate a step, whatever its gradient's size.
+        assert (weight - theirs[name]).abs().max() < (1e-4 if kind != "QLoRA" else 6e-3), name
+
+
+def reload(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    if kind == "full":
+        return AutoModelForCausalLM.from_pretrained(folder / "model").state_dict()
+    settings = json.loads((folder / "run.json").read_text())["settings"]
+    base = AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]["value"])
+    adapter = get_peft_model_state_dict(PeftModel.from_pretrained(base, folder / "adapter"))
+    assert any("lora_B" in name and weight.any() for name, weight in adapter.items())
+    return adapter
+
+
+def in_words(config: str) -> str:
+    name = config.removesuffix("_cpu")
+    words = {"single_gpu": "one device", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+    return words.get(name, "ZeRO-3 + CPU offload")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", CPU_TWINS)
+def test_two_cpu_processes_train_as_one_does(config, kind, run, record_property):
+    record_property("placement", ("CPU", in_words(config), kind))
+    one = run("single_gpu", kind, 4, "--use_cpu")
+    check_same_run(run(config, kind, 2, "--use_cpu"), one, kind, in_words(config))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not GPUS, reason="no GPU on this machine")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", PLACEMENTS)
+def test_all_visible_gpus_train_as_one_does(config, kind, run, record_property):
+    record_property("placement", ("GPU", in_words(config), kind))
+    one = run("single_gpu", kind, 2 * GPUS)
+    check_same_run(run(config, kind, 2), one, kind, in_words(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_device_trains(kind, run, record_property):
+    record_property("placement", ("GPU" if GPUS else "CPU", "one device", kind))
+    folder = run("single_gpu", kind, 4, *([] if GPUS else ["--use_cpu"]))
+    check_same_run(folder, folder, kind, "one device")
+    assert records(folder)[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert records(folder)[-1]["eval_loss"] < 0.6
