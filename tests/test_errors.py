@@ -8,6 +8,7 @@ import pytest
 from dpokit.errors import (
     DataError,
     DpokitError,
+    GateError,
     MachineError,
     ModelError,
     RunFolderError,
@@ -15,7 +16,7 @@ from dpokit.errors import (
     find_disk_trouble,
 )
 
-KINDS = [DataError, MachineError, ModelError, RunFolderError, SettingsError]
+KINDS = [DataError, GateError, MachineError, ModelError, RunFolderError, SettingsError]
 
 
 def test_no_error_of_the_tree_is_left_out_here():

@@ -11,11 +11,12 @@ from conftest import ROOT
 
 SRC = ROOT / "src" / "dpokit"
 FLOORS = [
-    {"cli", "quickstart"},
+    {"cli"},
+    {"quickstart", "plan"},
     {"story", "sweep"},
     {"train", "evaluate", "release", "report", "serve", "cluster"},
     {"checkpoint", "model", "data", "figures"},
-    {"settings", "flags", "rundir", "world", "errors", "screen"},
+    {"settings", "flags", "rundir", "world", "errors", "screen", "placement"},
 ]
 LIGHT = ("report", "cluster", "figures", "data.formats", "data.toy", "rundir", "errors", "cli")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
@@ -61,7 +62,7 @@ def files_of(room: str) -> list[Path]:
 def test_imports_go_downwards(path):
     room = path.relative_to(SRC).parts[0].removesuffix(".py")
     if room == "__init__":
-        assert imports(path) == set()
+        assert imports(path) <= {"logging"}
         return
     for name in imports(path):
         if name.startswith("dpokit."):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_pairs
 
-RECIPE = str(ROOT / "recipes" / "dpo_gpt2.py")
 TWO = ["--config_file", str(ROOT / "accelerate_configs" / "ddp_cpu.yaml")]
 ONE = ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
 
 
-def launch(launcher: list[str], *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, RECIPE, *flags]
+def launch(launcher: list[str], *flags: str, recipe: str = "dpo_gpt2") -> subprocess.CompletedProcess[str]:
+    script = str(ROOT / "recipes" / f"{recipe}.py")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -72,7 +72,11 @@ def test_two_processes_asked_of_a_launcher_that_starts_one_are_refused(tiny_gpt2
 
 def test_a_misspelt_flag_is_one_message_without_a_traceback_and_exit_code_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, RECIPE, "--learning_rat", "1e-4"], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), "--learning_rat", "1e-4"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
     )
     assert done.returncode == 2
     assert "did you mean learning_rate?" in done.stderr

@@ -72,7 +72,8 @@ def test_a_preset_trains_two_steps_with_its_own_settings(preset, stand_in_data, 
 def check_run(run, expected: dict) -> None:
     record = run.read_run()
     assert record["state"] == "finished"
-    assert (run.model / "model.safetensors").is_file()
+    weights = run.adapter / "adapter_model.safetensors" if expected.get("use_peft") else run.model / "model.safetensors"
+    assert weights.is_file()
     steps = [json.loads(line)["step"] for line in run.metrics_jsonl.read_text().splitlines()]
     assert steps == sorted(set(steps))
     assert steps[-1] == 2

@@ -6,6 +6,7 @@
       ModelError            a model, a tokenizer, an adapter
       MachineError          precision, devices, number of processes
       RunFolderError        a run folder that is taken, foreign or cannot be written
+      GateError             a run that cannot be right
 
 All of them end a run with exit code 2 and one message on rank 0; anything else is our bug and keeps its traceback.
 """
@@ -53,6 +54,10 @@ class MachineError(DpokitError):
 
 class RunFolderError(DpokitError):
     """A run folder that belongs to another run, or that cannot be written."""
+
+
+class GateError(DpokitError):
+    """A run that cannot be right, by its start or by its steps; `--gates warn` lets it go on."""
 
 
 _DISK_TROUBLE = {

@@ -79,6 +79,8 @@ class FlagParser(TrlParser):
         for action in self._actions:
             if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
                 action.nargs, action.const = "?", True  # --bf16 alone means true, as it does for every other switch
+            if action.dest == "report_to":
+                action.nargs = "+"  # transformers takes several trackers, but its parser is told of one
 
     def error(self, message: str) -> Never:
         raise SettingsError(

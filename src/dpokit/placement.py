@@ -10,8 +10,10 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from trl import DPOConfig
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from trl import DPOConfig, ModelConfig
+
+from dpokit.errors import SettingsError
 
 
 def find_asked_placement(training: DPOConfig) -> str:
@@ -44,10 +46,38 @@ def find_placement(model: Any) -> str:
     if isinstance(model, FSDPModule):
         shards = [p for p in parameters if isinstance(p, DTensor)]
         sharded = any(p.to_local().numel() < p.numel() for p in shards)
-        return "FSDP2" if sharded else "FSDP2, nothing sharded"
+        return "FSDP2" if sharded or PartialState().num_processes == 1 else "FSDP2, nothing sharded"
     if isinstance(model, FullyShardedDataParallel):
         return "FSDP1"
+    if isinstance(model, DataParallel):
+        return "DataParallel"
     return "DDP" if isinstance(model, DistributedDataParallel) else "one device"
+
+
+def check_placement(training: DPOConfig, model: ModelConfig) -> None:
+    """Raises SettingsError for what is known not to work under the placement asked for, with the nearest that does."""
+    placement = find_asked_placement(training)
+    fsdp, zero = placement.startswith("FSDP"), placement.startswith("ZeRO")
+    optimizer = str(getattr(training.optim, "value", training.optim))
+    nearest = ""
+    if placement == "FSDP1":
+        why, nearest = "FSDP1 is retired by PyTorch, and its sharding of LoRA is not tested here", "FSDP2"
+    elif model.load_in_8bit and (fsdp or zero):
+        why = "an 8-bit layer cannot be sharded" if fsdp else "a checkpoint with 8-bit layers is not read back"
+        nearest = "--load_in_4bit instead of --load_in_8bit, or DDP"
+    elif fsdp and ("8bit" in optimizer or "4bit" in optimizer or optimizer.startswith("paged")):
+        why = f"--optim {optimizer} has no step for a sharded tensor"
+        nearest = "--optim adamw_torch, or ZeRO-2 or ZeRO-3 with this optimizer"
+    elif fsdp and training.precompute_ref_log_probs and not training.use_cpu:
+        # TRL 1.16, `_precompute_ref_logps`: it wraps the model for DeepSpeed alone. Delete when it does for FSDP.
+        why = "--precompute_ref_log_probs comes before the model is sharded, while its weights are not on the GPU"
+        nearest = "--precompute_ref_log_probs false, or ZeRO-3"
+    if nearest:
+        raise SettingsError(
+            f"this does not work under {placement}: {why}",
+            expected="a combination that works: the README has the table of placements",
+            do=f"{nearest} (accelerate_configs/ has a file for each placement)",
+        )
 
 
 def shard_on_cpu(training: DPOConfig) -> None:

@@ -1,6 +1,7 @@
 """The run folder: every file name of a run, and how each is written. No torch."""
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -125,7 +126,9 @@ class MetricsFile:
         if step != self._last.get("step"):
             self._offset = self._path.stat().st_size
             self._last = {"step": step}
-        self._last |= {"seconds": round(self.seconds_before + seconds, 3), **values}
+        self._last |= {"seconds": round(self.seconds_before + seconds, 3)}
+        # JSON has no NaN and no infinity.
+        self._last |= {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self._path.open("r+b") as file:
             file.seek(self._offset)
             file.write(_line(self._last).encode())

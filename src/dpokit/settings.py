@@ -18,6 +18,7 @@ from trl import DPOConfig, ModelConfig
 
 from dpokit.errors import MachineError, SettingsError
 from dpokit.flags import DataArguments, FlagParser
+from dpokit.placement import check_placement
 from dpokit.world import check_devices, join_on_cpu, peer_errors
 
 # Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
@@ -71,6 +72,10 @@ class Settings:
             for name, value in sorted(values.items())
         }
 
+    def values(self) -> dict[str, Any]:
+        """`{name: value}` of `record`."""
+        return {name: entry["value"] for name, entry in self.record().items()}
+
 
 def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> Settings:
     """Merges the layers and builds TRL's dataclasses; building them starts accelerate's process group.
@@ -107,8 +112,12 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     with peer_errors(timeout_seconds):
         join_on_cpu(timeout_seconds) if values.get("use_cpu") else check_devices()
         data, training, model = (_build(kind, values) for kind in (DataArguments, DPOConfig, ModelConfig))
+    if training.n_gpu > 1:
+        # One process that sees several GPUs takes one: transformers would split each batch over all (DataParallel).
+        training._n_gpu = 1
     check_agreement(data, training)
     check_adapter(model, origins)
+    check_placement(training, model)
     return Settings(name, data, training, model, origins)
 
 

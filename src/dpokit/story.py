@@ -1,13 +1,10 @@
 """A run from its first line to its last: settings, folder, data, model, training, weights."""
 
-import importlib.util
-import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from netrc import netrc
 from typing import Any
 
 from accelerate import PartialState
@@ -16,16 +13,18 @@ from transformers import PrinterCallback, ProgressCallback
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.data.doctor import print_report
 from dpokit.data.prepare import PreparedData, prepare_data
-from dpokit.errors import DpokitError, RunFolderError, SettingsError, find_disk_trouble
+from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
 from dpokit.placement import find_asked_placement
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import quiet_dependencies, say
 from dpokit.settings import Settings, load_settings
 from dpokit.train.callbacks import EpochCallback, MetricsCallback, PlacementCallback, ScreenCallback
+from dpokit.train.gates import GateCallback, Gates
+from dpokit.train.start import check_model_path, check_quantised, check_world
+from dpokit.train.trackers import REPLACED, set_up_trackers, track_run
 from dpokit.train.trainer import PairTrainer
 from dpokit.world import (
-    check_world_size,
     decide_on_main_process,
     is_main_process,
     main_process_first,
@@ -34,7 +33,6 @@ from dpokit.world import (
 )
 
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
-TRACKERS = ("wandb", "trackio", "tensorboard")
 
 
 def main(recipe: str, defaults: Mapping[str, Any]) -> None:
@@ -71,15 +69,24 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     quiet_dependencies()
     settings = load_settings(recipe, defaults, argv)
     training = settings.training
-    world_size = check_world_size()
+    gates = Gates(settings.data.gates)
+    world_size = check_world(gates)
     placement = find_asked_placement(training)
     say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
-    check_trackers(settings)
+    set_up_trackers(settings)
     run = RunDir(training.output_dir)
     with peer_errors(training.ddp_timeout):
+        decide_on_main_process(lambda: check_model_path(settings, gates))
         checkpoint = decide_on_main_process(lambda: claim_folder(run, settings))
-    with keep_record(run, settings, world_size), peer_errors(training.ddp_timeout):
-        trainer, data = build_trainer(run, settings)
+    with (
+        track_run(run, settings) as tracker,
+        keep_record(run, settings, world_size),
+        peer_errors(training.ddp_timeout),
+    ):
+        trainer, data = build_trainer(run, settings, gates)
+        # The gates come last: they must know of each log and save that another callback asks for.
+        for callback in (tracker, GateCallback(trainer, gates, with_adapter=settings.model.use_peft)):
+            trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
         best = find_best(trainer)
@@ -92,11 +99,12 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     return run
 
 
-def build_trainer(run: RunDir, settings: Settings) -> tuple[PairTrainer, PreparedData]:
+def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTrainer, PreparedData]:
     """Data, models and trainer of a run; writes data.json and shows its table."""
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
     policy = load_policy(settings, tokenizer)
+    check_quantised(policy, settings.model, gates)
     peft_config = build_peft_config(settings, policy)
     max_length = find_max_length(settings, policy)
     data = main_process_first(
@@ -122,8 +130,8 @@ def build_trainer(run: RunDir, settings: Settings) -> tuple[PairTrainer, Prepare
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    for noisy in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(noisy)
+    for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
+        trainer.remove_callback(replaced)
     for callback in (EpochCallback(trainer), PlacementCallback(trainer, run), MetricsCallback(run), ScreenCallback()):
         trainer.add_callback(callback)
     return trainer, data
@@ -167,32 +175,6 @@ def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
             f"{processes} {'CPU processes' if on_cpu else 'GPUs'}, {placement}; a process waits at most "
             f"{timeout_seconds:,} s for the others (--ddp_timeout)"
         )
-
-
-def check_trackers(settings: Settings) -> None:
-    """Weights & Biases without a key goes offline, with one line saying so; a tracker not installed is an error."""
-    for name in settings.training.report_to:
-        if name in TRACKERS and importlib.util.find_spec(name) is None:
-            raise SettingsError(
-                f"report_to names {name}, which is not installed",
-                expected="an installed tracker",
-                do=f"pip install {name}, or --report_to none (metrics.jsonl is always written)",
-            )
-    if "wandb" not in settings.training.report_to:
-        return
-    os.environ.setdefault("WANDB_PROJECT", "dpokit")
-    os.environ.setdefault("WANDB_DIR", settings.training.output_dir)
-    if not (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or _has_wandb_login()):
-        # Without a key and without a terminal wandb ends the whole run.
-        os.environ["WANDB_MODE"] = "offline"
-        say("wandb: no API key found, so this run is tracked offline; `wandb login` and `wandb sync` upload it later")
-
-
-def _has_wandb_login() -> bool:
-    try:
-        return netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai") is not None
-    except (OSError, SyntaxError):
-        return False
 
 
 def find_best(trainer: PairTrainer) -> dict[str, Any] | None:

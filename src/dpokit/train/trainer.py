@@ -64,6 +64,9 @@ class PairTrainer(DPOTrainer):
         if isinstance(arguments["train_dataset"], IterableDataset):
             # A stream's end is not known beforehand, so its last, incomplete batch is left out instead of repeated.
             args.dataloader_drop_last = True
+        # transformers would put the average of the losses before in a NaN's place, and log that.
+        args.logging_nan_inf_filter = False
+        self._non_finite_step: int | None = None
         self._batches: Batches | None = None
         self._step_pairs = 0.0
         self._sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
@@ -128,6 +131,14 @@ class PairTrainer(DPOTrainer):
         self._step_pairs = float(self.accelerator.reduce(pairs, reduction="sum"))
         return samples, None
 
+    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
+        # TRL has accelerate deal these batches, and gathers each: a rank with fewer of them would be waited for.
+        self.accelerator.even_batches = True
+        try:
+            return super()._precompute_ref_logps(*args, **kwargs)
+        finally:
+            self.accelerator.even_batches = False
+
     # -- loss and metrics ------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Any:
@@ -143,10 +154,28 @@ class PairTrainer(DPOTrainer):
         loss = result[0] if return_outputs else result
         self._add_metrics(mode, inputs["completion_mask"], loss, real=pairs > 0)
         if mode == "train":
+            self._note_finite(loss)
             # transformers divides by the step's micro-batches and DDP by the ranks, as if all held as many pairs.
             share = pairs / self._step_pairs
             loss = loss * (share * self.accelerator.num_processes * self.current_gradient_accumulation_steps)
         return (loss, result[1]) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16:  # fp16's loss scaling skips a step whose gradients overflow
+            self._note_finite(torch.as_tensor(float(norm)))
+        return norm
+
+    def _note_finite(self, value: torch.Tensor) -> None:
+        if self._non_finite_step is None and not torch.isfinite(value).all():
+            self._non_finite_step = self.state.global_step + 1
+
+    def find_non_finite_step(self) -> int | None:
+        """The first step at which a rank's loss or gradient was not finite; None where all were. Collective."""
+        never = torch.iinfo(torch.int64).max
+        step = torch.tensor(self._non_finite_step or never, device=self.accelerator.device)
+        first = int(self.accelerator.gather(step).min())
+        return None if first == never else first
 
     @contextmanager
     def _gathers_switched_off(self) -> Iterator[None]:

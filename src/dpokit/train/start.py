@@ -1,0 +1,122 @@
+"""Gates before the first step: processes that each train alone, a checkpoint as model, a layer not in 4 bit."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+from trl import ModelConfig
+
+from dpokit.errors import MachineError
+from dpokit.settings import Settings
+from dpokit.train.gates import Gates, list_places
+from dpokit.world import check_world_size
+
+# Below this share of the weights, what is no linear layer (routers, small convolutions) may stay in 16 bit.
+SMALL_SHARE = 0.01
+
+
+def check_world(gates: Gates) -> int:
+    """The number of processes that train together; trips where it is not the number that was asked for."""
+    try:
+        return check_world_size()
+    except MachineError as error:
+        gates.trip(error.seen, expected=error.expected, do=error.do)
+        return PartialState().num_processes
+
+
+def check_model_path(settings: Settings, gates: Gates) -> None:
+    """Trips where the model is what an earlier run made of the same pairs: it would become its own reference.
+
+    Such are a checkpoint of a preference run, and `model`, `adapter` or `merged` of a run folder. With other pairs a
+    tuned model is a legitimate start (iterative DPO), and a checkpoint of supervised training always is. Rank 0.
+
+    Raises: GateError.
+    """
+    folder = Path(settings.model.model_name_or_path or "")
+    if not settings.model.model_name_or_path or not folder.is_dir():
+        return
+    history = _read_json(folder / "trainer_state.json").get("log_history", [])
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
+    preference_run = is_checkpoint and any("rewards/margins" in record for record in history)
+    then = {
+        name: entry.get("value") for name, entry in _read_json(folder.parent / "run.json").get("settings", {}).items()
+    }
+    if not (_are_same_pairs(settings, then) if then else preference_run):
+        return
+    what = (
+        f"a checkpoint of a preference run{' on the same pairs' if then else ''}"
+        if is_checkpoint
+        else (f"what the run in {folder.parent} made of the same pairs")
+    )
+    base = then.get("model_name_or_path") or "THE_MODEL_THAT_RUN_BEGAN_WITH"
+    resume = f"--resume_from_checkpoint {folder if is_checkpoint else 'auto'}"
+    gates.trip(
+        f"--model_name_or_path {folder} is {what}: it would become its own reference, and the margin begin at 0 again",
+        expected="the model which that run began with, or one tuned on other pairs",
+        do=f"to go on with that run: --model_name_or_path {base} --output_dir {folder.parent} {resume}",
+    )
+
+
+def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
+    now = settings.data
+    if (now.dataset_config, now.dataset_train_split) != (then.get("dataset_config"), then.get("dataset_train_split")):
+        return False
+    a, b = (str(name or "") for name in (now.dataset_name, then.get("dataset_name")))
+    return bool(a) and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def check_quantised(policy: PreTrainedModel, model: ModelConfig, gates: Gates) -> None:
+    """Trips where a weight asked for in 4 or 8 bit is not. Embeddings and what the model's own quantisation names stay.
+
+    transformers converts plain linear layers alone: subclasses of them, and the experts of a mixture kept as one
+    parameter, stay in 16 bit without a word; and a checkpoint with a quantisation of its own keeps that.
+
+    Raises: GateError.
+    """
+    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
+    if bits is None:
+        return
+    skipped = getattr(getattr(policy, "hf_quantizer", None), "modules_to_not_convert", None) or []
+    sizes: dict[str, int] = {}
+    linear, other = [], []
+    for place, module in policy.named_modules():
+        if isinstance(module, nn.Embedding) or module is policy.get_output_embeddings():
+            continue
+        for name, weight in module.named_parameters(place, recurse=False):
+            if weight.ndim < 2:
+                continue
+            state = getattr(weight, "quant_state", None)  # bitsandbytes' 4-bit weights are packed, their shape is here
+            sizes[name] = weight.numel() if state is None else math.prod(state.shape)
+            if (weight.dtype == torch.int8) if bits == 8 else (state is not None):
+                continue
+            if not isinstance(module, (nn.Linear, Conv1D)):
+                other.append(name)
+            elif should_convert_module(place, skipped):
+                linear.append(name)
+    total = sum(sizes.values())
+    if sum(sizes[name] for name in other) > SMALL_SHARE * total:
+        linear += other
+    if linear:
+        share = sum(sizes[name] for name in linear) / total
+        gates.trip(
+            f"{share:.0%} of the weights outside the embeddings are not in {bits} bit: {list_places(linear)}",
+            expected=f"every layer in {bits} bit, as --load_in_{bits}bit asks",
+            do=f"drop --load_in_{bits}bit and train the adapter on the model in 16 bit, or choose a model whose layers "
+            "bitsandbytes can convert",
+        )

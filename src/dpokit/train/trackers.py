@@ -1,0 +1,219 @@
+"""Trackers: a run's name, group, tags, settings, metrics and final numbers in Weights & Biases, trackio, TensorBoard.
+
+None of them can end a run: what goes wrong with a tracker costs one line on the screen, and metrics.jsonl is written in
+any case. Rank 0 alone talks to trackers.
+"""
+
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    rewrite_logs,
+)
+
+from dpokit.errors import SettingsError
+from dpokit.rundir import RunDir, read_metrics
+from dpokit.screen import say
+from dpokit.settings import Settings
+from dpokit.train.tracker_wandb import Wandb, first_line, has_key, is_switched_off
+from dpokit.world import is_main_process
+
+PACKAGES = {"azure_ml": ("azureml", "azureml-mlflow"), "flyte": ("flytekit", "flytekit")}  # module, pip's name
+# The trainer's own, which may end a run (wandb's, when wandb's background process is gone); TrackerCallback stands in.
+REPLACED = (WandbCallback, TrackioCallback, TensorBoardCallback)
+FINAL = ("step", "seconds", "num_tokens", "train_loss")  # of metrics.jsonl, beside every eval_*
+
+
+def set_up_trackers(settings: Settings) -> None:
+    """Decides which trackers are on and what the run is called there; writes both into the settings.
+
+    Weights & Biases is on unasked where this machine has a key for it.
+
+    Raises: SettingsError for a tracker that is unknown or not installed, or a tag that wandb does not take.
+    """
+    training, origins = settings.training, settings.origins
+    wandb_is_here = importlib.util.find_spec("wandb") is not None
+    if "report_to" not in origins and is_main_process() and wandb_is_here and has_key() and not is_switched_off():
+        training.report_to = [*training.report_to, "wandb"]
+        origins["report_to"] = "this machine"
+        say("wandb: on, as this machine has a key for it (--report_to none switches it off)")
+    for name in training.report_to:
+        check_tracker(name)
+    for tag in settings.data.run_tags or []:
+        if not 1 <= len(tag) <= 64:
+            raise SettingsError(f"run_tags has {tag!r}", expected="1 to 64 characters a tag", do="correct --run_tags")
+    folder = Path(training.output_dir).resolve().name
+    for name, variable, default in (("run_name", "WANDB_NAME", folder), ("project", "WANDB_PROJECT", "dpokit")):
+        if name not in origins:
+            setattr(training, name, os.environ.get(variable) or default)
+            if os.environ.get(variable):
+                origins[name] = variable
+
+
+def check_tracker(name: str) -> None:
+    """Raises SettingsError where there is nothing of that name to report to."""
+    if name not in INTEGRATION_TO_CALLBACK:
+        raise SettingsError(
+            f"report_to names {name}, which is no tracker",
+            expected=f"none, all, or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
+            do="correct --report_to",
+        )
+    module, package = PACKAGES.get(name, (name, name))
+    if (
+        name != "kubeflow" and importlib.util.find_spec(module) is None
+    ):  # kubeflow is a place, and turns itself on there
+        raise SettingsError(
+            f"report_to names {name}, which is not installed",
+            expected="an installed tracker",
+            do=f"pip install {package}, or --report_to none (metrics.jsonl is always written)",
+        )
+
+
+@contextmanager
+def track_run(run: RunDir, settings: Settings) -> Iterator["TrackerCallback"]:
+    """The trackers of a run, from before its data is read until run.json holds its outcome.
+
+    Yields the callback that the trainer needs, in place of those in `REPLACED`.
+    """
+    tracker = TrackerCallback(run, settings)
+    if is_main_process() and "wandb" in settings.training.report_to:
+        tracker.start("wandb")
+    try:
+        yield tracker
+    finally:
+        for name in list(tracker.on):
+            with tracker.guard(name):
+                tracker.on[name].finish(find_final_numbers(run))
+
+
+class TrackerCallback(TrainerCallback):
+    """Starts trackers and passes the trainer's events on to them; one that fails is left out from then on."""
+
+    def __init__(self, run: RunDir, settings: Settings) -> None:
+        self.run = run
+        self.settings = settings
+        self.on: dict[str, Wandb | Trackio | TensorBoard] = {}
+
+    @contextmanager
+    def guard(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is: the training weighs more than its tracker
+            self.on.pop(name, None)
+            say(f"{name}: {first_line(error)}; the run goes on without it (metrics.jsonl has every number)")
+
+    def start(self, name: str, after_step: int = 0) -> None:
+        """Opens the run there. `after_step`: where a resumed run goes on, else 0."""
+        with self.guard(name):
+            self.on[name] = TRACKERS[name](self.run, self.settings, after_step)
+
+    def _pass_on(self, event: str, *what: Any, **more: Any) -> None:
+        for name in list(self.on):
+            with self.guard(name):
+                getattr(self.on[name], event)(*what, **more)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        for name in ("trackio", "tensorboard"):
+            if is_main_process() and name in self.settings.training.report_to:
+                self.start(name, state.global_step)
+        self._pass_on("on_train_begin", args, state, control, **more)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._pass_on("on_log", args, state, control, **more)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._pass_on("on_save", args, state, control, **more)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._pass_on("on_train_end", args, state, control, **more)
+
+
+class Trackio(TrainerCallback):
+    """A trackio run, in TRACKIO_DIR on this machine. transformers' callback has no group, and counts calls as steps."""
+
+    def __init__(self, run: RunDir, settings: Settings, after_step: int) -> None:
+        import trackio
+
+        training = settings.training
+        self.trackio: Any = trackio
+        with redirect_stdout(io.StringIO()):
+            self.trackio.init(
+                project=training.project,
+                name=training.run_name,
+                config=settings.values(),
+                space_id=training.trackio_space_id,
+                bucket_id=training.trackio_bucket_id,
+                private=training.hub_private_repo,
+                resume="allow" if after_step else "never",  # by name alone: a new run may share it with an old one
+            )
+        say(f'trackio: `trackio show --project "{training.project}"` shows this run, {training.run_name}')
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        self.trackio.log(rewrite_logs(logs), step=state.global_step)
+
+    def finish(self, final: dict[str, Any]) -> None:
+        self.trackio.log(final, step=final.get("final/step", 0))
+        with redirect_stdout(io.StringIO()):
+            self.trackio.finish()
+
+
+class TensorBoard(TrainerCallback):
+    """Event files in OUTPUT_DIR/tensorboard/RUN_NAME or TENSORBOARD_LOGGING_DIR/RUN_NAME; group and tags are a text."""
+
+    def __init__(self, run: RunDir, settings: Settings, after_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        name, group, tags = settings.training.run_name, settings.data.run_group, settings.data.run_tags or []
+        parent = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run.path / "tensorboard").expanduser()
+        # What an interrupted run logged behind its checkpoint is taken back, and all of a run that is begun anew.
+        self.writer = SummaryWriter(str(parent / name), purge_step=after_step + 1 if after_step else 0)
+        self._write({"run": f"{name}, group: {group}, tags: {', '.join(tags)}"}, after_step)
+        self._write({"settings": f"```\n{json.dumps(settings.values(), indent=2)}\n```"}, after_step)
+
+    def _write(self, values: dict[str, Any], step: int) -> None:
+        for name, value in values.items():
+            add = self.writer.add_scalar if isinstance(value, int | float) else self.writer.add_text
+            add(name, value, step)
+        self.writer.flush()
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
+        self._write(rewrite_logs(logs), state.global_step)
+
+    def finish(self, final: dict[str, Any]) -> None:
+        self._write(final, final.get("final/step", 0))
+        self.writer.close()
+
+
+TRACKERS: dict[str, type[Wandb] | type[Trackio] | type[TensorBoard]] = {
+    "wandb": Wandb,
+    "trackio": Trackio,
+    "tensorboard": TensorBoard,
+}
+
+
+def find_final_numbers(run: RunDir) -> dict[str, Any]:
+    """`final/*` of a run, read in its folder: state, step, seconds, tokens, last and best evaluation."""
+    record = run.read_run() or {}
+    newest: dict[str, Any] = {}
+    for logged in read_metrics(run.metrics_jsonl) if run.metrics_jsonl.exists() else ():
+        newest |= logged
+    state, best = record.get("state"), record.get("best")
+    final: dict[str, Any] = {"state": state if state in ("finished", "preempted") else "failed"}
+    if final["state"] != "finished":
+        final["why"] = str(record.get("why"))
+    measured = [name for name in newest if name.startswith("eval_") and not name.endswith(("runtime", "_per_second"))]
+    final |= {name: newest[name] for name in (*FINAL, *measured) if name in newest}
+    if best:
+        final |= {"best_step": best["step"], f"best_eval_{best['metric'].removeprefix('eval_')}": best["value"]}
+    return {f"final/{name}": value for name, value in final.items()}
