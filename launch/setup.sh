@@ -18,6 +18,7 @@ if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
     echo "installing dpokit with pinned versions into $VIRTUAL_ENV ..." >&2
     # torch first and by itself: a CPU-only build that is at hand then serves all that need torch.
     python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-    python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
+    # DeepSpeed compiles what a run needs when it needs it, not all it has now.
+    DS_BUILD_OPS=0 python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
     echo "$wanted" > "$stamp"
 fi

@@ -84,8 +84,12 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
         peer_errors(training.ddp_timeout),
     ):
         trainer, data = build_trainer(run, settings, gates)
-        # The gates come last: they must know of each log and save that another callback asks for.
-        for callback in (tracker, GateCallback(trainer, gates, with_adapter=settings.model.use_peft)):
+        callbacks = (
+            *(EpochCallback(trainer), PlacementCallback(trainer, run), tracker, MetricsCallback(run), ScreenCallback()),
+            # The gates come last: they must know of each log and save that another callback asks for.
+            GateCallback(trainer, gates, with_adapter=settings.model.use_peft),
+        )
+        for callback in callbacks:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
@@ -100,7 +104,7 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
 
 
 def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTrainer, PreparedData]:
-    """Data, models and trainer of a run; writes data.json and shows its table."""
+    """Data, models and trainer of a run, its callbacks left out; writes data.json and shows its table."""
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
     policy = load_policy(settings, tokenizer)
@@ -132,8 +136,6 @@ def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTr
     )
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
         trainer.remove_callback(replaced)
-    for callback in (EpochCallback(trainer), PlacementCallback(trainer, run), MetricsCallback(run), ScreenCallback()):
-        trainer.add_callback(callback)
     return trainer, data
 
 

@@ -1,6 +1,7 @@
 """Ranks and processes: who am I, how many were asked for, how many are there. Built on accelerate's state."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -97,11 +98,12 @@ def check_devices() -> None:
 
 
 def join_on_cpu(timeout_seconds: int) -> None:
-    """Joins the launcher's CPU processes over gloo, under the collective time-out.
+    """Joins the launcher's CPU processes over gloo, under the collective time-out; DeepSpeed is kept to the CPU too.
 
     transformers hands the time-out on for GPUs alone (5.23); torch's own, on CPU, is 30 minutes whatever the flag says.
     Delete when TrainingArguments passes ddp_timeout on with use_cpu.
     """
+    os.environ["DS_ACCELERATOR"] = "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
 
@@ -121,7 +123,9 @@ def speaks_for_all() -> bool:
 
 
 # What gloo, NCCL and the rendezvous say when another process is gone, cannot be reached or does not answer.
-_LOST = ("timed out", "timeout", "connection closed by peer", "connection reset by peer", "connection refused")
+_LOST = re.compile(
+    "timed out|timeout|connection (closed|reset) by peer|connection refused|address already in use", re.I
+)
 
 
 @contextmanager
@@ -135,8 +139,8 @@ def peer_errors(timeout_seconds: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        of_torch = isinstance(error, dist.DistError) or "gloo" in text.lower()
-        if not of_torch or not any(word in text.lower() for word in _LOST):
+        of_torch = isinstance(error, dist.DistError) or re.search("gloo|pair closure", text)
+        if not of_torch or not _LOST.search(text):
             raise
         raise _lost_peer(text[:200], timeout_seconds) from error
 

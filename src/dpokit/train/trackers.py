@@ -151,6 +151,7 @@ class Trackio(TrainerCallback):
             self.trackio.init(
                 project=training.project,
                 name=training.run_name,
+                group=settings.data.run_group,
                 config=settings.values(),
                 space_id=training.trackio_space_id,
                 bucket_id=training.trackio_bucket_id,
