@@ -201,6 +201,9 @@ def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
             "--dataloader_num_workers 0",
         ),
         (["--fp16", "--bf16"], "fp16 and bf16", "--fp16 false"),
+        (["--use_peft", "--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit", "change one of"),
+        (["--load_in_4bit"], "quantised model cannot be trained as a whole", "add --use_peft"),
+        (["--lora_r", "8"], "lora_r is set, but use_peft is not", "add --use_peft"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 from conftest import ROOT
+from torch.distributed import DistNetworkError
 
 from dpokit.errors import DataError, MachineError
 from dpokit.world import (
     _read_accelerate_command,
+    check_devices,
     check_world_size,
     decide_on_main_process,
     find_asked_processes,
     is_main_process,
     main_process_first,
+    peer_errors,
 )
 
 RECIPE = "recipes/dpo_gpt2.py"
@@ -122,6 +125,35 @@ def test_a_world_smaller_than_asked_for_is_refused_with_the_way_out(monkeypatch)
         check_world_size()
     assert "ddp_cpu.yaml" in error.value.do
     assert "--num_processes 1" in error.value.do
+
+
+def test_more_processes_than_gpus_are_refused_with_the_number_there_is(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(MachineError, match="4 processes were started on this machine, which has 2 GPUs") as error:
+        check_devices()
+    assert "--num_processes 2" in error.value.do
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_devices()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:26770"),
+        RuntimeError("Application timeout caused pair closure"),
+        DistNetworkError("The client socket has timed out after 5000ms while trying to connect to (host, 29500)"),
+    ],
+)
+def test_a_lost_process_is_the_users_error(error):
+    with pytest.raises(MachineError, match=r"127.0.0.1|pair closure|timed out"), peer_errors(5):
+        raise error
+
+
+@pytest.mark.parametrize("text", ["DataLoader timed out after 5 seconds", "gloo: unsupported dtype"])
+def test_another_error_stays_what_it_is(text):
+    with pytest.raises(RuntimeError, match=text), peer_errors(5):
+        raise RuntimeError(text)
 
 
 @pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])

@@ -13,13 +13,19 @@ from dpokit.settings import Settings
 
 
 def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; EOS pads where it has no padding token of its own.
+    """The model's tokenizer, or its base's for an adapter; EOS pads where it has no padding token of its own.
 
     Raises: ModelError where there is none. That it has an EOS is checked where answers are rendered.
     """
-    tokenizer: PreTrainedTokenizerBase = _load(
-        AutoTokenizer, model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
-    )
+    base = find_base(model)
+    try:
+        tokenizer: PreTrainedTokenizerBase = _load(
+            AutoTokenizer, model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
+        )
+    except ModelError:
+        if base is None:
+            raise
+        tokenizer = _load(AutoTokenizer, base, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # The model's own limit is checked by `find_max_length`; the tokenizer's would warn about prompts yet to be cut.
@@ -36,8 +42,8 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         ModelError: it cannot be loaded, or is not the tokenizer's.
         SettingsError: an adapter without `--use_peft`.
     """
-    adapter = find_adapter(settings)
-    policy = _load_causal_lm(settings, settings.model.model_name_or_path if adapter is None else adapter)
+    base = find_base(settings.model)
+    policy = _load_causal_lm(settings, base or settings.model.model_name_or_path)
     rows = policy.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself is empty on a rank
     if len(tokenizer) > rows:
         raise ModelError(
@@ -45,21 +51,21 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
             expected="a tokenizer that belongs to the model",
             do="use the tokenizer that the model was saved with",
         )
-    if adapter is None:
+    if base is None:
         return policy
     return PeftModel.from_pretrained(policy, settings.model.model_name_or_path, is_trainable=True)
 
 
-def find_adapter(settings: Settings) -> str | None:
+def find_base(model: ModelConfig) -> str | None:
     """The base model of the adapter that `--model_name_or_path` names; None where it names a whole model.
 
     Raises: SettingsError for an adapter without `--use_peft`.
     """
-    name, revision = settings.model.model_name_or_path, settings.model.model_revision
-    if find_adapter_config_file(name, revision=revision) is None:
+    name, revision = model.model_name_or_path, model.model_revision
+    if not name or find_adapter_config_file(name, revision=revision) is None:
         return None
     base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
-    if not settings.model.use_peft:
+    if not model.use_peft:
         raise SettingsError(
             f"--model_name_or_path {name} is an adapter (of {base}), and use_peft is not set",
             expected="--use_peft, to train the adapter further, or the name of a whole model",

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
@@ -261,7 +262,9 @@ class PairTrainer(DPOTrainer):
         if self.accelerator.is_main_process:
             with new_folder(folder) as part:
                 model = self.accelerator.unwrap_model(self.model)
-                model.save_pretrained(part, state_dict=state)
+                # TRL keeps the start of a loaded adapter beside it, as the reference.
+                only = {"selected_adapters": [model.active_adapter]} if isinstance(model, PeftModel) else {}
+                model.save_pretrained(part, state_dict=state, **only)
                 self.processing_class.save_pretrained(part)
                 (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card
         self.accelerator.wait_for_everyone()
