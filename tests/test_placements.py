@@ -138,6 +138,15 @@ def test_two_cpu_processes_train_as_one_does(config, kind, run, record_property)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
+def test_a_config_for_many_serves_one(config, run):
+    flags = ["--use_cpu"]
+    one = run("single_gpu", "full", 4, *flags)
+    alone = run(config, "full", 4, *flags, launcher=("--num_processes", "1"))
+    check_same_run(alone, one, "full", "one device" if config == "ddp_cpu" else in_words(config))
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not GPUS, reason="no GPU on this machine")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", PLACEMENTS)

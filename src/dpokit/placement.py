@@ -51,7 +51,8 @@ def find_placement(model: Any) -> str:
         return "FSDP1"
     if isinstance(model, DataParallel):
         return "DataParallel"
-    return "DDP" if isinstance(model, DistributedDataParallel) else "one device"
+    alone = PartialState().num_processes == 1  # DDP of one process is none
+    return "DDP" if isinstance(model, DistributedDataParallel) and not alone else "one device"
 
 
 def check_placement(training: DPOConfig, model: ModelConfig) -> None:
@@ -86,7 +87,7 @@ def shard_on_cpu(training: DPOConfig) -> None:
     accelerate asks for FSDP only where the processes are GPUs or the like, and runs DDP on CPU. Told that these are
     such, it shards them for real, over gloo. Delete when accelerate knows FSDP on CPU.
     """
-    if training.use_cpu and training.world_size > 1 and _asks_for_fsdp(training):
+    if training.use_cpu and PartialState().distributed_type != DistributedType.NO and _asks_for_fsdp(training):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
