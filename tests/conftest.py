@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from placement_table import write_placements
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for each other cost more than they bring
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a slip must fail fast
 # datasets reads it at import; the folder is of this session alone, and goes when the process ends.
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="dpokit-test-datasets-")

@@ -38,6 +38,7 @@ def find_placement(model: Any) -> str:
 
     A sharded model counts as sharded only if its parameters are: with every parameter whole on this rank, it is not.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     parameters: list[Any] = list(model.parameters())
     if type(model).__name__ == "DeepSpeedEngine":  # by name: DeepSpeed is imported through accelerate alone
         stage = model.zero_optimization_stage()

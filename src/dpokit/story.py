@@ -1,5 +1,6 @@
 """A run from its first line to its last: settings, folder, data, model, training, weights."""
 
+import math
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,6 +183,6 @@ def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
 def find_best(trainer: PairTrainer) -> dict[str, Any] | None:
     """The evaluation whose weights were kept: step and eval loss; None where the last weights were."""
     state = trainer.state
-    if not trainer.args.load_best_model_at_end or state.best_metric is None:
+    if not trainer.args.load_best_model_at_end or state.best_metric is None or not math.isfinite(state.best_metric):
         return None
     return {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}

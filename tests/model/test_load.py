@@ -106,3 +106,15 @@ def test_an_sft_adapter_is_its_own_reference_and_what_is_saved_is_the_trained_ad
     after = get_peft_model_state_dict(PeftModel.from_pretrained(base, run.adapter))
     assert after.keys() == before.keys()
     assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_adapter_on_the_lm_head_is_refused_as_it_would_never_be_trained(read_settings):
+    with pytest.raises(SettingsError, match="lora_target_modules names lm_head") as error:
+        build(read_settings("--use_peft", "--lora_target_modules", "q_proj", "lm_head"))
+    assert "--lora_modules_to_save" in error.value.do
+
+
+def test_a_broken_tokenizer_of_an_adapter_is_not_passed_over(sft_adapter, read_settings):
+    (sft_adapter / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+        build(read_settings("--model_name_or_path", str(sft_adapter), "--use_peft"))

@@ -13,6 +13,7 @@ from dpokit.checkpoint.resume import claim_folder
 from dpokit.rundir import RunDir
 from dpokit.settings import load_settings
 from dpokit.story import build_trainer, train
+from dpokit.train.gates import Gates
 
 LOSSES = [
     "sigmoid",
@@ -50,7 +51,7 @@ def build(model: Path, pairs: Path, output: Path, **changes):
     )
     run = RunDir(output)
     claim_folder(run, settings)
-    return build_trainer(run, settings)
+    return build_trainer(run, settings, Gates(settings.data.gates))
 
 
 def run_steps(model: Path, pairs: Path, output: Path, **changes) -> tuple[list[dict], dict[str, torch.Tensor]]:

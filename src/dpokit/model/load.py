@@ -5,6 +5,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
@@ -17,15 +18,12 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
 
     Raises: ModelError where there is none. That it has an EOS is checked where answers are rendered.
     """
-    base = find_base(model)
-    try:
-        tokenizer: PreTrainedTokenizerBase = _load(
-            AutoTokenizer, model.model_name_or_path, revision=model.model_revision, trust_remote_code=trust_remote_code
-        )
-    except ModelError:
-        if base is None:
-            raise
-        tokenizer = _load(AutoTokenizer, base, trust_remote_code=trust_remote_code)
+    name, revision, base = model.model_name_or_path, model.model_revision, find_base(model)
+    if base is not None and not _has_file(model, "tokenizer_config.json"):
+        name, revision = base, "main"
+    tokenizer: PreTrainedTokenizerBase = _load(
+        AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # The model's own limit is checked by `find_max_length`; the tokenizer's would warn about prompts yet to be cut.
@@ -43,7 +41,7 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         SettingsError: an adapter without `--use_peft`.
     """
     base = find_base(settings.model)
-    policy = _load_causal_lm(settings, base or settings.model.model_name_or_path)
+    policy = _load_causal_lm(settings, base)
     rows = policy.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself is empty on a rank
     if len(tokenizer) > rows:
         raise ModelError(
@@ -53,7 +51,8 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         )
     if base is None:
         return policy
-    return PeftModel.from_pretrained(policy, settings.model.model_name_or_path, is_trainable=True)
+    name, revision = settings.model.model_name_or_path, settings.model.model_revision
+    return PeftModel.from_pretrained(policy, name, revision=revision, is_trainable=True)
 
 
 def find_base(model: ModelConfig) -> str | None:
@@ -62,7 +61,10 @@ def find_base(model: ModelConfig) -> str | None:
     Raises: SettingsError for an adapter without `--use_peft`.
     """
     name, revision = model.model_name_or_path, model.model_revision
-    if not name or find_adapter_config_file(name, revision=revision) is None:
+    try:
+        if not name or find_adapter_config_file(name, revision=revision) is None:
+            return None
+    except OSError:  # no such model: said where it is loaded
         return None
     base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
     if not model.use_peft:
@@ -82,7 +84,7 @@ def load_reference(settings: Settings) -> PreTrainedModel | None:
     """
     if settings.model.use_peft or settings.training.precompute_ref_log_probs:
         return None
-    return _load_causal_lm(settings, settings.model.model_name_or_path).requires_grad_(False)
+    return _load_causal_lm(settings).requires_grad_(False)
 
 
 def build_peft_config(settings: Settings, policy: PreTrainedModel | PeftModel) -> PeftConfig | None:
@@ -112,6 +114,14 @@ def check_target_modules(config: PeftConfig, policy: PreTrainedModel) -> None:
             expected=f"all-linear, or some of: {', '.join(sorted(layers))}",
             do="correct --lora_target_modules",
         )
+    head = next((n for n, layer in policy.named_modules() if layer is policy.get_output_embeddings()), None)
+    if head is not None and (head in wanted or head.rpartition(".")[2] in wanted):
+        raise SettingsError(
+            f"lora_target_modules names {head}, the LM head: answers are scored by its base weight, so an adapter "
+            "there would never be trained",
+            expected="layers below the head",
+            do=f"remove {head} from --lora_target_modules, or train it whole: --lora_modules_to_save {head}",
+        )
 
 
 def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
@@ -132,12 +142,12 @@ def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
     return min(asked, positions)
 
 
-def _load_causal_lm(settings: Settings, name: str) -> PreTrainedModel:
+def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedModel:
     model = settings.model
     policy: PreTrainedModel = _load(
         AutoModelForCausalLM,
-        name,
-        revision=model.model_revision,
+        base or model.model_name_or_path,
+        revision="main" if base else model.model_revision,  # the revision of an adapter says nothing of its base
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         trust_remote_code=settings.training.trust_remote_code,
@@ -150,6 +160,11 @@ def _load_causal_lm(settings: Settings, name: str) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return policy
+
+
+def _has_file(model: ModelConfig, file: str) -> bool:
+    missing_is_fine = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(model.model_name_or_path, file, revision=model.model_revision, **missing_is_fine) is not None
 
 
 def _load(kind: Any, name: str | None, **options: Any) -> Any:

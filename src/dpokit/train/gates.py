@@ -59,9 +59,14 @@ class Gates:
             say(f"gate (warning): {seen}; expected: {expected}")
 
 
+def star_layers(name: str) -> str:
+    """A parameter's or module's name with its layer numbers as stars."""
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
 def list_places(names: Iterable[str], shown: int = 4) -> str:
     """Names with layer numbers as stars, each kind once."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names))
+    kinds = list(dict.fromkeys(map(star_layers, names)))
     return ", ".join(kinds[:shown]) + (f" and {len(kinds) - shown} more" if len(kinds) > shown else "")
 
 
@@ -128,13 +133,10 @@ class GateCallback(TrainerCallback):
             hook.remove()
         self._hooks = []
         adapter = find_adapter(self.trainer.model)
-        missed = [name for name, weight in adapter.items() if name not in self._reached and weight.grad is None]
-        missed = decide_on_main_process(lambda: missed)
-        if missed:
-            modules = dict.fromkeys(re.sub(r"\.(lora_|modules_to_save).*", "", name) for name in missed)
-            self._trip_gradient(
-                f"{len(missed)} of its {len(adapter)} parameters take no part in the loss: {list_places(modules)}"
-            )
+        reached = {name: name in self._reached or weight.grad is not None for name, weight in adapter.items()}
+        dead = decide_on_main_process(lambda: find_dead_modules(reached))
+        if dead:
+            self._trip_gradient(f"what it adds here takes no part in the loss: {list_places(dead)}")
 
     def on_step_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 1:
@@ -171,7 +173,7 @@ class GateCallback(TrainerCallback):
     def _check_finite(self) -> None:
         step = self.trainer.find_non_finite_step()
         if step is not None:
-            self._trip_finite(f"the loss is not finite at step {step}", step)
+            self._trip_finite(f"the loss or its gradient is not finite at step {step}", step)
 
     def _trip_finite(self, seen: str, step: int) -> None:
         self.gates.trip(
@@ -186,7 +188,8 @@ class GateCallback(TrainerCallback):
         if norm is None or (args.fp16 and not 0 < norm < math.inf and step < self.first_step + FP16_SETTLES_STEPS):
             return
         self.gradient_due = False
-        if norm == 0:
+        # Of a resumed run no pair may be left to learn from: a hinge's gradient is 0 beyond its margin.
+        if norm == 0 and self.first_step == 1:
             self._trip_gradient("the norm of its gradient is 0")
         elif not math.isfinite(norm):
             self._trip_finite(f"the gradient is not finite at step {step}", step)
@@ -214,8 +217,9 @@ class GateCallback(TrainerCallback):
         same = all(abs(apart[side]) <= room[side] for side in apart)
         # WPO's weights and a mixture's balancing loss come on top of ln 2.
         known = set(args.loss_type) <= LN_2_LOSSES and not args.use_weighting and "aux_loss" not in logs
-        weights = sum(args.loss_weights or [1.0] * len(args.loss_type))
-        at_ln_2 = abs(logs["loss"] - weights * LN_2) <= weights * (args.beta * sum(room.values()) / 2 + 1e-3)
+        each = args.loss_weights or [1.0] * len(args.loss_type)
+        weights, scale = sum(each), sum(map(abs, each))
+        at_ln_2 = abs(logs["loss"] - weights * LN_2) <= scale * (args.beta * sum(room.values()) / 2 + 1e-3)
         if same and (at_ln_2 or not known):
             return
         why = "its scale is wrong" if same else "policy and reference are not the same model at the start"
@@ -237,6 +241,22 @@ def find_adapter(model: nn.Module) -> dict[str, nn.Parameter]:
     if not isinstance(model, PeftModel):
         return {}
     return {n: weight for n, weight in model.named_parameters() if weight.requires_grad and "expert" not in n}
+
+
+def find_dead_modules(reached: dict[str, bool]) -> list[str]:
+    """Adapted modules, layer numbers as stars, that no gradient reaches in any layer but reaches beside them.
+
+    Not counted is what single layers leave out (those that share keys), and what a whole tower leaves out (vision where
+    the pairs are text): the rest of the adapter is trained as it should be.
+
+    Args:
+        reached: for each parameter of the adapter, by its name, whether it got a gradient.
+    """
+    modules = {name: star_layers(re.sub(r"\.(lora_|modules_to_save).*", "", name)) for name in reached}
+    alive = {modules[name] for name in reached if reached[name]}
+    dead = [module for module in dict.fromkeys(modules.values()) if module not in alive]
+    layers = {m: m[: m.rindex("*") + 1] if "*" in m else m.rpartition(".")[0] for m in dead}
+    return [m for m in dead if not alive or any(other.startswith(f"{layers[m]}.") for other in alive)]
 
 
 def is_start_certain(model: nn.Module, args: DPOConfig) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,8 +20,14 @@ from dpokit.settings import Settings
 from dpokit.train.gates import Gates, list_places
 from dpokit.world import check_world_size
 
+# What a run makes and leaves in its folder; a base model may lie there, too.
+RESULTS = ("model", "adapter", "merged")
+
 # Below this share of the weights, what is no linear layer (routers, small convolutions) may stay in 16 bit.
 SMALL_SHARE = 0.01
+
+# An adapter that the run goes on with stays in 16 bit or more.
+OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save)(\.|$)")
 
 
 def check_world(gates: Gates) -> int:
@@ -40,11 +47,13 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
 
     Raises: GateError.
     """
-    folder = Path(settings.model.model_name_or_path or "")
-    if not settings.model.model_name_or_path or not folder.is_dir():
+    if not settings.model.model_name_or_path or not Path(settings.model.model_name_or_path).is_dir():
+        return
+    folder = Path(settings.model.model_name_or_path).resolve()
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    if not is_checkpoint and folder.name not in RESULTS:
         return
     history = _read_json(folder / "trainer_state.json").get("log_history", [])
-    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.resolve().name) is not None
     preference_run = is_checkpoint and any("rewards/margins" in record for record in history)
     then = {
         name: entry.get("value") for name, entry in _read_json(folder.parent / "run.json").get("settings", {}).items()
@@ -81,7 +90,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def check_quantised(policy: PreTrainedModel, model: ModelConfig, gates: Gates) -> None:
+def check_quantised(policy: PreTrainedModel | PeftModel, model: ModelConfig, gates: Gates) -> None:
     """Trips where a weight asked for in 4 or 8 bit is not. Embeddings and what the model's own quantisation names stay.
 
     transformers converts plain linear layers alone: subclasses of them, and the experts of a mixture kept as one
@@ -92,11 +101,12 @@ def check_quantised(policy: PreTrainedModel, model: ModelConfig, gates: Gates) -
     bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
     if bits is None:
         return
+    policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
     skipped = getattr(getattr(policy, "hf_quantizer", None), "modules_to_not_convert", None) or []
     sizes: dict[str, int] = {}
     linear, other = [], []
     for place, module in policy.named_modules():
-        if isinstance(module, nn.Embedding) or module is policy.get_output_embeddings():
+        if isinstance(module, nn.Embedding) or module is policy.get_output_embeddings() or OF_ADAPTER.search(place):
             continue
         for name, weight in module.named_parameters(place, recurse=False):
             if weight.ndim < 2:
