@@ -1,7 +1,7 @@
 """Llama-3.1-8B on UltraFeedback, every weight trained, sharded over the GPUs of one node or more.
 
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/dpo_8b.py
-    accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/dpo_8b.py
+    accelerate launch --config_file accelerate_configs/fsdp2.yaml recipes/dpo_8b.py --precompute_ref_log_probs false
     accelerate launch --config_file accelerate_configs/zero3_offload.yaml recipes/dpo_8b.py
 
 Weights, gradients and optimizer states of 8B parameters are far more than one GPU holds; `dpokit plan recipes/dpo_8b.py

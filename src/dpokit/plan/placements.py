@@ -1,0 +1,202 @@
+"""Memory a device needs under each placement: what the trace held, and arithmetic on who keeps which share.
+
+P are all parameters, T those that are trained, N devices. Sources: DeepSpeed's `estimate_zero2_model_states_mem_needs`
+and `estimate_zero3_model_states_mem_needs` (0.19) with ZeRO's paper (arXiv 1910.02054), and accelerate's
+`fsdp2_prepare_model` (1.15).
+"""
+
+import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from dpokit.errors import SettingsError
+from dpokit.placement import check_placement
+from dpokit.plan.blueprint import Blueprint
+from dpokit.plan.optimizers import count_state_bytes
+from dpokit.plan.target import GIB, Target
+from dpokit.plan.trace import Traced
+from dpokit.settings import Settings
+
+PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "other")
+ONE_DEVICE, DDP, ZERO2, ZERO3, FSDP2, OFFLOAD = (
+    *("one device", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "ZeRO-3 + CPU offload"),
+)
+# In the order in which they are recommended: the simplest and fastest first, host memory only where nothing else fits.
+CONFIGS = {
+    ONE_DEVICE: "single_gpu",
+    DDP: "ddp",
+    ZERO2: "zero2",
+    ZERO3: "zero3",
+    FSDP2: "fsdp2",
+    OFFLOAD: "zero3_offload",
+}
+
+# Assumed, not measured: CUDA's context with the libraries' workspaces, NCCL's buffers, and what the caching allocator
+# holds beyond the tensors.
+CONTEXT_GIB = 1.0
+NCCL_GIB = 0.5
+ALLOCATOR_SHARE = 0.05
+
+# DeepSpeed's defaults (runtime/zero/config.py), in numbers; accelerate_configs/ leave them as they are.
+REDUCE_BUCKET = 500_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000
+# DeepSpeed's `additional_buffer_factor`: pinned host memory is taken in larger pieces than asked for.
+HOST_FACTOR = 1.5
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one device needs under a placement, in bytes by part.
+
+    Attributes:
+        placement: in the words of `dpokit.placement`.
+        parts: bytes by `PARTS`.
+        host: bytes of the machine's own memory, for offloaded states.
+        fits: whether device and, where it is known, host have as much.
+        refused: why the placement does not work with these settings; None where it does.
+    """
+
+    placement: str
+    parts: dict[str, int]
+    host: int
+    fits: bool
+    refused: str | None = None
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Model:
+    """A blueprint's numbers and its two traces.
+
+    Attributes:
+        whole: traced with the weights as `--dtype` keeps them, under autocast: one device and DDP.
+        sharded: traced with weights in the type of the products, as ZeRO and FSDP2 compute.
+        quantised: whether base weights are 4- or 8-bit.
+        compute_bytes: of one number in the type of the products.
+        optim: the optimizer's name.
+    """
+
+    blueprint: Blueprint
+    whole: Traced
+    sharded: Traced
+    quantised: bool
+    compute_bytes: int
+    optim: Any
+
+    def states(self, numbers: int) -> int:
+        """Optimizer states of so many fp32 numbers."""
+        return count_state_bytes(self.optim, torch.empty(numbers, device="meta"))
+
+
+def list_rooms(model: Model, settings: Settings, target: Target) -> list[Room]:
+    """Every placement that so many GPUs allow, simplest first."""
+    names = list(CONFIGS) if target.count > 1 else [ONE_DEVICE, OFFLOAD]
+    rooms = []
+    for name in names:
+        parts, host = _count(name, model, devices=target.count)
+        room = Room(name, parts, host, fits=False, refused=find_refusal(name, settings))
+        enough = room.total <= target.memory_gib * GIB and (target.host_gib is None or host <= target.host_gib * GIB)
+        rooms.append(Room(name, parts, host, fits=enough and room.refused is None, refused=room.refused))
+    return rooms
+
+
+def find_refusal(placement: str, settings: Settings) -> str | None:
+    """Why a run with these settings would be refused under the placement; None where it would not."""
+    training = copy.copy(settings.training)
+    if placement.startswith("ZeRO"):
+        device = "cpu" if placement == OFFLOAD else "none"
+        zero = {"offload_optimizer": {"device": device}, "offload_param": {"device": device}}
+        training.deepspeed_plugin = SimpleNamespace(
+            zero_stage=2 if placement == ZERO2 else 3, deepspeed_config={"zero_optimization": zero}
+        )
+    elif placement == FSDP2:
+        training.fsdp, training.fsdp_config = True, {"version": 2}
+    try:
+        check_placement(training, settings.model)
+    except SettingsError as error:
+        return error.seen.rpartition(": ")[2]
+    return None
+
+
+def _count(placement: str, model: Model, *, devices: int) -> tuple[dict[str, int], int]:
+    """Bytes by part on one device, and on the host."""
+    if placement in (ONE_DEVICE, DDP):
+        return _count_whole(model, ddp=placement == DDP), 0
+    if placement == FSDP2:
+        return _count_fsdp2(model, devices=devices), 0
+    return _count_zero(placement, model, devices=devices)
+
+
+def _count_whole(model: Model, *, ddp: bool) -> dict[str, int]:
+    """All on each device: gradients in the weights' own type, AdamW's moments too. DDP's buckets are a copy of them."""
+    traced = model.whole
+    gradients, (activations, logits) = max(traced.moments.items(), key=lambda moment: moment[0] + sum(moment[1]))
+    parts = {
+        "weights": traced.weights,
+        "gradients": gradients,
+        "optimizer": traced.states,
+        "reference": traced.reference,
+        "activations": activations,
+        "logits": logits,
+    }
+    return parts | {"other": _other(activations + logits, several=ddp) + (traced.trained if ddp else 0)}
+
+
+def _count_zero(placement: str, model: Model, *, devices: int) -> tuple[dict[str, int], int]:
+    """ZeRO-2: 2P + 18T/N bytes under bf16. ZeRO-3: (2P + 18T)/N, and gathered layers. Offload: on the host.
+
+    18 is 2 for the weight, 2 + 4 for the gradient in 16 and 32 bit, 4 for the fp32 weight and 8 for AdamW's moments.
+    """
+    traced, size = model.sharded, model.compute_bytes
+    trained = model.blueprint.trained_parameters
+    activations, logits = max(traced.moments.values(), key=sum)
+    share = 1 if placement == ZERO2 else devices
+    weights = traced.weights // share
+    gradients = (size + 4 if size < 4 else 4) * trained // devices
+    optimizer = (4 * trained + model.states(trained)) // devices
+    reference = traced.reference // share
+    gathered = 0 if placement == ZERO2 else min(traced.weights, size * MAX_LIVE_PARAMETERS)
+    other = _other(activations + logits, several=devices > 1) + size * REDUCE_BUCKET + gathered
+    parts = dict(zip(PARTS, (weights, gradients, optimizer, reference, activations, logits, other), strict=True))
+    if placement != OFFLOAD:
+        return parts, 0
+    on_host = devices * (weights + gradients + optimizer + reference)
+    stays = dict.fromkeys(("weights", "gradients", "optimizer", "reference"), 0)
+    return parts | stays, round(HOST_FACTOR * on_host)
+
+
+def _count_fsdp2(model: Model, *, devices: int) -> dict[str, int]:
+    """Trained weights, gradients and moments in fp32, sharded; frozen weights in their own type, sharded.
+
+    A block is gathered while the one before it is still there, its gradients too, and the LM head whole. 4-bit weights
+    are left whole on each device.
+    """
+    traced, size = model.sharded, model.compute_bytes
+    trained = model.blueprint.trained_parameters
+    activations, logits = max(traced.moments.values(), key=sum)
+    frozen = model.whole.weights - model.whole.trained
+    weights = (frozen if model.quantised else frozen // devices) + 4 * trained // devices
+    block = 0 if model.quantised else model.blueprint.block_parameters
+    head = 4 if trained >= model.blueprint.parameters else size
+    gathered = 2 * size * block + head * model.blueprint.head_parameters
+    if trained >= model.blueprint.parameters:
+        gathered += (size + 4) * block  # a block's gradients, and their sum in fp32
+    return {
+        "weights": weights,
+        "gradients": 4 * trained // devices,
+        "optimizer": model.states(trained) // devices,
+        "reference": model.whole.reference // devices,
+        "activations": activations,
+        "logits": logits,
+        "other": _other(activations + logits, several=True) + gathered,
+    }
+
+
+def _other(step_bytes: int, *, several: bool) -> int:
+    return round((CONTEXT_GIB + NCCL_GIB * several) * GIB + ALLOCATOR_SHARE * step_bytes)

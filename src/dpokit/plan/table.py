@@ -1,0 +1,102 @@
+"""The plan on screen."""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dpokit.plan.placements import PARTS
+from dpokit.plan.plan import SOURCES, Plan, describe_method
+from dpokit.plan.target import GIB
+
+SHORT = {"arithmetic": "arith.", "measured + traced": "meas.", "assumed": "assum."}
+LEGEND = {
+    "GPU": "arith.: from shapes and shares; traced: a step on tensors without data; assum.: assumed, nothing measured",
+    "CPU": "arith.: from shapes; traced: a step on tensors without data; meas.: this process, and the holes its "
+    "allocator leaves when the step is rehearsed",
+}
+HEADS = {"gradients": "grads", "optimizer": "optim.", "reference": "ref.", "activations": "activ."}
+
+
+def print_plan(plan: Plan, check: dict[str, Any] | None) -> None:
+    """Everything in some twenty lines on stdout, at any width from 80 columns."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    settings = plan.asked.settings
+    numbers = plan.blueprint
+    trained = 100 * numbers.trained_parameters / (numbers.parameters + numbers.adapter_parameters)
+    console.print(
+        f"[bold]{escape(str(settings.model.model_name_or_path))}[/bold]: {numbers.parameters:,} parameters, "
+        f"{describe_method(settings)}: {numbers.trained_parameters:,} trained ({trained:.3g} %)"
+    )
+    console.print(escape(_describe_steps(plan)))
+    console.print(
+        escape(
+            f"memory of one device in GiB, at the peak of a step with {plan.train.pairs} pairs of "
+            f"{plan.train.row_tokens:,} tokens (-: none then); for {plan.asked.target.words()}"
+        )
+    )
+    console.print(_build_table(plan))
+    console.print(f"[dim]{LEGEND[plan.asked.target.kind]}[/dim]")
+    for note in plan.notes:
+        console.print(escape(f"- {note}"))
+    if check is not None:
+        console.print(escape(describe_check(check)))
+    if plan.command is not None:
+        console.print("\n[bold]run[/bold]")
+        console.print(escape(f"  {plan.command}"), soft_wrap=True)
+    else:
+        console.print("\n[bold]nothing fits[/bold]; what lowers the peak:")
+        for line in plan.advice:
+            console.print(escape(f"  {line}"))
+
+
+def _describe_steps(plan: Plan) -> str:
+    steps = plan.steps
+    if steps.pairs is None:
+        total = f"{steps.total_steps:,} steps" if steps.total_steps else "steps unknown"
+        return f"{total} of {steps.global_batch_pairs:,} pairs; tokens unknown"
+    about = "" if steps.how == "exact" else "about "
+    tokens = "" if steps.tokens_per_epoch is None else f", {about}{steps.tokens_per_epoch:,} tokens"
+    padding = "" if steps.padding_share is None else f" ({steps.padding_share:.0%} more is padding)"
+    longest = "" if steps.longest_row_tokens is None else f"; longest row {steps.longest_row_tokens:,} tokens"
+    return (
+        f"{about}{steps.pairs:,} pairs, {steps.global_batch_pairs:,} a step: {steps.total_steps:,} steps, "
+        f"{steps.steps_per_epoch:,} an epoch{tokens}{padding}{longest}"
+    )
+
+
+def _build_table(plan: Plan) -> Table:
+    with_host = any(room.host for room in plan.rooms)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column("placement", max_width=12)
+    for part in (*PARTS, "total"):
+        table.add_column(HEADS.get(part, part), justify="right", no_wrap=True)
+    if with_host:
+        table.add_column("host", justify="right", no_wrap=True)
+    table.add_column("fits", no_wrap=True)
+    for room in plan.rooms:
+        cells = [_gib(room.parts[part]) for part in PARTS] + [f"[bold]{_gib(room.total)}[/bold]"]
+        cells += [_gib(room.host)] if with_host else []
+        chosen = plan.recommended is not None and room is plan.recommended
+        verdict = "refused" if room.refused else "yes" if room.fits else "no"
+        table.add_row(f"[bold]{room.placement}[/bold]" if chosen else room.placement, *cells, verdict)
+    sources = SOURCES[plan.asked.target.kind]
+    table.add_row("known by", *(SHORT.get(sources[part], sources[part]) for part in PARTS), "", *[""] * with_host)
+    return table
+
+
+def _gib(size_bytes: int) -> str:
+    gib = size_bytes / GIB
+    if size_bytes == 0:
+        return "-"
+    return f"{gib:.2f}" if gib < 100 else f"{gib:.0f}"
+
+
+def describe_check(check: dict[str, Any]) -> str:
+    """`peak: predicted 4.93 GiB, measured 5.04 GiB in a real step (-2.2 %)`."""
+    return (
+        f"peak: predicted {check['predicted_gib']:.2f} GiB, measured {check['measured_gib']:.2f} GiB in real steps "
+        f"of the longest rows ({check['difference_percent']:+.1f} %)"
+    )

@@ -1,0 +1,232 @@
+"""One worst-case step on tensors without data: the real model, adapter, checkpointing and loss, and nothing computed.
+
+torch's fake tensors have shapes, types and lives, but no memory. A step of an 8B model is gone through in seconds on a
+laptop, and a ledger notes what would be alive at each moment.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from trl.trainer.utils import add_fused_lm_head  # the head that DPOTrainer puts on; delete when TRL exports it
+
+from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
+from dpokit.plan.head import score_on_gpu
+from dpokit.plan.heap import ShadowHeap
+from dpokit.plan.ledger import Ledger
+from dpokit.plan.optimizers import count_state_bytes
+from dpokit.settings import Settings
+
+HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks the policy's head for
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A micro-batch: `pairs` pairs, each two rows padded to `row_tokens`; `answer_tokens` in all of them together."""
+
+    pairs: int
+    row_tokens: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a step held, in bytes.
+
+    Attributes:
+        weights, reference: of all weights, and of the reference kept beside them.
+        trained, states: of the weights that are trained, and of their optimizer states.
+        peak: the most alive at once; `at_peak` by kind.
+        moments: see `Ledger`.
+        heap_peak: how much this machine's allocator grew by at most, weights and reference left out; None where it
+            was not asked.
+    """
+
+    weights: int
+    reference: int
+    trained: int
+    states: int
+    peak: int
+    at_peak: dict[str, int]
+    moments: dict[int, tuple[int, int]]
+    heap_peak: int | None
+
+
+# What CUDA's autocast computes in fp32 and CPU's does not (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32).
+FP32_ON_CUDA = {
+    *(torch.nn.functional.layer_norm, torch.layer_norm, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__),
+    *(torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax, torch.nn.functional.log_softmax),
+    *(torch.exp, torch.rsqrt, torch.Tensor.exp, torch.Tensor.rsqrt, torch.nn.functional.softplus),
+}
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Lets CPU's autocast, under which the trace runs, widen the operations that CUDA's would."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
+            args = tuple(_widen(value) for value in args)
+        return func(*args, **(kwargs or {}))
+
+
+def _widen(value: Any) -> Any:
+    narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if narrow else value
+
+
+def trace_step(
+    blueprint: Blueprint,
+    settings: Settings,
+    *,
+    train: Shape,
+    evaluation: Shape | None,
+    autocast: torch.dtype | None,
+    on_gpu: bool,
+    heap: ShadowHeap | None = None,
+    brief: bool = False,
+) -> Traced:
+    """Two optimizer steps, the second with the first's optimizer states, then a batch of the evaluation.
+
+    Args:
+        blueprint: the models; they are filled with fake tensors and of no further use.
+        settings: of the run.
+        train, evaluation: the largest micro-batch of each; None where the run evaluates nothing.
+        autocast: the type of mixed precision's products; None for none.
+        on_gpu: whether the head and autocast are a GPU's.
+        heap: where to rehearse the allocations.
+        brief: one micro-batch of each kind is enough.
+    """
+    ledger = Ledger(heap)
+    with FakeTensorMode(), ExitStack() as stack:
+        step = _Step(blueprint, settings, ledger, autocast=autocast, on_gpu=on_gpu)
+        if on_gpu and autocast is not None:
+            stack.enter_context(CudaAutocast())
+        stack.enter_context(ledger)
+        if settings.training.precompute_ref_log_probs:
+            step.precompute(train)
+        micro_batches = min(2, settings.training.gradient_accumulation_steps)
+        for number in (1,) if brief else (1 if on_gpu else micro_batches, micro_batches):
+            for _ in range(number):
+                step.forward_and_backward(train)
+            step.update()
+        if evaluation is not None:
+            step.evaluate(evaluation)
+    if heap is not None and heap.refused:
+        heap = None
+    trained = sum(p.numel() * p.element_size() for p in step.trained)
+    return Traced(
+        weights=step.weights,
+        reference=step.reference_bytes,
+        trained=trained,
+        states=sum(state.numel() for state in step.states),
+        peak=ledger.peak_bytes,
+        at_peak=ledger.at_peak,
+        moments=ledger.moments,
+        heap_peak=None if heap is None else heap.peak_bytes,
+    )
+
+
+class _Step:
+    """The parts of a step, on fake tensors, in the order of `DPOTrainer._compute_loss` (TRL 1.16)."""
+
+    def __init__(
+        self, blueprint: Blueprint, settings: Settings, ledger: Ledger, *, autocast: torch.dtype | None, on_gpu: bool
+    ) -> None:
+        self.policy: Any = blueprint.policy
+        self.reference: Any = blueprint.reference
+        self.settings = settings
+        self.ledger = ledger
+        self.autocast = autocast
+        self.on_gpu = on_gpu
+        self.states: list[torch.Tensor] = []
+        self.weights = self._fill(self.policy, "weights")
+        self.reference_bytes = 0 if self.reference is None else self._fill(self.reference, "reference")
+        self.trained: list[nn.Parameter] = [p for p in self.policy.parameters() if p.requires_grad]
+        for parameter in self.trained:
+            parameter.register_post_accumulate_grad_hook(lambda p: ledger.relabel(p.grad, "gradients"))
+        training = settings.training
+        if training.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable(training.gradient_checkpointing_kwargs)
+            if settings.model.use_peft:
+                self.policy.enable_input_require_grads()
+
+    def _fill(self, model: Any, kind: str) -> int:
+        """Fakes for the weights, TRL's head, and hooks that tell the backbone's memory from the head's."""
+        fill_with_fakes(model, self.settings)
+        for tensor in list_tensors(model):
+            self.ledger.hold(tensor, kind)
+        causal_lm = model.get_base_model() if self.settings.model.use_peft and kind == "weights" else model
+        if not self.on_gpu:
+            add_fused_lm_head(causal_lm, outputs=HEAD_OUTPUTS if kind == "weights" else HEAD_OUTPUTS[:1])
+        causal_lm.base_model.register_forward_pre_hook(lambda *_: self._now("activations"))
+        causal_lm.base_model.register_forward_hook(lambda _, __, output: self._leave_backbone(output))
+        return self.ledger.by_kind[kind]
+
+    def _now(self, kind: str) -> None:
+        self.ledger.kind = kind
+
+    def _leave_backbone(self, output: Any) -> None:
+        self._now("logits")
+        if output.last_hidden_state.requires_grad:  # backward comes back from the head here
+            output.last_hidden_state.register_hook(lambda _: self._now("activations"))
+
+    def _score(self, model: Any, shape: Shape) -> torch.Tensor:
+        """Log-probs: `(2 x pairs, tokens - 1)`, on a GPU those of answer tokens alone."""
+        ids = torch.zeros(2 * shape.pairs, shape.row_tokens, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.on_gpu:
+            causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+            return score_on_gpu(causal_lm, min(shape.answer_tokens, ids[:, 1:].numel()), **inputs)
+        labels = ids.masked_fill(ids == 0, -100)
+        return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+
+    @contextmanager
+    def _mixed_precision(self) -> Iterator[None]:
+        with torch.autocast("cpu", dtype=self.autocast) if self.autocast is not None else nullcontext():
+            yield
+
+    def _score_by_reference(self, shape: Shape) -> None:
+        adapter_off: Callable[[], Any] = getattr(self.policy, "disable_adapter", nullcontext)
+        with torch.no_grad(), nullcontext() if self.reference is not None else adapter_off():
+            self._score(self.policy if self.reference is None else self.reference, shape)
+
+    def precompute(self, shape: Shape) -> None:
+        """The reference's pass over the rows, before the first step."""
+        self.policy.eval()
+        with self._mixed_precision():
+            self._score_by_reference(shape)
+
+    def forward_and_backward(self, shape: Shape) -> None:
+        """One micro-batch. Backward begins in the head."""
+        self.policy.train()
+        with self._mixed_precision():
+            log_probs = self._score(self.policy, shape)
+            if not self.settings.training.precompute_ref_log_probs:
+                self._score_by_reference(shape)
+            loss = log_probs.sum()
+        del log_probs
+        self._now("logits")
+        loss.backward()
+
+    def update(self) -> None:
+        """AdamW's states are made at the first step, and the gradients are dropped after each."""
+        if not self.states:
+            self._now("optimizer")
+            for parameter in self.trained:
+                size = count_state_bytes(self.settings.training.optim, parameter)
+                self.states += [torch.zeros(part, dtype=torch.uint8) for part in (size // 2, size - size // 2)]
+        for parameter in self.trained:
+            parameter.grad = None
+
+    def evaluate(self, shape: Shape) -> None:
+        """A batch of held-out pairs: no gradients, but often more pairs."""
+        self.policy.eval()
+        with torch.no_grad(), self._mixed_precision():
+            self._score(self.policy, shape)
+            if not self.settings.training.precompute_ref_log_probs:
+                self._score_by_reference(shape)

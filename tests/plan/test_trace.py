@@ -1,0 +1,165 @@
+"""The traced step: the ledger against tensors of known size, a traced step against the same step on real tensors."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from planning import ask, write_llama_8b
+
+from dpokit.plan.blueprint import build_blueprint, fill_with_fakes, list_tensors, load_config
+from dpokit.plan.heap import find_heap
+from dpokit.plan.ledger import Ledger
+from dpokit.plan.trace import Shape, trace_step
+
+
+@pytest.fixture
+def asked(tmp_path):
+    return partial(ask, tmp_path)
+
+
+@pytest.fixture
+def llama_8b(tmp_path, plain_tokenizer):
+    return write_llama_8b(tmp_path / "llama_8b", plain_tokenizer)
+
+
+def test_the_ledger_counts_what_lives_at_once():
+    ledger = Ledger()
+    with ledger:
+        a = torch.ones(1000)
+        b = a * 2
+        del a
+        c = b.view(10, 100)  # the same storage
+        del b
+        d = c.to(torch.float64)
+    assert ledger.peak_bytes == 4000 + 8000
+    assert sum(ledger.by_kind.values()) == 12000
+    del c, d
+    assert sum(ledger.by_kind.values()) == 0
+
+
+def test_the_ledger_tells_kinds_apart():
+    ledger = Ledger()
+    weight = torch.ones(10)
+    ledger.hold(weight, "weights")
+    with ledger:
+        ledger.kind = "logits"
+        made = weight + 1
+    ledger.relabel(made, "gradients")
+    assert {kind: size for kind, size in ledger.by_kind.items() if size} == {"weights": 40, "gradients": 40}
+
+
+def test_a_heap_that_is_asked_grows_by_what_is_asked_and_no_memory_is_used():
+    heap = find_heap()
+    if heap is None:
+        pytest.skip("not glibc")
+    import psutil
+
+    before = psutil.Process().memory_info().rss
+    for key in range(4):
+        heap.add(key, 2**28)
+    heap.drop(0)
+    heap.add(5, 2**27)
+    assert 2**30 <= heap.peak_bytes < 2**30 + 2**28
+    assert psutil.Process().memory_info().rss - before < 2**26
+
+
+def test_a_heap_that_is_refused_gives_up():
+    heap = find_heap()
+    if heap is None:
+        pytest.skip("not glibc")
+    heap.add(0, 2**62)
+    assert heap.refused
+    heap.add(1, 100)
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_peft"], ["--gradient_checkpointing"], ["--precompute_ref_log_probs"]])
+def test_weights_gradients_and_states_are_those_of_the_model(flags, asked, tiny_gpt2):
+    settings = asked("dpo_gpt2", None, "--model_name_or_path", str(tiny_gpt2), "--use_cpu", *flags).settings
+    blueprint = build_blueprint(settings, load_config(settings))
+    shape = Shape(2, 64, 200)
+    traced = trace_step(blueprint, settings, train=shape, evaluation=None, autocast=None, on_gpu=False)
+    from transformers import AutoModelForCausalLM
+
+    real = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    numbers = sum(p.numel() for p in real.parameters())
+    adapter = blueprint.adapter_parameters
+    buffers = sum(b.numel() * b.element_size() for b in real.buffers())
+    assert blueprint.parameters == numbers
+    assert traced.weights == 4 * (numbers + adapter) + buffers
+    assert traced.trained == 4 * (adapter or numbers)
+    assert traced.states == 2 * traced.trained
+    assert traced.reference == (0 if flags in (["--use_peft"], ["--precompute_ref_log_probs"]) else traced.weights)
+
+
+def test_gradient_checkpointing_and_fewer_pairs_lower_the_peak(asked, tiny_gpt2):
+    def peak(pairs: int, *flags: str) -> int:
+        settings = asked("dpo_gpt2", None, "--model_name_or_path", str(tiny_gpt2), "--use_cpu", *flags).settings
+        blueprint = build_blueprint(settings, load_config(settings))
+        shape = Shape(pairs, 200, 300)
+        return trace_step(blueprint, settings, train=shape, evaluation=None, autocast=None, on_gpu=False).peak
+
+    assert peak(1) < peak(4)
+    at_peak = asked("dpo_gpt2", "24", "--model_name_or_path", str(tiny_gpt2), "--bf16", "false").settings
+    kept, again = (
+        trace_step(
+            build_blueprint(settings, load_config(settings)),
+            settings,
+            train=Shape(4, 200, 1600),
+            evaluation=None,
+            autocast=None,
+            on_gpu=True,
+        ).moments[0][0]
+        for settings in (at_peak, replace(at_peak, training=_with_checkpointing(at_peak.training)))
+    )
+    assert again < 0.8 * kept
+
+
+def _with_checkpointing(training):
+    import copy
+
+    training = copy.copy(training)
+    training.gradient_checkpointing = True
+    return training
+
+
+def test_fewer_answer_tokens_make_a_smaller_head_on_a_gpu(asked, tiny_gpt2):
+    settings = asked("dpo_gpt2", "24", "--model_name_or_path", str(tiny_gpt2)).settings
+
+    def logits(answer_tokens: int) -> int:
+        blueprint = build_blueprint(settings, load_config(settings))
+        shape = Shape(4, 200, answer_tokens)
+        traced = trace_step(blueprint, settings, train=shape, evaluation=None, autocast=torch.bfloat16, on_gpu=True)
+        return traced.at_peak["logits"]
+
+    assert logits(1000) - logits(500) >= 500 * 32768 * 2  # a tile's row is 32,768 numbers in bf16
+
+
+def test_4_bit_weights_of_8b_take_what_the_paper_counts(asked, llama_8b):
+    pytest.importorskip("bitsandbytes")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    settings = asked("dpo_qlora", "24", "--model_name_or_path", str(llama_8b)).settings
+    blueprint = build_blueprint(settings, load_config(settings))
+    assert blueprint.parameters == 8_030_261_248
+    assert blueprint.adapter_parameters == 41_943_040
+    with FakeTensorMode():
+        fill_with_fakes(blueprint.policy, settings)
+        held = sum(t.numel() * t.element_size() for t in list_tensors(blueprint.policy))
+    head_and_embedding, norms = 2 * 128256 * 4096, 65 * 4096
+    linear = blueprint.parameters - head_and_embedding - norms
+    # arXiv 2305.14314: 4 bits a number and 0.127 for the scales; the adapter in 16 bit.
+    expected = linear * (4 + 0.127) / 8 + 2 * (head_and_embedding + norms + blueprint.adapter_parameters)
+    assert held == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_8b_model_is_built_without_its_weights(asked, llama_8b):
+    import psutil
+
+    settings = asked("dpo_8b", "8x80", "--model_name_or_path", str(llama_8b)).settings
+    before = psutil.Process().memory_info().rss
+    blueprint = build_blueprint(settings, load_config(settings))
+    assert all(p.is_meta for p in blueprint.policy.parameters())
+    assert blueprint.head_parameters == 128256 * 4096
+    assert blueprint.block_parameters == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
+    assert psutil.Process().memory_info().rss - before < 2**29

@@ -1,0 +1,66 @@
+"""The console script: what --help costs, how a mistake of the user ends, what goes where."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
+    command = [sys.executable, "-m", "dpokit.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=environment)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"]])
+def test_help_needs_no_torch(words):
+    code = (
+        "import sys, dpokit.cli as cli\n"
+        "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as ended:\n    assert ended.code == 0, ended.code\n"
+        "print('heavy:', sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    assert done.stdout.endswith("heavy: []\n"), done.stderr
+    assert "plan" in done.stdout
+
+
+def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tiny_gpt2, pairs_file):
+    flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--max_length", "64"]
+    done = dpokit("plan", "recipes/dpo_gpt2.py", *flags, "--eval_fraction", "0.1", "--gpus", "2x24", "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["devices"] == {"kind": "GPU", "count": 2, "memory_gib": 24.0, "from": "--gpus 2x24"}
+    assert record["check"] is None
+    assert "tracing a step" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["no_such_recipe"], "SettingsError: there is no recipe 'no_such_recipe'"),
+        (["recipes/dpo_gpt2.py", "--gpus", "lots"], "SettingsError: --gpus 'lots' is no number of GPUs"),
+        (["recipes/dpo_gpt2.py", "--bta", "0.5"], "SettingsError: the command line: there is no setting 'bta'"),
+        (["recipes/dpo_gpt2.py", "--model_name_or_path", "no/such"], "ModelError: --model_name_or_path no/such"),
+    ],
+)
+def test_a_mistake_is_one_message_without_a_traceback_and_exit_code_2(words, says):
+    done = dpokit("plan", *words)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert done.stderr.count("do this:") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_training_flag_reaches_the_plan(tiny_gpt2, pairs_file):
+    flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.1"]
+    shapes = ["--per_device_train_batch_size", "3", "--gradient_accumulation_steps", "2", "--max_length", "48"]
+    done = dpokit("plan", "dpo_gpt2", *flags, *shapes, "--gpus", "8x24", "--json")
+    record = json.loads(done.stdout)
+    assert record["steps"]["global_batch_pairs"] == 3 * 2 * 8
+    assert record["worst_micro_batch"]["row_tokens"] == 48
+    assert "--per_device_train_batch_size 3" in record["command"]
