@@ -60,7 +60,7 @@ def test_a_heap_that_is_asked_grows_by_what_is_asked_and_no_memory_is_used():
         heap.add(key, 2**28)
     heap.drop(0)
     heap.add(5, 2**27)
-    assert 2**30 <= heap.peak_bytes < 2**30 + 2**28
+    assert 2**30 - 2**20 <= heap.peak_bytes < 2**30 + 2**28  # a little may lie free already
     assert psutil.Process().memory_info().rss - before < 2**26
 
 
