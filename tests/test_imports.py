@@ -20,7 +20,7 @@ FLOORS = [
 ]
 LIGHT = ("report", "cluster", "figures", "data.formats", "data.toy", "rundir", "errors", "cli")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
-TRL_INSIDE = {"train/trainer.py", "model/shared_prefix.py", "model/score.py", "plan/trace.py"}
+TRL_INSIDE = {"train/trainer.py", "train/scoring.py", "model/shared_prefix.py", "model/score.py", "plan/trace.py"}
 GROUND = sorted(FLOORS[-1])
 MODULES = sorted(SRC.rglob("*.py"))
 

@@ -46,7 +46,7 @@ def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weigh
     assert json.loads((tmp_path / "two" / "run.json").read_text())["world_size"] == 2
     pairs = list(zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True))
     assert len(pairs) == steps
-    timing = ("seconds", "runtime", "per_second", "total_flos")
+    timing = ("seconds", "runtime", "per_second", "total_flos", "wasted_positions")
     for a, b in pairs:
         assert a.keys() == b.keys()
         for name in a:

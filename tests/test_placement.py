@@ -58,6 +58,7 @@ FOUR_BIT = ModelConfig(use_peft=True, load_in_4bit=True)
         ("FSDP2", {"optim": "paged_adamw_8bit"}, FOUR_BIT, "--optim paged_adamw_8bit", "--optim adamw_torch"),
         ("FSDP2", {"optim": "adamw_bnb_8bit"}, ModelConfig(), "--optim adamw_bnb_8bit", "ZeRO-2"),
         ("FSDP2", {"precompute_ref_log_probs": True, "use_cpu": False}, ModelConfig(), "before the model", "ZeRO-3"),
+        ("ZeRO-3", {"precompute_ref_log_probs": True}, FOUR_BIT, "loses track", "ZeRO-2"),
     ],
 )
 def test_what_does_not_work_is_refused_with_the_nearest_that_does(placement, flags, model, seen, do, ask):

@@ -56,6 +56,28 @@ def plan(
         print_plan(made, checked)
 
 
+@app.command(context_settings=PASS_ON)
+def prepare(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    as_json: Annotated[bool, typer.Option("--json", help="What data.json will hold, on stdout.")] = False,
+) -> None:
+    """Tokens and reference log-probs of a run, computed now: the job that follows finds them in the caches.
+
+    Every other flag is a training flag; give those of the run: dpokit prepare recipes/dpo_gpt2.py --max_length 512.
+    """
+    with redirect_stdout(sys.stderr):
+        from dpokit.plan.asked import find_recipe, load_defaults
+        from dpokit.story import prepare as prepare_run
+        from dpokit.story import user_errors
+
+        with user_errors():
+            path = find_recipe(recipe)
+            record = prepare_run(str(path), load_defaults(path), context.args)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+
+
 def main() -> None:
     """The console script."""
     app()

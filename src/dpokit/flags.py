@@ -32,6 +32,9 @@ class DataArguments(ScriptArguments):
     max_completion_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Keep at most this many tokens of an answer: its start."}
     )
+    shared_prefix: bool = dataclasses.field(
+        default=True, metadata={"help": "Compute a prompt once for both of its answers, where the model allows it."}
+    )
     gates: Literal["stop", "warn"] = dataclasses.field(
         default="stop", metadata={"help": "What a check that a run cannot be right does: stop it, or warn and go on."}
     )

@@ -74,6 +74,9 @@ def check_placement(training: DPOConfig, model: ModelConfig) -> None:
         # TRL 1.16, `_precompute_ref_logps`: it wraps the model for DeepSpeed alone. Delete when it does for FSDP.
         why = "--precompute_ref_log_probs comes before the model is sharded, while its weights are not on the GPU"
         nearest = "--precompute_ref_log_probs false, or ZeRO-3"
+    elif placement.startswith("ZeRO-3") and training.precompute_ref_log_probs and model.use_peft:
+        why = "DeepSpeed 0.19.8 loses track of an adapter's model that precomputed the reference"
+        nearest = "--precompute_ref_log_probs false (the adapter switched off is the reference), or ZeRO-2"
     if nearest:
         raise SettingsError(
             f"this does not work under {placement}: {why}",

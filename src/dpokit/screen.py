@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 
+from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from dpokit.world import is_main_process
@@ -63,6 +64,7 @@ def quiet_dependencies() -> None:
 
 
 def say(line: str = "") -> None:
-    """One line of ours on stderr, rank 0 alone."""
+    """One line of ours on stderr, rank 0 alone; above a progress bar that is shown."""
     if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+        tqdm.write(line, file=sys.stderr)
+        sys.stderr.flush()

@@ -6,16 +6,19 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
+from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.data.doctor import print_report
-from dpokit.data.prepare import PreparedData, prepare_data
+from dpokit.data.prepare import PreparedData, fingerprint_ids, prepare_data
 from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
+from dpokit.model.reference import decide_reference, find_identity, is_kept
 from dpokit.placement import find_asked_placement
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import quiet_dependencies, say
@@ -104,6 +107,21 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     return run
 
 
+def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+    """Tokens and reference log-probs of a run ahead of it, for its caches; returns what data.json will hold.
+
+    Raises: DpokitError: what the user can mend.
+    """
+    quiet_dependencies()
+    settings = load_settings(recipe, defaults, [*argv, "--report_to", "none"])
+    training = settings.training
+    training.precompute_ref_log_probs = not training.sync_ref_model
+    with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(training.ddp_timeout):
+        training.output_dir = folder
+        _, data = build_trainer(RunDir(folder), settings, Gates(settings.data.gates))
+    return data.record()
+
+
 def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTrainer, PreparedData]:
     """Data, models and trainer of a run, its callbacks left out; writes data.json and shows its table."""
     training = settings.training
@@ -126,6 +144,11 @@ def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTr
         write_json(run.data_json, data.record())
         run.write_run(data_fingerprint=data.fingerprint)
         print_report(data.record())
+    kept = isinstance(data.train, Dataset) and decide_on_main_process(
+        lambda: is_kept(settings, fingerprint_ids([data.train]), len(data.train))
+    )
+    if decide_reference(settings, kept=kept) and is_main_process():
+        run.write_run(settings=settings.record())
     trainer = PairTrainer(
         model=policy,
         ref_model=load_reference(settings),
@@ -134,6 +157,11 @@ def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTr
         eval_dataset=data.eval,
         processing_class=tokenizer,
         peft_config=peft_config,
+        shared_prefix=settings.data.shared_prefix,
+        longest=max_length,
+        reference=decide_on_main_process(lambda: find_identity(settings))
+        if training.precompute_ref_log_probs
+        else None,
     )
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
         trainer.remove_callback(replaced)

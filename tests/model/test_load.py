@@ -118,3 +118,10 @@ def test_a_broken_tokenizer_of_an_adapter_is_not_passed_over(sft_adapter, read_s
     (sft_adapter / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match="no tokenizer could be loaded"):
         build(read_settings("--model_name_or_path", str(sft_adapter), "--use_peft"))
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_atention"])
+def test_an_attention_that_is_not_there_is_an_error_that_names_what_works(name, read_settings):
+    with pytest.raises(ModelError, match=f"--attn_implementation {name}") as error:
+        build(read_settings("--attn_implementation", name))
+    assert "sdpa" in error.value.expected

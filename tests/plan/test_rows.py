@@ -29,7 +29,7 @@ def test_local_data_is_counted_exactly(settings, plain_tokenizer):
     assert data.exact
     assert (data.train_pairs, len(data.train), len(data.evaluation)) == (36, 36, 4)
     tokens = sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in prepared.train)
-    assert count_steps(data, settings(), devices=1).tokens_per_epoch == tokens
+    assert count_steps(data, settings("--shared_prefix", "false"), devices=1).tokens_per_epoch == tokens
     longest = max(len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in prepared.train)
     assert find_worst(data.train, settings(), pairs=2, max_length=64).row_tokens == longest
     assert len(data.longest[0]["prompt_ids"]) + max(map(len, list(data.longest[0].values())[1:])) == longest
@@ -54,8 +54,11 @@ def test_steps_are_those_of_the_run(settings, plain_tokenizer, devices, flags, p
 def test_padding_is_what_the_batches_of_the_first_epoch_hold(settings):
     lengths = [Length(10, 5, 5), Length(10, 5, 5), Length(10, 1, 1), Length(10, 1, 1)]
     data = Data(lengths, [], 4, "exact", [])
-    assert count_steps(data, settings("--per_device_train_batch_size", "1"), devices=1).padding_share == 0.0
-    whole = count_steps(data, settings("--per_device_train_batch_size", "4"), devices=1)
+    padded = ["--shared_prefix", "false", "--per_device_train_batch_size"]
+    assert count_steps(data, settings(*padded, "1"), devices=1).padding_share == 0.0
+    whole = count_steps(data, settings(*padded, "4"), devices=1)
+    assert count_steps(data, settings(), devices=1).padding_share is None
+    assert count_steps(data, settings(), devices=1).tokens_per_epoch == 2 * 20 + 2 * 12
     assert whole.padding_share == pytest.approx(1 - (2 * 30 + 2 * 22) / (8 * 15))
 
 
@@ -97,8 +100,12 @@ def test_local_data_that_is_broken_is_an_error(settings, plain_tokenizer, tmp_pa
 
 def test_the_worst_micro_batch_has_the_longest_row_and_the_longest_answers(settings):
     lengths = [Length(100, 1, 1), Length(1, 50, 60), Length(5, 5, 5)]
-    shape = find_worst(lengths, settings(), pairs=2, max_length=None)
+    shape = find_worst(lengths, settings("--shared_prefix", "false"), pairs=2, max_length=None)
     assert (shape.pairs, shape.row_tokens, shape.answer_tokens) == (2, 101, 110 + 10)
+    assert shape.positions == 2 * 2 * 101
+    shape = find_worst(lengths, settings(), pairs=2, max_length=None)
+    assert shape.lengths == ((1, 50, 60), (100, 1, 1))
+    assert (shape.answer_tokens, shape.positions) == (110 + 2, (1 - 1) + 110 + (100 - 1) + 2)
     assert find_worst(lengths, settings(), pairs=8, max_length=None).pairs == 3
     padded = settings("--pad_to_multiple_of", "64")
     assert find_worst(lengths, padded, pairs=1, max_length=None).row_tokens == 128

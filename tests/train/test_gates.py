@@ -120,11 +120,12 @@ def test_a_reference_that_is_another_model_is_one_warning_where_gates_warn(build
     assert "policy and reference are not the same model at the start" in line
 
 
-def test_a_reference_kept_from_other_settings_stops_the_run(run):
-    """TRL keeps log-probs that were precomputed without ld_alpha, and takes them where it is set."""
+def test_a_reference_kept_from_other_settings_is_not_taken(run, warnings):
+    """TRL's own cache takes log-probs that were precomputed without ld_alpha where it is set."""
     run(precompute_ref_log_probs=True)
-    with pytest.raises(GateError, match=r"(?s)the first loss is .*HF_DATASETS_CACHE"):
-        run(ld_alpha=0.0, precompute_ref_log_probs=True)
+    _, records = run(ld_alpha=0.0, precompute_ref_log_probs=True)
+    assert records[0]["loss"] == pytest.approx(LN_2, abs=1e-4)
+    assert warnings() == []
 
 
 def test_a_loss_of_another_scale_stops_the_run(build):

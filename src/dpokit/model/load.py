@@ -174,6 +174,13 @@ def _load(kind: Any, name: str | None, **options: Any) -> Any:
     try:
         return kind.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        asked = options.get("attn_implementation")
+        if asked is not None and re.search("attention|attn|flash", str(error), re.I):
+            raise ModelError(
+                f"--attn_implementation {asked}: {' '.join(str(error).split())[:300]}",
+                expected="sdpa, the default and what shared prompts need; eager; or a kernel that is installed",
+                do="--attn_implementation sdpa",
+            ) from error
         raise ModelError(
             f"--model_name_or_path {name}: no {what} could be loaded: {' '.join(str(error).split())[:300]}",
             expected="a Hub id that this machine can reach, or a folder with config.json, weights and tokenizer",

@@ -12,6 +12,7 @@ import yaml
 
 from dpokit.errors import SettingsError
 from dpokit.flags import FlagParser
+from dpokit.model.reference import decide_reference
 from dpokit.plan.target import Target, find_target, parse_gpus
 from dpokit.settings import Settings, load_settings
 
@@ -67,6 +68,7 @@ def load_asked(recipe: str, flags: Sequence[str], gpus: str | None) -> Asked:
         # Built as for the CPU, which every machine has: DPOConfig refuses GPU settings where there is no GPU.
         built = load_settings(str(path), defaults, [*flags, "--use_cpu", "true", "--bf16", "false", "--fp16", "false"])
         settings = _settings_for_gpus(built, asked)
+    decide_reference(settings)
     training = settings.training
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     return Asked(path, defaults, tuple(flags), settings, target, autocast)

@@ -116,10 +116,14 @@ def _build_causal_lm(settings: Settings, config: Any, dtype: torch.dtype | None)
             expected="a model that transformers knows as a causal language model",
             do="name another model; one with code of its own needs --trust_remote_code",
         ) from error
-    if settings.training.disable_dropout:
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+    return _disable_dropout(settings, model)
+
+
+def _disable_dropout(settings: Settings, model: Any) -> Any:
+    """As DPOTrainer does, adapters included."""
+    for module in model.modules() if settings.training.disable_dropout else ():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model
 
 
@@ -164,7 +168,7 @@ def _add_adapter(settings: Settings, model: PreTrainedModel, *, as_is: bool) -> 
         for parameter in policy.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)  # as DPOTrainer does, arXiv 2305.14314
-    return policy
+    return _disable_dropout(settings, policy)
 
 
 def _block_lists(model: nn.Module) -> list[nn.ModuleList]:

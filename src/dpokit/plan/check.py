@@ -99,6 +99,7 @@ def run_check(folder: Path) -> None:
     from datasets import Dataset
 
     from dpokit.model.load import build_peft_config, load_policy, load_reference, load_tokenizer
+    from dpokit.model.reference import decide_reference
     from dpokit.plan.asked import load_defaults
     from dpokit.settings import load_settings
     from dpokit.train.trainer import PairTrainer
@@ -107,7 +108,9 @@ def run_check(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     recipe = Path(job["recipe"])
     defaults = load_defaults(recipe)
-    first = load_settings(str(recipe), defaults, job["flags"]).training
+    asked = load_settings(str(recipe), defaults, job["flags"])
+    decide_reference(asked)
+    first = asked.training
     micro_batches = min(MICRO_BATCHES, first.gradient_accumulation_steps)
     evaluates = first.eval_strategy != "no"
     overrides = {
@@ -117,6 +120,7 @@ def run_check(folder: Path) -> None:
         "eval_strategy": "no",
         "load_best_model_at_end": "false",
         "max_steps": STEPS,
+        "precompute_ref_log_probs": str(first.precompute_ref_log_probs),
         "gradient_accumulation_steps": micro_batches,
         "logging_steps": 1,
     }
@@ -137,6 +141,8 @@ def run_check(folder: Path) -> None:
         eval_dataset=Dataset.from_list(held_out) if evaluates else None,
         processing_class=tokenizer,
         peft_config=build_peft_config(settings, policy),
+        shared_prefix=settings.data.shared_prefix,
+        longest=training.max_length,
     )
     trainer.train()
     if evaluates:

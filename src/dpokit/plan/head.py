@@ -7,7 +7,6 @@ these cannot run, so each of their tensors is made here instead, in the same ord
 from typing import Any
 
 import torch
-from torch import nn
 
 TILE_TOKENS = 4096  # TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py
 TILE_VOCABULARY = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py
@@ -42,11 +41,3 @@ class GpuHead(torch.autograd.Function):
             grad_hidden.to(hidden.dtype) if grad_hidden is not None else None,
             grad_weight.to(weight.dtype) if grad_weight is not None else None,
         )
-
-
-def score_on_gpu(model: Any, answer_tokens: int, **inputs: torch.Tensor) -> torch.Tensor:
-    """Log-probs `(answer tokens,)` of a batch, as TRL's patched forward computes them on a GPU."""
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[:, :-1]
-    answers = hidden.reshape(-1, hidden.shape[-1])[:answer_tokens].clone()  # TRL selects them by a mask: a copy
-    head: nn.Module = model.get_output_embeddings()
-    return GpuHead.apply(answers, head.weight)  # type: ignore[no-untyped-call]

@@ -120,6 +120,8 @@ def find_refusal(placement: str, settings: Settings) -> str | None:
     try:
         check_placement(training, settings.model)
     except SettingsError as error:
+        if settings.origins.get("precompute_ref_log_probs") == "this machine":
+            return "the reference stays in memory there: plan that with --precompute_ref_log_probs false"
         return error.seen.rpartition(": ")[2]
     return None
 

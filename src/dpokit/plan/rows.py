@@ -33,6 +33,11 @@ class Length:
         return self.prompt + max(self.chosen, self.rejected)
 
     @property
+    def needed_tokens(self) -> int:
+        """Each once: what is computed where prompts are shared."""
+        return self.prompt + self.chosen + self.rejected
+
+    @property
     def tokens(self) -> int:
         """Both rows: the prompt is computed with each answer."""
         return 2 * self.prompt + self.chosen + self.rejected
@@ -69,7 +74,7 @@ class Steps:
     steps_per_epoch: int | None
     total_steps: int | None
     tokens_per_epoch: int | None
-    padding_share: float | None
+    padding_share: float | None  # None where nothing is padded, or nobody knows
     longest_row_tokens: int | None
     how: str
 
@@ -153,7 +158,8 @@ def _lengths(pairs: Any) -> list[Length]:
 
 
 def _longest(pairs: Any, lengths: Sequence[Length], settings: Settings) -> list[Row]:
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i].row_tokens)
+    shared = settings.data.shared_prefix
+    order = sorted(range(len(lengths)), key=lambda i: -(lengths[i].needed_tokens if shared else lengths[i].row_tokens))
     most = max(settings.training.per_device_train_batch_size, settings.training.per_device_eval_batch_size)
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     return [{name: list(pairs[i][name]) for name in names} for i in order[:most]]
@@ -168,11 +174,15 @@ def find_worst(lengths: Sequence[Length], settings: Settings, *, pairs: int, max
     """
     if not lengths:
         tokens = max_length or 1024
-        return Shape(pairs, tokens, 2 * pairs * (tokens - 1))
+        return Shape(pairs, tokens, 2 * pairs * (tokens - 1), ((1, tokens - 1, tokens - 1),) * pairs)
     longest = max(length.row_tokens for length in lengths)
     multiple = settings.training.pad_to_multiple_of
     if isinstance(multiple, int) and multiple:
         longest = math.ceil(longest / multiple) * multiple
+    if settings.data.shared_prefix:
+        most = sorted(lengths, key=lambda length: -length.needed_tokens)[:pairs]
+        parts = tuple((length.prompt, length.chosen, length.rejected) for length in most)
+        return Shape(len(most), longest, sum(length.chosen + length.rejected for length in most), parts)
     answers = sorted((length.chosen + length.rejected for length in lengths), reverse=True)[:pairs]
     return Shape(min(pairs, len(lengths)), longest, sum(answers))
 
@@ -191,14 +201,16 @@ def count_steps(data: Data, settings: Settings, *, devices: int) -> Steps:
     if total is None and per_epoch is not None:
         total = math.ceil(training.num_train_epochs * per_epoch)
     looked_at = len(data.train)
-    tokens = sum(length.tokens for length in data.train)
+    shared = settings.data.shared_prefix
+    tokens = sum(length.needed_tokens if shared else length.tokens for length in data.train)
+    padding = None if shared or not looked_at else _padding_share(data.train, settings, devices=devices)
     return Steps(
         pairs=pairs,
         global_batch_pairs=batch,
         steps_per_epoch=per_epoch,
         total_steps=total,
         tokens_per_epoch=round(tokens / looked_at * pairs) if looked_at and pairs else None,
-        padding_share=_padding_share(data.train, settings, devices=devices) if looked_at else None,
+        padding_share=padding,
         longest_row_tokens=max((length.row_tokens for length in data.train), default=None),
         how=data.how,
     )

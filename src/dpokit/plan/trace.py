@@ -13,10 +13,12 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from trl.trainer.utils import add_fused_lm_head  # the head that DPOTrainer puts on; delete when TRL exports it
+from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer puts on
 
+from dpokit.model.score import find_obstacle
+from dpokit.model.shared_prefix import NAME, Packed
 from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
-from dpokit.plan.head import score_on_gpu
+from dpokit.plan.head import TILE_VOCABULARY, GpuHead
 from dpokit.plan.heap import ShadowHeap
 from dpokit.plan.ledger import Ledger
 from dpokit.plan.optimizers import count_state_bytes
@@ -27,11 +29,25 @@ HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTra
 
 @dataclass(frozen=True)
 class Shape:
-    """A micro-batch: `pairs` pairs, each two rows padded to `row_tokens`; `answer_tokens` in all of them together."""
+    """A micro-batch: `pairs` pairs, each two rows padded to `row_tokens`; `answer_tokens` in all of them together.
+
+    Where prompts are shared, `lengths` says how long prompt, chosen and rejected of each pair are, in tokens.
+    """
 
     pairs: int
     row_tokens: int
     answer_tokens: int
+    lengths: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def branches(self) -> list[tuple[int, int, int]]:
+        """As `shared_prefix.Packed.lengths`: a branch begins with the prompt's last token, and lacks the answer's."""
+        return [(prompt - 1, chosen, rejected) for prompt, chosen, rejected in self.lengths]
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the backbone computes."""
+        return sum(map(sum, self.branches)) or 2 * self.pairs * self.row_tokens
 
 
 @dataclass(frozen=True)
@@ -144,6 +160,7 @@ class _Step:
         self.autocast = autocast
         self.on_gpu = on_gpu
         self.states: list[torch.Tensor] = []
+        self.shares = settings.data.shared_prefix and find_obstacle(self.policy, settings.training.max_length) is None
         self.weights = self._fill(self.policy, "weights")
         self.reference_bytes = 0 if self.reference is None else self._fill(self.reference, "reference")
         self.trained: list[nn.Parameter] = [p for p in self.policy.parameters() if p.requires_grad]
@@ -161,8 +178,8 @@ class _Step:
         for tensor in list_tensors(model):
             self.ledger.hold(tensor, kind)
         causal_lm = model.get_base_model() if self.settings.model.use_peft and kind == "weights" else model
-        if not self.on_gpu:
-            add_fused_lm_head(causal_lm, outputs=HEAD_OUTPUTS if kind == "weights" else HEAD_OUTPUTS[:1])
+        if self.shares:
+            causal_lm.set_attn_implementation(NAME)
         causal_lm.base_model.register_forward_pre_hook(lambda *_: self._now("activations"))
         causal_lm.base_model.register_forward_hook(lambda _, __, output: self._leave_backbone(output))
         return self.ledger.by_kind[kind]
@@ -176,14 +193,30 @@ class _Step:
             output.last_hidden_state.register_hook(lambda _: self._now("activations"))
 
     def _score(self, model: Any, shape: Shape) -> torch.Tensor:
-        """Log-probs: `(2 x pairs, tokens - 1)`, on a GPU those of answer tokens alone."""
-        ids = torch.zeros(2 * shape.pairs, shape.row_tokens, dtype=torch.long)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        """Log-probs of the answer tokens, `(answer tokens,)`, by the backbone and TRL's head."""
+        causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
+        hidden = causal_lm.base_model(**self._lay_out(shape), use_cache=False).last_hidden_state
+        width = hidden.shape[-1]
+        hidden = hidden.reshape(-1, width) if self.shares and shape.lengths else hidden[:, :-1].reshape(-1, width)
+        answers = hidden[: shape.answer_tokens].clone()  # TRL selects them by a mask: a copy
+        head = causal_lm.get_output_embeddings()
         if self.on_gpu:
-            causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
-            return score_on_gpu(causal_lm, min(shape.answer_tokens, ids[:, 1:].numel()), **inputs)
-        labels = ids.masked_fill(ids == 0, -100)
-        return model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+            return GpuHead.apply(answers, head.weight)  # type: ignore[no-untyped-call]
+        targets = torch.zeros(len(answers), dtype=torch.long)
+        outputs = HEAD_OUTPUTS if model is self.policy else HEAD_OUTPUTS[:1]
+        scored = ChunkedLogProbFunction.apply(
+            answers, head.weight, head.bias, targets, 1.0, TILE_VOCABULARY, None, 1.0, outputs
+        )
+        return scored[0]
+
+    def _lay_out(self, shape: Shape) -> dict[str, Any]:
+        if not (self.shares and shape.lengths):
+            ids = torch.zeros(2 * shape.pairs, shape.row_tokens, dtype=torch.long)
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        ids = torch.zeros(1, shape.positions, dtype=torch.long)
+        packed = Packed(ids, ids, ids, ids[0], shape.branches)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+        return {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "packed": packed}
 
     @contextmanager
     def _mixed_precision(self) -> Iterator[None]:

@@ -6,11 +6,14 @@ and no pair counts twice. Where that leaves a rank without a pair, it computes a
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from datasets import Dataset
+from pyarrow import compute
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
@@ -27,6 +30,7 @@ class Batches(Sampler[list[int]]):
         micro_batches: micro-batches of an optimizer step (gradient accumulation); 1 for evaluation.
         seed: of the shuffling; None keeps the order.
         drop_last: leave out the last, incomplete step.
+        lengths: tokens of each pair, to give ranks and micro-batches of a step about as many; None deals them in order.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class Batches(Sampler[list[int]]):
         micro_batches: int = 1,
         seed: int | None = None,
         drop_last: bool = False,
+        lengths: Sequence[int] | None = None,
     ) -> None:
         self.pairs = pairs
+        self.lengths = lengths
         self.per_device = per_device
         self.world_size = world_size
         self.per_step = per_device * world_size * micro_batches
@@ -70,10 +76,37 @@ class Batches(Sampler[list[int]]):
             if self.drop_last and len(step) < self.per_step:
                 return
             cells = self._micro_batches(len(step)) * self.world_size
-            for cell in range(cells):
-                # Consecutive shares that differ by one pair at most; a full step is cut into equal batches.
-                share = step[cell * len(step) // cells : (cell + 1) * len(step) // cells]
+            # Shares that differ by one pair at most; a full step is cut into equal batches.
+            sizes = [(cell + 1) * len(step) // cells - cell * len(step) // cells for cell in range(cells)]
+            for share in self._deal(step, sizes):
                 yield share or [~step[0]]
+
+    def _deal(self, step: list[int], sizes: list[int]) -> list[list[int]]:
+        """The step's pairs in shares of these sizes, of about as many tokens each: the longest pair that is left goes
+
+        to the share with the fewest tokens (longest processing time first, R. L. Graham, 1969).
+        """
+        if self.lengths is None:
+            ends = list(accumulate(sizes, initial=0))
+            return [step[begin:end] for begin, end in pairwise(ends)]
+        shares: list[list[int]] = [[] for _ in sizes]
+        open_shares = [(0, cell) for cell, size in enumerate(sizes) if size]
+        for pair in sorted(step, key=self.lengths.__getitem__, reverse=True):
+            tokens, cell = heappop(open_shares)
+            shares[cell].append(pair)
+            if len(shares[cell]) < sizes[cell]:
+                heappush(open_shares, (tokens + self.lengths[pair], cell))
+        return shares
+
+
+def count_tokens(rows: Dataset) -> list[int]:
+    """Tokens of each pair, its prompt counted once."""
+    table = rows.with_format("arrow")[:]
+    counts = [
+        compute.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+    ]
+    total: list[int] = sum(counts).tolist()
+    return total
 
 
 class Rows(TorchDataset[dict[str, Any]]):

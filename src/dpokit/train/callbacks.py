@@ -29,15 +29,21 @@ class EpochCallback(TrainerCallback):
 
 
 class PlacementCallback(TrainerCallback):
-    """Writes to run.json where the prepared model lives."""
+    """Writes to run.json where the prepared model lives, and whether prompts are shared."""
 
     def __init__(self, trainer: PairTrainer, run: RunDir) -> None:
+        self.told = False
         self.trainer = trainer
         self.run = run
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
             self.run.write_run(placement=find_placement(self.trainer.model_wrapped))
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.is_world_process_zero and not self.told:
+            self.told = True
+            self.run.write_run(shared_prefix=self.trainer.shared_prefix)
 
 
 class MetricsCallback(TrainerCallback):

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from trl import DPOConfig
 
 from dpokit.errors import GateError
+from dpokit.model.score import find_dropout
 from dpokit.placement import find_asked_placement, find_placement
 from dpokit.screen import say
 from dpokit.train.trainer import PairTrainer
@@ -229,7 +230,7 @@ class GateCallback(TrainerCallback):
             f"{first}: {why} (log-probs {apart['chosen']:+.3g} for chosen, {apart['rejected']:+.3g} for rejected)",
             expected="a reference with the policy's own weights, as nothing was trained yet",
             do="give the model that is to be improved as --model_name_or_path; with --precompute_ref_log_probs, delete "
-            "the cached log-probs (HF_DATASETS_CACHE)",
+            "those that were kept (DPOKIT_CACHE, else ~/.cache/dpokit)",
         )
 
 
@@ -260,17 +261,9 @@ def find_dead_modules(reached: dict[str, bool]) -> list[str]:
 
 
 def is_start_certain(model: nn.Module, args: DPOConfig) -> bool:
-    """Whether policy and reference must agree before the first update: neither chance nor an adapter's start differs.
-
-    `disable_dropout` reaches dropout modules alone, so the rates that modules keep for themselves are looked at too.
-    """
-    if args.neftune_noise_alpha:
+    """Whether policy and reference must agree before the first update: no chance, no adapter that starts elsewhere."""
+    if args.neftune_noise_alpha or find_dropout(model):
         return False
-    for module in model.modules():
-        rates = [value for name, value in vars(module).items() if "drop" in name or "jitter" in name]
-        rates += [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
-        if any(isinstance(rate, float) and rate > 0 for rate in rates):
-            return False
     if isinstance(model, PeftModel) and "ref" not in model.peft_config:  # else TRL keeps a copy of the adapter's start
         start = getattr(model.peft_config[model.active_adapter], "init_lora_weights", None)
         return start is True or start == "gaussian"

@@ -1,6 +1,6 @@
-"""TRL's DPOTrainer, with exact steps and exact metrics. The one file that touches TRL's inner workings.
+"""TRL's DPOTrainer, with exact steps and exact metrics. With scoring.py, what touches TRL's inner workings.
 
-Losses, reference handling, PEFT and mixed precision are TRL's, untouched. Three things differ:
+Losses, PEFT and mixed precision are TRL's, untouched. Three things differ, beside what scoring.py does:
 
 - pairs arrive tokenised, so TRL's own preparation is passed over;
 - a step's loss is the mean over its pairs on all ranks and micro-batches, also where these hold unequal numbers;
@@ -8,6 +8,7 @@ Losses, reference handling, PEFT and mixed precision are TRL's, untouched. Three
   averages of batches and counts the pairs twice that accelerate repeats to even out a last batch.
 """
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,22 +21,15 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
-from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpokit.placement import shard_on_cpu
 from dpokit.rundir import new_folder
-from dpokit.train.batches import Batches, Rows
+from dpokit.train.batches import Batches, Rows, count_tokens
+from dpokit.train.scoring import ScoringTrainer
+from dpokit.train.sums import Sums
 
 Batch = dict[str, Any]
-
-# What each of TRL's metrics is a mean over; rewards/* and logps/* are means over pairs.
-PER_TOKEN = {
-    "entropy": "tokens",
-    "logits/chosen": "chosen_tokens",
-    "logits/rejected": "rejected_tokens",
-    "mean_token_accuracy": "chosen_tokens",
-}
 
 
 class Collator:
@@ -51,8 +45,8 @@ class Collator:
         return {**self._pad(rows), "counts": torch.tensor([row.get("counts", True) for row in rows])}
 
 
-class PairTrainer(DPOTrainer):
-    """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`); arguments are DPOTrainer's."""
+class PairTrainer(ScoringTrainer):
+    """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`); arguments are ScoringTrainer's."""
 
     _total_train_tokens: float  # TRL's count of tokens seen, over all ranks
 
@@ -70,7 +64,9 @@ class PairTrainer(DPOTrainer):
         self._non_finite_step: int | None = None
         self._batches: Batches | None = None
         self._step_pairs = 0.0
-        self._sums: dict[str, dict[str, list[float]]] = {"train": {}, "eval": {}}
+        self._sums = {"train": Sums(), "eval": Sums()}
+        self._eval_loss = Sums()
+        self._working_since: float | None = None  # when the training steps since the last log began
         super().__init__(data_collator=collator, **arguments)
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
@@ -97,6 +93,7 @@ class PairTrainer(DPOTrainer):
             micro_batches=self.args.gradient_accumulation_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
+            lengths=count_tokens(self.train_dataset),
         )
         return self._build_loader(self.train_dataset, self._batches)
 
@@ -127,18 +124,12 @@ class PairTrainer(DPOTrainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], None]:
         """The micro-batches of one step; counts the step's pairs over all ranks."""
+        if self._working_since is None:
+            self._working_since = time.monotonic()
         samples, _ = super().get_batch_samples(*args, **kwargs)
         pairs = torch.tensor(float(sum(int(b["counts"].sum()) for b in samples)), device=self.accelerator.device)
         self._step_pairs = float(self.accelerator.reduce(pairs, reduction="sum"))
         return samples, None
-
-    def _precompute_ref_logps(self, *args: Any, **kwargs: Any) -> Any:
-        # TRL has accelerate deal these batches, and gathers each: a rank with fewer of them would be waited for.
-        self.accelerator.even_batches = True
-        try:
-            return super()._precompute_ref_logps(*args, **kwargs)
-        finally:
-            self.accelerator.even_batches = False
 
     # -- loss and metrics ------------------------------------------------------------------------------------------
 
@@ -146,6 +137,7 @@ class PairTrainer(DPOTrainer):
         counts = inputs.pop("counts")
         mode = "train" if self.model.training else "eval"
         pairs = float(counts.sum())
+        self.prove_shared_prefix(model, inputs)
         self._metrics[mode] = defaultdict(list)
         tokens_before = self._total_train_tokens
         with self._gathers_switched_off():
@@ -153,13 +145,25 @@ class PairTrainer(DPOTrainer):
         if not pairs:
             self._total_train_tokens = tokens_before
         loss = result[0] if return_outputs else result
-        self._add_metrics(mode, inputs["completion_mask"], loss, real=pairs > 0)
-        if mode == "train":
+        means = {name: values[-1] for name, values in self._metrics[mode].items() if name != "num_tokens"}
+        self._sums[mode].add(means, inputs["completion_mask"], real=pairs > 0)
+        self._count_tokens(mode, inputs, real=pairs > 0)
+        if mode == "eval":
+            self._eval_loss.add({"loss": loss.item()}, inputs["completion_mask"], real=pairs > 0)
+        else:
             self._note_finite(loss)
             # transformers divides by the step's micro-batches and DDP by the ranks, as if all held as many pairs.
             share = pairs / self._step_pairs
             loss = loss * (share * self.accelerator.num_processes * self.current_gradient_accumulation_steps)
         return (loss, result[1]) if return_outputs else loss
+
+    def _count_tokens(self, mode: str, inputs: Batch, *, real: bool) -> None:
+        """Tokens that a batch needs, each prompt once, and positions that it takes."""
+        rows, answers = inputs["attention_mask"], inputs["completion_mask"]
+        prompts = (rows.sum() - answers.sum()).item() / 2
+        needed = prompts + answers.sum().item()
+        computed = needed if self.shared_prefix == "on" else float(rows.numel())
+        self._sums[mode].count(needed_tokens=needed if real else 0.0, computed_tokens=computed)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -194,57 +198,32 @@ class PairTrainer(DPOTrainer):
             for name in names:
                 delattr(accelerator, name)
 
-    def _add_metrics(self, mode: str, completion_mask: torch.Tensor, loss: torch.Tensor, *, real: bool) -> None:
-        """Adds a batch's means, times what they are means over, to the sums of the log to come."""
-        chosen, rejected = completion_mask[:, 1:].sum(dim=1).chunk(2)
-        weights = {
-            "pairs": float(len(chosen)),
-            "chosen_tokens": float(chosen.sum()),
-            "rejected_tokens": float(rejected.sum()),
-        }
-        weights["tokens"] = weights["chosen_tokens"] + weights["rejected_tokens"]
-        means = {name: values[-1] for name, values in self._metrics[mode].items()}
-        means.pop("num_tokens")
-        if mode == "eval":
-            means["loss"] = loss.item()
-        for name, mean in means.items():
-            weight = weights[PER_TOKEN.get(name, "pairs")] if real else 0.0
-            sums = self._sums[mode].setdefault(name, [0.0, 0.0])
-            sums[0] += mean * weight if real else 0.0
-            sums[1] += weight
-        self._sums[mode]["num_tokens"] = [self._total_train_tokens, 0.0]
-
-    def _take_means(self, mode: str) -> dict[str, float]:
-        """The means since the last log over all ranks; every rank must call it. Empty where nothing was computed."""
-        sums, self._sums[mode] = self._sums[mode], {}
-        if not sums:
-            return {}
-        table = torch.tensor(list(sums.values()), dtype=torch.float64, device=self._table_device())
-        totals = self.accelerator.reduce(table, reduction="sum").tolist()
-        named = dict(zip(sums, totals, strict=True))
-        tokens = named.pop("num_tokens")[0]
-        return {name: total / max(count, 1.0) for name, (total, count) in named.items()} | {"num_tokens": tokens}
-
-    def _table_device(self) -> torch.device:
-        # MPS has no float64; there is one process then, and nothing to send.
-        return torch.device("cpu") if self.accelerator.device.type == "mps" else self.accelerator.device
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log with our means. Collective."""
         mode = "train" if self.model.training else "eval"
-        means = self._take_means(mode)
+        self._sums[mode].count(num_tokens=self._total_train_tokens)
+        means, totals = self._sums[mode].take(self.accelerator)
         means.pop("loss", None)
+        if means:
+            computed, needed = totals.pop("computed_tokens"), totals.pop("needed_tokens")
+            means |= totals
+            if mode == "train":
+                means["wasted_positions"] = 1 - needed / computed
+                if self._working_since is not None:
+                    means["tokens_per_second"] = needed / (time.monotonic() - self._working_since)
+                self._working_since = None
         self._metrics[mode] = defaultdict(list, {name: [mean] for name, mean in means.items()})
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """transformers' loop; the loss is the mean over real pairs."""
-        self._sums["eval"] = {}
+        began = time.monotonic()
+        self._sums["eval"], self._eval_loss = Sums(), Sums()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = self._sums["eval"]["loss"]
-        total = torch.tensor(sums, dtype=torch.float64, device=self._table_device())
-        loss, pairs = self.accelerator.reduce(total, reduction="sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = loss / pairs
+        means, _ = self._eval_loss.take(self.accelerator)
+        output.metrics[f"{metric_key_prefix}_loss"] = means["loss"]
+        if self._working_since is not None:
+            self._working_since += time.monotonic() - began
         return output
 
     # -- checkpoints and weights -----------------------------------------------------------------------------------

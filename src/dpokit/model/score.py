@@ -1,0 +1,99 @@
+"""Answer log-probs, the one place: TRL's fused head at answer positions alone, prompts shared where that works."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import trl.trainer.utils as trl_utils
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from dpokit.model.shared_prefix import NAME, SharedPrefix
+
+# TRL's head scores answer positions alone where it has Triton kernels, and every position elsewhere, so that shapes
+# stay the same for compilers of other devices (trl/trainer/utils.py, `add_fused_lm_head`, 1.16). On a CPU nothing is
+# compiled for a shape, and most positions are prompts. Delete when TRL selects them on CPU.
+_uses_triton = trl_utils._use_triton
+trl_utils._use_triton = lambda device: device.type == "cpu" or _uses_triton(device)
+
+# How far a pair's log-probs may be from those of TRL's padded batch, as a share of them.
+TOLERANCE_FP32 = 1e-4
+TOLERANCE_16_BIT = 2e-2
+
+LAYERS = {"full_attention", "sliding_attention"}
+
+
+def find_dropout(model: nn.Module) -> bool:
+    """Whether chance plays a part in a training forward.
+
+    `disable_dropout` reaches dropout modules alone, so the rates that modules keep for themselves are looked at too.
+    """
+    for module in model.modules():
+        rates = [value for name, value in vars(module).items() if "drop" in name or "jitter" in name]
+        rates += [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        if any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return True
+    return False
+
+
+def find_obstacle(model: PreTrainedModel | PeftModel, longest: int | None) -> str | None:
+    """Why a model's prompts cannot be shared; None where nothing speaks against it (its first batch will tell).
+
+    Args:
+        longest: most tokens of a row; None where nobody knows.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "the adapter puts tokens of its own before the prompt"
+    config = model.config.get_text_config()
+    layers = set(getattr(config, "layer_types", None) or LAYERS)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    implementation = model.config._attn_implementation
+    if find_dropout(model):
+        return "dropout is on, and the answers of a pair must not share its mask"
+    if hasattr(model.config, "vision_config"):
+        return "the model takes images"
+    if not layers <= LAYERS:
+        return f"the model has layers of kind {', '.join(sorted(layers - LAYERS))}"
+    if window is not None and "sliding_attention" in layers and (longest is None or longest > window):
+        return f"its sliding window of {window:,} tokens is shorter than the longest row"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "its attention caps the scores"
+    if implementation not in ("sdpa", NAME):
+        return f"attn_implementation is {implementation}, not sdpa"
+    return None
+
+
+def share_prefix(model: PreTrainedModel | PeftModel) -> SharedPrefix:
+    """Switches the packed forward on in a model with TRL's fused head. Raises: ValueError where it cannot take it."""
+    return SharedPrefix(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def score_batch(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probs of each row's answer, summed over its tokens: `(2 pairs,)`, fp32; the chosen rows come first.
+
+    Args:
+        model: with TRL's fused head; packed where its `SharedPrefix` is on.
+        batch: `input_ids`, `attention_mask`, `completion_mask`, each `(2 pairs, width)`.
+    """
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    outputs = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        labels=labels,
+        fused_lm_head=True,
+        use_cache=False,
+    )
+    sums: torch.Tensor = outputs.log_probs.float().sum(dim=1)
+    return sums
+
+
+def find_mismatch(model: Any, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> float:
+    """How far packed and padded log-probs of a batch are apart, as a share of them; infinite where no layer packed."""
+    with torch.no_grad():
+        with shared.switched_off():
+            padded = score_batch(model, batch)
+        packed = score_batch(model, batch)
+    if shared.attended == 0:
+        return float("inf")
+    return float(((packed - padded).abs() / padded.abs().clamp(min=1.0)).max())

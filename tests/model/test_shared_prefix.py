@@ -1,0 +1,183 @@
+"""Packed rows against TRL's padded ones: log-probs, metrics and gradients, over families of models."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+from transformers.models.auto import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from dpokit.model.score import find_mismatch, find_obstacle, score_batch, share_prefix
+from dpokit.model.shared_prefix import pack_pairs
+
+WORDS = 120
+SIZE = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZE |= {"num_attention_heads": 4, "max_position_embeddings": 128}
+GROUPED = SIZE | {"num_key_value_heads": 2}
+FAMILIES = {
+    "gpt2": GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=8),
+    "mistral": MistralConfig(**GROUPED, sliding_window=64),
+    "gemma": GemmaConfig(**GROUPED, head_dim=8),
+    "gpt_neox": GPTNeoXConfig(**SIZE),
+}
+# Prompt, chosen and rejected tokens: answers and prompts of one token, the longest answer on either side.
+LENGTHS = [(9, 5, 8), (1, 1, 3), (20, 12, 1), (1, 1, 1)]
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def build(config: PreTrainedConfig, lora: bool = False, checkpointing: bool | None = None):
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    if checkpointing is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    return model.train()
+
+
+def make_batch(lengths=LENGTHS, same_prefix: int = 0) -> dict[str, torch.Tensor]:
+    """TRL's batch: the chosen rows, then the rejected, padded on the right."""
+    torch.manual_seed(1)
+    width = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+    rows = {name: torch.zeros(2 * len(lengths), width, dtype=torch.long) for name in ("ids", "mask", "answer")}
+    for pair, (prompt, *answers) in enumerate(lengths):
+        before, begin = torch.randint(1, WORDS, (prompt,)), torch.randint(1, WORDS, (same_prefix,))
+        for row, tokens in zip((pair, pair + len(lengths)), answers, strict=True):
+            answer = torch.cat([begin, torch.randint(1, WORDS, (tokens,))])[: max(tokens, 1)]
+            rows["ids"][row, : prompt + tokens] = torch.cat([before, answer])
+            rows["mask"][row, : prompt + tokens] = 1
+            rows["answer"][row, prompt : prompt + tokens] = 1
+    return {"input_ids": rows["ids"], "attention_mask": rows["mask"], "completion_mask": rows["answer"]}
+
+
+def run(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Summed log-probs, and the gradients of a weighted sum of them."""
+    model.zero_grad()
+    scores = score_batch(model, batch)
+    (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
+    return scores.detach(), {n: w.grad.clone() for n, w in model.named_parameters() if w.grad is not None}
+
+
+def check_equal(model, batch) -> None:
+    padded, expected = run(model, batch)
+    shared = share_prefix(model)
+    packed, gradients = run(model, batch)
+    assert shared.attended == 2
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-5, msg=name)
+    with shared.switched_off():
+        torch.testing.assert_close(run(model, batch)[0], padded, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_equal_those_of_padded_rows(family, lora, checkpointing):
+    check_equal(build(FAMILIES[family], lora, checkpointing), make_batch())
+
+
+def test_answers_that_begin_alike_are_computed_each_by_itself():
+    check_equal(build(FAMILIES["llama"]), make_batch([(7, 6, 9), (3, 5, 5)], same_prefix=4))
+
+
+def test_every_field_of_trls_output_is_where_trl_puts_it():
+    model, batch = build(FAMILIES["gpt2"]), make_batch()
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    padded = model(**given, fused_lm_head=True)
+    share_prefix(model)
+    packed = model(**given, fused_lm_head=True)
+    for name in (*OUTPUTS, "label_mask"):
+        torch.testing.assert_close(packed[name], padded[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_pair_takes_its_prompt_once_and_nothing_is_padded():
+    batch = make_batch([(9, 5, 8), (20, 12, 1)])
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    packed = pack_pairs(batch["input_ids"], labels)
+    assert packed.lengths == [(8, 5, 8), (19, 12, 1)]
+    assert packed.input_ids.shape == (1, 8 + 5 + 8 + 19 + 12 + 1)
+    assert (packed.labels != -100).sum() == 5 + 8 + 12 + 1
+
+
+def test_pairs_of_different_prompts_are_not_packed():
+    batch = make_batch([(9, 5, 8)])
+    batch["input_ids"][1, 3] += 1
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    with pytest.raises(ValueError, match="two prompts of a pair differ"):
+        pack_pairs(batch["input_ids"], labels)
+
+
+def test_offsets_for_flash_attention_give_each_branch_its_prompt():
+    packed = pack_pairs(
+        *(lambda b: (b["input_ids"], b["input_ids"].masked_fill(b["completion_mask"] == 0, -100)))(
+            make_batch([(3, 2, 1), (2, 1, 2)])
+        )
+    )
+    queries_at, keys_at, order = packed.offsets()
+    assert queries_at.tolist() == [0, 4, 5, 7, 9]
+    assert keys_at.tolist() == [0, 4, 7, 9, 12]
+    assert order.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8]
+
+
+def test_generation_is_as_before():
+    model = build(FAMILIES["llama"]).eval()
+    prompt = torch.randint(1, WORDS, (2, 7), generator=torch.Generator().manual_seed(0))
+    settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    before = model.generate(prompt, **settings)
+    share_prefix(model)
+    assert torch.equal(model.generate(prompt, **settings), before)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MistralConfig(**GROUPED, sliding_window=16), "sliding window of 16 tokens"),
+        (GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=1, n_head=4), "dropout is on"),
+        (LlamaConfig(**GROUPED, attn_implementation="eager"), "attn_implementation is eager"),
+    ],
+)
+def test_what_cannot_be_packed_is_known_beforehand(config, words):
+    assert words in find_obstacle(AutoModelForCausalLM.from_config(config), longest=64)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_speaks_against_the_families_that_are_tested(family):
+    assert find_obstacle(build(FAMILIES[family]), longest=64) is None
+
+
+def test_attention_that_ignores_the_layout_is_a_mismatch(monkeypatch):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from dpokit.model import shared_prefix
+
+    model, batch = build(FAMILIES["llama"]), make_batch()
+    shared = share_prefix(model)
+    assert find_mismatch(model, shared, batch) < 1e-5
+
+    def plain(module, query, key, value, _, packed=None, **kwargs):
+        if packed is not None:
+            packed.attended.add(id(module))
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+    monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, plain)
+    assert find_mismatch(model, shared, batch) > 1e-3

@@ -1,0 +1,216 @@
+"""Runs whose prompts are shared and whose reference is kept: the same numbers, and what happens when it cannot be."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_pairs
+from safetensors.torch import load_file, save_file
+
+from dpokit.model import reference
+from dpokit.model.reference import ReferenceCache
+from dpokit.rundir import RunDir, read_metrics
+from dpokit.story import prepare, train
+
+TIMING = ("seconds", "runtime", "per_second", "wasted", "total_flos")
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path) -> Path:
+    """A cache of this test's own, in parts of 8 pairs."""
+    monkeypatch.setenv("DPOKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(reference, "PART_PAIRS", 8)
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture
+def run(tiny_gpt2, pairs_file, tmp_path):
+    """Trains with the flags given; the folder is named after their number."""
+    made = []
+
+    def train_with(*flags: str) -> RunDir:
+        made.append(flags)
+        defaults = {
+            "model_name_or_path": str(tiny_gpt2),
+            "dataset_name": str(pairs_file),
+            "output_dir": str(tmp_path / f"run{len(made)}"),
+            "eval_fraction": 0.2,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "max_length": 96,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "report_to": "none",
+        }
+        return train("dpo_test", defaults, list(flags))
+
+    return train_with
+
+
+def check_same_numbers(one: RunDir, other: RunDir) -> None:
+    lines = list(zip(read_metrics(one.metrics_jsonl), read_metrics(other.metrics_jsonl), strict=True))
+    assert len(lines) == 8
+    for line, expected in lines:
+        assert line.keys() == expected.keys()
+        for name in (name for name in line if not any(word in name for word in TIMING)):
+            assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (line["step"], name)
+
+
+def says(captured: str, word: str) -> list[str]:
+    return [line for line in captured.replace("\r", "\n").splitlines() if line.startswith(word)]
+
+
+@pytest.mark.parametrize("kind", [[], ["--use_peft", "--lora_r", "4", "--lora_target_modules", "c_attn", "c_fc"]])
+def test_shared_prompts_and_a_kept_reference_change_no_number(kind, run):
+    plain = run("--shared_prefix", "false", "--precompute_ref_log_probs", "false", *kind)
+    shared = run("--precompute_ref_log_probs", "false", *kind)
+    kept = run(*kind)
+    assert plain.read_run()["shared_prefix"] == "off: --shared_prefix false"
+    assert shared.read_run()["shared_prefix"] == kept.read_run()["shared_prefix"] == "on"
+    assert kept.read_run()["settings"]["precompute_ref_log_probs"] == {"value": True, "origin": "this machine"}
+    check_same_numbers(shared, plain)
+    check_same_numbers(kept, plain)
+    assert read_metrics(plain.metrics_jsonl)[0]["wasted_positions"] > 0.3
+    assert read_metrics(shared.metrics_jsonl)[0]["wasted_positions"] == 0
+    assert read_metrics(shared.metrics_jsonl)[0]["tokens_per_second"] > 0
+
+
+def test_with_dropout_prompts_are_not_shared_and_the_reason_is_kept(run, capfd):
+    made = run("--disable_dropout", "false")
+    assert "dropout is on" in made.read_run()["shared_prefix"]
+    assert len(says(capfd.readouterr().err, "shared prefix: off, as dropout is on")) == 1
+
+
+def test_a_first_batch_that_differs_turns_sharing_off_with_one_line(run, capfd, monkeypatch):
+    monkeypatch.setattr("dpokit.train.scoring.TOLERANCE_FP32", -1.0)
+    made = run("--precompute_ref_log_probs", "false")
+    assert "first batch's log-probs differ" in made.read_run()["shared_prefix"]
+    assert len(says(capfd.readouterr().err, "shared prefix: off")) == 1
+    assert made.read_run()["state"] == "finished"
+
+
+def test_a_kept_reference_is_found_by_runs_of_other_rates_and_folders_and_not_computed_again(run, cache, capfd):
+    first = run()
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    assert len(written) == 4 + 1  # 32 pairs to train on, 8 held out
+    second = run("--learning_rate", "1e-4", "--beta", "0.3")
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == written
+    assert len(says(capfd.readouterr().err, "reference log-probs: 32 of 32 pairs were kept")) == 1
+    one, other = (read_metrics(made.metrics_jsonl)[0]["logps/chosen"] for made in (first, second))
+    assert one == pytest.approx(other)
+
+
+@pytest.mark.parametrize("changed", [["--ld_alpha", "0.5"], ["--max_length", "40"], ["--dtype", "bfloat16"]])
+def test_what_matters_is_part_of_the_key(changed, run, cache):
+    run()
+    folders = set(cache.iterdir())
+    run(*changed)
+    assert len(set(cache.iterdir()) - folders) == 2
+
+
+@pytest.mark.parametrize("harm", ["torn", "changed", "missing"])
+def test_a_part_that_was_harmed_is_computed_again(harm, run, cache, capfd):
+    first = run()
+    part = sorted(cache.rglob("00000008.safetensors"))[0]
+    before = load_file(part)["log_probs"].clone()  # not the file itself, which is harmed now
+    if harm == "torn":
+        part.write_bytes(part.read_bytes()[:40])
+    elif harm == "changed":
+        content = bytearray(part.read_bytes())
+        content[-1] ^= 1
+        part.write_bytes(bytes(content))
+    else:
+        part.unlink()
+    second = run()
+    screen = capfd.readouterr().err
+    assert (f"{part}" in screen) == (harm != "missing")
+    torch.testing.assert_close(load_file(part)["log_probs"], before)
+    check_same_numbers(second, first)
+
+
+def test_a_cache_of_other_weights_is_seen_and_computed_again(run, cache, capfd):
+    first = run()
+    for part in cache.rglob("*.safetensors"):
+        values = load_file(part)["log_probs"] + 5
+        save_file({"log_probs": values}, part, metadata={"sha256": reference._hash(values)})
+    second = run()
+    assert "are of other weights" in capfd.readouterr().err
+    check_same_numbers(second, first)
+
+
+def test_a_cache_that_cannot_be_written_costs_one_line(run, monkeypatch, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DPOKIT_CACHE", str(tmp_path / "file"))
+    assert run().read_run()["state"] == "finished"
+    # One for each split.
+    assert len(says(capfd.readouterr().err, "reference log-probs: not kept")) == 2
+
+
+def test_parts_appear_whole_whoever_writes_them(tmp_path):
+    caches = [ReferenceCache(tmp_path, {"a": 1}, 8) for _ in range(2)]
+    values = torch.arange(16.0).view(2, 8)
+    for cache in caches:
+        cache.write(range(8), values)
+    assert caches[0].is_complete()
+    assert torch.equal(caches[1].read(range(8)), values)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["00000000.safetensors"]
+
+
+def test_one_epoch_does_not_compute_ahead(run):
+    made = run("--num_train_epochs", "1")
+    assert made.read_run()["settings"]["precompute_ref_log_probs"]["value"] is False
+
+
+def test_what_was_prepared_is_what_the_run_finds_also_for_one_epoch(tiny_gpt2, pairs_file, cache, tmp_path, capfd):
+    flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.2"]
+    flags += ["--max_length", "96", "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
+    flags += ["--eval_strategy", "epoch", "--logging_steps", "1", "--per_device_train_batch_size", "8"]
+    record = prepare("dpo_test", {}, flags)
+    assert record["train"]["kept"] == 32
+    assert not (tmp_path / "run").exists()
+    written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
+    capfd.readouterr()
+    made = train("dpo_test", {}, flags)
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == written
+    assert made.read_run()["settings"]["precompute_ref_log_probs"] == {"value": True, "origin": "this machine"}
+    assert "32 of 32 pairs were kept" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
+def test_two_processes_share_and_keep_as_one_does(config, tiny_gpt2, tmp_path, cache):
+    """17 and 7 pairs: the last batch leaves a rank with a stand-in."""
+    from conftest import ROOT
+    from test_launch import launch
+
+    data = tmp_path / "data"
+    data.mkdir()
+    write_pairs(data / "train.jsonl", 17)
+    write_pairs(data / "test.jsonl", 7)
+    flags = [
+        *("--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(data), "--num_train_epochs", "2"),
+        *("--logging_steps", "1", "--max_length", "96", "--learning_rate", "1e-3", "--warmup_steps", "0"),
+        *("--eval_steps", "2", "--save_steps", "2", "--gradient_accumulation_steps", "2", "--use_cpu"),
+        *("--loss_type", "sigmoid", "--loss_weights", "1.0"),
+    ]
+    folders = []
+    for name, config_file, per_device in (("one", "single_gpu", "4"), ("two", config, "2")):
+        folders.append(tmp_path / name)
+        launcher = ["--config_file", str(ROOT / "accelerate_configs" / f"{config_file}.yaml")]
+        done = launch(
+            launcher, *flags, "--per_device_train_batch_size", per_device, "--output_dir", str(tmp_path / name)
+        )
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert record["state"] == "finished", done.stderr[-3000:]
+        assert record["shared_prefix"] == "on"
+        assert record["settings"]["precompute_ref_log_probs"]["value"] is True
+    assert len(list(cache.rglob("*.safetensors"))) == 2, "the second run found what the first one kept"
+    for one, two in zip(*(read_metrics(RunDir(folder).metrics_jsonl) for folder in folders), strict=True):
+        for name in (name for name in one if not any(word in name for word in TIMING)):
+            assert one[name] == pytest.approx(two[name], rel=2e-4, abs=2e-6), (one["step"], name)
