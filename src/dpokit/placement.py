@@ -70,19 +70,32 @@ def check_placement(training: DPOConfig, model: ModelConfig) -> None:
     elif fsdp and ("8bit" in optimizer or "4bit" in optimizer or optimizer.startswith("paged")):
         why = f"--optim {optimizer} has no step for a sharded tensor"
         nearest = "--optim adamw_torch, or ZeRO-2 or ZeRO-3 with this optimizer"
-    elif fsdp and training.precompute_ref_log_probs and not training.use_cpu:
-        # TRL 1.16, `_precompute_ref_logps`: it wraps the model for DeepSpeed alone. Delete when it does for FSDP.
-        why = "--precompute_ref_log_probs comes before the model is sharded, while its weights are not on the GPU"
-        nearest = "--precompute_ref_log_probs false, or ZeRO-3"
-    elif placement.startswith("ZeRO-3") and training.precompute_ref_log_probs and model.use_peft:
-        why = "DeepSpeed 0.19.8 loses track of an adapter's model that precomputed the reference"
-        nearest = "--precompute_ref_log_probs false (the adapter switched off is the reference), or ZeRO-2"
+    elif training.precompute_ref_log_probs:
+        why, nearest = find_precompute_trouble(training, model) or ("", "")
     if nearest:
         raise SettingsError(
             f"this does not work under {placement}: {why}",
             expected="a combination that works: the README has the table of placements",
             do=f"{nearest} (accelerate_configs/ has a file for each placement)",
         )
+
+
+def find_precompute_trouble(training: DPOConfig, model: ModelConfig) -> tuple[str, str] | None:
+    """Why the reference cannot be computed ahead under the placement asked for, and the nearest that works."""
+    placement = find_asked_placement(training)
+    if placement.startswith("FSDP") and not training.use_cpu:
+        # TRL 1.16, `_precompute_ref_logps`: it wraps the model for DeepSpeed alone. Delete when it does for FSDP.
+        return (
+            "--precompute_ref_log_probs comes before the model is sharded, while its weights are not on the GPU",
+            "--precompute_ref_log_probs false, or ZeRO-3",
+        )
+    if placement.startswith("ZeRO-3") and model.use_peft:
+        # Its trace of the modules breaks where the adapter's were passed over: "pop from an empty deque".
+        return (
+            "DeepSpeed 0.19.8 loses track of an adapter's model that precomputed the reference",
+            "--precompute_ref_log_probs false (the adapter switched off is the reference), or ZeRO-2",
+        )
+    return None
 
 
 def shard_on_cpu(training: DPOConfig) -> None:

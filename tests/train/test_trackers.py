@@ -362,7 +362,10 @@ def test_tensorboard_gets_name_group_tags_settings_metrics_and_final_numbers(def
 
 def test_tensorboard_shows_no_step_twice_after_a_resume_or_a_new_start(defaults):
     run = train("dpo_test", defaults, ["--report_to", "tensorboard"])
-    steps = lambda: [step for step, _ in read_tensorboard(run.path / "tensorboard" / "run")[0]["train/loss"]]  # noqa: E731
+
+    def steps() -> list[int]:
+        return [step for step, _ in read_tensorboard(run.path / "tensorboard" / "run")[0]["train/loss"]]
+
     again = ["--resume_from_checkpoint", str(run.path / "checkpoint-1"), "--max_steps", "4"]
     train("dpo_test", defaults, ["--report_to", "tensorboard", *again])
     assert steps() == [1, 2, 3, 4]

@@ -20,7 +20,7 @@ from trl import DPOConfig, get_quantization_config
 
 from dpokit.errors import find_disk_trouble
 from dpokit.model.load import find_base
-from dpokit.placement import find_asked_placement
+from dpokit.placement import find_precompute_trouble
 from dpokit.screen import say
 from dpokit.settings import Settings
 
@@ -69,13 +69,9 @@ def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
     """
     training = settings.training
     able = not (training.sync_ref_model or settings.data.dataset_streaming or not training.disable_dropout)
-    placement = find_asked_placement(training)
-    # TRL asks the unsharded model: not on a GPU yet (FSDP), or in an engine that DeepSpeed 0.19.8 cannot follow by a
-    # second one where modules were passed over (ZeRO-3, adapter off: "pop from an empty deque").
-    placed = placement.startswith("FSDP") and not training.use_cpu
-    placed = placed or (placement.startswith("ZeRO-3") and settings.model.use_peft)
+    able = able and find_precompute_trouble(training, settings.model) is None
     epochs = training.max_steps <= 0 and training.num_train_epochs > 1
-    if "precompute_ref_log_probs" in settings.origins or not able or placed or not (epochs or kept):
+    if "precompute_ref_log_probs" in settings.origins or not able or not (epochs or kept):
         return False
     training.precompute_ref_log_probs = True
     settings.origins["precompute_ref_log_probs"] = "this machine"

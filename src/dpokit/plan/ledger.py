@@ -26,7 +26,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, heap: ShadowHeap | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
         self.kind = "activations"
         self.by_kind: Counter[str] = Counter()
         self.peak_bytes = 0

@@ -201,7 +201,7 @@ class _Step:
         answers = hidden[: shape.answer_tokens].clone()  # TRL selects them by a mask: a copy
         head = causal_lm.get_output_embeddings()
         if self.on_gpu:
-            return GpuHead.apply(answers, head.weight)  # type: ignore[no-untyped-call]
+            return GpuHead.apply(answers, head.weight)  # type: ignore[no-untyped-call]  # torch has no types for apply
         targets = torch.zeros(len(answers), dtype=torch.long)
         outputs = HEAD_OUTPUTS if model is self.policy else HEAD_OUTPUTS[:1]
         scored = ChunkedLogProbFunction.apply(
