@@ -9,14 +9,18 @@ from dpokit.errors import (
     DataError,
     DpokitError,
     GateError,
+    HubError,
+    JudgeError,
     MachineError,
     ModelError,
+    ReleaseError,
     RunFolderError,
     SettingsError,
     find_disk_trouble,
 )
 
-KINDS = [DataError, GateError, MachineError, ModelError, RunFolderError, SettingsError]
+KINDS = [DataError, GateError, HubError, JudgeError, MachineError, ModelError, ReleaseError]
+KINDS += [RunFolderError, SettingsError]
 
 
 def test_no_error_of_the_tree_is_left_out_here():

@@ -86,6 +86,7 @@ def check_same_run(folder: Path, one: Path, kind: str, placement: str) -> None:
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["placement"] == placement.removesuffix(" + CPU offload")
+    assert record["answers_of_base"]["mean_tokens"] > 0
     lines = list(zip(records(folder), records(one), strict=True))
     assert [line["step"] for line, _ in lines] == [1, 2, 3, 4, 5, 6]
     for line, expected in lines:

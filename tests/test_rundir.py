@@ -26,7 +26,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path):
 
 def test_a_step_has_one_record_and_evaluation_joins_it(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, after_step=0)
+    file = MetricsFile(RunDir(tmp_path), after_step=0)
     file.log(1, 0.5, {"loss": 0.7})
     file.log(2, 1.0, {"loss": 0.6})
     file.log(2, 1.5, {"eval_loss": 0.65})
@@ -37,11 +37,11 @@ def test_a_step_has_one_record_and_evaluation_joins_it(tmp_path):
 
 def test_a_resumed_run_drops_later_steps_and_the_clock_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, after_step=0)
+    file = MetricsFile(RunDir(tmp_path), after_step=0)
     for step in (1, 2, 3):
         file.log(step, 10.0 * step, {"loss": 1.0})
     path.write_text(path.read_text() + '{"step": 4, "lo')  # torn by a crash
-    resumed = MetricsFile(path, after_step=2)
+    resumed = MetricsFile(RunDir(tmp_path), after_step=2)
     resumed.log(2, 1.0, {"eval_loss": 0.5})
     resumed.log(3, 5.0, {"loss": 2.0})
     records = read_metrics(path)
@@ -131,28 +131,28 @@ def test_a_record_of_another_encoding_is_damaged(tmp_path):
 @pytest.mark.parametrize("torn", ["", "{", '{"step": 3, "seconds": 3.0', "\x00\x00\x00", '{"step": 3}{"st'])
 def test_a_torn_last_line_is_left_out_and_written_over(torn, tmp_path):
     path = tmp_path / "metrics.jsonl"
-    file = MetricsFile(path, after_step=0)
+    file = MetricsFile(RunDir(tmp_path), after_step=0)
     for step in (1, 2):
         file.log(step, float(step), {"loss": 1.0})
     path.write_text(path.read_text() + torn)
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
-    MetricsFile(path, after_step=2).log(3, 1.0, {"loss": 0.5})
+    MetricsFile(RunDir(tmp_path), after_step=2).log(3, 1.0, {"loss": 0.5})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["seconds"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_a_new_run_forgets_what_the_file_held(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path, after_step=0).log(1, 9.0, {"loss": 1.0})
-    MetricsFile(path, after_step=0).log(1, 2.0, {"loss": 0.9})
+    MetricsFile(RunDir(tmp_path), after_step=0).log(1, 9.0, {"loss": 1.0})
+    MetricsFile(RunDir(tmp_path), after_step=0).log(1, 2.0, {"loss": 0.9})
     assert read_metrics(path) == [{"step": 1, "seconds": 2.0, "loss": 0.9}]
 
 
 def test_a_run_resumed_twice_goes_on_from_the_clock_of_its_last_kept_record(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    MetricsFile(path, after_step=0).log(1, 10.0, {})
-    MetricsFile(path, after_step=1).log(2, 5.0, {})
-    third = MetricsFile(path, after_step=2)
+    MetricsFile(RunDir(tmp_path), after_step=0).log(1, 10.0, {})
+    MetricsFile(RunDir(tmp_path), after_step=1).log(2, 5.0, {})
+    third = MetricsFile(RunDir(tmp_path), after_step=2)
     assert third.seconds_before == 15.0
     third.log(3, 1.0, {})
     assert [record["seconds"] for record in read_metrics(path)] == [10.0, 15.0, 16.0]
@@ -160,10 +160,10 @@ def test_a_run_resumed_twice_goes_on_from_the_clock_of_its_last_kept_record(tmp_
 
 def test_an_evaluation_before_the_first_step_survives_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = MetricsFile(path, after_step=0)
+    first = MetricsFile(RunDir(tmp_path), after_step=0)
     first.log(0, 1.0, {"eval_loss": 0.7})
     first.log(1, 2.0, {"loss": 0.6})
-    MetricsFile(path, after_step=0).log(1, 1.0, {"loss": 0.6})
+    MetricsFile(RunDir(tmp_path), after_step=0).log(1, 1.0, {"loss": 0.6})
     assert [record["step"] for record in read_metrics(path)] == [0, 1]
 
 

@@ -1,11 +1,13 @@
 """Layers, origins, and every way to get a setting wrong."""
 
+import dataclasses
 import json
 
 import pytest
+from trl import DPOConfig
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.flags import RETIRED
+from dpokit.flags import RETIRED, DataArguments
 from dpokit.settings import NOT_HONOURED, find_machine_settings, load_settings
 
 RECIPE = {"output_dir": "runs/x", "learning_rate": 1e-5, "loss_type": ["sigmoid", "sft"], "max_length": None}
@@ -99,7 +101,7 @@ def test_without_a_gpu_and_a_wish_training_is_in_fp32_on_the_cpu():
     "words",
     [
         ["--padding_free"],
-        ["--push_to_hub"],
+        ["--hub_strategy", "checkpoint"],
         ["--max_length", "1"],
         ["--loss_type", "nope", "sft"],
         ["--beta", "-1"],
@@ -167,12 +169,17 @@ def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
     value = {
         "truncation_mode": "keep_start",
         "pad_token": "x",
+        "hub_strategy": "checkpoint",
         "train_sampling_strategy": "random",
         "model_init_kwargs": '{"dtype": "float32"}',
+        "packing_strategy": "bfd",
+        "dataset_kwargs": '{"skip_prepare_dataset": true}',
     }.get(name, "true")
+    of_pairs = name in {field.name for kind in (DPOConfig, DataArguments) for field in dataclasses.fields(kind)}
+    kind = {} if of_pairs else {"kind": "sft", "loss_type": "nll"}
     for words, recipe in every_layer(tmp_path, name, value):
         with pytest.raises(SettingsError, match=f"sets {name}") as error:
-            load(*words, **recipe)
+            load(*words, **kind, **recipe)
         assert NOT_HONOURED[name] in error.value.do
 
 
@@ -180,6 +187,7 @@ def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
     ("words", "seen", "do"),
     [
         (["--max_train_samples", "0"], "max_train_samples is 0", "--max_train_samples"),
+        (["--eval_answers", "-1"], "eval_answers is -1", "--eval_answers"),
         (["--max_eval_samples", "0"], "max_eval_samples is 0", "--max_eval_samples"),
         (["--max_prompt_length", "0"], "max_prompt_length is 0", "--max_prompt_length"),
         (["--max_completion_length", "-1"], "max_completion_length is -1", "--max_completion_length"),

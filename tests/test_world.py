@@ -8,18 +8,14 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 from conftest import ROOT
-from torch.distributed import DistNetworkError
 
-from dpokit.errors import DataError, MachineError
+from dpokit.errors import MachineError
 from dpokit.world import (
     _read_accelerate_command,
     check_devices,
     check_world_size,
-    decide_on_main_process,
     find_asked_processes,
     is_main_process,
-    main_process_first,
-    peer_errors,
 )
 
 RECIPE = "recipes/dpo_gpt2.py"
@@ -137,46 +133,9 @@ def test_more_processes_than_gpus_are_refused_with_the_number_there_is(monkeypat
     check_devices()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:26770"),
-        RuntimeError("Application timeout caused pair closure"),
-        DistNetworkError("The client socket has timed out after 5000ms while trying to connect to (host, 29500)"),
-    ],
-)
-def test_a_lost_process_is_the_users_error(error):
-    with pytest.raises(MachineError, match=r"127.0.0.1|pair closure|timed out"), peer_errors(5):
-        raise error
-
-
-@pytest.mark.parametrize("text", ["DataLoader timed out after 5 seconds", "gloo: unsupported dtype"])
-def test_another_error_stays_what_it_is(text):
-    with pytest.raises(RuntimeError, match=text), peer_errors(5):
-        raise RuntimeError(text)
-
-
 @pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
 def test_rank_0_and_a_process_without_a_rank_speak(rank, speaks, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
     assert is_main_process() is speaks
-
-
-@pytest.mark.parametrize("ask", [decide_on_main_process, main_process_first])
-def test_one_process_has_its_own_answer_and_its_own_error(ask):
-    answers = []
-
-    def answer() -> Path:
-        answers.append(Path("run/checkpoint-3"))
-        return answers[-1]
-
-    def refuse() -> Path:
-        raise DataError("a hole", expected="a row", do="fill it")
-
-    assert ask(answer) == Path("run/checkpoint-3")
-    assert len(answers) == 1, "the work is done once"
-    with pytest.raises(DataError, match="a hole") as error:
-        ask(refuse)
-    assert error.value.do == "fill it"

@@ -7,6 +7,9 @@
       MachineError          precision, devices, number of processes
       RunFolderError        a run folder that is taken, foreign or cannot be written
       GateError             a run that cannot be right
+      JudgeError            a judge that cannot be reached, refuses, or does not speak as expected
+      HubError              a Hub that cannot be reached, refuses or fails, and what must not go there
+      ReleaseError          what was to follow training, and ended early
 
 All of them end a run with exit code 2 and one message on rank 0; anything else is our bug and keeps its traceback.
 """
@@ -58,6 +61,18 @@ class RunFolderError(DpokitError):
 
 class GateError(DpokitError):
     """A run that cannot be right, by its start or by its steps; `--gates warn` lets it go on."""
+
+
+class JudgeError(DpokitError):
+    """A judge's endpoint that cannot be reached, refuses, fails, or is no chat-completions endpoint."""
+
+
+class HubError(DpokitError):
+    """A Hub that cannot be reached, refuses or goes on failing, or a file that must not be sent to it."""
+
+
+class ReleaseError(DpokitError):
+    """A verb that was to follow training and ended early; the run itself is whole."""
 
 
 _DISK_TROUBLE = {

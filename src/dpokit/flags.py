@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Never, get_args, get_type_hints
 
-from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
+from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from dpokit.errors import SettingsError
 
@@ -35,6 +35,10 @@ class DataArguments(ScriptArguments):
     shared_prefix: bool = dataclasses.field(
         default=True, metadata={"help": "Compute a prompt once for both of its answers, where the model allows it."}
     )
+    eval_answers: int = dataclasses.field(
+        default=8,
+        metadata={"help": "Held-out prompts answered at each evaluation, to hear of answers that fall apart."},
+    )
     gates: Literal["stop", "warn"] = dataclasses.field(
         default="stop", metadata={"help": "What a check that a run cannot be right does: stop it, or warn and go on."}
     )
@@ -42,10 +46,29 @@ class DataArguments(ScriptArguments):
         default=None, metadata={"help": "Group of this run in the tracker: the trials of a sweep, say."}
     )
     run_tags: list[str] | None = dataclasses.field(default=None, metadata={"help": "Tags of this run in the tracker."})
+    accept_changes: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Settings that may differ from those a resumed run was begun with, separated by commas."},
+    )
+    preempt_signal: str | None = dataclasses.field(
+        default=None, metadata={"help": "The signal that means: save and end. Without it, SIGTERM and SIGUSR1."}
+    )
+    save_before_seconds: float | None = dataclasses.field(
+        default=None, metadata={"help": "Save and end this long before the Slurm job's time limit."}
+    )
+    merge_after_training: bool = dataclasses.field(
+        default=False, metadata={"help": "At the end, as `dpokit merge`: one whole model of base and adapter."}
+    )
+    hub_license: str | None = dataclasses.field(
+        default=None, metadata={"help": "With --push_to_hub: the model's licence, by the Hub's name for it."}
+    )
     overwrite_run: bool = dataclasses.field(
         default=False, metadata={"help": "Delete the run that output_dir holds and begin a new one there."}
     )
 
+
+# What a recipe's `kind` makes of the training flags.
+KINDS: dict[str, type[Any]] = {"dpo": DPOConfig, "sft": SFTConfig}
 
 # Names the field still writes in its configs, and what they are called today.
 RETIRED = {
@@ -72,11 +95,29 @@ RETIRED = {
 }
 
 
-class FlagParser(TrlParser):
-    """TRL's parser without abbreviations, without exits, and with words a user can act on."""
+def split_kind(defaults: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A recipe's `kind` (`dpo` where it names none) and its settings. Raises: SettingsError for an unknown kind."""
+    settings = dict(defaults)
+    kind = settings.pop("kind", "dpo")
+    if kind not in KINDS:
+        raise SettingsError(
+            f"the recipe's kind is {kind!r}",
+            expected="dpo (preference pairs) or sft (the chosen answers alone)",
+            do="correct kind in the recipe's DEFAULTS",
+        )
+    return kind, settings
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__((DataArguments, DPOConfig, ModelConfig), allow_abbrev=False, **kwargs)
+
+class FlagParser(TrlParser):
+    """TRL's parser without abbreviations, without exits, and with words a user can act on.
+
+    Args:
+        kind: of the recipe; it says which training flags there are.
+        kwargs: argparse's.
+    """
+
+    def __init__(self, kind: str = "dpo", **kwargs: Any) -> None:
+        super().__init__((DataArguments, KINDS[kind], ModelConfig), allow_abbrev=False, **kwargs)
         self.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
         self.layer = "the command line"
         for action in self._actions:
@@ -94,7 +135,7 @@ class FlagParser(TrlParser):
 
     def _may_be_none(self, name: str) -> bool:
         # Not `field.type`: building the parser strips the None from it.
-        hints = [get_type_hints(kind).get(name) for kind in (DataArguments, DPOConfig, ModelConfig)]
+        hints = [get_type_hints(one).get(name) for one in self.dataclass_types]
         return any(type(None) in get_args(hint) for hint in hints)
 
     def _takes_several(self, name: str) -> bool:

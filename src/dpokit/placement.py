@@ -70,7 +70,7 @@ def check_placement(training: DPOConfig, model: ModelConfig) -> None:
     elif fsdp and ("8bit" in optimizer or "4bit" in optimizer or optimizer.startswith("paged")):
         why = f"--optim {optimizer} has no step for a sharded tensor"
         nearest = "--optim adamw_torch, or ZeRO-2 or ZeRO-3 with this optimizer"
-    elif training.precompute_ref_log_probs:
+    elif getattr(training, "precompute_ref_log_probs", False):  # a flag of DPO's alone
         why, nearest = find_precompute_trouble(training, model) or ("", "")
     if nearest:
         raise SettingsError(

@@ -63,9 +63,10 @@ def judge(run: RunDir, corpus: Path, base: Path) -> dict[str, dict[str, float]]:
 def _sample(folder: Path, prompts: list[str]) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return generate_answers(
+    answers = generate_answers(
         model, tokenizer, prompts, max_new_tokens=MOST_NEW_TOKENS, temperature=1.0, seed=SEED, batch_size=100
     )
+    return [answer.text for answer in answers]
 
 
 def _shares(verdicts: list[Verdict]) -> dict[str, float]:

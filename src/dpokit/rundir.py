@@ -3,20 +3,31 @@
 import json
 import math
 import os
+import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from dpokit.errors import RunFolderError
+
+CARD_MARK = "made by dpokit card"  # in the head of a model card of ours and of each of its pictures
 
 
 class RunDir:
     """One folder that holds all of a run, enough to resume, judge, merge, publish, plot or serve it.
 
     run.json (state and settings), metrics.jsonl (one record per logged step), data.json (rows kept and dropped),
-    checkpoint-N/, and the final weights in model/ or adapter/.
+    checkpoint-N/, the final weights in model/ or adapter/, merged/ (one whole model), eval/ (base beside tuned),
+    report/ (the page), README.md (the model card) and its pictures in figures/, votes.jsonl (of those who talked to it;
+    never deleted, as they are pairs to train on).
+
+    Attributes:
+        token: of this start of the run, once it has taken possession of the folder. After a network was cut or a job
+            requeued, two starts may be alive: the later one owns the folder, the earlier one writes no more.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -26,6 +37,18 @@ class RunDir:
         self.data_json = self.path / "data.json"
         self.model = self.path / "model"
         self.adapter = self.path / "adapter"
+        self.merged = self.path / "merged"
+        self.merge_json = self.merged / "merge.json"
+        self.eval = self.path / "eval"
+        self.pairs_json = self.eval / "pairs.json"
+        self.answers_jsonl = self.eval / "answers.jsonl"
+        self.answers_json = self.eval / "answers.json"
+        self.judge_json = self.eval / "judge.json"
+        self.report = self.path / "report"
+        self.card = self.path / "README.md"
+        self.figures = self.path / "figures"
+        self.votes_jsonl = self.path / "votes.jsonl"
+        self.token = ""
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"
@@ -35,10 +58,19 @@ class RunDir:
         found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
         return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
+    def find_weights(self) -> Path | None:
+        """The folder of the final weights; None where there are none yet."""
+        return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
+
     def own_files(self) -> list[Path]:
         """What a run of ours left here; files of others are never listed, so they are never deleted."""
-        named = [self.run_json, self.metrics_jsonl, self.data_json, self.model, self.adapter]
-        return [p for p in named if p.exists()] + self.checkpoints()
+        folders = [self.model, self.adapter, self.merged, self.eval, self.report]
+        named = [self.run_json, self.metrics_jsonl, self.data_json, *folders]
+        return [p for p in named if p.exists()] + self.checkpoints() + self.own_card()
+
+    def own_card(self) -> list[Path]:
+        """The model card and its pictures, where it was us who wrote them: others may have put a README.md here."""
+        return [p for p in (self.card, *sorted(self.figures.glob("*.png"))) if p.is_file() and is_of_card(p)]
 
     def make(self) -> None:
         """Makes the folder. Raises: OSError where it cannot be written."""
@@ -69,22 +101,110 @@ class RunDir:
         return record
 
     def write_run(self, **changes: Any) -> None:
-        """Sets fields of run.json and leaves the others as they are."""
-        write_json(self.run_json, {**(self.read_run() or {}), **changes})
+        """Sets fields of run.json, and leaves the others as they are. Raises: RunFolderError as `check_possession`."""
+        record = self.read_run() or {}
+        self._check_possession(record)
+        write_json(self.run_json, {**record, **changes})
+
+    def take_possession(self, resumed_step: int) -> str:
+        """Makes this the start of the run that may write; returns its token. Every start is kept in run.json."""
+        record = self.read_run() or {}
+        starts = record.get("generations", [])
+        if starts:
+            logged = read_metrics(self.metrics_jsonl) if self.metrics_jsonl.exists() else []
+            starts[-1] |= {"ended_step": logged[-1]["step"] if logged else 0, "ended": record.get("state")}
+        token = secrets.token_hex(6)
+        began = datetime.now(UTC).isoformat(timespec="seconds")
+        start = {"token": token, "host": socket.gethostname(), "began": began, "resumed_step": resumed_step}
+        starts.append(start | {"job": os.environ.get("SLURM_JOB_ID")})
+        write_json(self.run_json, {**record, "generations": starts})
+        self.token = token
+        return token
+
+    def check_possession(self) -> None:
+        """Raises RunFolderError where a later start of the run has taken the folder over."""
+        self._check_possession(self.read_run() or {})
+
+    def _check_possession(self, record: dict[str, Any]) -> None:
+        owner = record.get("generations", [{}])[-1]
+        if self.token and owner.get("token") != self.token:
+            raise RunFolderError(
+                f"{self.path} was taken over by a later start of this run (on {owner.get('host')}, "
+                f"{owner.get('began')}); this one ends, and writes nothing more",
+                expected="one start of a run at a time",
+                do="nothing, if the job was requeued; else stop the other one",
+            )
+
+
+def is_of_card(path: Path) -> bool:
+    """Whether a file is a card of ours or a picture of it."""
+    with path.open("rb") as file:
+        return CARD_MARK.encode() in file.read(4096)
+
+
+def find_model(name: str) -> str:
+    """The trained model of the run folder that `name` is: `merged`, `model` or `adapter`; any other name as it is.
+
+    A merge that is older than the weights is passed over: the run was trained on since.
+
+    Raises: RunFolderError for a run without one, or one that is not finished.
+    """
+    run = RunDir(name)
+    if not run.run_json.is_file():
+        return name
+    weights, state = run.find_weights(), (run.read_run() or {}).get("state")
+    merged = run.merged if run.merged.is_dir() and not _is_older(run.merged, weights) else None
+    found = merged or weights
+    if found is not None and state in (None, "finished"):
+        return str(found)
+    if found is None:
+        why = f"without a trained model (it is {state or 'not begun'})"
+        other = f"name its newest checkpoint: {run.checkpoints()[-1]}" if run.checkpoints() else ""
+    else:
+        why = f"that is {state}: what it holds is of an earlier end"
+        other = f"name that model: {found}"
+    raise RunFolderError(
+        f"--model_name_or_path {name} is the folder of a run {why}",
+        expected="a finished run, a model's folder or a Hub id",
+        do="let that run finish" + (f", or {other}" if other else ""),
+    )
+
+
+def _is_older(folder: Path, weights: Path | None) -> bool:
+    times = [
+        max((file.stat().st_mtime for file in one.glob("*.safetensors")), default=0.0)
+        for one in (folder, weights)
+        if one is not None
+    ]
+    return len(times) == 2 and times[0] < times[1]
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Writes JSON so that a reader, or a machine that loses power, sees the old file or the new one whole."""
+    """Writes JSON as `write_whole`."""
+    write_whole(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes so that a reader, or a machine that loses power, sees the old file or the new one whole."""
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
     try:
-        with part.open("w") as file:
-            json.dump(record, file, indent=2, allow_nan=False)
-            file.write("\n")
+        with part.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
+        sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Brings a folder's names to disk."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextmanager
@@ -107,11 +227,13 @@ class MetricsFile:
     Training and evaluation log the same step separately; the second joins the first's record.
 
     Args:
-        path: the file.
+        run: its folder.
         after_step: 0 for a new run; a run resumed at step N keeps the records up to N and goes on from their clock.
     """
 
-    def __init__(self, path: Path, after_step: int) -> None:
+    def __init__(self, run: RunDir, after_step: int) -> None:
+        run.check_possession()
+        self._run, path = run, run.metrics_jsonl
         kept = [record for record in read_metrics(path) if record["step"] <= after_step] if path.exists() else []
         part = path.with_name(f".{path.name}.part")
         part.write_text("".join(_line(record) for record in kept))
@@ -122,7 +244,11 @@ class MetricsFile:
         self._offset = path.stat().st_size - len(_line(self._last).encode()) if kept else 0
 
     def log(self, step: int, seconds: float, values: dict[str, Any]) -> None:
-        """Adds the values under the step. `seconds`: wall clock since this process began the run."""
+        """Adds the values under the step. `seconds`: wall clock since this process began the run.
+
+        Raises: RunFolderError where a later start of the run has taken the folder over.
+        """
+        self._run.check_possession()
         if step != self._last.get("step"):
             self._offset = self._path.stat().st_size
             self._last = {"step": step}

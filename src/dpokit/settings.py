@@ -1,6 +1,7 @@
 """Settings: TRL's defaults -> recipe -> YAML file -> command line -> what this machine decides.
 
-Every flag is TRL's own (`ScriptArguments`, `DPOConfig`, `ModelConfig`); the few of ours stand in `flags.DataArguments`.
+Every flag is TRL's own (`ScriptArguments`, `DPOConfig` or, by the recipe's `kind`, `SFTConfig`, `ModelConfig`); the few
+of ours stand in `flags.DataArguments`.
 Each layer goes through the same parser, so a misspelt key or a value of the wrong type is caught alike in all of them,
 and for every value it is known where it came from.
 """
@@ -14,12 +15,15 @@ from typing import Any, Never
 
 import torch
 import yaml
-from trl import DPOConfig, ModelConfig
+from trl import DPOConfig, ModelConfig, SFTConfig
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.flags import DataArguments, FlagParser
+from dpokit.extensions import pass_dead_locks
+from dpokit.flags import KINDS, DataArguments, FlagParser, split_kind
+from dpokit.peers import peer_errors
 from dpokit.placement import check_placement
-from dpokit.world import check_devices, join_on_cpu, peer_errors
+from dpokit.rundir import find_model
+from dpokit.world import check_devices, join_world
 
 # Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
 NOT_HONOURED = {
@@ -27,13 +31,21 @@ NOT_HONOURED = {
     "truncation_mode": "prompts keep their end and answers their start: --max_prompt_length, --max_completion_length",
     "pad_token": "TRL retires it; the tokenizer's own padding token is used, or its EOS",
     "ignore_bias_buffers": "it mends models of 2023 that transformers no longer has",
-    "train_sampling_strategy": "pairs are met in a seeded random order, which a resume can repeat",
+    **dict.fromkeys(
+        ("train_sampling_strategy", "shuffle_dataset"),
+        "rows are met in a seeded random order, which a resume can repeat",
+    ),
     "auto_find_batch_size": "it changes the global batch in the middle of a run; lower per_device_train_batch_size "
     "and raise gradient_accumulation_steps instead",
-    "push_to_hub": "nothing is uploaded yet; the finished folder is OUTPUT_DIR/model",
+    "hub_strategy": "the model goes up once, at the end of the run",
+    "hub_always_push": "the model goes up once, at the end of the run",
     "model_init_kwargs": "it would be read for the reference alone; use --dtype, --attn_implementation, "
     "--model_revision",
     "enable_jit_checkpoint": "it saves the wrong random state, and a preempted job looks completed",
+    **dict.fromkeys(("packing", "packing_strategy", "eval_packing"), "each answer is a row of its own"),
+    "assistant_only_loss": "the chosen answer alone is learnt already; --completion_only_loss false adds its prompt",
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "the chosen answers of preference pairs are trained on"),
+    **dict.fromkeys(("chat_template_path", "eos_token"), "the tokenizer's own is used; set it in the model's folder"),
 }
 
 # TRL looks at these only when it computes the first loss.
@@ -43,6 +55,10 @@ LOSS_TYPES = (
 )
 
 SECRET = ("token", "api_key", "password")
+# What a run's settings say of the machine it was trained on, or of training alone.
+OF_TRAINING = {"use_cpu", "bf16", "fp16", "tf32", "resume_from_checkpoint", "overwrite_run", "accept_changes"}
+OF_TRAINING |= {"precompute_ref_log_probs", "save_before_seconds", "preempt_signal", "output_dir", "report_to"}
+OF_TRAINING |= {"dataset_streaming"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +67,22 @@ class Settings:
 
     Attributes:
         recipe: the recipe's name, e.g. `dpo_gpt2`.
+        kind: of the recipe: `dpo`, or `sft`.
         data, training, model: TRL's own dataclasses, filled.
         origins: where each value that is not TRL's default was set.
     """
 
     recipe: str
     data: DataArguments
-    training: DPOConfig = dataclasses.field(repr=False)  # its repr shows hub_token
+    training: DPOConfig | SFTConfig = dataclasses.field(repr=False)  # its repr shows hub_token
     model: ModelConfig
     origins: dict[str, str]
+    kind: str = "dpo"
 
     def record(self) -> dict[str, dict[str, Any]]:
         """`{name: {value, origin}}` for run.json, JSON values only, secrets masked."""
         values = dataclasses.asdict(self.data) | self.training.to_dict() | dataclasses.asdict(self.model)
+        values |= {"kind": self.kind}
         return {
             name: {
                 "value": "***" if value and name.endswith(SECRET) else json.loads(json.dumps(value, default=str)),
@@ -88,21 +107,25 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     Raises:
         SettingsError: an unknown, retired, contradicting or wrongly typed setting, in whichever layer.
         MachineError: a precision or GPUs that this machine does not have, or other processes that cannot be joined.
+        RunFolderError: the model is a run folder without a trained model.
     """
     name = Path(recipe).stem
-    parser = FlagParser(prog=f"{name}.py", description=f"Every setting of recipes/{name}.py")
+    kind, defaults = split_kind(defaults)
+    parser = FlagParser(kind, prog=f"{name}.py", description=f"Every setting of recipes/{name}.py")
     layers = [(f"recipe {name}", parser.parse_mapping(defaults, f"recipe {name}"))]
     given = parser.parse_layer(argv, "the command line")
     config_file = given.pop("config", None)
     if config_file is not None:
-        layers.append((Path(config_file).name, parser.parse_mapping(_read_yaml(config_file), config_file)))
+        layers.append((Path(config_file).name, parser.parse_mapping(read_yaml(config_file, "--config"), config_file)))
     layers.append(("command line", given))
 
     values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    origins: dict[str, str] = {} if kind == "dpo" else {"kind": f"recipe {name}"}
     for layer, layer_values in layers:
         values |= layer_values
         origins |= dict.fromkeys(layer_values, layer)
+    if values.get("model_name_or_path"):
+        values["model_name_or_path"] = find_model(values["model_name_or_path"])
     machine = find_machine_settings(values)
     values |= machine
     origins |= dict.fromkeys(machine, "this machine")
@@ -110,15 +133,37 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     check_honoured(values, origins)
     timeout_seconds = values.get("ddp_timeout", DPOConfig.ddp_timeout)
     with peer_errors(timeout_seconds):
-        join_on_cpu(timeout_seconds) if values.get("use_cpu") else check_devices()
-        data, training, model = (_build(kind, values) for kind in (DataArguments, DPOConfig, ModelConfig))
+        if not values.get("use_cpu"):
+            check_devices()
+        pass_dead_locks()
+        join_world(timeout_seconds, on_cpu=bool(values.get("use_cpu")))
+        data, training, model = (_build(one, values) for one in (DataArguments, KINDS[kind], ModelConfig))
     if training.n_gpu > 1:
         # One process that sees several GPUs takes one: transformers would split each batch over all (DataParallel).
         training._n_gpu = 1
     check_agreement(data, training)
     check_adapter(model, origins)
     check_placement(training, model)
-    return Settings(name, data, training, model, origins)
+    return Settings(name, data, training, model, origins, kind)
+
+
+def read_asked(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What was asked for in a run, as defaults for what is done with its model on another machine.
+
+    Args:
+        record: run.json, with `settings`.
+    """
+    return {
+        name: entry["value"]
+        for name, entry in record["settings"].items()
+        if entry["origin"] not in ("default", "this machine") and name not in OF_TRAINING and entry["value"] != "***"
+    }
+
+
+def read_asked_here(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`read_asked`, as defaults for a verb that trains nothing: on this machine's device, without a tracker."""
+    asked = read_asked(record) if record else {}
+    return asked | {"output_dir": "unused", "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -130,15 +175,16 @@ _YamlLoader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str, flag: str) -> dict[str, Any]:
+    """A mapping in YAML. Raises: SettingsError where the file cannot be read, or holds none."""
     try:
         values = yaml.load(Path(path).read_text(), _YamlLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(
-            f"--config {path}: {error}", expected="a YAML file of settings", do="correct the path or the file"
+            f"{flag} {path}: {error}", expected="a YAML file of settings", do="correct the path or the file"
         ) from error
     if not isinstance(values, dict):
-        raise SettingsError(f"--config {path} holds no settings", expected="lines of name: value", do="fill the file")
+        raise SettingsError(f"{flag} {path} holds no settings", expected="lines of name: value", do="fill the file")
     return values
 
 
@@ -201,20 +247,23 @@ def check_honoured(values: Mapping[str, Any], origins: Mapping[str, str]) -> Non
             )
 
 
-def check_agreement(data: DataArguments, training: DPOConfig) -> None:
+def check_agreement(data: DataArguments, training: DPOConfig | SFTConfig) -> None:
     """Raises SettingsError for values that cannot be, or that cannot be together."""
 
     def refuse(seen: str, expected: str, do: str) -> Never:
         raise SettingsError(seen, expected=expected, do=do)
 
+    if data.eval_answers < 0:
+        refuse(f"eval_answers is {data.eval_answers}", "0 (none) or more", "--eval_answers 8")
     for name in ("max_train_samples", "max_eval_samples", "max_prompt_length", "max_completion_length"):
         number = getattr(data, name)
         if number is not None and number < 1:
             refuse(f"{name} is {number}", "a number of at least 1", f"raise --{name}, or leave it out for no limit")
-    unknown = sorted(set(training.loss_type) - set(LOSS_TYPES))
+    of_pairs = isinstance(training, DPOConfig)
+    unknown = sorted(set(training.loss_type) - set(LOSS_TYPES)) if of_pairs else []
     if unknown:
         refuse(f"loss_type {', '.join(unknown)} is unknown", ", ".join(LOSS_TYPES), "correct --loss_type")
-    for name in ("beta", "learning_rate"):
+    for name in ("beta", "learning_rate") if of_pairs else ("learning_rate",):
         number = getattr(training, name)
         if not 0 < number < float("inf"):
             refuse(f"{name} is {number}", "a number above 0", f"correct --{name}")
@@ -236,7 +285,7 @@ def check_agreement(data: DataArguments, training: DPOConfig) -> None:
         )
     if data.dataset_streaming and training.eval_strategy != "no" and data.max_eval_samples is None:
         refuse("a streamed evaluation split has no known end", "max_eval_samples", "--max_eval_samples 1000")
-    if data.dataset_streaming and training.precompute_ref_log_probs:
+    if data.dataset_streaming and of_pairs and training.precompute_ref_log_probs:
         refuse("a streamed dataset cannot be gone through ahead of the run", "one of the two", "drop either flag")
     if training.dataloader_num_workers and data.dataset_streaming:
         refuse("a stream is read once, in order, by one worker", "0 workers", "--dataloader_num_workers 0")

@@ -5,42 +5,56 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from importlib.metadata import version
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from dpokit.checkpoint.resume import claim_folder
+from dpokit.checkpoint.preempt import Notice, Preempted, choose_signals, find_preempted_restart
+from dpokit.checkpoint.resume import MODEL, claim_folder
+from dpokit.data.columns import fingerprint_ids
 from dpokit.data.doctor import print_report
-from dpokit.data.prepare import PreparedData, fingerprint_ids, prepare_data
+from dpokit.data.prepare import PreparedData, prepare_data
 from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
 from dpokit.model.reference import decide_reference, find_identity, is_kept
+from dpokit.peers import build_on_each_machine_first, decide_on_main_process, peer_errors, speaks_for_all
 from dpokit.placement import find_asked_placement
+from dpokit.release.after import check_wishes, find_commands, run_commands
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import quiet_dependencies, say
 from dpokit.settings import Settings, load_settings
-from dpokit.train.callbacks import EpochCallback, MetricsCallback, PlacementCallback, ScreenCallback
+from dpokit.train.alarms import AlarmCallback
+from dpokit.train.callbacks import (
+    EpochCallback,
+    MetricsCallback,
+    PlacementCallback,
+    PreemptCallback,
+    ResumeCallback,
+    ScreenCallback,
+)
 from dpokit.train.gates import GateCallback, Gates
-from dpokit.train.start import check_model_path, check_quantised, check_world
+from dpokit.train.gpu import GpuCallback
+from dpokit.train.start import check_model_path, check_quantised, check_start, check_world
+from dpokit.train.steps import StepTrainer
+from dpokit.train.supervised import AnswerTrainer
 from dpokit.train.trackers import REPLACED, set_up_trackers, track_run
 from dpokit.train.trainer import PairTrainer
-from dpokit.world import (
-    decide_on_main_process,
-    is_main_process,
-    main_process_first,
-    peer_errors,
-    speaks_for_all,
-)
+from dpokit.world import find_machine, is_main_process
 
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
 def main(recipe: str, defaults: Mapping[str, Any]) -> None:
     """What a recipe's main guard calls: trains by the recipe's defaults and the command line.
+
+    `kind` among the defaults says how: `dpo`, which needs no word, or `sft`.
 
     A mistake of the user ends in one message on rank 0 and exit code 2; anything else keeps its traceback.
     """
@@ -72,6 +86,14 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     """
     quiet_dependencies()
     settings = load_settings(recipe, defaults, argv)
+    run = _train(settings)
+    clear_device_cache(garbage_collection=True)  # what follows is other programs
+    if is_main_process():
+        run_commands(list(find_commands(run, settings)), token=settings.training.hub_token)
+    return run
+
+
+def _train(settings: Settings) -> RunDir:
     training = settings.training
     gates = Gates(settings.data.gates)
     world_size = check_world(gates)
@@ -79,23 +101,50 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
     set_up_trackers(settings)
     run = RunDir(training.output_dir)
+    signals = choose_signals(settings.data.preempt_signal)
+    notice = Notice(PartialState().process_index, settings.data.save_before_seconds)
     with peer_errors(training.ddp_timeout):
+        ended = decide_on_main_process(lambda: find_preempted_restart(run))
+        if ended is not None:
+            raise Preempted(ended)
         decide_on_main_process(lambda: check_model_path(settings, gates))
-        checkpoint = decide_on_main_process(lambda: claim_folder(run, settings))
+        decide_on_main_process(lambda: check_wishes(settings))
+        start = decide_on_main_process(lambda: claim_folder(run, settings, world_size=world_size, placement=placement))
+    run.token = start.token
+    training.gradient_accumulation_steps = start.accumulation or training.gradient_accumulation_steps
     with (
+        notice.heard(signals),  # until the last word is written: launchers end the others when one process has ended
         track_run(run, settings) as tracker,
         keep_record(run, settings, world_size),
         peer_errors(training.ddp_timeout),
     ):
         trainer, data = build_trainer(run, settings, gates)
+        identity, accepted = decide_on_main_process(lambda: check_start(start, settings, data.fingerprint, world_size))
+        for name, (before, now) in accepted.items():
+            say(f"accepted: {name} was {before}, now {now}")
+        if is_main_process():
+            run.write_run(model_fingerprint=identity[MODEL])  # by which a merge knows the base again
+        if accepted and is_main_process():
+            run.write_run(accepted_changes=[*(run.read_run() or {}).get("accepted_changes", []), accepted])
         callbacks = (
-            *(EpochCallback(trainer), PlacementCallback(trainer, run), tracker, MetricsCallback(run), ScreenCallback()),
+            GpuCallback(),  # completes each log before anyone keeps it
+            # The file of metrics is begun early: going on may begin with an evaluation.
+            *(EpochCallback(trainer), PlacementCallback(trainer, run), tracker, MetricsCallback(trainer, run)),
+            *(ScreenCallback(), ResumeCallback(trainer, start.checkpoint, identity)),
+            AlarmCallback(trainer, run, answers=settings.data.eval_answers),
+            PreemptCallback(trainer, notice),
             # The gates come last: they must know of each log and save that another callback asks for.
             GateCallback(trainer, gates, with_adapter=settings.model.use_peft),
         )
         for callback in callbacks:
             trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if start.universal:
+            trainer.load_universal()
+        with (
+            trainer.writing_ended(),
+            peer_errors(training.ddp_timeout, lambda: f" at step {trainer.state.global_step + 1}"),
+        ):
+            trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
         best = find_best(trainer)
         if is_main_process():
@@ -115,14 +164,15 @@ def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> di
     quiet_dependencies()
     settings = load_settings(recipe, defaults, [*argv, "--report_to", "none"])
     training = settings.training
-    training.precompute_ref_log_probs = not training.sync_ref_model
+    if settings.kind == "dpo":
+        training.precompute_ref_log_probs = not training.sync_ref_model
     with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(training.ddp_timeout):
         training.output_dir = folder
         _, data = build_trainer(RunDir(folder), settings, Gates(settings.data.gates))
     return data.record()
 
 
-def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTrainer, PreparedData]:
+def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[StepTrainer, PreparedData]:
     """Data, models and trainer of a run, its callbacks left out; writes data.json and shows its table."""
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
@@ -130,7 +180,7 @@ def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTr
     check_quantised(policy, settings.model, gates)
     peft_config = build_peft_config(settings, policy)
     max_length = find_max_length(settings, policy)
-    data = main_process_first(
+    data = build_on_each_machine_first(
         lambda: prepare_data(
             settings.data,
             tokenizer,
@@ -138,34 +188,57 @@ def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[PairTr
             with_eval=training.eval_strategy != "no",
             processes=training.dataset_num_proc,
             seed=training.seed,
-        )
+        ),
+        timeout_seconds=training.ddp_timeout,
     )
     if is_main_process():
         write_json(run.data_json, data.record())
         run.write_run(data_fingerprint=data.fingerprint)
         print_report(data.record())
-    kept = isinstance(data.train, Dataset) and decide_on_main_process(
-        lambda: is_kept(settings, fingerprint_ids([data.train]), len(data.train))
-    )
-    if decide_reference(settings, kept=kept) and is_main_process():
-        run.write_run(settings=settings.record())
-    trainer = PairTrainer(
-        model=policy,
-        ref_model=load_reference(settings),
-        args=training,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        processing_class=tokenizer,
-        peft_config=peft_config,
-        shared_prefix=settings.data.shared_prefix,
-        longest=max_length,
-        reference=decide_on_main_process(lambda: find_identity(settings))
-        if training.precompute_ref_log_probs
-        else None,
-    )
+    if settings.kind == "dpo":
+        settle_reference(run, settings, data.train)
+    args = copy(training)
+    args.push_to_hub = False  # transformers would send each checkpoint, its optimizer too; dpokit push sends the model
+    parts = {
+        "model": policy,
+        "args": args,
+        "train_dataset": data.train,
+        "eval_dataset": data.eval,
+        "processing_class": tokenizer,
+        "peft_config": peft_config,
+    }
+    trainer = AnswerTrainer(**parts) if settings.kind == "sft" else build_pair_trainer(settings, parts, max_length)
+    trainer.run = run
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
         trainer.remove_callback(replaced)
     return trainer, data
+
+
+def settle_reference(run: RunDir, settings: Settings, pairs: Any) -> None:
+    """Decides whether the reference's log-probs are computed ahead, where nobody said; the settings then say so."""
+    kept = isinstance(pairs, Dataset) and decide_on_main_process(
+        lambda: is_kept(settings, fingerprint_ids([pairs]), len(pairs))
+    )
+    if decide_reference(settings, kept=kept) and is_main_process():
+        run.write_run(settings=settings.record())
+
+
+def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: int | None) -> PairTrainer:
+    """The trainer of preference pairs, with its reference.
+
+    Args:
+        parts: arguments of any trainer.
+        longest: most tokens of a row; None where nobody knows.
+    """
+    return PairTrainer(
+        **parts,
+        ref_model=load_reference(settings),
+        shared_prefix=settings.data.shared_prefix,
+        longest=longest,
+        reference=decide_on_main_process(lambda: find_identity(settings))
+        if settings.training.precompute_ref_log_probs
+        else None,
+    )
 
 
 @contextmanager
@@ -181,21 +254,34 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
             recipe=settings.recipe,
             state="running",
             why=None,
+            error=None,
             world_size=world_size,
             versions={name: version(name) for name in PACKAGES},
             settings=settings.record(),
+            machine=find_machine(on_cpu=settings.training.use_cpu),
+            local=find_local(settings),
         )
         yield
         record(state="finished")
+    except Preempted as end:
+        record(state="preempted", why=end.why)
+        raise
     except BaseException as error:
         trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)
+        why = str(trouble or "".join(traceback.format_exception_only(error)).strip())
         try:
-            record(state="failed", why=str(trouble or "".join(traceback.format_exception_only(error)).strip()))
+            record(state="failed", why=why, error=type(trouble or error).__name__)
         except (OSError, RunFolderError):
             say(f"{run.run_json} could not be brought up to date")
         if trouble is not None and trouble is not error:
             raise trouble from error
         raise
+
+
+def find_local(settings: Settings) -> list[str]:
+    """Which of model and data are files of this machine: a card must not take their names for those of the Hub."""
+    names = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
+    return [flag for flag, name in names.items() if name and Path(name).expanduser().exists()]
 
 
 def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
@@ -208,7 +294,7 @@ def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
         )
 
 
-def find_best(trainer: PairTrainer) -> dict[str, Any] | None:
+def find_best(trainer: StepTrainer) -> dict[str, Any] | None:
     """The evaluation whose weights were kept: step and eval loss; None where the last weights were."""
     state = trainer.state
     if not trainer.args.load_best_model_at_end or state.best_metric is None or not math.isfinite(state.best_metric):

@@ -1,22 +1,19 @@
 """Ranks and processes: who am I, how many were asked for, how many are there. Built on accelerate's state."""
 
 import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 import yaml
 from accelerate import PartialState
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
-from dpokit.errors import DpokitError, MachineError
-
-T = TypeVar("T")
+from dpokit.errors import MachineError
 
 
 def is_main_process() -> bool:
@@ -86,6 +83,26 @@ def check_world_size() -> int:
     return size
 
 
+def find_machine(*, on_cpu: bool) -> dict[str, Any]:
+    """What a run trains on, for run.json: `device` by its maker's name, and how many `nodes`; no name of a host."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    nodes = processes // int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
+    if on_cpu:
+        return {"device": f"CPU, {psutil.cpu_count()} cores{_find_processor()}", "nodes": nodes}
+    name = getattr(torch.get_device_module(), "get_device_name", None)
+    return {"device": str(torch.accelerator.current_accelerator() if name is None else name()), "nodes": nodes}
+
+
+def _find_processor() -> str:
+    """` of ` and the processor's name, where Linux knows one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f" of {names[0]}" if names else ""
+
+
 def check_devices() -> None:
     """Raises MachineError where more processes were started on this machine than it has GPUs; none is a CPU run."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
@@ -97,104 +114,24 @@ def check_devices() -> None:
         )
 
 
-def join_on_cpu(timeout_seconds: int) -> None:
-    """Joins the launcher's CPU processes over gloo, under the collective time-out; DeepSpeed is kept to the CPU too.
+def join_world(timeout_seconds: int, *, on_cpu: bool) -> None:
+    """Joins the launcher's processes where accelerate would join them otherwise than it should.
 
-    transformers hands the time-out on for GPUs alone (5.23); torch's own, on CPU, is 30 minutes whatever the flag says.
-    Delete when TrainingArguments passes ddp_timeout on with use_cpu.
+    On CPU, over gloo, under the collective time-out: transformers hands it on for GPUs alone (5.23), and torch's own is
+    30 minutes whatever the flag says. DeepSpeed is kept to the CPU, too. Delete when TrainingArguments passes
+    ddp_timeout on with use_cpu.
+
+    Where `--max_restarts` has started the workers again, under keys of this start's own: accelerate's launcher keeps
+    one store for all starts, and torch (2.13) writes the new addresses over those of processes that are gone, which
+    whoever comes first then tries to reach. Delete when `torch.distributed.rendezvous` tells the starts apart.
     """
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_seconds))
-
-
-def speaks_for_all() -> bool:
-    """Whether this process shows an error that ended its run: the first of the world that asks does.
-
-    Other ranks have met the same, or a consequence of it. Before the world is joined, one process per machine speaks.
-    """
-    if not dist.is_initialized():
-        return int(os.environ.get("LOCAL_RANK", "0")) == 0
-    try:
-        store = dist.distributed_c10d._get_default_store()
-        return bool(store.add("dpokit/errors_shown", 1) == 1)
-    except RuntimeError:  # the store went down with the process that kept it
-        return True
-
-
-# What gloo, NCCL and the rendezvous say when another process is gone, cannot be reached or does not answer.
-_LOST = re.compile(
-    "timed out|timeout|connection (closed|reset) by peer|connection refused|address already in use", re.I
-)
-
-
-@contextmanager
-def peer_errors(timeout_seconds: int) -> Iterator[None]:
-    """Turns what gloo, NCCL or the rendezvous raise when another process is gone or silent into a MachineError.
-
-    Args:
-        timeout_seconds: the collective time-out in force (`--ddp_timeout`), for the message.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        of_torch = isinstance(error, dist.DistError) or re.search("gloo|pair closure", text)
-        if not of_torch or not _LOST.search(text):
-            raise
-        raise _lost_peer(text[:200], timeout_seconds) from error
-
-
-def _lost_peer(text: str, timeout_seconds: int) -> MachineError:
-    rank = os.environ.get("RANK", "0")
-    if not dist.is_initialized():
-        master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        return MachineError(
-            f"rank {rank} could not join the other processes at {master} within {timeout_seconds} s: {text}",
-            expected="a first process (rank 0) that listens there, and a network that lets it be reached",
-            do="check the address and the port (--main_process_ip, --main_process_port), and that rank 0 was started",
-        )
-    return MachineError(
-        f"rank {rank} lost another process, or waited {timeout_seconds} s for it in vain: {text}",
-        expected="every process to take part in every step",
-        do="look for the first error above, on any rank or machine (killed? out of memory?); where a process only "
-        "needed longer, raise --ddp_timeout",
-    )
-
-
-def decide_on_main_process(decide: Callable[[], T]) -> T:
-    """Rank 0 decides; every rank gets its answer (any picklable object), or raises its DpokitError."""
-    answer, error = _try_on_main_process(decide)
-    answer, error = _broadcast((answer, error))
-    if error is not None:
-        raise error
-    return answer
-
-
-def main_process_first(build: Callable[[], T]) -> T:
-    """What `build` returns, on every rank: rank 0 builds first, and the others find its cached files.
-
-    An error of rank 0 is raised on every rank, so that none waits for a rank that is gone.
-    """
-    result, error = _try_on_main_process(build)
-    error = _broadcast(error)
-    if error is not None:
-        raise error
-    return result if is_main_process() else build()
-
-
-def _try_on_main_process(call: Callable[[], T]) -> tuple[Any, DpokitError | None]:
-    if not is_main_process():
-        return None, None
-    try:
-        return call(), None
-    except DpokitError as error:
-        return None, error
-
-
-def _broadcast(value: Any) -> Any:
-    from accelerate.utils import broadcast_object_list
-
-    box = [value]
-    broadcast_object_list(box, from_process=0)
-    return box[0]
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ
+    if alone or dist.is_initialized() or not (on_cpu or int(start)):
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    own = PrefixStore(f"start/{start}", store)
+    dist.init_process_group("gloo" if on_cpu else None, store=own, rank=rank, world_size=size, timeout=timeout)

@@ -83,6 +83,8 @@ def test_no_row_at_all_is_of_no_known_form():
         ("HH transcript", {"chosen": f"{HH} Yes.\n\nHuman: So?", "rejected": f"{HH} No."}, "no_answer_turn"),
         ("explicit, conversational", {"prompt": [WHY], "chosen": [WHY], "rejected": [NO]}, "no_answer_turn"),
         ("HH transcript", {"chosen": f"{HH} Yes.", "rejected": f"{LONG_HH} No."}, "different_prompts"),
+        ("explicit, conversational", {"prompt": [WHY], **TURNS, "vote": "tie"}, "tie"),
+        ("explicit, conversational", {"prompt": [WHY], **TURNS, "vote": "both_bad"}, "both_bad"),
         ("UltraFeedback", {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [*ME, NO]}, "different_prompts"),
         ("UltraFeedback", {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [NO]}, "different_prompts"),
     ],

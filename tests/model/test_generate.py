@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from dpokit.data.toy import all_requests, write_corpus
-from dpokit.model.generate import generate_answers
+from dpokit.model.generate import Answer, encode_prompt, generate_answers, stream_answer
 from dpokit.train.warmup import build_base
 
 PROMPTS = [request.prompt for request in all_requests()[::450]]
@@ -64,7 +64,7 @@ def test_greedy_answers_are_those_of_a_plain_argmax_loop(
         ids = torch.cat([ids, following], dim=1)
         if following.item() == tokenizer.eos_token_id:
             break
-    assert answer == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+    assert answer.text == tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -111,8 +111,80 @@ def test_answers_have_no_special_tokens_and_no_prompt(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     for answer in generate_answers(model, tokenizer, PROMPTS, max_new_tokens=20, seed=1):
-        assert "<|endoftext|>" not in answer and "Human: " not in answer[:10]
+        assert "<|endoftext|>" not in answer.text and "Human: " not in answer.text[:10]
+
+
+def test_an_answer_ends_by_its_end_token_which_is_not_counted_or_by_the_limit(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0)
+    assert not whole[0].ended
+    assert all(len(answer.ids) == 12 for answer in whole if not answer.ended)
+    # Whatever the first answer says third is made a second end token: all of them end where they first say it.
+    end = whole[0].ids[2]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    short = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0)
+    assert short[0].ended
+    for before, now in zip(whole, short, strict=True):
+        place = before.ids.index(end) if end in before.ids else len(before.ids)
+        assert now.ids == before.ids[:place]
+        assert now.ended is (before.ended or end in before.ids)
+        assert now.text == tokenizer.decode(now.ids, skip_special_tokens=True)
+
+
+def test_prompts_may_be_ids_too(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    texts, numbers = (generate_answers(model, tokenizer, prompts, max_new_tokens=8) for prompts in (PROMPTS, ids))
+    assert texts == numbers
 
 
 def test_no_prompts_have_no_answers(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert generate_answers(model, tokenizer, [], max_new_tokens=4) == []
+
+
+def stream(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, **more) -> tuple[Answer, list[int]]:
+    seen: list[int] = []
+    settings = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 0.9, "seed": 5, "on_token": seen.append} | more
+    return stream_answer(model, tokenizer, encode_prompt(tokenizer, PROMPTS[0]), **settings), seen
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("seed", [0, 5])
+def test_a_streamed_answer_is_the_one_that_comes_whole(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, temperature: float, seed: int
+) -> None:
+    answer, seen = stream(model, tokenizer, temperature=temperature, seed=seed)
+    settings = {"max_new_tokens": 16, "temperature": temperature, "top_p": 0.9, "seed": seed}
+    assert [answer] == generate_answers(model, tokenizer, PROMPTS[:1], **settings)
+    assert tuple(seen) == answer.ids
+
+
+def test_a_streamed_answer_is_that_of_transformers_for_the_same_seed(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    answer, _ = stream(model, tokenizer)
+    ids = torch.tensor([encode_prompt(tokenizer, PROMPTS[0])])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        settings = {"max_new_tokens": 16, "do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    row = whole[0, ids.shape[1] :].tolist()
+    assert list(answer.ids) == row[: len(row) - answer.ended]
+
+
+def test_the_token_that_ends_a_streamed_answer_is_not_handed_over(
+    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole, _ = stream(model, tokenizer, temperature=0.0)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, whole.ids[2]]
+    answer, seen = stream(model, tokenizer, temperature=0.0)
+    assert answer.ended
+    assert tuple(seen) == answer.ids == whole.ids[: whole.ids.index(whole.ids[2])]
+
+
+def test_a_streamed_answer_stops_when_it_is_told_to(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    whole, _ = stream(model, tokenizer)
+    seen: list[int] = []
+    answer, _ = stream(model, tokenizer, on_token=seen.append, is_stopped=lambda: len(seen) == 3)
+    assert answer.ids == tuple(seen) == whole.ids[:3]
+    assert not answer.ended

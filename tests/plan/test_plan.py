@@ -152,8 +152,11 @@ def gpt2_124m(tmp_path_factory, plain_tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("keeps_freed_memory", [False, True], ids=["plain", "keeps freed memory"])
-@pytest.mark.parametrize("method", [[], ["--use_peft"]], ids=["full", "LoRA"])
+@pytest.mark.parametrize(
+    ("method", "keeps_freed_memory"),
+    [([], False), ([], True), (["--use_peft"], True)],
+    ids=["full", "full, keeps freed memory", "LoRA, keeps freed memory"],
+)
 def test_the_prediction_is_within_15_percent_of_a_real_step(method, keeps_freed_memory, gpt2_124m, tmp_path):
     """In a process of its own: the baseline is the memory of the process that plans."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", 40)

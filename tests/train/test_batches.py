@@ -5,7 +5,8 @@ import random
 import pytest
 from datasets import Dataset
 
-from dpokit.train.batches import Batches, count_tokens
+from dpokit.data.columns import count_tokens
+from dpokit.train.batches import Batches
 
 LENGTHS = random.Random(7).choices(range(20, 500), k=203)
 

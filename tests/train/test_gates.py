@@ -64,7 +64,7 @@ def build(defaults) -> Callable[..., PairTrainer]:
     def go(mode: str = "stop", *, with_adapter: bool | None = None, **changes) -> PairTrainer:
         settings = load_settings("dpo_test", {**defaults, **changes}, [])
         folder = RunDir(settings.training.output_dir)
-        claim_folder(folder, settings)
+        claim_folder(folder, settings, world_size=1, placement="one device")
         gates = Gates(mode)
         trainer, _ = build_trainer(folder, settings, gates)
         asked = settings.model.use_peft if with_adapter is None else with_adapter
@@ -232,7 +232,8 @@ def test_a_resumed_run_whose_policy_has_left_its_reference_passes(kind, run, war
     """Under a hinge, no pair is left to learn from after some steps: a gradient of 0 is right then."""
     kept = {"loss_type": kind, "beta": 5.0, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
     run(**kept, max_steps=3)
-    _, records = run("--resume_from_checkpoint", "auto", **kept, max_steps=4)
+    resume = ("--resume_from_checkpoint", "auto", "--accept_changes", "max_steps")
+    _, records = run(*resume, **kept, max_steps=4)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert records[-1]["rewards/margins"] > 1
     assert records[-1]["grad_norm"] == 0 or kind == "sigmoid"
@@ -484,8 +485,8 @@ def test_fsdp2_that_falls_to_ddp_without_a_word_stops_both_processes(tiny_gpt2, 
     """accelerate does so on CPU, where nothing tells it otherwise."""
     script = tmp_path / "unsharded.py"
     script.write_text(
-        "import dpokit.train.trainer\n"
-        "dpokit.train.trainer.shard_on_cpu = lambda args: None\n"
+        "import dpokit.train.steps\n"
+        "dpokit.train.steps.shard_on_cpu = lambda args: None\n"
         "from dpokit.story import main\n"
         "main(__file__, {})\n"
     )

@@ -206,8 +206,9 @@ def test_two_processes_share_and_keep_as_one_does(config, tiny_gpt2, tmp_path, c
         done = launch(
             launcher, *flags, "--per_device_train_batch_size", per_device, "--output_dir", str(tmp_path / name)
         )
+        assert done.returncode == 0, done.stderr[-3000:]
         record = json.loads((tmp_path / name / "run.json").read_text())
-        assert record["state"] == "finished", done.stderr[-3000:]
+        assert record["state"] == "finished"
         assert record["shared_prefix"] == "on"
         assert record["settings"]["precompute_ref_log_probs"]["value"] is True
     assert len(list(cache.rglob("*.safetensors"))) == 2, "the second run found what the first one kept"

@@ -35,6 +35,7 @@ def defaults(tiny_gpt2, tmp_path) -> dict:
         "save_steps": 1,
         "logging_steps": 1,
         "max_steps": 2,
+        "accept_changes": ["max_steps"],
         "max_length": 64,
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
@@ -227,7 +228,6 @@ def test_the_adapter_that_is_left_is_the_trained_one_alone_and_is_read_back(sft_
     assert [path.name for path in done.adapter.iterdir() if path.is_dir()] == []
     assert largest_change(done.adapter, sft_adapter) > 1e-4
     assert largest_change(done.adapter, done.path / "checkpoint-2") == 0
-    assert largest_change(done.path / "checkpoint-2" / "ref", sft_adapter) == 0
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_gpt2), done.adapter)
     assert list(model.peft_config) == ["default"]
 

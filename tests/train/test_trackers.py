@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,7 @@ def defaults(tiny_gpt2, pairs_file, tmp_path) -> dict:
         "save_strategy": "steps",
         "save_steps": 1,
         "max_steps": 3,
+        "accept_changes": ["max_steps"],
         "load_best_model_at_end": True,
         "per_device_train_batch_size": 4,
         "beta": 0.25,
@@ -366,6 +368,8 @@ def test_tensorboard_shows_no_step_twice_after_a_resume_or_a_new_start(defaults)
     def steps() -> list[int]:
         return [step for step, _ in read_tensorboard(run.path / "tensorboard" / "run")[0]["train/loss"]]
 
+    for later in run.checkpoints()[1:]:
+        shutil.rmtree(later)
     again = ["--resume_from_checkpoint", str(run.path / "checkpoint-1"), "--max_steps", "4"]
     train("dpo_test", defaults, ["--report_to", "tensorboard", *again])
     assert steps() == [1, 2, 3, 4]

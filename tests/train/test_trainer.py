@@ -50,7 +50,7 @@ def build(model: Path, pairs: Path, output: Path, **changes):
         [],
     )
     run = RunDir(output)
-    claim_folder(run, settings)
+    claim_folder(run, settings, world_size=1, placement="one device")
     return build_trainer(run, settings, Gates(settings.data.gates))
 
 

@@ -1,7 +1,7 @@
 """What became of the rows: kept, dropped and why, shortened, and what should give one pause."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ REASONS = {
     "empty_prompt": "there is no prompt",
     "refused_by_template": "the model's chat template refuses the conversation",
     "empty_answer": "an answer has no word",
+    "tie": "somebody who voted found both answers alike",
+    "both_bad": "somebody who voted found both answers bad",
     "equal_answers": "chosen and rejected are the same",
     "equal_after_cut": "chosen and rejected are the same as far as the length limits let them be seen",
     "over_max_eval_samples": "max_eval_samples asks for fewer pairs than the held-out prompt has",
@@ -55,12 +57,6 @@ class Tally:
             "dropped": dict(self.dropped.most_common()),
             "shortened": {"prompt": self.shortened["prompt"], "answer": self.shortened["answer"]},
         }
-
-
-def find_seen_prompts(train: Sequence[Sequence[int]], held_out: Sequence[Sequence[int]]) -> int:
-    """How many held-out pairs have a prompt that is trained on: their result says less about new prompts."""
-    seen = {tuple(prompt) for prompt in train}
-    return sum(tuple(prompt) in seen for prompt in held_out)
 
 
 def print_report(report: Mapping[str, Any]) -> None:

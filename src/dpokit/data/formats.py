@@ -8,6 +8,7 @@ from typing import Any
 from dpokit.errors import DataError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # any other by its own name
 
 Messages = list[dict[str, str]]
 Row = Mapping[str, Any]
@@ -74,8 +75,7 @@ def parse_transcript(text: str) -> Messages:
 
 def render_transcript(messages: Messages) -> str:
     """Chat messages in the HH transcript form, open for the assistant's answer."""
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    turns = [f"\n\n{names.get(m['role'], m['role'].title())}: {m['content'].strip()}" for m in messages]
+    turns = [f"\n\n{ROLES.get(m['role'], m['role'].title())}: {m['content'].strip()}" for m in messages]
     return "".join(turns) + ASSISTANT
 
 
@@ -149,6 +149,14 @@ def _pair_from_conversations(prompt: Messages, chosen: Messages, rejected: Messa
     return Pair(prompt + chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
 
 
+def _pair_from_messages(row: Row) -> Pair:
+    if row.get("vote") == "tie":  # of `dpokit serve`, as is the next one
+        raise UnusableError("tie")
+    if row.get("vote") == "both_bad":
+        raise UnusableError("both_bad")
+    return _pair_from_conversations(_messages(row["prompt"]), _messages(row["chosen"]), _messages(row["rejected"]))
+
+
 def _pair_from_ultrafeedback(row: Row) -> Pair:
     # The prompt string is the first user message once more, which both lists already begin with.
     pair = _pair_from_conversations([], _messages(row["chosen"]), _messages(row["rejected"]))
@@ -178,9 +186,7 @@ FORMATS = (
         "explicit, conversational",
         "prompt, chosen, rejected: lists of {role, content}",
         lambda row: _columns(row, _is_messages, "prompt", "chosen", "rejected"),
-        lambda row: _pair_from_conversations(
-            _messages(row["prompt"]), _messages(row["chosen"]), _messages(row["rejected"])
-        ),
+        _pair_from_messages,
     ),
     Format(
         "UltraFeedback",

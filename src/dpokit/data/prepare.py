@@ -1,21 +1,20 @@
 """Settings and a tokenizer in; tokenised, counted, held-out splits out."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 from datasets import Dataset, IterableDataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.doctor import Tally, find_seen_prompts
-from dpokit.data.formats import Format, find_format
+from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
+from dpokit.data.doctor import Tally
+from dpokit.data.formats import Format, Messages, find_format, parse_transcript
 from dpokit.data.sources import Rows, get_split, load_splits
-from dpokit.data.tokens import COLUMNS, Encoder, Limits, Renderer
+from dpokit.data.tokens import Encoder, Limits, Renderer
 from dpokit.errors import DataError
 from dpokit.flags import DataArguments
 from dpokit.world import is_main_process
@@ -110,8 +109,9 @@ def prepare_data(
 
     findings = []
     if held_out is not None and isinstance(train, Dataset):
-        seen = find_seen_prompts(train["prompt_ids"], held_out["prompt_ids"])
-        if seen:
+        trained_on = set(hash_prompts(train))
+        seen = sum(key in trained_on for key in hash_prompts(held_out))
+        if seen:  # its result says less about new prompts
             findings.append(f"{seen:,} of {len(held_out):,} held-out pairs have a prompt that is also trained on")
     fingerprint = None
     if isinstance(train, Dataset):
@@ -122,16 +122,57 @@ def prepare_data(
     return PreparedData(train, held_out, tallies, findings, fingerprint)
 
 
-def fingerprint_ids(splits: Iterable[Dataset]) -> str:
-    """sha256 over all token ids in order: what the model will see, and nothing else."""
-    digest = hashlib.sha256()
-    for split in splits:
-        for batch in split.with_format("arrow").iter(batch_size=10_000):
-            for name in COLUMNS[:3]:
-                values = batch[name].combine_chunks()
-                for numbers in (values.value_lengths(), values.flatten()):
-                    digest.update(np.asarray(numbers).astype("<i8").tobytes())
-    return digest.hexdigest()
+@dataclass
+class HeldOut:
+    """Held-out pairs, and where each came from.
+
+    Attributes:
+        pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`.
+        sources: of each pair: what its row's column `source` says; all empty where there is none.
+        prompts: of each pair: as the data has it, not cut.
+        turns: of each pair: the questions in its prompt.
+        tally: counts of the split.
+    """
+
+    pairs: Dataset
+    sources: list[str]
+    prompts: list[str | Messages]
+    turns: list[int]
+    tally: Tally
+
+
+def prepare_held_out(
+    data: DataArguments, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, processes: int | None = None
+) -> HeldOut:
+    """The pairs that a run with these settings is evaluated on, without those it is trained on.
+
+    Raises: DataError as `prepare_data`.
+    """
+    splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
+    if data.eval_fraction is None:
+        raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
+        raw = raw if data.max_eval_samples is None else _take(raw, data.max_eval_samples)
+        name = f"{data.dataset_name}, split {data.dataset_test_split}"
+        layout = _find_layout(raw, name)
+        tally = Tally(name, layout.name)
+        limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
+        pairs = _count_shortened(_encode(raw, Encoder(Renderer(tokenizer), layout, limits), tally, processes), tally)
+    else:
+        prepared = prepare_data(data, tokenizer, max_length=max_length, with_eval=True, processes=processes)
+        raw = get_split(splits, data.dataset_train_split, "dataset_train_split")
+        layout, tally = _find_layout(raw, data.dataset_name), prepared.tallies["eval"]
+        assert prepared.eval is not None
+        pairs = prepared.eval
+    rows = [raw[row] for row in read_column(pairs, "row")]
+    prompts = [layout.to_pair(row).prompt for row in rows]
+    sources = [str(row.get("source") or "") for row in rows]
+    return HeldOut(pairs, sources, prompts, [count_turns(prompt) for prompt in prompts], tally)
+
+
+def count_turns(prompt: str | Messages) -> int:
+    """The questions in a prompt: one where it is a plain text."""
+    messages = parse_transcript(prompt) if isinstance(prompt, str) else prompt
+    return sum(message["role"] == "user" for message in messages)
 
 
 def _take(rows: Rows, number: int) -> Rows:
@@ -160,21 +201,28 @@ def _find_layout(rows: Rows, name: str) -> Format:
 
 def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
     encoded = rows.map(
-        encoder,
+        encoder.encode_usable,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
+        features=FEATURES,
         num_proc=processes,
         desc=f"tokenising {tally.source}",
     )
-    kept = [i for i, dropped in enumerate(encoded["dropped"]) if tally.add(dropped)]
-    if not kept:
+    # Only usable rows are kept, so that they lie on disk in one piece; the few others are asked again for their reason.
+    used = set(read_column(encoded, "row"))
+    tally.rows = len(used)
+    unusable = rows.select([row for row in range(len(rows)) if row not in used])
+    for batch in unusable.iter(batch_size=1000):
+        for reason in encoder(batch, range(len(next(iter(batch.values())))))["dropped"]:
+            tally.add(reason)
+    if not used:
         raise _no_pair_left(tally)
-    return encoded.select(kept).remove_columns("dropped")
+    return encoded.remove_columns("dropped")
 
 
 def _count_shortened(split: Dataset, tally: Tally) -> Dataset:
-    for cut in split["cut"]:
+    for cut in read_column(split, "cut"):
         tally.shortened.update(cut.split())
     return split.remove_columns("cut")
 
@@ -201,7 +249,7 @@ def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[
 
     No more is held out than `most_pairs` asks for: the rest is trained on.
     """
-    keys = [hashlib.sha256(str(prompt).encode()).digest() for prompt in train["prompt_ids"]]
+    keys = hash_prompts(train)
     unique = sorted(set(keys))
     if len(unique) < 2:
         raise DataError(

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dpokit.data.columns import FEATURES
 from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
 from dpokit.errors import ModelError
 
 Ids = list[int]
 PROBE = "probe answer"
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "row", "dropped", "cut")
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Renderer:
         if self.is_chat:
             self.lead, self.tail = self._probe_template()
         self.spaces_alone = self._probe_spaces()
+        self.fast = self._find_fast()
 
     def _probe_template(self) -> tuple[str, str]:
         """What the template puts before an answer (a think block, say) and after it, up to what ends the turn."""
@@ -104,6 +106,23 @@ class Renderer:
         after = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
         return bool(self.tokenizer.decode(after + alone) != "\n yes")
 
+    def encode(self, texts: list[str], *, special: bool = False) -> list[Ids]:
+        """Token ids of each text, with the tokenizer's BOS and EOS where `special`."""
+        if self.fast is not None:
+            return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=special)]
+        ids: list[Ids] = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+        return ids
+
+    def _find_fast(self) -> Any:
+        """The Rust tokenizer, which needs no masks and character offsets, where it gives the same ids; else None."""
+        text = f" {PROBE}, \u00e9\u4f60 1\n\n{self.eos}{self.tail}"
+        usual = [self.tokenizer([text], add_special_tokens=special)["input_ids"] for special in (False, True)]
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        if fast is None:
+            return None
+        same = [[one.ids for one in fast.encode_batch_fast([text], add_special_tokens=s)] for s in (False, True)]
+        return fast if same == usual else None
+
     def prompt(self, prompt: str | Messages) -> str:
         """The prompt's text, ready for the answer. Raises: UnusableError for none, or one the template refuses."""
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
@@ -114,6 +133,17 @@ class Renderer:
             except TemplateError as error:  # no system turn, say, or two questions in a row
                 raise UnusableError("refused_by_template") from error
         return prompt if isinstance(prompt, str) else render_transcript(prompt)
+
+    def encode_prompts(self, texts: list[str]) -> list[Ids]:
+        """Token ids of rendered prompts, open for the answer."""
+        # A chat template writes its own BOS; a plain prompt gets the tokenizer's, as at inference.
+        ids = self.encode(texts, special=not self.is_chat)
+        # Tokenizers that close every text with EOS would end the prompt.
+        end = [self.tokenizer.eos_token_id]
+        return [
+            row[:-1] if row[-1:] == end and not text.endswith(self.eos) else row
+            for row, text in zip(ids, texts, strict=True)
+        ]
 
     def answer(self, answer: str, prompt: str | Messages) -> str:
         """The answer's text with its end, EOS exactly once. Raises: UnusableError for one without a word."""
@@ -146,13 +176,21 @@ class Encoder:
             chosens.append(texts[1])
             rejecteds.append(texts[2])
             reasons.append(reason)
-        columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        encoded = zip(self._prompt_ids(prompts), self._answer_ids(chosens), self._answer_ids(rejecteds), strict=True)
+        columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+        encoded = zip(
+            self.renderer.encode_prompts(prompts), self._answer_ids(chosens), self._answer_ids(rejecteds), strict=True
+        )
         for ids, reason, index in zip(encoded, reasons, indices, strict=True):
             ids, reason, parts = self._cut(ids, reason)
             for name, value in zip(columns, (*ids, index, reason, parts), strict=True):
                 columns[name].append(value)
         return columns
+
+    def encode_usable(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
+        """The same without the rows that are dropped."""
+        columns = self(batch, indices)
+        used = [not reason for reason in columns["dropped"]]
+        return {name: list(compress(values, used)) for name, values in columns.items()}
 
     def _texts(self, row: Mapping[str, Any]) -> tuple[tuple[str, str, str], str]:
         try:
@@ -166,30 +204,17 @@ class Encoder:
             return ("", "", ""), str(reason)
         return (prompt, chosen, rejected), ""
 
-    def _prompt_ids(self, texts: list[str]) -> list[Ids]:
-        # A chat template writes its own BOS; a plain prompt gets the tokenizer's, as at inference.
-        tokenizer = self.renderer.tokenizer
-        ids: list[Ids] = tokenizer(texts, add_special_tokens=not self.renderer.is_chat)["input_ids"]
-        # Tokenizers that close every text with EOS would end the prompt.
-        eos, end = self.renderer.eos, [tokenizer.eos_token_id]
-        return [
-            row[:-1] if row[-1:] == end and not text.endswith(eos) else row
-            for row, text in zip(ids, texts, strict=True)
-        ]
-
     def _answer_ids(self, texts: list[str]) -> list[Ids]:
         """Ids of answers as they follow a prompt: by themselves, so that they begin on a token boundary; no BOS.
 
         SentencePiece tokenizers write a space before a text that stands alone. There the answer is encoded behind a
         newline, whose tokens are taken off again.
         """
-        tokenizer = self.renderer.tokenizer
+        encode = self.renderer.encode
         if not self.renderer.spaces_alone:
-            ids: list[Ids] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            return ids
-        newline = tokenizer("\n", add_special_tokens=False)["input_ids"]
-        ids = tokenizer(["\n" + text for text in texts], add_special_tokens=False)["input_ids"]
-        return [row[len(newline) :] for row in ids]
+            return encode(texts)
+        newline = len(encode(["\n"])[0])
+        return [row[newline:] for row in encode(["\n" + text for text in texts])]
 
     def _cut(self, ids: tuple[Ids, Ids, Ids], reason: str) -> tuple[tuple[Ids, Ids, Ids], str, str]:
         if reason:

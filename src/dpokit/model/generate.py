@@ -1,58 +1,156 @@
-"""Sampling of answers: the one place."""
+"""Sampling of answers, the one place; and what can be counted in them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+REPEATED_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered.
+
+    Attributes:
+        text: without special tokens, its leading space kept.
+        ids: its tokens, the one that ended it left out.
+        ended: by a token that ends answers; else by the limit.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    ended: bool
 
 
 @torch.no_grad()
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
-) -> list[str]:
-    """One answer for each rendered prompt, without prompt and special tokens, its leading space kept.
+) -> list[Answer]:
+    """One answer for each rendered prompt.
 
     Args:
         model: a causal LM; its mode is restored afterwards.
         tokenizer: with an EOS token.
-        prompts: as the model shall meet them: chat template applied, or an HH transcript.
+        prompts: as the model shall meet them: chat template applied, or an HH transcript; as text or as token ids.
         max_new_tokens: most tokens of an answer; EOS ends it earlier.
         temperature: 0 is greedy.
         top_p: share of the probability mass that is sampled from.
         seed: repeats the answers for the same prompts and batch size; torch's own random state is left alone.
     """
     settings = _settings(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    encoded = [_encode(tokenizer, prompt) for prompt in prompts]
-    answers: list[str] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with _own_randomness(model.device, seed):
-            for start in range(0, len(encoded), batch_size):
-                ids, mask = _pad_left(encoded[start : start + batch_size], settings.pad_token_id)
-                ids, mask = ids.to(model.device), mask.to(model.device)
-                whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-                answers += tokenizer.batch_decode(whole[:, ids.shape[1] :], skip_special_tokens=True)
-    finally:
-        model.train(was_training)
+    encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    answers: list[Answer] = []
+    with _in_evaluation(model), _own_randomness(model.device, seed):
+        for start in range(0, len(encoded), batch_size):
+            rows = _sample(model, encoded[start : start + batch_size], settings)
+            answers += [_read_answer(tokenizer, row, _ends(settings)) for row in rows]
     return answers
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A prompt's ids: one BOS where the tokenizer writes one, and never closed with EOS, which would end the prompt."""
+@torch.no_grad()
+def stream_answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    on_token: Callable[[int], None],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Answer:
+    """The answer of `generate_answers` to this prompt alone, token by token on its way.
+
+    Args:
+        model, tokenizer, max_new_tokens, temperature, top_p, seed: as for `generate_answers`.
+        prompt: token ids.
+        on_token: gets each token as soon as it is there, the one that ends the answer left out; on this thread.
+        is_stopped: asked after each token; True ends the answer there, as the limit would.
+    """
+    settings = _settings(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    ends = _ends(settings)
+    with _in_evaluation(model), _own_randomness(model.device, seed):
+        watch = StoppingCriteriaList([_Watch(ends, on_token, is_stopped)])
+        [row] = _sample(model, [list(prompt)], settings, stopping_criteria=watch)
+    return _read_answer(tokenizer, row, ends)
+
+
+class _Watch(StoppingCriteria):
+    """Hands over each token of one row, and ends it where it is told to.
+
+    A streamer would get a token only after the criteria were asked, so one too many would be sampled.
+    """
+
+    def __init__(self, ends: Sequence[int], on_token: Callable[[int], None], is_stopped: Callable[[], bool]) -> None:
+        self._ends, self._on_token, self._is_stopped = ends, on_token, is_stopped
+        self._over = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        token = int(input_ids[0, -1])
+        self._over = self._over or token in self._ends
+        if not self._over:
+            self._on_token(token)
+            self._over = self._is_stopped()
+        return torch.full((len(input_ids),), self._over, device=input_ids.device, dtype=torch.bool)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A rendered prompt's ids: one BOS where the tokenizer writes one, and no EOS, which would end the prompt."""
     has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     ids: list[int] = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
     closed = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
     return ids[:-1] if closed else ids
+
+
+def _sample(
+    model: PreTrainedModel, prompts: Sequence[list[int]], settings: GenerationConfig, **more: Any
+) -> list[list[int]]:
+    """What follows each prompt, padded after the token that ends it."""
+    ids, mask = _pad_left(prompts, settings.pad_token_id)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
+    rows: list[list[int]] = whole[:, ids.shape[1] :].tolist()
+    return rows
+
+
+@contextmanager
+def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _ends(settings: GenerationConfig) -> list[int]:
+    return settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+
+
+def _read_answer(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], ends: Sequence[int]) -> Answer:
+    """The tokens before the first that ends answers; padding follows that one only."""
+    length = next((place for place, token in enumerate(row) if token in ends), len(row))
+    text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
+    return Answer(text, tuple(row[:length]), ended=length < len(row))
 
 
 def _pad_left(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,3 +200,37 @@ def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
             with torch.cuda.device(gpu):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def count_answers(answers: Sequence[Answer]) -> dict[str, float]:
+    """Plain statistics of one model's answers, at least one.
+
+    They are counted in tokens, as base and tuned share their tokenizer: words between spaces would see nothing in
+    languages that write none, nor in a loop such as "hahahaha".
+
+    mean_tokens: length in tokens, without the end token.
+    repetition: share of an answer's 4-grams that occurred in it before, averaged over the answers (seq-rep-4 of Welleck
+        et al. 2020, "Neural Text Generation with Unlikelihood Training"); 0 for one without a 4-gram.
+    distinct_1, distinct_2: different n-grams / all n-grams, over all answers together (Li et al. 2016, "A
+        Diversity-Promoting Objective Function for Neural Conversation Models"); 0 where there are none.
+        They fall with the length and number of answers: compare them at like `mean_tokens`.
+    ended: share that a token of the model ended; the others ran into the limit.
+    """
+    rows = [answer.ids for answer in answers]
+    return {
+        "mean_tokens": _mean(len(row) for row in rows),
+        "repetition": _mean(1 - _share_distinct([row], REPEATED_TOKENS, if_none=1.0) for row in rows),
+        "distinct_1": _share_distinct(rows, 1, if_none=0.0),
+        "distinct_2": _share_distinct(rows, 2, if_none=0.0),
+        "ended": _mean(answer.ended for answer in answers),
+    }
+
+
+def _share_distinct(rows: Iterable[Sequence[int]], size: int, *, if_none: float) -> float:
+    grams = [row[start : start + size] for row in map(tuple, rows) for start in range(len(row) - size + 1)]
+    return len(set(grams)) / len(grams) if grams else if_none
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)

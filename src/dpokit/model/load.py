@@ -1,9 +1,13 @@
 """Tokenizer, policy and reference from a name or a folder; the folder may be an adapter's."""
 
 import re
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -12,6 +16,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from dpokit.errors import ModelError, SettingsError
 from dpokit.settings import Settings
 
+ADAPTER_FILE = "adapter_model.safetensors"
+
 
 def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The model's tokenizer, or its base's for an adapter; EOS pads where it has no padding token of its own.
@@ -19,7 +25,7 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
     Raises: ModelError where there is none. That it has an EOS is checked where answers are rendered.
     """
     name, revision, base = model.model_name_or_path, model.model_revision, find_base(model)
-    if base is not None and not _has_file(model, "tokenizer_config.json"):
+    if base is not None and _find_file(model, "tokenizer_config.json") is None:
         name, revision = base, "main"
     tokenizer: PreTrainedTokenizerBase = _load(
         AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code
@@ -41,18 +47,68 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
         SettingsError: an adapter without `--use_peft`.
     """
     base = find_base(settings.model)
-    policy = _load_causal_lm(settings, base)
-    rows = policy.get_input_embeddings().num_embeddings  # under ZeRO-3 the weight itself is empty on a rank
+    policy: Any = _load_causal_lm(settings, base)
+    if base is not None:
+        policy = _attach_adapter(policy, settings.model)
+    embedding = policy.get_input_embeddings()
+    # Under ZeRO-3 the weight itself is empty on a rank; an adapter on the embedding wraps it.
+    rows = getattr(embedding, "base_layer", embedding).num_embeddings
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer has {len(tokenizer):,} tokens, the model's embedding {rows:,} rows",
             expected="a tokenizer that belongs to the model",
             do="use the tokenizer that the model was saved with",
         )
-    if base is None:
-        return policy
-    name, revision = settings.model.model_name_or_path, settings.model.model_revision
-    return PeftModel.from_pretrained(policy, name, revision=revision, is_trainable=True)
+    return policy
+
+
+def _attach_adapter(policy: PreTrainedModel, model: ModelConfig) -> PeftModel:
+    """The base with the adapter that the settings name. Raises: ModelError where it is damaged or does not fit."""
+    name, revision = model.model_name_or_path, model.model_revision
+    try:
+        file = _find_file(model, ADAPTER_FILE)
+        rows = None if file is None else _find_embedding_rows(policy, file)
+        if rows is not None and rows != policy.get_input_embeddings().num_embeddings:
+            # Tokens were added before the adapter was trained: it brings the embedding, the base only makes room.
+            policy.resize_token_embeddings(rows, mean_resizing=False)
+        return PeftModel.from_pretrained(policy, name, revision=revision, is_trainable=True)
+    except SafetensorError as error:
+        seen, do = f"cannot be read: {error}", "take another copy of it, or merge or evaluate an older checkpoint"
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        first = re.search(r"size mismatch for .*", str(error))
+        seen = f"does not fit its base {policy.name_or_path}: {first[0] if first else error}"
+        do = "name the base that the adapter was trained on, in base_model_name_or_path of its adapter_config.json"
+    raise ModelError(f"the adapter {name} {seen[:400]}", expected="a whole adapter, on the base it belongs to", do=do)
+
+
+def _find_embedding_rows(policy: PreTrainedModel, file: str) -> int | None:
+    """Rows of the input embedding that an adapter's file brings along; None where it brings none."""
+    embedding = policy.get_input_embeddings()
+    place = next(name for name, module in policy.named_modules() if module is embedding)
+    with safe_open(file, framework="pt") as tensors:
+        held = set(tensors.keys())
+        for name in (f"base_model.model.{place}.weight", f"base_model.model.{place}.base_layer.weight"):
+            if name in held:
+                return int(tensors.get_slice(name).get_shape()[0])
+    return None
+
+
+def name_model(settings: Settings, name: str) -> ModelConfig:
+    """A run's model settings for another model: what the run made, or its base. It may be an adapter's."""
+    asked = deepcopy(settings.model)
+    asked.model_name_or_path = name
+    asked.use_peft = True
+    if name != settings.model.model_name_or_path and find_base(asked) != settings.model.model_name_or_path:
+        asked.model_revision = "main"  # the run's own says nothing of another model
+    return asked
+
+
+def load_frozen(settings: Settings, name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
+    """Another model by a run's settings, on its device; nothing of it is trained. Raises: ModelError."""
+    model = load_policy(replace(settings, model=name_model(settings, name)), tokenizer).requires_grad_(False)
+    return model if getattr(model, "hf_device_map", None) else model.to(settings.training.device)
 
 
 def find_base(model: ModelConfig) -> str | None:
@@ -82,7 +138,7 @@ def load_reference(settings: Settings) -> PreTrainedModel | None:
     With an adapter, the policy with the adapter switched off is the reference; with precomputed log-probs TRL asks the
     untrained policy before the first step.
     """
-    if settings.model.use_peft or settings.training.precompute_ref_log_probs:
+    if settings.kind != "dpo" or settings.model.use_peft or settings.training.precompute_ref_log_probs:
         return None
     return _load_causal_lm(settings).requires_grad_(False)
 
@@ -147,7 +203,8 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
     policy: PreTrainedModel = _load(
         AutoModelForCausalLM,
         base or model.model_name_or_path,
-        revision="main" if base else model.model_revision,  # the revision of an adapter says nothing of its base
+        # The revision of an adapter on the Hub says nothing of its base; an adapter's folder has none of its own.
+        revision="main" if base and not Path(str(model.model_name_or_path)).is_dir() else model.model_revision,
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         trust_remote_code=settings.training.trust_remote_code,
@@ -162,9 +219,10 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
     return policy
 
 
-def _has_file(model: ModelConfig, file: str) -> bool:
+def _find_file(model: ModelConfig, file: str) -> str | None:
     missing_is_fine = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(model.model_name_or_path, file, revision=model.model_revision, **missing_is_fine) is not None
+    found: str | None = cached_file(model.model_name_or_path, file, revision=model.model_revision, **missing_is_fine)
+    return found
 
 
 def _load(kind: Any, name: str | None, **options: Any) -> Any:
@@ -173,7 +231,7 @@ def _load(kind: Any, name: str | None, **options: Any) -> Any:
     what = "tokenizer" if kind is AutoTokenizer else "model"
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         asked = options.get("attn_implementation")
         if asked is not None and re.search("attention|attn|flash", str(error), re.I):
             raise ModelError(

@@ -67,6 +67,8 @@ def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
 
     It pays where each pair is met more than once, and where the numbers are `kept` already.
     """
+    if settings.kind != "dpo":
+        return False
     training = settings.training
     able = not (training.sync_ref_model or settings.data.dataset_streaming or not training.disable_dropout)
     able = able and find_precompute_trouble(training, settings.model) is None

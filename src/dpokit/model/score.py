@@ -1,6 +1,6 @@
 """Answer log-probs, the one place: TRL's fused head at answer positions alone, prompts shared where that works."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,10 @@ import trl.trainer.utils as trl_utils
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpokit.model.shared_prefix import NAME, SharedPrefix
+from dpokit.screen import say
 
 # TRL's head scores answer positions alone where it has Triton kernels, and every position elsewhere, so that shapes
 # stay the same for compilers of other devices (trl/trainer/utils.py, `add_fused_lm_head`, 1.16). On a CPU nothing is
@@ -21,6 +23,7 @@ trl_utils._use_triton = lambda device: device.type == "cpu" or _uses_triton(devi
 TOLERANCE_FP32 = 1e-4
 TOLERANCE_16_BIT = 2e-2
 
+PROOF_PAIRS = 2  # of an evaluation's first batch: computing both ways costs more than sharing saves on a few pairs
 LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -70,7 +73,14 @@ def share_prefix(model: PreTrainedModel | PeftModel) -> SharedPrefix:
 
 
 def score_batch(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probs of each row's answer, summed over its tokens: `(2 pairs,)`, fp32; the chosen rows come first.
+    """Log-probs of each row's answer, summed over its tokens: `(2 pairs,)`, fp32; arguments as `score_tokens`."""
+    return score_tokens(model, batch).sum(dim=1)
+
+
+def score_tokens(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Log-probs of each row's answer tokens: `(2 pairs, width - 1)`, fp32; the chosen rows come first.
+
+    Each stands where its token is predicted; 0 stands wherever no answer token is.
 
     Args:
         model: with TRL's fused head; packed where its `SharedPrefix` is on.
@@ -84,8 +94,8 @@ def score_batch(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         fused_lm_head=True,
         use_cache=False,
     )
-    sums: torch.Tensor = outputs.log_probs.float().sum(dim=1)
-    return sums
+    log_probs: torch.Tensor = outputs.log_probs.float()
+    return log_probs
 
 
 def find_mismatch(model: Any, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> float:
@@ -97,3 +107,53 @@ def find_mismatch(model: Any, shared: SharedPrefix, batch: Mapping[str, torch.Te
     if shared.attended == 0:
         return float("inf")
     return float(((packed - padded).abs() / padded.abs().clamp(min=1.0)).max())
+
+
+class PairScorer:
+    """Scores tokenised pairs outside training, prompts shared where the model allows it and its first batch proves it.
+
+    Args:
+        model: a causal LM or one with an adapter; put into evaluation mode, its dropout switched off for good.
+        pad_id: fills rows that are not packed.
+        longest: most tokens of a row; None where nobody knows.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, *, pad_id: int, longest: int | None) -> None:
+        self.model = model.eval()
+        trl_utils.disable_dropout_in_model(model)
+        trl_utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
+        self._collate = DataCollatorForPreference(pad_token_id=pad_id)
+        self._shared: SharedPrefix | None = None
+        self._proven = False
+        why = find_obstacle(model, longest)
+        if why is None:
+            self._shared = share_prefix(model)
+        else:
+            say(f"shared prefix: off, as {why}")
+
+    def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """Log-probs of the answers, summed over their tokens: `(2, pairs)`, fp32, on the CPU; chosen, rejected.
+
+        Args:
+            pairs: with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        """
+        return self.score_tokens(pairs).sum(dim=2)
+
+    @torch.no_grad()
+    def score_tokens(self, pairs: Sequence[Mapping[str, Any]]) -> torch.Tensor:
+        """Log-probs of each answer token: `(2, pairs, width - 1)`, fp32, on the CPU; as the function of this name."""
+        if self._shared is not None and not self._proven:
+            self._prove(self._shared, self._batch(pairs[:PROOF_PAIRS]))
+        found = score_tokens(self.model, self._batch(pairs)).cpu()
+        return found.reshape(2, len(pairs), -1)
+
+    def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        collated = self._collate([dict(pair) for pair in pairs])
+        return {name: values.to(self.model.device) for name, values in collated.items()}
+
+    def _prove(self, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> None:
+        self._proven = True
+        apart = find_mismatch(self.model, shared, batch)
+        if not apart <= (TOLERANCE_FP32 if self.model.dtype == torch.float32 else TOLERANCE_16_BIT):
+            shared.on = False
+            say(f"shared prefix: off, as the first pairs' log-probs differ by {apart:.1e} from those of padded rows")

@@ -196,7 +196,8 @@ def _attend_by_flash(
     return out[None]
 
 
-AttentionInterface.register(NAME, attend)
+# Lengths differ from step to step: torch.compile would compile packing and attention anew for each set of them.
+AttentionInterface.register(NAME, torch.compiler.disable(attend))
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -225,7 +226,7 @@ class SharedPrefix:
     def _forward(
         self, original: Any, *, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:
-        packed = pack_pairs(input_ids, labels)
+        packed = torch.compiler.disable(pack_pairs)(input_ids, labels)
         outputs = original(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from dpokit.errors import SettingsError
-from dpokit.flags import FlagParser
+from dpokit.flags import FlagParser, split_kind
 from dpokit.model.reference import decide_reference
 from dpokit.plan.target import Target, find_target, parse_gpus
 from dpokit.settings import Settings, load_settings
@@ -87,7 +87,8 @@ def _settings_for_gpus(settings: Settings, asked: Mapping[str, Any]) -> Settings
 
 def _find_asked(path: Path, defaults: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
     """What recipe, YAML file and command line say of the machine; the last one wins."""
-    parser = FlagParser(prog=path.name)
+    kind, defaults = split_kind(defaults)
+    parser = FlagParser(kind, prog=path.name)
     layers = [parser.parse_mapping(defaults, f"recipe {path.stem}")]
     given = parser.parse_layer(flags, "the command line")
     config = given.pop("config", None)

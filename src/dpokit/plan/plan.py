@@ -8,6 +8,7 @@ import psutil
 import torch
 from datasets.utils.logging import disable_progress_bar
 
+from dpokit.errors import SettingsError
 from dpokit.model.load import find_max_length, load_tokenizer
 from dpokit.plan.asked import Asked
 from dpokit.plan.blueprint import Blueprint, build_blueprint, find_dtype, load_config
@@ -110,9 +111,15 @@ def build_plan(asked: Asked) -> Plan:
     Raises:
         ModelError: no config or tokenizer, or no causal language model.
         DataError: local data that cannot be used.
-        SettingsError: settings that the model does not bear.
+        SettingsError: settings that the model does not bear, or a recipe of another kind.
     """
     settings = asked.settings
+    if settings.kind != "dpo":
+        raise SettingsError(
+            f"{asked.recipe} is supervised (kind {settings.kind}), and plans are of preference runs",
+            expected="a DPO recipe",
+            do="plan the DPO run that follows: with the same model and batch it needs more memory",
+        )
     disable_progress_bar()
     config = load_config(settings)
     tokenizer = load_tokenizer(settings.model, trust_remote_code=settings.training.trust_remote_code)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from pyarrow import compute
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
@@ -97,16 +96,6 @@ class Batches(Sampler[list[int]]):
             if len(shares[cell]) < sizes[cell]:
                 heappush(open_shares, (tokens + self.lengths[pair], cell))
         return shares
-
-
-def count_tokens(rows: Dataset) -> list[int]:
-    """Tokens of each pair, its prompt counted once."""
-    table = rows.with_format("arrow")[:]
-    counts = [
-        compute.list_value_length(table[name]).to_numpy() for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-    ]
-    total: list[int] = sum(counts).tolist()
-    return total
 
 
 class Rows(TorchDataset[dict[str, Any]]):

@@ -1,37 +1,48 @@
 """What happens beside the steps: metrics.jsonl, the progress bar, the table of evaluations."""
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from dpokit.checkpoint.preempt import Notice, Preempted
 from dpokit.placement import find_placement
 from dpokit.rundir import MetricsFile, RunDir
-from dpokit.train.trainer import PairTrainer
+from dpokit.screen import say
+from dpokit.train.saving import describe_run
+from dpokit.train.steps import StepTrainer
 
-EVAL_COLUMNS = {
+PAIR_COLUMNS = {
     "eval_loss": "eval loss",
     "eval_rewards/accuracies": "accuracy",
     "eval_rewards/margins": "margin",
     "eval_logps/chosen": "logps chosen",
 }
+ANSWER_COLUMNS = {"eval_loss": "eval loss", "eval_mean_token_accuracy": "tokens right"}
 
 
 class EpochCallback(TrainerCallback):
-    """Gives each epoch its own order of pairs."""
+    """Gives each epoch its own order of pairs, and says when its end has come."""
 
-    def __init__(self, trainer: PairTrainer) -> None:
+    def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.set_batches_epoch(int(state.epoch or 0))
+        self.trainer.epoch_ended = False
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.epoch_ended = True
 
 
 class PlacementCallback(TrainerCallback):
     """Writes to run.json where the prepared model lives, and whether prompts are shared."""
 
-    def __init__(self, trainer: PairTrainer, run: RunDir) -> None:
+    def __init__(self, trainer: StepTrainer, run: RunDir) -> None:
         self.told = False
         self.trainer = trainer
         self.run = run
@@ -46,23 +57,78 @@ class PlacementCallback(TrainerCallback):
             self.run.write_run(shared_prefix=self.trainer.shared_prefix)
 
 
+class ResumeCallback(TrainerCallback):
+    """Goes on counting where a checkpoint was, once everything is loaded; and says what the next ones must match."""
+
+    def __init__(self, trainer: StepTrainer, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:
+        self.trainer = trainer
+        self.checkpoint = checkpoint
+        self.identity = identity
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.facts = describe_run(self.trainer, self.identity)
+        if self.checkpoint is not None:
+            self.trainer.restore_progress(self.checkpoint)
+
+
+class PreemptCallback(TrainerCallback):
+    """Asks at each step boundary whether any rank was told to end; if so, all save and end. Collective.
+
+    Attributes:
+        why: what was noted, and on which rank; None where nothing was.
+
+    Raises: Preempted once the checkpoint is whole, on every rank.
+    """
+
+    def __init__(self, trainer: StepTrainer, notice: Notice) -> None:
+        self.trainer = trainer
+        self.notice = notice
+        self.why: str | None = None
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.raise_write_error()
+        if self.why is not None or not self.trainer.is_told(self.notice.is_given()):
+            return
+        if self.trainer.is_finished():
+            return  # it ends by itself
+        notices = [why for why in gather_object([self.notice.why]) if why is not None]
+        self.why = notices[0]
+        say(f"{self.why}: saving step {state.global_step} and ending; the same command goes on from there")
+        # An evaluation could outlast the grace time, so it is done first thing by the start that goes on.
+        self.trainer.evaluation_due = control.should_evaluate
+        control.should_evaluate = False
+        control.should_save = True
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.why is not None:
+            self.trainer.wait_for_checkpoint()
+            self.trainer.accelerator.wait_for_everyone()
+            raise Preempted(self.why)
+
+
 class MetricsCallback(TrainerCallback):
     """Writes every log to metrics.jsonl, on rank 0."""
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, trainer: StepTrainer, run: RunDir) -> None:
+        self.trainer = trainer
         self.run = run
         self.file: MetricsFile | None = None
         self.began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.file = MetricsFile(self.run.metrics_jsonl, after_step=state.global_step)
+            self.file = MetricsFile(self.run, after_step=state.global_step)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
         if self.file is not None and logs:
             self.file.log(state.global_step, time.monotonic() - self.began, logs)
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.file is not None:
+            stall = {"save_stall_seconds": round(self.trainer.stall_seconds, 3)}
+            self.file.log(state.global_step, time.monotonic() - self.began, stall)
 
 
 class ScreenCallback(TrainerCallback):
@@ -103,11 +169,12 @@ class ScreenCallback(TrainerCallback):
                 shown["accuracy"] = f"{logs['rewards/accuracies']:.2f}"
             self.steps.set_postfix(shown)
         if "eval_loss" in logs:
+            columns = PAIR_COLUMNS if "eval_rewards/margins" in logs else ANSWER_COLUMNS
             if not self.header_shown:
-                titles = ["step", "train loss", *EVAL_COLUMNS.values()]
+                titles = ["step", "train loss", *columns.values()]
                 self.steps.write("".join(f"{title:>14}" for title in titles), file=self.steps.fp)
                 self.header_shown = True
-            values = [self.loss, *(logs[name] for name in EVAL_COLUMNS)]
+            values = [self.loss, *(logs[name] for name in columns)]
             line = f"{state.global_step:>14}" + "".join(f"{value:>14.4f}" for value in values)
             self.steps.write(line, file=self.steps.fp)
 

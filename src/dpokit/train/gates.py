@@ -14,20 +14,16 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig
 
 from dpokit.errors import GateError
+from dpokit.losses import LN_2, LN_2_LOSSES
 from dpokit.model.score import find_dropout
+from dpokit.peers import decide_on_main_process
 from dpokit.placement import find_asked_placement, find_placement
 from dpokit.screen import say
-from dpokit.train.trainer import PairTrainer
-from dpokit.world import decide_on_main_process
-
-LN_2 = math.log(2)
-
-# Losses that are ln 2 where policy and reference agree, under every f-divergence.
-LN_2_LOSSES = {"sigmoid", "sigmoid_norm", "robust", "aot", "aot_unpaired"}
+from dpokit.train.steps import StepTrainer
 
 # How far policy and reference may be apart before the first update, as a share of the log-probs. Measured, 2 and 8
 # layers: 0 wherever both are computed in the same batch, in every precision. Reference computed ahead in other batches:
@@ -80,7 +76,7 @@ class GateCallback(TrainerCallback):
         with_adapter: whether `--use_peft` asked for one.
     """
 
-    def __init__(self, trainer: PairTrainer, gates: Gates, *, with_adapter: bool) -> None:
+    def __init__(self, trainer: StepTrainer, gates: Gates, *, with_adapter: bool) -> None:
         self.trainer = trainer
         self.gates = gates
         self.with_adapter = with_adapter
@@ -90,13 +86,13 @@ class GateCallback(TrainerCallback):
         self._reached: set[str] = set()
         self._hooks: list[Any] = []
 
-    def on_train_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step = state.global_step + 1
         self._check_in_force(args)
         if not any(weight.requires_grad for weight in self.trainer.model.parameters()):
             self._trip_gradient("no parameter of the model may be trained")
 
-    def _check_in_force(self, args: DPOConfig) -> None:
+    def _check_in_force(self, args: TrainingArguments) -> None:
         asked, placement = find_asked_placement(args), find_placement(self.trainer.model_wrapped)
         if placement != asked.removesuffix(" + CPU offload"):
             self.gates.trip(
@@ -114,7 +110,7 @@ class GateCallback(TrainerCallback):
                 do="--use_peft true for an adapter, --use_peft false with a model that has none",
             )
 
-    def on_step_begin(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step + 1 != self.first_step or args.torch_compile:
             return
         # Hooks, as a parameter sharded by DeepSpeed has no .grad to look at.
@@ -127,7 +123,9 @@ class GateCallback(TrainerCallback):
         if torch.is_grad_enabled() and model.training and not output.loss.requires_grad:
             self._trip_gradient("no parameter that is trained takes part in the loss")
 
-    def on_pre_optimizer_step(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -139,32 +137,32 @@ class GateCallback(TrainerCallback):
         if dead:
             self._trip_gradient(f"what it adds here takes no part in the loss: {list_places(dead)}")
 
-    def on_step_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 1:
             control.should_log = True  # the first step is judged by its log
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self._check_finite()
 
-    def on_epoch_end(self, args: DPOConfig, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._check_finite()
 
     def on_log(
         self,
-        args: DPOConfig,
+        args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if not logs or "rewards/chosen" not in logs:
+        if not logs or "loss" not in logs:  # an evaluation, or a run's end
             return
-        if state.global_step == 1:
+        if state.global_step == 1 and isinstance(args, DPOConfig):
             self._check_start(args, logs)
         if self.gradient_due:
             self._check_gradient(args, state.global_step, logs.get("grad_norm"))
 
     def on_evaluate(
-        self, args: DPOConfig, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **_: Any
     ) -> None:
         loss = (metrics or {}).get("eval_loss", 0.0)
         if not math.isfinite(loss) and not self.evaluation_was_bad:
@@ -185,7 +183,7 @@ class GateCallback(TrainerCallback):
             else "lower --learning_rate, set --max_grad_norm 1, or train in bf16 instead of fp16",
         )
 
-    def _check_gradient(self, args: DPOConfig, step: int, norm: float | None) -> None:
+    def _check_gradient(self, args: TrainingArguments, step: int, norm: float | None) -> None:
         if norm is None or (args.fp16 and not 0 < norm < math.inf and step < self.first_step + FP16_SETTLES_STEPS):
             return
         self.gradient_due = False

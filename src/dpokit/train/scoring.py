@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
-from dpokit.data.prepare import fingerprint_ids
+from dpokit.data.columns import fingerprint_ids
 from dpokit.model.reference import ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
 from dpokit.model.score import TOLERANCE_16_BIT, TOLERANCE_FP32, find_mismatch, find_obstacle, share_prefix
 from dpokit.model.shared_prefix import SharedPrefix

@@ -15,7 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 from trl import ModelConfig
 
+from dpokit.checkpoint.resume import Start, compare, describe_identity
 from dpokit.errors import MachineError
+from dpokit.model.reference import hash_weights
 from dpokit.settings import Settings
 from dpokit.train.gates import Gates, list_places
 from dpokit.world import check_world_size
@@ -39,15 +41,33 @@ def check_world(gates: Gates) -> int:
         return PartialState().num_processes
 
 
+def check_start(
+    start: Start, settings: Settings, data_fingerprint: str | None, world_size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a later resume must match, and the changes that this one was allowed, each `[then, now]`. Rank 0.
+
+    Pairs and model are compared here, as they are not known before.
+
+    Raises: RunFolderError where a resumed run would meet other pairs, or begin with another model.
+    """
+    model = settings.model
+    weights = hash_weights(str(model.model_name_or_path), model.model_revision)
+    identity = describe_identity(settings, world_size=world_size, data_fingerprint=data_fingerprint, model=weights)
+    changed = compare(start.manifest["settings"], identity, settings) if start.checkpoint is not None else {}
+    return identity, changed
+
+
 def check_model_path(settings: Settings, gates: Gates) -> None:
     """Trips where the model is what an earlier run made of the same pairs: it would become its own reference.
 
     Such are a checkpoint of a preference run, and `model`, `adapter` or `merged` of a run folder. With other pairs a
-    tuned model is a legitimate start (iterative DPO), and a checkpoint of supervised training always is. Rank 0.
+    tuned model is a legitimate start (iterative DPO), and what supervised training made always is. Rank 0.
 
     Raises: GateError.
     """
-    if not settings.model.model_name_or_path or not Path(settings.model.model_name_or_path).is_dir():
+    if settings.kind != "dpo" or not settings.model.model_name_or_path:
+        return
+    if not Path(settings.model.model_name_or_path).is_dir():
         return
     folder = Path(settings.model.model_name_or_path).resolve()
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
@@ -58,7 +78,7 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
     then = {
         name: entry.get("value") for name, entry in _read_json(folder.parent / "run.json").get("settings", {}).items()
     }
-    if not (_are_same_pairs(settings, then) if then else preference_run):
+    if then.get("kind") == "sft" or not (_are_same_pairs(settings, then) if then else preference_run):
         return
     what = (
         f"a checkpoint of a preference run{' on the same pairs' if then else ''}"

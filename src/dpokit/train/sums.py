@@ -1,20 +1,13 @@
 """Metrics as sums and counts over real pairs and tokens, added up on all ranks once per log.
 
-TRL averages the averages of batches, and counts the pairs twice that accelerate repeats to even out a last batch.
+TRL averages the averages of batches, and counts the rows twice that accelerate repeats to even out a last batch.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-
-# What each of TRL's metrics is a mean over; rewards/* and logps/* are means over pairs.
-PER_TOKEN = {
-    "entropy": "tokens",
-    "logits/chosen": "chosen_tokens",
-    "logits/rejected": "rejected_tokens",
-    "mean_token_accuracy": "chosen_tokens",
-}
 
 
 class Sums:
@@ -24,22 +17,19 @@ class Sums:
         self._means: dict[str, list[float]] = {}  # name: sum, weight
         self._totals: dict[str, float] = {}
 
-    def add(self, means: Mapping[str, float], completion_mask: torch.Tensor, *, real: bool) -> None:
+    def add(
+        self, means: Mapping[str, float], over: float, *, others: Mapping[str, float] | None = None, real: bool = True
+    ) -> None:
         """A batch's means, each times what it is a mean over.
 
         Args:
-            completion_mask: `(2 pairs, width)`; its first column predicts nothing.
+            means: of one batch.
+            over: what most of them are means over: the number of pairs, or of tokens.
+            others: for the metrics that are means over something else, how much of it there is.
             real: False for a stand-in, which adds the names alone.
         """
-        chosen, rejected = completion_mask[:, 1:].sum(dim=1).chunk(2)
-        weights = {
-            "pairs": float(len(chosen)),
-            "chosen_tokens": float(chosen.sum()),
-            "rejected_tokens": float(rejected.sum()),
-        }
-        weights["tokens"] = weights["chosen_tokens"] + weights["rejected_tokens"]
         for name, mean in means.items():
-            weight = weights[PER_TOKEN.get(name, "pairs")] if real else 0.0
+            weight = (others or {}).get(name, over) if real else 0.0
             sums = self._means.setdefault(name, [0.0, 0.0])
             sums[0] += mean * weight if real else 0.0
             sums[1] += weight
@@ -48,6 +38,19 @@ class Sums:
         """Adds to numbers that are logged as totals over all ranks."""
         for name, number in totals.items():
             self._totals[name] = self._totals.get(name, 0.0) + number
+
+    def record(self) -> dict[str, Any]:
+        """What was added so far, for JSON."""
+        return {"means": self._means, "totals": self._totals}
+
+    def restore(self, record: Mapping[str, Any], *, counts: bool) -> None:
+        """Adds what `record` gave; where it does not count here, the names alone, as every rank must have them."""
+        for name, (total, weight) in record["means"].items():
+            sums = self._means.setdefault(name, [0.0, 0.0])
+            sums[0] += total if counts else 0.0
+            sums[1] += weight if counts else 0.0
+        for name, number in record["totals"].items():
+            self.count(**{name: number if counts else 0.0})
 
     def take(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
         """Means and totals over all ranks, and begins anew; collective. Both are empty where nothing was added."""

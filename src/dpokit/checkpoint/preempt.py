@@ -1,0 +1,111 @@
+"""A scheduler wants the machine back: noted on any rank, agreed by all at the next step boundary, saved, said.
+
+The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names. A known time limit counts as one, too,
+`--save_before_seconds` ahead of it. The process ends with code 75 (EX_TEMPFAIL), never with 0: a run that was cut short
+must not look completed.
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from dpokit.errors import SettingsError
+from dpokit.rundir import RunDir
+
+EXIT_CODE = 75
+SIGNALS = ("SIGTERM", "SIGUSR1")
+NAMES = sorted(name.name for name in signal.Signals if name.name not in ("SIGKILL", "SIGSTOP"))
+
+
+class Preempted(SystemExit):
+    """The run was asked to end, and its state is saved."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(EXIT_CODE)
+        self.why = why
+
+
+def find_preempted_restart(run: RunDir) -> str | None:
+    """Why a run was asked to end that its launcher (`--max_restarts`) starts again at once; None for another start."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return None
+    record = run.read_run() or {}
+    return str(record.get("why")) if record.get("state") == "preempted" else None
+
+
+class Notice:
+    """What this process was told: at most one line, the first.
+
+    Args:
+        rank: of this process, for the line.
+        save_before_seconds: how long before a known time limit to save; None to ignore it.
+
+    Raises: SettingsError where a time limit is to be kept and none is known.
+    """
+
+    def __init__(self, rank: int, save_before_seconds: float | None = None) -> None:
+        self.rank = rank
+        self.why: str | None = None
+        self.due: float | None = None
+        if save_before_seconds is not None:
+            limit = find_time_limit()
+            if limit is None:
+                raise SettingsError(
+                    f"save_before_seconds is {save_before_seconds:g}, but no time limit is known",
+                    expected="a Slurm job with a time limit (SLURM_JOB_ID, and squeue at hand)",
+                    do="submit with --time, or remove --save_before_seconds",
+                )
+            self.due = limit - save_before_seconds
+
+    def note(self, number: int, _: object = None) -> None:
+        """The signal handler."""
+        self.why = self.why or f"{signal.Signals(number).name} on rank {self.rank}"
+
+    def is_given(self) -> bool:
+        """Whether this process was told to end; to be asked at step boundaries."""
+        if self.due is not None and time.time() >= self.due:
+            self.why = self.why or "the job's time limit is near"
+        return self.why is not None
+
+    @contextmanager
+    def heard(self, names: tuple[str, ...] = SIGNALS) -> Iterator[None]:
+        """Notes these signals meanwhile, instead of dying of them."""
+        before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
+
+
+def choose_signals(asked: str | None) -> tuple[str, ...]:
+    """What to listen for. Raises: SettingsError for a name that is no signal's, or one that cannot be caught."""
+    if asked is None:
+        return SIGNALS
+    name = asked.upper() if asked.upper().startswith("SIG") else f"SIG{asked.upper()}"
+    if name not in NAMES:
+        raise SettingsError(
+            f"preempt_signal is {asked!r}",
+            expected=f"one of {', '.join(NAMES)}",
+            do="name a signal, or remove the flag",
+        )
+    return (name,)
+
+
+def find_time_limit() -> float | None:
+    """When Slurm ends this job, in seconds since 1970; None where nobody says."""
+    if "SLURM_JOB_END_TIME" in os.environ:
+        return float(os.environ["SLURM_JOB_END_TIME"])
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return None
+    words = ["squeue", "--noheader", "--job", job, "--format", "%e"]
+    try:
+        found = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        return datetime.fromisoformat(found).timestamp()
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None

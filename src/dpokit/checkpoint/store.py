@@ -1,0 +1,163 @@
+"""Checkpoints that verify: written under another name, listed in a manifest, renamed when all is on disk. No torch.
+
+    .checkpoint-N.TOKEN.part/   being written by the start of the run that TOKEN stands for
+    checkpoint-N/               whole where manifest.json, written last, holds true: sizes and sha256 of all its files
+
+A folder whose manifest does not hold true is never resumed from and never counted; the next whole one replaces it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpokit.errors import RunFolderError
+from dpokit.rundir import RunDir, sync_folder, write_json
+
+FORMAT = 1  # of the manifest; a folder of a later one is left alone
+MANIFEST = "manifest.json"
+Files = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint-N folder, and what was found in it.
+
+    Attributes:
+        manifest: `{format, step, world_size, placement, settings, weights_alone, files}`; None where there is none
+            that can be read. `weights_alone` says why a checkpoint can be loaded but not resumed from, or is None.
+        trouble: why it cannot be used; None where it can.
+    """
+
+    path: Path
+    step: int
+    manifest: dict[str, Any] | None
+    trouble: str | None
+
+
+def find_checkpoints(run: RunDir, *, deep: bool) -> list[Checkpoint]:
+    """All checkpoints of a run, newest first; `deep` reads every byte, else names and sizes are compared."""
+    return [look_at(path, deep=deep) for path in reversed(run.checkpoints())]
+
+
+def look_at(path: Path, *, deep: bool) -> Checkpoint:
+    """What a folder holds, against its manifest."""
+    step = int(path.name.rpartition("-")[2])
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = dict(manifest["files"])
+        trouble = _find_trouble(path, manifest, files, deep=deep)
+    except FileNotFoundError:
+        return Checkpoint(path, step, None, "it has no manifest: it was not finished, or not written by dpokit")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return Checkpoint(path, step, None, f"its manifest cannot be read ({type(error).__name__})")
+    return Checkpoint(path, step, manifest, trouble)
+
+
+def _find_trouble(path: Path, manifest: Mapping[str, Any], files: Files, *, deep: bool) -> str | None:
+    if manifest["format"] > FORMAT:
+        return f"it was written by a newer version (format {manifest['format']}, known: {FORMAT})"
+    for name, entry in sorted(files.items()):
+        file = path / name
+        size = file.stat().st_size if file.is_file() else None
+        if size is None:
+            return f"{name} is missing"
+        if size != entry["size"]:
+            return f"{name} has {size:,} bytes, not {entry['size']:,}"
+    for name, entry in sorted(files.items()) if deep else ():
+        if _hash(path / name) != entry["sha256"]:
+            return f"{name} is not what was written (its sha256 differs)"
+    weights_alone: str | None = manifest.get("weights_alone")
+    return weights_alone
+
+
+def check_version(checkpoint: Checkpoint) -> None:
+    """Raises RunFolderError for a checkpoint of a newer version: going on from an older one would bury it."""
+    if checkpoint.trouble is not None and "newer version" in checkpoint.trouble:
+        raise RunFolderError(
+            f"{checkpoint.path}: {checkpoint.trouble}",
+            expected="a checkpoint of this version or an older one",
+            do="resume with the version that wrote it, or move the folder away",
+        )
+
+
+def find_part(run: RunDir, step: int) -> Path:
+    """Where this start of the run writes a checkpoint until it is whole."""
+    return run.path / f".checkpoint-{step}.{run.token}.part"
+
+
+def list_files(folder: Path) -> list[str]:
+    """All files below a folder, by their relative names."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> Files:
+    """Size and sha256 of files, once they are on disk. Raises: OSError."""
+    found = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+            found[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
+    return found
+
+
+def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path:
+    """Makes a part a checkpoint: its manifest, then its name. Rank 0 of the run that is in possession of the folder.
+
+    Raises:
+        RunFolderError: a later start of the run has taken the folder over.
+        OSError: the disk.
+    """
+    part, path = find_part(run, step), run.path / f"checkpoint-{step}"
+    for folder in {(part / name).parent for name in files}:
+        sync_folder(folder)
+    write_json(part / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+    sync_folder(part)
+    if run.metrics_jsonl.exists():  # a step that is not computed again must be on disk, too
+        with run.metrics_jsonl.open("rb") as metrics:
+            os.fsync(metrics.fileno())
+    run.check_possession()
+    if path.exists():
+        discard(path)
+    part.rename(path)
+    sync_folder(run.path)
+    return path
+
+
+def retire(run: RunDir, *, limit: int | None, best: Path | None) -> None:
+    """Deletes what is not whole, and all but the newest `limit` whole ones; the newest and the best always stay."""
+    found = find_checkpoints(run, deep=False)
+    whole = [checkpoint for checkpoint in found if checkpoint.manifest is not None and checkpoint.trouble is None]
+    kept = {checkpoint.path for checkpoint in whole[: limit or None]}
+    for checkpoint in found:
+        newer_version = checkpoint.trouble is not None and "newer version" in checkpoint.trouble
+        if checkpoint.path not in kept and checkpoint.path != best and not newer_version:
+            discard(checkpoint.path)
+
+
+def sweep_parts(run: RunDir) -> None:
+    """Deletes what former starts of the run left unfinished."""
+    for path in run.path.glob(".checkpoint-*.part"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Deletes a checkpoint, its manifest first: interrupted, it is not whole."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return _digest(file)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+
+
+def _digest(file: Any) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,63 @@
+"""Splits of tokenised pairs read by the column: their numbers stay in Arrow, so memory stays flat."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Value
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+FEATURES = Features(
+    {name: List(Value("int32")) for name in IDS}
+    | {"row": Value("int64"), "dropped": Value("string"), "cut": Value("string")}
+)
+BATCH_ROWS = 10_000
+
+
+def read_column(split: Dataset, name: str) -> list[Any]:
+    """A column as Python values; for short ones."""
+    return [value for batch in _batches(split, name) for value in batch[name].to_pylist()]
+
+
+def fingerprint_ids(splits: Iterable[Dataset]) -> str:
+    """sha256 over all token ids in order: what the model will see, and nothing else."""
+    digest = hashlib.sha256()
+    for split in splits:
+        for batch in _batches(split, *IDS):
+            for name in IDS:
+                lengths, flat = _numbers(batch[name])
+                digest.update(lengths.tobytes() + flat.tobytes())
+    return digest.hexdigest()
+
+
+def hash_prompts(split: Dataset) -> list[bytes]:
+    """A key for each pair's prompt: equal where the prompt's token ids are."""
+    keys = []
+    for batch in _batches(split, "prompt_ids"):
+        lengths, flat = _numbers(batch["prompt_ids"])
+        ends = np.cumsum(lengths)
+        keys += [
+            hashlib.blake2b(flat[end - size : end].tobytes(), digest_size=16).digest()
+            for end, size in zip(ends, lengths, strict=True)
+        ]
+    return keys
+
+
+def count_tokens(split: Dataset, columns: Sequence[str] = IDS) -> list[int]:
+    """Tokens of each pair, its prompt counted once; or of these of its parts."""
+    counts: list[int] = []
+    for batch in _batches(split, *columns):
+        counts += np.sum([_numbers(batch[name])[0] for name in columns], axis=0).tolist()
+    return counts
+
+
+def _batches(split: Dataset, *names: str) -> Iterator[pa.Table]:
+    return iter(split.select_columns(list(names)).with_format("arrow").iter(batch_size=BATCH_ROWS))
+
+
+def _numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of the rows, and all their ids one after another; both `<i4`."""
+    values = column.combine_chunks()
+    return np.asarray(values.value_lengths()).astype("<i4"), np.asarray(values.flatten()).astype("<i4")

@@ -1,0 +1,278 @@
+"""Saving: what a step leaves on disk.
+
+transformers writes the parts (weights, optimizer, schedule, random states); here they are written under another name,
+verified and renamed, by `checkpoint.store`. Where no process holds a shard alone, the state is copied and written while
+training goes on. Touches the trainer's inner workings.
+"""
+
+import errno
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
+
+from dpokit.checkpoint.store import describe_files, find_part, list_files, retire, seal
+from dpokit.errors import ModelError
+from dpokit.placement import find_placement
+from dpokit.rundir import RunDir, new_folder
+from dpokit.train.copies import Copier, available_bytes
+from dpokit.train.progress import ProgressTrainer
+
+REFERENCE = "reference.pt"  # where --sync_ref_model moves it
+FULL_BYTES = 2**20  # less is no room: torch.save does not say why it failed
+
+
+class SavingTrainer(ProgressTrainer):
+    """A trainer whose checkpoints verify.
+
+    Attributes:
+        run: the run folder; set before training.
+        facts: what a checkpoint's manifest says beside its files.
+        stall_seconds: how long the last save held up training.
+    """
+
+    run: RunDir
+    ref_model: Any
+
+    def __init__(self, **arguments: Any) -> None:
+        self.facts: Mapping[str, Any] = {}
+        self.stall_seconds = 0.0
+        self._in_background = False
+        self._buffers: list[torch.Tensor] = []
+        self._writing: Thread | None = None
+        self._write_error: BaseException | None = None
+        super().__init__(**arguments)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.monotonic()
+        self.wait_for_checkpoint()
+        step, part = self.state.global_step, find_part(self.run, self.state.global_step)
+        if self.accelerator.is_main_process:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.store_flos()
+        if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step == step:
+            self.state.best_model_checkpoint = str(self.run.path / f"checkpoint-{step}")  # on all ranks: all load it
+        with _giving_space_back(self.run, part):
+            if self._is_sharded():
+                self._save_shards(part, step)
+            else:
+                self._save_whole(part, step)
+        self.stall_seconds = time.monotonic() - began
+
+    def _save_small(self, part: Path) -> None:
+        """What every rank has of its own, and rank 0's state. Collective."""
+        self._save_rng_state(str(part))
+        # Not write_json: a number may be NaN.
+        (part / f"progress_{self.accelerator.process_index}.json").write_text(json.dumps(self._read_progress()))
+        if self.accelerator.is_main_process:
+            self._save_state(part)
+        self.accelerator.wait_for_everyone()
+
+    def _is_sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _save_shards(self, part: Path, step: int) -> None:
+        """DeepSpeed and FSDP2 write what each process holds. Collective."""
+        self.save_model(str(part), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(part))
+            self._save_scaler(str(part))
+        self._save_small(part)
+        # Who wrote a file need not read it: all take their share of the hashing.
+        mine = describe_files(part, list_files(part)[self.accelerator.process_index :: self.accelerator.num_processes])
+        files = dict(entry for entries in gather_object([mine]) for entry in entries.items())
+        if self.accelerator.is_main_process:
+            self._finish(part, step, files)
+        self.accelerator.wait_for_everyone()
+
+    def _save_whole(self, part: Path, step: int) -> None:
+        """Rank 0 writes, in the background where there is memory for a copy of what it writes. Collective."""
+        write = self._copy_state(part) if self.accelerator.is_main_process else None
+        self._save_small(part)
+        if write is None:
+            return
+
+        def write_all() -> None:
+            with _giving_space_back(self.run, part):
+                write()
+                self._finish(part, step, describe_files(part, list_files(part)))
+
+        def attempt() -> None:
+            try:
+                write_all()
+            except BaseException as error:  # is raised by the training thread
+                self._write_error = error
+
+        if self._in_background:
+            self._writing = Thread(target=attempt, name="checkpoint")
+            self._writing.start()
+        else:
+            write_all()
+
+    def _copy_state(self, part: Path) -> Callable[[], None]:
+        """A copy of weights and optimizer, as the function that writes it."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state = {name: value for name, value in model.state_dict().items() if _is_saved(model, name)}
+        kept: dict[str, Any] = {"scheduler.pt": self.lr_scheduler.state_dict()}
+        if not self.args.save_only_model:
+            kept["optimizer.pt"] = self.optimizer.state_dict()
+            if getattr(self.accelerator, "scaler", None) is not None:
+                kept["scaler.pt"] = self.accelerator.scaler.state_dict()
+        moved = self.ref_model.state_dict() if self._moves_reference() else {}
+        bytes_ = sum(leaf.nbytes for leaf in tree_leaves([state, kept, moved]) if isinstance(leaf, torch.Tensor))
+        # Memory that is new to the process takes ten times as long to fill, so the last copy's is used again.
+        self._in_background = bytes_ < sum(buffer.nbytes for buffer in self._buffers) + available_bytes() / 2
+        if self._in_background:
+            copier = Copier(self._buffers)
+            state, kept, moved = tree_map(copier.copy, (state, kept, moved))
+            self._buffers = list(copier.copies.values()) if bytes_ < available_bytes() / 2 else []
+
+        def write() -> None:
+            self._write_model(part, state)
+            for name, value in kept.items():
+                torch.save(value, part / name)
+            if moved:
+                torch.save(moved, part / REFERENCE)
+            torch.save(self.args, part / "training_args.bin")
+
+        return write
+
+    def _finish(self, part: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+        check_tensors(part)
+        seal(self.run, step, files, {**self.facts, "weights_alone": self._find_gap()})
+        best = self.state.best_model_checkpoint
+        retire(self.run, limit=self.args.save_total_limit, best=None if best is None else Path(best))
+
+    @contextmanager
+    def writing_ended(self) -> Iterator[None]:
+        """Whatever ends the block, a checkpoint that is being written gets whole first."""
+        try:
+            yield
+        finally:
+            if self._writing is not None:
+                self._writing.join()
+
+    def _find_gap(self) -> str | None:
+        """Why this run's checkpoints hold weights that nothing can go on from; None where they are complete."""
+        if self.args.save_only_model:
+            return "it holds weights alone (--save_only_model)"
+        if self._moves_reference() and self._is_sharded():
+            return "its reference, which --sync_ref_model moves, is not saved where it is sharded"
+        return None
+
+    def _moves_reference(self) -> bool:
+        return bool(getattr(self.args, "sync_ref_model", False))  # a flag of DPO's alone
+
+    def raise_write_error(self) -> None:
+        """Raises what went wrong in the background, if anything did."""
+        if self._write_error is not None:
+            error, self._write_error = self._write_error, None
+            raise error
+
+    def is_told(self, here: bool) -> bool:
+        """Whether any rank was told to end. Collective."""
+        told = torch.tensor(float(here), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
+
+    def wait_for_checkpoint(self) -> None:
+        """Until the checkpoint that is being written is whole. Raises: what its writing raised."""
+        if self._writing is not None:
+            self._writing.join()
+            self._writing = None
+        self.raise_write_error()
+
+    def _save_state(self, part: Path) -> None:
+        """trainer_state.json, as transformers writes it."""
+        state = self.state
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                kept = state.stateful_callbacks[type(callback).__name__]
+                if isinstance(kept, list):
+                    kept.append(callback.state())
+                else:
+                    state.stateful_callbacks[type(callback).__name__] = callback.state()
+        state.save_to_json(str(part / "trainer_state.json"))
+
+    def _write_model(self, part: Path, state: dict[str, torch.Tensor]) -> None:
+        """Model or adapter and tokenizer, safetensors and JSON only."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        # TRL keeps the start of a loaded adapter beside it, as the reference.
+        only = {"selected_adapters": [model.active_adapter]} if isinstance(model, PeftModel) else {}
+        model.save_pretrained(part, state_dict=state, **only)
+        self.processing_class.save_pretrained(part)
+        (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+
+    def save_weights(self, folder: Path) -> None:
+        """The final weights; the folder appears whole. Collective."""
+        self.wait_for_checkpoint()
+        state = self.accelerator.get_state_dict(self.model_wrapped)
+        if self.accelerator.is_main_process:
+            self.run.check_possession()
+            with new_folder(folder) as part:
+                self._write_model(part, state)
+        self.accelerator.wait_for_everyone()
+
+
+def describe_run(trainer: SavingTrainer, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says beside the files: who wrote it, and the settings that a resume must match."""
+    return {
+        "world_size": trainer.accelerator.num_processes,
+        "placement": find_placement(trainer.model_wrapped),
+        "settings": dict(settings),
+    }
+
+
+def check_tensors(folder: Path) -> None:
+    """Reads the tables of all safetensors again. Raises: ModelError for a file without tensors, or an empty tensor."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            empty = [name for name in names if 0 in file.get_slice(name).get_shape()]
+        if empty or not names:
+            raise ModelError(
+                f"{path.name} was written with {f'empty tensors ({empty[0]}, ...)' if empty else 'no tensor'}",
+                expected="weights; the checkpoint was not kept",
+                do="report it with the placement and the versions in run.json: the shards were not gathered",
+            )
+
+
+@contextmanager
+def _giving_space_back(run: RunDir, part: Path) -> Iterator[None]:
+    """Deletes a part that could not be written.
+
+    Raises:
+        RunFolderError: a later start of the run has taken the folder over, and swept the part away.
+        OSError: the disk is full, also where torch tells less.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        full = shutil.disk_usage(part.parent).free < FULL_BYTES
+        shutil.rmtree(part, ignore_errors=True)
+        run.check_possession()
+        if (full or "No space left" in str(error)) and not isinstance(error, OSError):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part)) from error
+        raise
+
+
+def _is_saved(model: Any, name: str) -> bool:
+    """Of an adapted model the base's weights stay where they are."""
+    return not isinstance(model, PeftModel) or "lora_" in name or "modules_to_save" in name

@@ -1,0 +1,223 @@
+"""Exact steps and exact metrics, for each of TRL's trainers. Touches their inner workings.
+
+- rows arrive tokenised, so TRL's own preparation is passed over;
+- a step's loss is the mean over its pairs or tokens on all ranks and micro-batches, also where these hold unequal
+  numbers;
+- metrics are sums and counts over real rows, added up on all ranks once per log.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
+
+from dpokit.data.columns import IDS, count_tokens
+from dpokit.placement import shard_on_cpu
+from dpokit.train.batches import Batches, Rows
+from dpokit.train.resuming import ResumingTrainer
+from dpokit.train.sums import Sums
+
+Batch = dict[str, Any]
+
+
+class StepTrainer(ResumingTrainer):
+    """Trains on tokenised rows. Stands before one of TRL's trainers, and says how its loss is weighed.
+
+    Attributes:
+        columns: of a row, what it trains on; the rows of a step are dealt to ranks by their tokens.
+        shared_prefix: `on`, or `off: ` and why.
+    """
+
+    columns: tuple[str, ...] = IDS
+    shared_prefix: str
+    _metrics: dict[str, dict[str, list[float]]]
+
+    def __init__(self, **arguments: Any) -> None:
+        args = arguments["args"]
+        # Our batches are dealt by `Batches`, of unequal size at an epoch's end; accelerate must not even them out.
+        args.accelerator_config.even_batches = False
+        args.accelerator_config.dispatch_batches = False
+        if isinstance(arguments["train_dataset"], IterableDataset):
+            # A stream's end is not known beforehand, so its last, incomplete batch is left out instead of repeated.
+            args.dataloader_drop_last = True
+        # transformers would put the average of the losses before in a NaN's place, and log that.
+        args.logging_nan_inf_filter = False
+        self._non_finite_step: int | None = None
+        self._batches: Batches | None = None
+        self._step_weight = 0.0
+        self._eval_loss = Sums()
+        super().__init__(**arguments)
+
+    def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
+        return dataset  # dpokit.data has tokenised it
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """TRL writes a card without results beside each checkpoint; ours is made from the finished run."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """transformers' own, with FSDP2 that shards on CPU too."""
+        shard_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
+
+    # -- what a trainer says of its batches: each kind for itself --------------------------------------------------
+
+    def weigh(self, batch: Batch) -> float:
+        """What the batch's loss is a mean over: so many pairs, or tokens; 0 for a stand-in."""
+        raise NotImplementedError
+
+    def weigh_others(self, batch: Batch) -> Mapping[str, float]:
+        """What those metrics are means over that are not over what the loss is; by name."""
+        return {}
+
+    def count_positions(self, batch: Batch) -> tuple[float, float]:
+        """Tokens that a batch needs, and positions that it takes."""
+        raise NotImplementedError
+
+    # -- batches ---------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches by `Batches`, dealt to the ranks; a stream as transformers deals it."""
+        if not isinstance(self.train_dataset, Dataset):
+            return super().get_train_dataloader()
+        self._batches = Batches(
+            len(self.train_dataset),
+            per_device=self._train_batch_size,
+            world_size=self.accelerator.num_processes,
+            micro_batches=self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            drop_last=self.args.dataloader_drop_last,
+            lengths=count_tokens(self.train_dataset, self.columns),
+        )
+        return self._build_loader(self.train_dataset, self._batches)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """All held-out rows in order, each once."""
+        rows = self.eval_dataset if eval_dataset is None else eval_dataset
+        batches = Batches(len(rows), per_device=self.args.eval_batch_size, world_size=self.accelerator.num_processes)
+        return self._build_loader(rows, batches)
+
+    def _build_loader(self, rows: Dataset, batches: Batches) -> DataLoader[Any]:
+        args = self.args
+        loader = DataLoader(
+            Rows(rows),
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def set_batches_epoch(self, epoch: int) -> None:
+        """Called at each epoch's begin: behind a resume's skipped batches, transformers does not reach the sampler."""
+        if self._batches is not None:
+            self._batches.set_epoch(epoch)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], None]:
+        """The micro-batches of one step; adds up what their losses are means over, on all ranks."""
+        if self._working_since is None:
+            self._working_since = time.monotonic()
+        samples, _ = super().get_batch_samples(*args, **kwargs)
+        weight = torch.tensor(float(sum(self.weigh(batch) for batch in samples)), device=self.accelerator.device)
+        self._step_weight = float(self.accelerator.reduce(weight, reduction="sum"))
+        return samples, None
+
+    # -- loss and metrics ------------------------------------------------------------------------------------------
+
+    def measure(self, batch: Batch, compute: Callable[[Batch], Any], *, return_outputs: bool) -> Any:
+        """What TRL computes of a batch, its loss as the batch's share of the step's; notes TRL's metrics."""
+        mode = "train" if self.model.training else "eval"
+        weight, others = self.weigh(batch), self.weigh_others(batch)
+        needed, computed = self.count_positions(batch)
+        batch.pop("counts")
+        self._metrics[mode] = defaultdict(list)
+        tokens_before = self._total_train_tokens
+        with self._gathers_switched_off():
+            result = compute(batch)
+        if not weight:
+            self._total_train_tokens = tokens_before
+        loss = result[0] if return_outputs else result
+        means = {name: values[-1] for name, values in self._metrics[mode].items() if name != "num_tokens"}
+        self._sums[mode].add(means, weight, others=others, real=weight > 0)
+        self._sums[mode].count(needed_tokens=needed if weight else 0.0, computed_tokens=computed)
+        if mode == "eval":
+            self._eval_loss.add({"loss": loss.item()}, weight, real=weight > 0)
+        else:
+            self._note_finite(loss)
+            # transformers divides by the step's micro-batches and DDP by the ranks, as if all held as much.
+            share = weight / self._step_weight
+            loss = loss * (share * self.accelerator.num_processes * self.current_gradient_accumulation_steps)
+        return (loss, result[1]) if return_outputs else loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not self.args.fp16:  # fp16's loss scaling skips a step whose gradients overflow
+            self._note_finite(torch.as_tensor(float(norm)))
+        return norm
+
+    def _note_finite(self, value: torch.Tensor) -> None:
+        if self._non_finite_step is None and not torch.isfinite(value).all():
+            self._non_finite_step = self.state.global_step + 1
+
+    def find_non_finite_step(self) -> int | None:
+        """The first step at which a rank's loss or gradient was not finite; None where all were. Collective."""
+        never = torch.iinfo(torch.int64).max
+        step = torch.tensor(self._non_finite_step or never, device=self.accelerator.device)
+        first = int(self.accelerator.gather(step).min())
+        return None if first == never else first
+
+    @contextmanager
+    def _gathers_switched_off(self) -> Iterator[None]:
+        """TRL gathers each metric of each micro-batch from all ranks (some 15 waits); ours are added up when logged.
+
+        Inside, each of TRL's metrics is the mean over this rank's batch. Delete when TRL keeps sums and counts.
+        """
+        accelerator = self.accelerator
+        names = ("gather", "gather_for_metrics")
+        for name in names:
+            setattr(accelerator, name, _keep)
+        try:
+            yield
+        finally:
+            for name in names:
+                delattr(accelerator, name)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log with our means. Collective."""
+        mode = "train" if self.model.training else "eval"
+        self._sums[mode].count(num_tokens=self._total_train_tokens)
+        means, totals = self._sums[mode].take(self.accelerator)
+        means.pop("loss", None)
+        if means:
+            computed, needed = totals.pop("computed_tokens"), totals.pop("needed_tokens")
+            means |= totals
+            if mode == "train":
+                means["wasted_positions"] = 1 - needed / computed
+                if self._working_since is not None:
+                    means["tokens_per_second"] = needed / (time.monotonic() - self._working_since)
+                self._working_since = None
+        self._metrics[mode] = defaultdict(list, {name: [mean] for name, mean in means.items()})
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """transformers' loop; the loss is the mean over real pairs or tokens."""
+        began = time.monotonic()
+        self._sums["eval"], self._eval_loss = Sums(), Sums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means, _ = self._eval_loss.take(self.accelerator)
+        output.metrics[f"{metric_key_prefix}_loss"] = means["loss"]
+        if self._working_since is not None:
+            self._working_since += time.monotonic() - began
+        return output
+
+
+def _keep(tensor: Any) -> Any:
+    return tensor

@@ -1,0 +1,263 @@
+"""A resumed run is the uninterrupted one: same pairs, numbers and weights; or it is refused in one message."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from compare_runs import check_same, interrupt, read_steps
+from conftest import write_pairs
+from transformers import AutoModelForCausalLM
+
+from dpokit.checkpoint.resume import claim_folder
+from dpokit.checkpoint.store import find_checkpoints
+from dpokit.errors import RunFolderError, SettingsError
+from dpokit.flags import KINDS
+from dpokit.rundir import RunDir, read_metrics
+from dpokit.settings import load_settings
+from dpokit.story import train
+
+# Pairs of options, so that each meets each of the others once or more.
+OPTIONS = {
+    "plain": {},
+    "dropout": {"disable_dropout": False},
+    "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+    "epochs that do not divide": {"max_train_samples": 10},
+    "rare logs": {"logging_steps": 3},
+    "kept reference": {"precompute_ref_log_probs": True},
+    "moving reference": {"sync_ref_model": True, "ref_model_sync_steps": 1},
+    "adapter, dropout, accumulation": {
+        "use_peft": True,
+        "lora_dropout": 0.1,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+    },
+    "kept reference, uneven epochs, rare logs": {
+        "precompute_ref_log_probs": True,
+        "max_train_samples": 10,
+        "logging_steps": 3,
+    },
+    "4 bit": {"use_peft": True, "load_in_4bit": True, "learning_rate": 1e-2, "dtype": "bfloat16"},
+    "dropout, uneven epochs": {"disable_dropout": False, "max_train_samples": 10},
+    "evaluations": {"eval_strategy": "steps", "eval_steps": 2, "eval_fraction": 0.2, "load_best_model_at_end": True},
+}
+
+
+@pytest.fixture
+def defaults(tiny_gpt2, tmp_path) -> dict:
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 20)
+    places = {"model_name_or_path": tiny_gpt2, "dataset_name": pairs, "output_dir": tmp_path / "whole"}
+    return {
+        **{name: str(path) for name, path in places.items()},
+        "gradient_checkpointing": False,
+        "eval_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 7,
+        "logging_steps": 1,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_length": 64,
+    }
+
+
+@pytest.fixture
+def broken(defaults, tmp_path) -> RunDir:
+    """A run that a crash ended at step 6, with checkpoints of steps 2 and 4."""
+    whole = train("dpo_test", {**defaults, "max_steps": 4, "accept_changes": ["max_steps"]}, [])
+    return interrupt(whole, tmp_path / "run", after=4)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_resumed_run_has_the_numbers_and_weights_of_an_uninterrupted_one(name, defaults, tmp_path):
+    changed = {**defaults, **OPTIONS[name]}
+    whole = train("dpo_test", changed, [])
+    for after in (4, 7):  # in the middle, and between its last checkpoint and its end
+        run = interrupt(whole, tmp_path / f"run-{after}", after=after)
+        train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
+        check_same(run, whole)
+        assert [entry["resumed_step"] for entry in run.read_run()["generations"]] == [0, after]
+
+
+@pytest.mark.parametrize("after", [4, 8, 12])
+def test_what_an_epochs_end_logs_and_evaluates_is_made_up_for(after, defaults, tmp_path):
+    """Its last step's checkpoint is there first, and a run may end between the two."""
+    by_epochs = {"logging_strategy": "epoch", "eval_strategy": "epoch", "eval_fraction": 0.2, "max_steps": 12}
+    changed = {**defaults, **by_epochs, "save_steps": 4}  # 16 pairs: an epoch has 4 steps
+    whole = train("dpo_test", changed, [])
+    run = interrupt(whole, tmp_path / "run", after=after)
+    records = [record for record in read_metrics(run.metrics_jsonl) if record["step"] != after]
+    run.metrics_jsonl.write_text("".join(json.dumps(record) + "\n" for record in records))
+    train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
+    check_same(run, whole)
+    assert {"loss", "grad_norm", "eval_loss"} <= next(r for r in read_steps(run) if r["step"] == after).keys()
+
+
+def test_a_bad_checkpoint_is_passed_over_with_a_line_and_the_end_is_the_same(defaults, tmp_path, capfd):
+    whole = train("dpo_test", defaults, [])
+    run = interrupt(whole, tmp_path / "run", after=4)
+    os.truncate(run.path / "checkpoint-4" / "optimizer.pt", 100)
+    train("dpo_test", {**defaults, "output_dir": str(run.path)}, [])
+    told = capfd.readouterr().err
+    assert "checkpoint-4 is passed over: optimizer.pt has 100 bytes" in told
+    assert "resuming from" in told
+    check_same(run, whole)
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "emptied": lambda data: data[:0],
+    "zeroed": lambda data: bytes(len(data)),
+    "one bit flipped": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
+    "deleted": None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_no_file_of_a_checkpoint_may_be_damaged(damage, broken):
+    checkpoint = broken.path / "checkpoint-4"
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "manifest.json"} <= {path.name for path in files}
+    for path in files:
+        whole = path.read_bytes()
+        path.unlink()
+        if damage != "deleted":
+            path.write_bytes(DAMAGE[damage](whole))
+        newest, before = find_checkpoints(broken, deep=True)
+        assert newest.trouble is not None, path.name
+        assert before.trouble is None
+        path.write_bytes(whole)
+    assert find_checkpoints(broken, deep=True)[0].trouble is None
+
+
+def test_where_no_checkpoint_can_be_used_the_run_begins_anew_and_says_so(defaults, broken, capfd):
+    for path in broken.checkpoints():
+        (path / "manifest.json").write_text("{")
+    train("dpo_test", {**defaults, "output_dir": str(broken.path), "max_steps": 4}, [])
+    assert "holds no checkpoint that can be used: starting from the beginning" in capfd.readouterr().err
+    assert broken.read_run()["generations"][-1]["resumed_step"] == 0
+
+
+CHANGES = {
+    "seed": ("seed", "7"),
+    "learning_rate": ("learning_rate", "0.01"),
+    "beta": ("beta", "0.5"),
+    "global_batch": ("per_device_train_batch_size", "2"),
+    "data": ("max_train_samples", "12"),
+    "max_steps": ("max_steps", "9"),
+    "loss_type": ("loss_type", "ipo"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_the_steps_depend_on_may_not_change_unless_it_is_accepted_by_name(name, defaults, broken):
+    flag, value = CHANGES[name]
+    defaults = {**defaults, "output_dir": str(broken.path), "max_steps": 4}
+    with pytest.raises(RunFolderError, match=f"was begun otherwise: {name} was") as error:
+        train("dpo_test", defaults, [f"--{flag}", value])
+    assert f"--accept_changes {name}" in error.value.do
+    assert len(broken.checkpoints()) == 2
+    train("dpo_test", defaults, [f"--{flag}", value, "--accept_changes", name])
+    (accepted,) = broken.read_run()["accepted_changes"]
+    assert list(accepted) == [name]
+
+
+def test_changes_are_accepted_separated_by_commas_and_by_their_short_names(defaults, broken):
+    flags = ["--learning_rate", "0.01", "--seed", "7", "--accept_changes", "lr,seed"]
+    train("dpo_test", {**defaults, "output_dir": str(broken.path), "max_steps": 4}, flags)
+    assert set(broken.read_run()["accepted_changes"][0]) == {"learning_rate", "seed"}
+
+
+def test_a_change_that_nothing_is_compared_by_cannot_be_accepted(defaults, broken):
+    with pytest.raises(SettingsError, match="accept_changes names logging_steps"):
+        train("dpo_test", {**defaults, "output_dir": str(broken.path)}, ["--accept_changes", "logging_steps"])
+
+
+def test_how_often_is_logged_or_saved_may_change(defaults, broken):
+    flags = ["--logging_steps", "2", "--save_steps", "3"]
+    train("dpo_test", {**defaults, "output_dir": str(broken.path), "max_steps": 4}, flags)
+    assert broken.read_run()["state"] == "finished"
+
+
+def test_another_model_under_the_same_name_is_refused(defaults, tiny_gpt2, tmp_path):
+    moved = shutil.copytree(tiny_gpt2, tmp_path / "model")
+    first = {**defaults, "model_name_or_path": str(moved), "max_steps": 2, "accept_changes": ["max_steps"]}
+    whole = train("dpo_test", {**first, "output_dir": str(tmp_path / "other")}, [])
+    run = interrupt(whole, tmp_path / "again", after=2)
+    model = AutoModelForCausalLM.from_pretrained(moved)
+    with torch.no_grad():
+        model.transformer.ln_f.weight += 1
+    model.save_pretrained(moved)
+    with pytest.raises(RunFolderError, match="was begun otherwise: model was"):
+        train("dpo_test", {**first, "output_dir": str(run.path)}, [])
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_buried(defaults, broken):
+    manifest = broken.path / "checkpoint-4" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    with pytest.raises(RunFolderError, match="written by a newer version"):
+        train("dpo_test", {**defaults, "output_dir": str(broken.path)}, [])
+
+
+@pytest.mark.usefixtures("broken")
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("none", "there is no checkpoint"),
+        ("run", "there is no checkpoint"),
+        ("run/checkpoint-9", "there is no checkpoint"),
+        ("bare/checkpoint-9", "it has no manifest"),
+    ],
+)
+def test_a_resume_path_that_is_no_whole_checkpoint_is_one_message(path, words, defaults, tmp_path):
+    (tmp_path / "bare" / "checkpoint-9").mkdir(parents=True)
+    with pytest.raises(SettingsError, match=words):
+        train("dpo_test", defaults, ["--resume_from_checkpoint", str(tmp_path / path), "--overwrite_run", "false"])
+
+
+def test_an_earlier_checkpoint_may_not_bury_later_ones_but_can_be_branched_off_from(defaults, broken, tmp_path):
+    early = str(broken.path / "checkpoint-2")
+    defaults = {**defaults, "max_steps": 4}
+    with pytest.raises(RunFolderError, match="holds checkpoint-4, later than checkpoint-2"):
+        train("dpo_test", {**defaults, "output_dir": str(broken.path)}, ["--resume_from_checkpoint", early])
+    branch = {**defaults, "output_dir": str(tmp_path / "branch")}
+    assert train("dpo_test", branch, ["--resume_from_checkpoint", early]).read_run()["state"] == "finished"
+
+
+def claim(defaults: dict, run: RunDir, *flags: str, world_size: int, placement: str = "DDP"):
+    settings = load_settings("dpo_test", {**defaults, "output_dir": str(run.path), "max_steps": 4}, list(flags))
+    return claim_folder(RunDir(run.path), settings, world_size=world_size, placement=placement)
+
+
+def test_another_number_of_processes_keeps_the_global_batch(defaults, broken):
+    start = claim(defaults, broken, "--per_device_train_batch_size", "1", world_size=2)
+    assert start.accumulation == 2
+    assert start.checkpoint == broken.path / "checkpoint-4"
+
+
+def test_where_a_global_batch_cannot_be_kept_the_sizes_that_work_are_named(defaults, broken):
+    with pytest.raises(RunFolderError, match="a step of this run has 4 pairs, which 2 processes cannot deal") as error:
+        claim(defaults, broken, "--per_device_train_batch_size", "3", world_size=2)
+    assert "--per_device_train_batch_size 1 or 2" in error.value.do
+
+
+def test_another_placement_is_refused(defaults, broken):
+    with pytest.raises(RunFolderError, match="written by one device, and this run is placed by ZeRO-3"):
+        claim(defaults, broken, world_size=2, placement="ZeRO-3")
+
+
+def test_every_setting_is_compared_or_known_to_leave_the_steps_as_they_are(defaults, tmp_path):
+    """A setting that a new version of TRL brings must be looked at."""
+    from dpokit.checkpoint.resume import EXACT
+
+    known = set((Path(__file__).parent / "free_settings.txt").read_text().split())
+    names = set()
+    for kind in KINDS:
+        names |= set(load_settings("dpo_test", {**defaults, "kind": kind, "output_dir": str(tmp_path)}, []).values())
+    assert names - known == set(EXACT)
+    assert not known & set(EXACT)

@@ -1,0 +1,191 @@
+"""A checkpoint is usable where its manifest holds true, and in no other state that a crash or a disk can leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from dpokit.checkpoint.store import (
+    describe_files,
+    discard,
+    find_checkpoints,
+    find_part,
+    list_files,
+    look_at,
+    retire,
+    seal,
+    sweep_parts,
+)
+from dpokit.cli import app
+from dpokit.errors import RunFolderError
+from dpokit.rundir import MetricsFile, RunDir, read_metrics
+
+FACTS = {"world_size": 1, "placement": "one device", "settings": {}}
+CONTENT = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 200, "global_step4/rank_0.pt": b"shard"}
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    run = RunDir(tmp_path / "run")
+    run.make()
+    run.take_possession(0)
+    return run
+
+
+def write(run: RunDir, step: int) -> Path:
+    part = find_part(run, step)
+    for name, content in CONTENT.items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        (part / name).write_bytes(content)
+    return seal(run, step, describe_files(part, list_files(part)), FACTS)
+
+
+def test_what_was_sealed_is_whole(run):
+    path = write(run, 4)
+    found = look_at(path, deep=True)
+    assert (found.step, found.trouble) == (4, None)
+    assert sorted(found.manifest["files"]) == sorted(CONTENT)
+    assert not find_part(run, 4).exists()
+
+
+def flip_one_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (lambda file: os.truncate(file, 3), "has 3 bytes"),
+    "empty": (lambda file: os.truncate(file, 0), "has 0 bytes"),
+    "zeroed": (lambda file: file.write_bytes(bytes(file.stat().st_size)), "sha256 differs"),
+    "deleted": (lambda file: file.unlink(), "is missing"),
+    "one bit flipped": (flip_one_bit, "sha256 differs"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_damaged_file_is_named_and_the_checkpoint_passed_over(run, name, damage):
+    write(run, 2)
+    path = write(run, 4)
+    spoil, words = DAMAGES[damage]
+    spoil(path / name)
+    newest, older = find_checkpoints(run, deep=True)
+    assert name in newest.trouble
+    assert words in newest.trouble
+    assert older.trouble is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "files": 3}', '{"files": {}}'])
+def test_a_manifest_that_cannot_be_read_is_trouble_and_no_crash(run, content):
+    path = write(run, 4)
+    (path / "manifest.json").write_text(content)
+    assert "manifest cannot be read" in look_at(path, deep=True).trouble
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(run):
+    path = write(run, 4)
+    (path / "manifest.json").unlink()
+    assert "no manifest" in look_at(path, deep=True).trouble
+
+
+def test_retention_counts_whole_checkpoints_alone_and_keeps_the_best(run):
+    paths = {step: write(run, step) for step in (1, 2, 3, 4, 5)}
+    (paths[4] / "optimizer.pt").unlink()
+    retire(run, limit=2, best=paths[1])
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-1", "checkpoint-3", "checkpoint-5"]
+
+
+def test_without_a_limit_all_whole_checkpoints_stay(run):
+    for step in (1, 2, 3):
+        write(run, step)
+    retire(run, limit=None, best=None)
+    assert len(run.checkpoints()) == 3
+
+
+def test_a_checkpoint_of_a_newer_version_is_never_deleted(run):
+    path = write(run, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    write(run, 2)
+    retire(run, limit=1, best=None)
+    assert "newer version" in look_at(path, deep=False).trouble
+
+
+def test_a_deletion_that_is_interrupted_leaves_nothing_usable(run):
+    path = write(run, 4)
+    (path / "manifest.json").unlink()  # the first thing that goes
+    assert look_at(path, deep=False).trouble is not None
+    discard(path)
+    assert not path.exists()
+
+
+def test_unfinished_parts_are_no_checkpoints_and_are_swept_away(run):
+    part = find_part(run, 6)
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"half")
+    assert find_checkpoints(run, deep=True) == []
+    sweep_parts(run)
+    assert not part.exists()
+
+
+def test_a_bad_checkpoint_of_the_same_step_is_replaced_by_a_good_one(run):
+    (write(run, 4) / "optimizer.pt").unlink()
+    assert look_at(write(run, 4), deep=True).trouble is None
+
+
+def test_an_earlier_start_of_the_run_can_neither_seal_nor_log_nor_write_its_record(run):
+    file = MetricsFile(run, after_step=0)
+    file.log(1, 1.0, {"loss": 0.7})
+    later = RunDir(run.path)
+    later.take_possession(1)
+    for write_something in (lambda: write(run, 4), lambda: file.log(2, 2.0, {}), lambda: run.write_run(state="failed")):
+        with pytest.raises(RunFolderError, match="taken over by a later start"):
+            write_something()
+    assert later.checkpoints() == []
+    assert [record["step"] for record in read_metrics(later.metrics_jsonl)] == [1]
+    assert "state" not in later.read_run()
+    assert write(later, 4).is_dir()
+
+
+def test_every_start_of_a_run_is_kept_with_where_it_began_and_ended(run):
+    MetricsFile(run, after_step=0).log(7, 1.0, {"loss": 0.7})
+    RunDir(run.path).take_possession(4)
+    first, second = run.read_run()["generations"]
+    assert (first["resumed_step"], first["ended_step"], second["resumed_step"]) == (0, 7, 4)
+    assert first["token"] != second["token"]
+
+
+def test_a_torn_checkpoint_is_passed_over_without_reading_it(run, monkeypatch):
+    path = write(run, 4)
+    os.truncate(path / "optimizer.pt", 3)
+    monkeypatch.setattr("dpokit.checkpoint.store._digest", pytest.fail)
+    assert "has 3 bytes" in look_at(path, deep=True).trouble
+
+
+def test_verify_tells_which_checkpoints_are_whole(run):
+    write(run, 2)
+    flip_one_bit(write(run, 4) / "model.safetensors")
+    shown = CliRunner().invoke(app, ["verify", str(run.path)])
+    assert shown.exit_code == 0
+    assert shown.stdout.splitlines() == [
+        "checkpoint-4: model.safetensors is not what was written (its sha256 differs)",
+        "checkpoint-2: whole",
+        "a resume begins at step 2",
+    ]
+    told = json.loads(CliRunner().invoke(app, ["verify", str(run.path), "--json"]).stdout)
+    assert [entry["usable"] for entry in told] == [False, True]
+
+
+def test_verify_ends_with_1_where_nothing_can_be_used_and_with_2_where_there_is_no_folder(run):
+    assert CliRunner().invoke(app, ["verify", str(run.path)]).exit_code == 1
+    assert CliRunner().invoke(app, ["verify", str(run.path / "none")]).exit_code == 2
+
+
+def test_verify_needs_no_torch():
+    code = "import sys, dpokit.checkpoint.store; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

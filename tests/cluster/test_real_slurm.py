@@ -1,0 +1,279 @@
+"""Runs under a real Slurm, on two nodes over gloo: finished, preempted, requeued, and whatever befalls a cluster."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import write_pairs
+from real_slurm import Cluster
+from slurm_jobs import (
+    CONFIGS,
+    ONE,
+    RECIPE,
+    end_of,
+    log_of,
+    metrics_of,
+    nodes_of,
+    nothing_left,
+    record_of,
+    running_cluster,
+    same_metrics,
+    saved_step,
+    submit,
+    wait_until_begun,
+    wait_until_step,
+)
+from test_cli import dpokit
+
+from dpokit.checkpoint.store import find_checkpoints
+from dpokit.rundir import RunDir
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+STEPS, MID = 120, 30
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def clean(cluster) -> Iterator[None]:
+    with nothing_left(cluster):
+        yield
+
+
+@pytest.fixture(scope="module")
+def training_flags(tmp_path_factory, tiny_gpt2) -> list[str]:
+    pairs = write_pairs(tmp_path_factory.mktemp("pairs") / "pairs.jsonl", 40)
+    return [
+        *("--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs), "--max_length", "96"),
+        *("--max_steps", str(STEPS), "--save_steps", "10", "--logging_steps", "1", "--learning_rate", "1e-3"),
+        *("--eval_strategy", "no", "--load_best_model_at_end", "false", "--per_device_train_batch_size", "2"),
+        *("--gradient_accumulation_steps", "4", "--report_to", "none", "--ddp_timeout", "60"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster, training_flags, tmp_path_factory) -> list[dict]:
+    """The metrics of a two-node run that nothing happened to."""
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    job = submit(cluster, run, *training_flags)
+    assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
+    assert record_of(run)["state"] == "finished"
+    assert record_of(run)["world_size"] == 2
+    assert (run / "model" / "model.safetensors").is_file()
+    return metrics_of(run)
+
+
+def check_resumed(cluster: Cluster, job: str, run: Path, expected: list[dict]) -> None:
+    """The job ends well, and the run has gone on from a checkpoint of its own."""
+    check_ended(cluster, job, run, expected)
+    assert record_of(run)["generations"][-1]["resumed_step"] >= 10
+
+
+def check_ended(cluster: Cluster, job: str, run: Path, expected: list[dict]) -> None:
+    """The job ends well, and nobody can tell from its metrics what befell it."""
+    assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
+    assert record_of(run)["state"] == "finished"
+    assert same_metrics(metrics_of(run), expected)
+
+
+def test_two_nodes_train_and_the_job_is_completed(uninterrupted):
+    assert [record["step"] for record in uninterrupted] == list(range(1, STEPS + 1))
+
+
+def test_a_job_of_one_node_is_submitted_by_the_verb(cluster, training_flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
+    run = tmp_path / "run"
+    options = ["--config-file", str(ONE), f"--sbatch=--output={run}.%j.out"]
+    done = dpokit("submit", str(RECIPE), *options, *training_flags, "--output_dir", str(run))
+    assert done.returncode == 0, done.stderr
+    job = done.stdout.strip()
+    assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
+    assert cluster.show(job)["Restarts"] == "0"
+    assert json.loads(dpokit("status", str(run), "--json").stdout)["next"] == "done"
+
+
+def test_a_run_preempted_twice_is_saved_requeued_and_ends_as_if_nothing_had_been(
+    cluster, training_flags, uninterrupted, tmp_path
+):
+    run = tmp_path / "run"
+    job = submit(cluster, run, *training_flags)
+    for time_no, words in enumerate((["--signal=USR1"], ["--batch", "--signal=USR1"]), start=1):
+        wait_until_step(cluster, job, run, MID * time_no)
+        cluster.run("scancel", *words, job)
+        cluster.wait_for_requeue(job, time_no)
+        assert record_of(run)["state"] == "preempted", log_of(run)[-3000:]
+        saved = saved_step(run)
+        wait_until_begun(cluster, job, run, starts=time_no + 1)
+        assert record_of(run)["generations"][time_no]["resumed_step"] == saved
+    check_resumed(cluster, job, run, uninterrupted)
+
+
+def test_a_run_does_not_notice_that_the_controller_is_away(cluster, training_flags, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, run, *training_flags)
+    cluster.wait_for(job, ["RUNNING"])
+    time.sleep(8)
+    restart_controller(cluster)
+    wait_until_step(cluster, job, run, MID)
+    assert cluster.show(job)["Restarts"] == "0"
+    cluster.run("scontrol", "requeue", job)
+    cluster.wait_for_requeue(job)
+    check_resumed(cluster, job, run, uninterrupted)
+
+
+def test_nothing_is_lost_where_the_controller_dies_before_it_has_noted_the_job(
+    cluster, training_flags, uninterrupted, tmp_path
+):
+    """Slurm may then kill the job and forget it, hold it, or let it run; the same command goes on in all of them."""
+    run = tmp_path / "run"
+    job = submit(cluster, run, *training_flags)
+    cluster.wait_for(job, ["RUNNING"])
+    time.sleep(1)
+    restart_controller(cluster)
+    if not cluster.show(job):
+        cluster.wait_until(lambda: not workers_of(run), "Slurm to end what it has forgotten")
+        job = submit(cluster, run, *training_flags)
+
+    def is_running() -> bool:
+        shown = cluster.show(job)
+        if shown.get("JobState") == "PENDING":  # its nodes drained, itself held, or to begin in two minutes
+            for node in cluster.nodes:
+                cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            cluster.run("scontrol", "release", job)
+            cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return shown.get("JobState") == "RUNNING" and bool(workers_of(run))
+
+    cluster.wait_until(is_running, "the job to run again")
+    check_ended(cluster, job, run, uninterrupted)
+
+
+def restart_controller(cluster: Cluster) -> None:
+    cluster.kill_controller()
+    time.sleep(2)
+    cluster.start_controller()
+
+
+@pytest.mark.parametrize(
+    ("lose", "regain", "places"),
+    [(Cluster.power_off, Cluster.power_on, (1, 0)), (Cluster.cut, Cluster.mend, (0,))],
+    ids=["power", "network"],
+)
+def test_a_run_survives_the_loss_of_nodes(lose, regain, places, cluster, training_flags, uninterrupted, tmp_path):
+    """Of the node (1) that a worker runs on, and of the one (0) that runs the script besides."""
+    run = tmp_path / "run"
+    job = submit(cluster, run, *training_flags)
+    for time_no, place in enumerate(places, start=1):
+        wait_until_step(cluster, job, run, MID * time_no)
+        node = nodes_of(cluster, job)[place]
+        lose(cluster, node)
+        try:
+            cluster.wait_for_requeue(job, time_no)
+            wait_until_begun(cluster, job, run, starts=time_no + 1)
+            assert node not in nodes_of(cluster, job)
+        finally:
+            regain(cluster, node)
+    check_resumed(cluster, job, run, uninterrupted)
+
+
+@pytest.mark.parametrize("lose", [Cluster.cut, Cluster.kill_slurmd], ids=["network", "slurmd"])
+def test_a_start_whose_node_is_out_of_sight_writes_nothing_once_another_has_begun(
+    lose, cluster, training_flags, tmp_path
+):
+    """Behind a cut network it trains on, and the folder is shared; without slurmd, srun ends it sooner or later."""
+    run, steps = tmp_path / "run", 1000
+    job = submit(cluster, run, *training_flags, "--max_steps", str(steps), nodes=1, config_file=ONE)
+    wait_until_step(cluster, job, run, MID)
+    (node,) = nodes_of(cluster, job)
+    (old,) = workers_of(run)
+    lose(cluster, node)
+    try:
+        cluster.wait_for_requeue(job)
+        assert lose == Cluster.kill_slurmd or old.is_running()
+        wait_until_begun(cluster, job, run, starts=2)
+        old.wait(timeout=60)
+        assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
+    finally:
+        cluster.power_off(node)
+        cluster.power_on(node)
+    assert lose == Cluster.kill_slurmd or "was taken over by a later start of this run" in log_of(run)
+    assert [record["step"] for record in metrics_of(run)] == list(range(1, steps + 1))
+    assert [one["host"] == node for one in record_of(run)["generations"]] == [True, False]
+    assert record_of(run)["state"] == "finished"
+    assert not any(checkpoint.trouble for checkpoint in find_checkpoints(RunDir(run), deep=True))
+
+
+def test_a_time_limit_that_is_near_is_signalled_in_either_form(cluster, training_flags, tmp_path):
+    """To the script (`B:`), as launch/train.sbatch asks for, or to the processes themselves."""
+    forms = {"script": "B:USR1@40", "processes": "USR1@40"}
+    jobs = {}
+    for name, form in forms.items():
+        flags = (*training_flags, "--max_steps", "100000")
+        options = {"nodes": 1, "config_file": ONE, "time": "1", "sbatch": (f"--signal={form}",)}
+        jobs[name] = submit(cluster, tmp_path / name, *flags, **options)
+    for name, job in jobs.items():
+        cluster.wait_for_requeue(job)
+        record = record_of(tmp_path / name)
+        assert record["state"] == "preempted", log_of(tmp_path / name)[-3000:]
+        assert "SIGUSR1" in record["why"]
+        newest = find_checkpoints(RunDir(tmp_path / name), deep=True)[0]
+        assert newest.trouble is None
+        assert newest.step == metrics_of(tmp_path / name)[-1]["step"]
+        cluster.run("scancel", job)
+
+
+@pytest.mark.parametrize("config", ["zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
+def test_a_sharded_run_on_two_nodes_is_preempted_and_goes_on(config, cluster, training_flags, tmp_path):
+    run, steps = tmp_path / "run", 40
+    flags = (*training_flags, "--max_steps", str(steps), "--gradient_accumulation_steps", "1")
+    job = submit(cluster, run, *flags, config_file=CONFIGS / f"{config}.yaml")
+    wait_until_step(cluster, job, run, 12)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait_for_requeue(job)
+    assert record_of(run)["state"] == "preempted", log_of(run)[-3000:]
+    saved = saved_step(run)
+    assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
+    assert [one["resumed_step"] for one in record_of(run)["generations"]] == [0, saved]
+    assert [record["step"] for record in metrics_of(run)] == list(range(1, steps + 1))
+
+
+def test_a_run_survives_the_death_of_one_process(cluster, training_flags, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, run, *training_flags)
+    wait_until_step(cluster, job, run, MID)
+    ranks = workers_of(run)
+    assert len(ranks) == 2
+    ranks[-1].send_signal(signal.SIGKILL)
+    cluster.wait_for_requeue(job)
+    assert "dpokit: requeue: " in log_of(run)
+    check_resumed(cluster, job, run, uninterrupted)
+
+
+def workers_of(run: Path) -> list[psutil.Process]:
+    """The processes that train in this folder, on whatever node."""
+    return [process for process in psutil.process_iter() if is_worker(process, run)]
+
+
+def is_worker(process: psutil.Process, run: Path) -> bool:
+    try:
+        words = process.cmdline()
+        return words[:1] == [sys.executable] and str(run) in words and "accelerate.commands.launch" not in words
+    except psutil.Error:
+        return False
+
+
+def test_a_mistake_of_the_user_fails_the_job_and_is_not_tried_again(cluster, training_flags, tmp_path):
+    run = tmp_path / "run"
+    job = submit(cluster, run, *training_flags, "--learning_rat", "1")
+    assert end_of(cluster, job, run) == "FAILED"
+    assert cluster.show(job)["Restarts"] == "0"
+    assert "did you mean learning_rate?" in log_of(run)
+    assert "dpokit: stop: the run never began" in log_of(run)

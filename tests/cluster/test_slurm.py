@@ -1,0 +1,248 @@
+"""The job's text and what is checked before it is queued."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from conftest import ROOT
+from test_cli import dpokit
+
+from dpokit.cli import app
+from dpokit.cluster.command import facts
+from dpokit.cluster.slurm import Job, check_job, find_body, parse_seconds, render_job, submit_text
+from dpokit.errors import DpokitError, MachineError, RunFolderError, SettingsError
+from dpokit.rundir import RunDir
+
+RECIPE, CONFIGS = Path("recipes/dpo_gpt2.py"), Path("accelerate_configs")
+
+
+@pytest.fixture(autouse=True)
+def in_the_clone(monkeypatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def job(**given: object) -> Job:
+    return Job(**{"recipe": RECIPE, "config_file": CONFIGS / "ddp_cpu.yaml"} | given)
+
+
+def options_of(text: str) -> list[str]:
+    """The options as sbatch reads them: every #SBATCH line before the first command."""
+    lines = text.splitlines()
+    head = lines[: next(place for place, line in enumerate(lines) if line and not line.startswith("#"))]
+    return [shlex.split(line.removeprefix("#SBATCH "))[0] for line in head if line.startswith("#SBATCH")]
+
+
+def arguments_of(text: str) -> list[str]:
+    """The words behind the script's name as its own bash sees them."""
+    setting = text[text.index("\nset -- ") : text.index("\nset -u\n")]
+    command = f"{setting}\n{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\""
+    return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
+
+
+def test_the_text_is_train_sbatch_with_the_jobs_own_lines():
+    body, text = find_body().read_text(), render_job(job())
+    lines = text.splitlines()
+    assert [line for line in body.splitlines() if line not in lines] == []
+    own = [line for line in lines if line not in body.splitlines()]
+    assert own == [
+        "#SBATCH --job-name=dpo_gpt2",
+        f"export DPOKIT_MAX_RESTARTS=3 DPOKIT_PYTHON={sys.executable}",
+        "set -- --config_file accelerate_configs/ddp_cpu.yaml recipes/dpo_gpt2.py",
+    ]
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+
+def test_one_node_asks_for_one():
+    options = options_of(render_job(job()))
+    assert options[-3:] == ["--job-name=dpo_gpt2", "--nodes=1", "--signal=B:USR1@300"]
+    assert "--requeue" in options
+    assert "--open-mode=append" in options
+    assert not any("gpus" in option or "partition" in option for option in options)
+
+
+def test_several_nodes_with_all_that_slurm_is_told():
+    asked = job(
+        nodes=4,
+        gpus_per_node=8,
+        partition="gpu",
+        account="lab",
+        time="2-00:00:00",
+        exclusive=True,
+        job_name="mine",
+        signal_seconds=600,
+        max_restarts=7,
+        processes_per_node=2,
+        sbatch=("--constraint=h100", "--mem=0"),
+    )
+    text = render_job(asked)
+    assert options_of(text)[-10:] == [
+        "--job-name=mine",
+        "--nodes=4",
+        "--gpus-per-node=8",
+        "--partition=gpu",
+        "--account=lab",
+        "--time=2-00:00:00",
+        "--signal=B:USR1@600",
+        "--exclusive",
+        "--constraint=h100",
+        "--mem=0",
+    ]
+    assert "DPOKIT_MAX_RESTARTS=7" in text
+    assert "DPOKIT_PROCESSES_PER_NODE=2" in text
+
+
+def test_an_array_keeps_its_marks_in_the_text():
+    asked = job(array="0-3%2", flags=("--output_dir", "runs/x_%a", "--seed", "%a"))
+    check_job(asked)
+    text = render_job(asked)
+    assert "--array=0-3%2" in options_of(text)
+    assert arguments_of(text)[-4:] == ["--output_dir", "runs/x_%a", "--seed", "%a"]
+
+
+def test_hostile_training_flags_reach_the_run_as_they_are():
+    hostile = ("--run_name", 'it\'s $HOME `id` $(id) "q" \\ * ;&|', "--project", "two\nlines", "--report_to", "")
+    assert arguments_of(render_job(job(flags=hostile)))[3:] == list(hostile)
+
+
+def test_options_of_sbatch_are_quoted_or_refused():
+    text = render_job(job(sbatch=("--comment=a b # c $HOME 'd'", "--nodelist=n[1-3,7]", "--exclusive=user")))
+    assert "#SBATCH --comment=\"a b # c $HOME 'd'\"" in text
+    assert "#SBATCH --nodelist=n[1-3,7]" in text
+    for bad in ("constraint=h100", "-C h100", "--constraint h100", "--comment=two\nlines", '--comment=a"b', "--a=\\"):
+        with pytest.raises(SettingsError) as refused:
+            render_job(job(sbatch=(bad,)))
+        assert "do this" in str(refused.value)
+    with pytest.raises(SettingsError, match="--job-name has a line break"):
+        render_job(job(job_name="x\n#SBATCH --account=theirs"))
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"config_file": CONFIGS / "nothing.yaml"}, "there is no such file"),
+        ({"recipe": Path("recipes/nothing.py")}, "there is no file recipes/nothing.py"),
+        ({"nodes": 0}, "--nodes is 0"),
+        ({"gpus_per_node": -1}, "--gpus-per-node is -1"),
+        ({"processes_per_node": 0}, "--processes-per-node is 0"),
+        ({"max_restarts": -1}, "--max-restarts is -1"),
+        ({"signal_seconds": 0}, "--signal-seconds is 0"),
+        ({"time": "soon"}, "--time 'soon' is no time"),
+        ({"time": "5"}, "--time 5 is 300 s"),
+        ({"array": "a-b"}, "--array 'a-b' is no array"),
+        ({"array": "0-3"}, "would write to runs/dpo_gpt2"),
+        ({"config_file": CONFIGS / "single_gpu.yaml", "nodes": 2}, "a placement for one process"),
+        ({"config_file": CONFIGS / "single_gpu.yaml", "gpus_per_node": 8}, "a placement for one process"),
+        ({"config_file": CONFIGS / "ddp.yaml", "nodes": 2}, "takes all GPUs of a node, and the job asks for none"),
+        ({"flags": ("--output_dir", "README.md/run")}, "README.md is a file"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_it_is_queued(given, says):
+    with pytest.raises(DpokitError, match=says.replace(".", r"\.")) as refused:
+        check_job(job(**given))
+    assert str(refused.value).count("do this:") == 1
+
+
+def test_a_finished_run_is_no_place_for_another_unless_the_flags_say_so(tmp_path):
+    RunDir(tmp_path).write_run(state="finished")
+    flags = ("--output_dir", str(tmp_path))
+    for more in ((), ("--overwrite_run", "false"), ("--resume_from_checkpoint", "never")):
+        with pytest.raises(RunFolderError, match="holds a finished run"):
+            check_job(job(flags=(*flags, *more)))
+    for more in (("--overwrite_run",), ("--resume_from_checkpoint", "auto")):
+        check_job(job(flags=(*flags, *more)))
+
+
+def test_a_folder_that_may_not_be_written_is_refused_and_none_is_made(tmp_path, monkeypatch):
+    check_job(job(flags=("--output_dir", str(tmp_path / "a" / "b"))))
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(RunFolderError, match="may not be written"):
+        check_job(job(flags=("--output_dir", str(tmp_path / "a" / "b"))))
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 5400), ("1:30", 90), ("8:00:00", 28800), ("2-00", 172800), ("1-2:03", 93780), ("1-2:03:04", 93784)],
+)
+def test_a_time_is_read_as_slurm_reads_it(text, seconds):
+    assert parse_seconds(text) == seconds
+    assert parse_seconds("infinite") is None
+
+
+def documented(start: str) -> list[list[str]]:
+    """The commands of the README and of train.sbatch that begin so, as words."""
+    text = (ROOT / "README.md").read_text() + find_body().read_text().replace("\\\n#", " ").replace("\n#   ", "\n")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith(start)]
+
+
+@pytest.mark.parametrize("words", documented("sbatch "), ids=" ".join)
+def test_a_documented_sbatch_launches_what_exists(words):
+    behind = words[words.index("launch/train.sbatch") + 1 :]
+    job_gives = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"} if "2" in words or "--nodes=2" in words else {}
+    assert facts(behind, {"SLURM_JOB_ID": "1", **job_gives})["words"]
+
+
+@pytest.mark.parametrize("words", documented("dpokit submit "), ids=" ".join)
+def test_a_documented_submit_passes_its_checks(words):
+    verb = typer.main.get_command(app).commands["submit"]
+    context = verb.make_context("submit", words[2:])
+    given = {name: value for name, value in context.params.items() if name not in ("dry_run", "recipe", "sbatch")}
+    check_job(Job(recipe=Path(context.params["recipe"]), flags=tuple(context.args), **given))
+
+
+def write_sbatch(folder: Path, body: str, monkeypatch) -> None:
+    (folder / "sbatch").write_text(f"#!/bin/sh\n{body}\n")
+    (folder / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_the_id_is_that_of_sbatch_and_its_refusal_is_passed_on(tmp_path, monkeypatch):
+    write_sbatch(tmp_path, f"cat > {tmp_path}/text; echo '4711;cluster'", monkeypatch)
+    assert submit_text("the text") == "4711"
+    assert (tmp_path / "text").read_text() == "the text"
+    write_sbatch(tmp_path, "echo 'sbatch: error: invalid account' >&2; exit 1", monkeypatch)
+    with pytest.raises(MachineError, match="invalid account"):
+        submit_text("the text")
+
+
+def test_a_dry_run_prints_the_whole_text_and_nothing_else(tmp_path):
+    words = ["recipes/dpo_gpt2.py", "--config-file", "accelerate_configs/zero3.yaml", "--nodes", "2"]
+    flags = ["--output_dir", str(tmp_path / "run"), "--beta", "0.2", "--run_name", "two words"]
+    done = dpokit("submit", *words, "--gpus-per-node", "8", "--sbatch=--constraint=h100", *flags, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "--constraint=h100" in options_of(done.stdout)
+    assert arguments_of(done.stdout) == [
+        "--config_file",
+        "accelerate_configs/zero3.yaml",
+        "recipes/dpo_gpt2.py",
+        *flags,
+    ]
+    assert done.stdout.endswith("esac\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["no_such_recipe"], "SettingsError: there is no recipe 'no_such_recipe'"),
+        (["dpo_gpt2", "--bta", "0.5"], "SettingsError: the command line: there is no setting 'bta'"),
+        (["dpo_gpt2", "--fp16", "--bf16", "--gpus-per-node", "1"], "SettingsError: fp16 and bf16 are both true"),
+        (["dpo_gpt2"], "MachineError: there is no sbatch on this machine"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_is_queued(words, says, monkeypatch, tmp_path):
+    (tmp_path / "bin").mkdir()
+    for name in ("env", "uname", "file", "gcc"):  # what imports may ask for; no sbatch
+        (tmp_path / "bin" / name).symlink_to("/bin/false")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    done = dpokit("submit", *words)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert done.stderr.count("do this:") == 1
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""

@@ -1,0 +1,98 @@
+"""What launch/train.sbatch and Slurm make of a job, whatever it trains: a stand-in keeps a run folder, no more."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from real_slurm import Cluster
+from slurm_jobs import ONE, TWO, end_of, log_of, nothing_left, record_of, running_cluster, submit, wait_until_begun
+
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+STAND_IN = ROOT / "tests" / "cluster" / "stand_in.py"
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with running_cluster() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def clean(cluster) -> Iterator[None]:
+    with nothing_left(cluster):
+        yield
+
+
+def stand_in(cluster: Cluster, run: Path, *flags: str, **given: object) -> str:
+    return submit(cluster, run, *flags, **{"recipe": STAND_IN, "config_file": ONE, "nodes": 1} | given)
+
+
+def test_slurms_own_preemption_saves_the_run_and_it_comes_back(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = stand_in(cluster, run, "--steps", "60", nodes=3, config_file=TWO)
+    cluster.wait_until(lambda: record_of(run).get("step", 0) >= 3, "step 3")
+    other = cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "-o", "/dev/null", "--wrap=sleep 3"
+    ).strip()
+    cluster.wait_for(other, ["COMPLETED"])
+    cluster.wait_for_requeue(job)
+    assert record_of(run)["state"] == "preempted"
+    wait_until_begun(cluster, job, run, starts=2)
+    assert record_of(run)["generations"][1]["resumed_step"] >= 3
+
+
+def test_a_run_whose_time_is_nearly_over_is_saved_and_goes_on(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = stand_in(cluster, run, "--steps", "1000", time="1", signal_seconds=45)
+    cluster.wait_for_requeue(job)
+    assert record_of(run)["state"] == "preempted", log_of(run)
+    assert record_of(run)["step"] < 250
+
+
+def test_a_cancelled_job_does_not_come_back(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = stand_in(cluster, run, "--steps", "1000")
+    cluster.wait_until(lambda: record_of(run).get("step", 0) >= 3, "step 3")
+    cluster.run("scancel", job)
+    assert end_of(cluster, job, run) == "CANCELLED"
+    cluster.wait_until(cluster.all_idle, "the job to be gone")
+    assert cluster.show(job)["JobState"] == "CANCELLED"
+
+
+def test_crashes_are_followed_by_so_many_starts_and_no_more(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = stand_in(cluster, run, "--crash_at", "2", "4", "6", max_restarts=1)
+    cluster.wait_for_requeue(job)
+    assert end_of(cluster, job, run) == "FAILED"
+    assert "dpokit: stop: 2 crashes, and 1 restarts are allowed" in log_of(run)
+    assert len(record_of(run)["generations"]) == 2
+
+
+def test_a_run_that_stands_still_is_given_up(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = stand_in(cluster, run, "--crash_at", "3", "3", "3", "--save_from", "9")
+    cluster.wait_for_requeue(job)
+    assert end_of(cluster, job, run) == "FAILED"
+    assert "the last two starts both began at step 0" in log_of(run)
+
+
+def test_a_mistake_that_shows_late_is_not_tried_again(cluster, tmp_path):
+    run = tmp_path / "run"
+    job = stand_in(cluster, run, "--crash_at", "3", "--error", "DataError")
+    assert end_of(cluster, job, run) == "FAILED"
+    assert cluster.show(job)["Restarts"] == "0"
+    assert "another start would meet the same: a crash at step 3" in log_of(run)
+
+
+def test_one_job_of_an_array_is_requeued_without_the_others(cluster, tmp_path):
+    # The last one has the number of the array itself: whoever requeues by number requeues all.
+    job = stand_in(cluster, tmp_path / "run_%a", "--steps", "40", array="3-4")
+    first, last = tmp_path / "run_3", tmp_path / "run_4"
+    for run in (first, last):
+        cluster.wait_until(lambda run=run: record_of(run).get("step", 0) >= 3, "step 3")
+    cluster.run("scancel", "--signal=USR1", f"{job}_4")
+    cluster.wait_for_requeue(f"{job}_4")
+    cluster.wait_for(f"{job}_3", ["COMPLETED"])
+    cluster.wait_for(f"{job}_4", ["COMPLETED"])
+    assert [len(record_of(run)["generations"]) for run in (first, last)] == [1, 2]

@@ -1,0 +1,28 @@
+"""A disk that is soon full: a tmpfs, for tests that are root."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """The folder holds no more than `size` (200k) while the block runs; skips where nothing can be mounted."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a tmpfs")
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def enlarge(folder: Path, size: str) -> None:
+    """Gives a small disk room."""
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

@@ -1,0 +1,199 @@
+"""A part of each fault that tests/soak/ runs in full: real processes, killed, signalled, or out of disk."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from compare_runs import check_same
+from safetensors.torch import load_file
+from small_disk import enlarge, small_disk
+from soak.faults import make_flags, soak_files
+from soak.lives import Lives
+
+from dpokit.checkpoint.store import find_checkpoints
+from dpokit.rundir import RunDir, read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def build_lives(folder: Path, name: str, *more: str, config: str | None) -> Lives:
+    return Lives(
+        RunDir(folder / name), [*make_flags(folder, list(more)), "--max_steps", "20"], config, folder / "cache"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        (None, ["--disable_dropout", "false"]),
+        ("ddp_cpu", ["--gradient_accumulation_steps", "2", "--max_train_samples", "30"]),
+        ("zero2_cpu", ["--disable_dropout", "false"]),
+        ("zero3_cpu", ["--precompute_ref_log_probs"]),
+        ("fsdp2_cpu", []),
+        ("ddp_cpu", ["--use_peft", "--load_in_4bit", "--lora_dropout", "0.1"]),
+    ],
+    ids=["one", "ddp", "zero2", "zero3", "fsdp2", "qlora"],
+)
+def test_a_run_that_is_killed_at_random_ends_as_one_that_is_not(config, more, tmp_path):
+    whole = build_lives(tmp_path, "whole", *more, config=config)
+    whole.finish()
+    lives = build_lives(tmp_path, "killed", *more, config=config)
+    chance = random.Random(str(config))
+    for _ in range(2):
+        lives.kill_at_random(chance, most_seconds=0.6)
+    if (lives.run.read_run() or {}).get("state") != "finished":
+        lives.finish()
+    check_same(lives.run, whole.run)
+
+
+def test_a_run_that_is_killed_while_each_file_is_written_ends_as_one_that_is_not(tmp_path):
+    assert "manifest.json" in soak_files(tmp_path)["files"]
+
+
+@pytest.mark.parametrize(
+    ("config", "numbers"),
+    [("ddp_cpu", (2, 1, 2)), ("zero2_cpu", (2, 1, 2)), ("zero3_cpu", (2, 3)), ("fsdp2_cpu", (2, 3))],
+)
+def test_another_number_of_processes_keeps_pairs_losses_and_weights(config, numbers, tmp_path):
+    """To rounding: sums over ranks are added in another order."""
+    more = ["--loss_type", "sigmoid", "--loss_weights", "1", "--gradient_accumulation_steps", "3"]
+    whole = build_lives(tmp_path, "whole", *more, config=config)
+    whole.finish()
+    lives = build_lives(tmp_path, "moved", *more, config=config)
+    for number, step in zip(numbers, (6, 11, 99), strict=False):
+        alone = config == "ddp_cpu" and number == 1  # accelerate's launcher of DDP wants more than one
+        lives.config, lives.launcher = None if alone else config, ["--num_processes", str(number)]
+        if number != numbers[-1] or step == 6:
+            lives.kill_when(lambda step=step: lives.last_step() >= step)
+    lives.finish()
+    ends = [load_file(run.model / "model.safetensors") for run in (lives.run, whole.run)]
+    assert all(torch.allclose(ends[0][name], ends[1][name], atol=1e-5) for name in ends[1])
+    counts, losses = zip(*(read_numbers(run) for run in (lives.run, whole.run)), strict=True)
+    assert counts[0] == counts[1]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    worlds = [json.loads((path / "manifest.json").read_text())["world_size"] for path in lives.run.checkpoints()]
+    assert set(worlds) <= set(numbers)
+
+
+def read_numbers(run: RunDir) -> tuple[list[tuple[int, float]], list[float]]:
+    """Step and tokens seen of each log, and its loss."""
+    records = [record for record in read_metrics(run.metrics_jsonl) if "loss" in record]
+    return [(record["step"], record["num_tokens"]) for record in records], [record["loss"] for record in records]
+
+
+def workers_of(launcher: subprocess.Popen) -> dict[str, psutil.Process]:
+    found = {}
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        try:
+            found[child.environ().get("RANK", "")] = child
+        except psutil.Error:
+            continue
+    found.pop("", None)
+    return found
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_any_rank_saves_all_at_one_step_and_the_run_goes_on_as_if_nothing_was(sign, tmp_path):
+    whole = build_lives(tmp_path, "whole", config="ddp_cpu")
+    whole.finish()
+    lives = build_lives(tmp_path, "preempted", config="ddp_cpu")
+    lives.launcher = ["--max_restarts", "1"]  # which is for crashes: who was asked to end does not begin again
+    with lives.living() as launcher:
+        while lives.last_step() < 6:
+            assert launcher.poll() is None, lives.last_log()[-3000:]
+            time.sleep(0.01)
+        workers_of(launcher)["1"].send_signal(sign)
+        time.sleep(0.3)  # the other rank hears of it later, or when all is over
+        for worker in workers_of(launcher).values():
+            worker.send_signal(sign)
+        assert launcher.wait(timeout=120) != 0, "it must not look completed"
+    record = lives.run.read_run()
+    assert record["state"] == "preempted"
+    assert f"{sign.name} on rank 1" in record["why"]
+    newest = find_checkpoints(lives.run, deep=True)[0]
+    assert newest.trouble is None
+    assert newest.step == read_metrics(lives.run.metrics_jsonl)[-1]["step"]
+    assert "saving step" in lives.last_log()
+    lives.finish()
+    check_same(lives.run, whole.run)
+
+
+def test_a_signal_to_a_single_process_ends_it_with_75(tmp_path):
+    lives = build_lives(tmp_path, "run", config=None)
+    with lives.living() as process:
+        while lives.last_step() < 3:
+            assert process.poll() is None, lives.last_log()[-3000:]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+    assert "Traceback" not in lives.last_log()
+    lives.finish()
+
+
+@pytest.mark.parametrize("config", [None, "zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
+def test_a_disk_that_is_full_in_the_middle_of_a_save_costs_no_checkpoint_that_was_whole(config, tmp_path):
+    small = tmp_path / "small"
+    with small_disk(small, "4m"):
+        lives = Lives(RunDir(small / "run"), make_flags(tmp_path, []), config, tmp_path / "cache")
+        with lives.living() as process:
+            assert process.wait(timeout=120) == (2 if config is None else 1), lives.last_log()[-3000:]
+        assert "no space is left" in lives.last_log()
+        record = json.loads((small / "run" / "run.json").read_text())
+        assert record["state"] == "failed"
+        found = find_checkpoints(lives.run, deep=True)
+        assert found
+        assert not any(checkpoint.trouble for checkpoint in found)
+        assert not list((small / "run").glob(".checkpoint-*"))
+        enlarge(small, "64m")
+        lives.finish()
+
+
+def test_a_killed_rank_is_started_again_by_the_launcher_and_nothing_is_lost(tmp_path):
+    whole = build_lives(tmp_path, "whole", config="ddp_cpu")
+    whole.finish()
+    lives = build_lives(tmp_path, "restarted", config="ddp_cpu")
+    lives.launcher = ["--max_restarts", "1"]
+    with lives.living() as launcher:
+        while lives.last_step() < 6:
+            assert launcher.poll() is None, lives.last_log()[-3000:]
+            time.sleep(0.01)
+        workers_of(launcher)["1"].kill()
+        assert launcher.wait(timeout=180) == 0, lives.last_log()[-3000:]
+    check_same(lives.run, whole.run)
+    assert len(lives.run.read_run()["generations"]) == 2
+
+
+def test_a_start_that_was_cut_off_writes_nothing_once_another_has_taken_over(tmp_path):
+    whole = build_lives(tmp_path, "whole", config=None)
+    whole.finish()
+    lives = build_lives(tmp_path, "twice", config=None)
+    with lives.living() as cut_off:
+        while lives.last_step() < 6:
+            assert cut_off.poll() is None, lives.last_log()[-3000:]
+            time.sleep(0.001)
+        os.kill(cut_off.pid, signal.SIGSTOP)
+        log_of_the_first = lives.run.path.with_name(f"twice.{lives.starts}.log")
+        lives.finish()
+        os.kill(cut_off.pid, signal.SIGCONT)
+        assert cut_off.wait(timeout=60) == 2
+    told = log_of_the_first.read_text()
+    assert "was taken over by a later start of this run" in told
+    assert "Traceback" not in told
+    check_same(lives.run, whole.run)
+    assert lives.run.read_run()["state"] == "finished"
+
+
+def test_a_run_saves_and_ends_ahead_of_a_known_time_limit(tmp_path, monkeypatch):
+    lives = build_lives(tmp_path, "limited", "--save_before_seconds", "1000", "--save_steps", "1000", config=None)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 900))
+    with lives.living() as process:
+        assert process.wait(timeout=120) == 75, lives.last_log()[-3000:]
+    assert lives.run.read_run()["why"] == "the job's time limit is near"
+    assert lives.last_good() == 1

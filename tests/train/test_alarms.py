@@ -1,0 +1,150 @@
+"""What an evaluation says in plain words, and a run that overfits on purpose."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from trl import DPOConfig
+
+from dpokit.rundir import RunDir, read_metrics
+from dpokit.story import train
+from dpokit.train.alarms import find_alarms, find_answer_alarms, find_best
+
+SIDES = ("chosen", "rejected")
+HEALTHY = {
+    "eval_loss": 0.6,
+    "eval_rewards/accuracies": 0.7,
+    "eval_rewards/chosen": -0.5,
+    "eval_logps/chosen": -105.0,
+}
+
+
+@pytest.fixture
+def args(tmp_path) -> DPOConfig:
+    return DPOConfig(output_dir=str(tmp_path), beta=0.1, report_to="none", use_cpu=True, bf16=False)
+
+
+def test_a_healthy_evaluation_says_nothing(args):
+    assert find_alarms(HEALTHY, args) == {}
+
+
+def test_a_loss_above_ln_2_is_said_with_the_accuracy_that_hides_it(args):
+    text = find_alarms(HEALTHY | {"eval_loss": 1.57, "eval_rewards/accuracies": 0.64}, args)["worse_than_base"]
+    assert "1.570 is above 0.693" in text
+    assert "64%" in text
+
+
+def test_weights_of_the_losses_move_the_line(args):
+    args.loss_weights = [2.0]
+    assert find_alarms(HEALTHY | {"eval_loss": 1.2}, args) == {}
+    assert "1.386" in find_alarms(HEALTHY | {"eval_loss": 1.4}, args)["worse_than_base"]
+
+
+def test_a_loss_that_does_not_begin_at_ln_2_is_not_measured_by_it(args):
+    args.loss_type = ["ipo"]
+    assert find_alarms(HEALTHY | {"eval_loss": 25.0}, args) == {}
+
+
+@pytest.mark.parametrize(("best", "kinds"), [(21.0, set()), (20.0, {"past_its_best"}), (-30.0, {"past_its_best"})])
+def test_any_loss_that_rises_far_above_its_best_is_said(best, kinds, args):
+    args.loss_type = ["ipo"]
+    assert find_alarms(HEALTHY | {"eval_loss": 25.0}, args, best=(best, 4)).keys() == kinds
+
+
+def test_chosen_answers_that_lose_half_their_log_prob_are_said(args):
+    # The base gives -100: -105 + 0.5 / 0.1; then -151 is more than half as much again.
+    assert find_alarms(HEALTHY | {"eval_logps/chosen": -149.0, "eval_rewards/chosen": -4.9}, args) == {}
+    text = find_alarms(HEALTHY | {"eval_logps/chosen": -151.0, "eval_rewards/chosen": -5.1}, args)["chosen_collapse"]
+    assert "lost 51 of log-prob each (the base gives them -100)" in text
+
+
+BASE_ANSWERS = {"repetition": 0.05, "mean_tokens": 40.0}
+
+
+@pytest.mark.parametrize(
+    ("now", "kinds"),
+    [
+        ({}, set()),
+        ({"repetition": 0.29, "mean_tokens": 5.0}, set()),
+        ({"repetition": 0.31}, {"answers_repeat"}),
+        ({"mean_tokens": 3.0}, {"answers_vanish"}),
+    ],
+)
+def test_answers_that_fall_apart_are_said_beside_those_of_the_base(now, kinds):
+    assert find_answer_alarms(BASE_ANSWERS, BASE_ANSWERS | now).keys() == kinds
+
+
+def test_the_best_step_is_that_of_the_lowest_finite_loss():
+    history = [{"step": 2, "eval_loss": 0.6}, {"step": 4, "eval_loss": 0.5}, {"step": 6, "eval_loss": float("nan")}]
+    assert find_best(history) == (0.5, 4)
+
+
+def write_noise(path: Path) -> Path:
+    """Pairs that can be learnt by heart alone: chance decided which answer is chosen."""
+    chance, words = random.Random(0), ["flour", "water", "salt", "bread", "garden", "sky", "green", "blue"]
+    rows = [
+        {"prompt": f"Human: number {row}?", **{side: " " + " ".join(chance.choices(words, k=6)) for side in SIDES}}
+        for row in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_run_that_overfits_on_purpose_is_said_once_and_keeps_its_best_weights(tiny_gpt2, tmp_path, capfd):
+    """Few rows, a high rate and many epochs, as in the published runs."""
+    settings = {
+        "model_name_or_path": str(tiny_gpt2),
+        "dataset_name": str(write_noise(tmp_path / "pairs.jsonl")),
+        "output_dir": str(tmp_path / "run"),
+        "eval_fraction": 0.5,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "save_steps": 5,
+        "max_steps": 60,
+        "learning_rate": 5e-3,
+        "beta": 0.5,
+        "max_length": 64,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    train("dpo_test", settings, [])
+    told, run = capfd.readouterr().err, RunDir(tmp_path / "run")
+    losses = {
+        record["step"]: record["eval_loss"] for record in read_metrics(run.metrics_jsonl) if "eval_loss" in record
+    }
+    assert max(losses.values()) > 0.7
+    assert told.count("is above 0.693, that of the untouched base") == 1
+    alarm = next(alarm for alarm in run.read_run()["alarms"] if alarm["kind"] == "worse_than_base")
+    assert (
+        losses[alarm["step"]]
+        > 0.693
+        >= max((loss for step, loss in losses.items() if step < alarm["step"]), default=0.0)
+    )
+    assert run.read_run()["answers_of_base"]["mean_tokens"] > 0
+    assert run.read_run()["best"]["step"] == min(losses, key=losses.get)
+
+
+@pytest.mark.slow
+def test_a_published_run_of_200_rows_hears_that_it_learns_them_by_heart(shared, tmp_path, capfd):
+    """Its own settings on real rows; a small random GPT-2 stands in for the 124M one, and five epochs are as many."""
+    model = tmp_path / "model"
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=128, n_head=4)).save_pretrained(model)
+    AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer").save_pretrained(model)
+    preset = ROOT / "recipes" / "presets" / "gpt2_hh_200_rows.yaml"
+    flags = ["--config", str(preset), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "run")]
+    rows = ["--dataset_name", str(shared / "data" / "hh-rlhf" / "harmless-base")]
+    run = train("dpo_gpt2", {}, [*flags, *rows, "--bf16", "false", "--use_cpu", "--report_to", "none"])
+    (alarm,) = run.read_run()["alarms"]
+    assert (alarm["kind"], alarm["step"]) == ("worse_than_base", 1000)
+    assert "It was best at step 500" in alarm["text"]
+    assert alarm["text"] in capfd.readouterr().err
+    assert run.read_run()["best"]["step"] == 500
