@@ -1,0 +1,64 @@
+"""Who may talk to an OpenAI-compatible endpoint: its URL, and a key that nobody sees. No torch."""
+
+import os
+
+import httpx
+
+from dpokit.errors import SettingsError
+
+
+class ApiKey:
+    """A secret from the environment; its repr and str are masked.
+
+    Attributes:
+        variable: the name of the environment variable it comes from.
+    """
+
+    def __init__(self, variable: str, secret: str = "") -> None:
+        self.variable = variable
+        self._secret = secret.strip()
+        # Neither can stand in a header; the client's own message about it would show the key.
+        if not self._secret.isascii() or not self._secret.isprintable() or " " in self._secret:
+            raise SettingsError(
+                f"the key in {variable} holds a character that no key has (a space, a newline, or beyond ASCII)",
+                expected="the key alone",
+                do=f"export {variable} anew",
+            )
+
+    def __bool__(self) -> bool:
+        return bool(self._secret)
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.variable}, {'***' if self else 'not set'})"
+
+    def headers(self) -> dict[str, str]:
+        """What a request carries; nothing where there is no key, as for a server of one's own."""
+        return {"Authorization": f"Bearer {self._secret}"} if self else {}
+
+    def hide(self, text: str) -> str:
+        """The text without the key, should a server have repeated it."""
+        return text.replace(self._secret, "***") if self else text
+
+
+def read_api_key(variable: str = "OPENAI_API_KEY") -> ApiKey:
+    """The key in an environment variable; an empty one where it is not set.
+
+    Raises: SettingsError for one that cannot be sent; its text does not show it.
+    """
+    return ApiKey(variable, os.environ.get(variable, ""))
+
+
+def check_url(url: str) -> str:
+    """The endpoint's URL, without `/chat/completions`. Raises: SettingsError for another form, or one with a secret."""
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL:
+        parts = httpx.URL("")
+    if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo or parts.query:
+        # It is not shown, as it may hold a password or a key.
+        raise SettingsError(
+            "the endpoint's URL is not http(s)://HOST/PATH, or holds a user, a password or a query",
+            expected="a URL as https://api.openai.com/v1; the key is given by an environment variable",
+            do="correct the URL",
+        )
+    return url.rstrip("/").removesuffix("/chat/completions")

@@ -1,0 +1,87 @@
+"""The evaluation on screen."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+SHARES = {"accuracy", "ranking_accuracy", "ranking_accuracy_per_token"}
+TITLES = {
+    "loss": "DPO loss",
+    "accuracy": "reward accuracy",
+    "margin": "reward margin",
+    "rewards/chosen": "reward, chosen",
+    "rewards/rejected": "reward, rejected",
+    "ranking_accuracy": "ranking accuracy",
+    "ranking_accuracy_per_token": "  by the token",
+    "logps/chosen": "log-prob, chosen",
+    "logps/rejected": "log-prob, rejected",
+    "logps_per_token/chosen": "  of a chosen token",
+    "kl_per_token": "KL from base, a token",
+}
+
+
+def print_evaluation(record: Mapping[str, Any]) -> None:
+    """Base beside tuned with 95 % intervals, the groups, the verdict; on stdout, in 80 columns."""
+    console = Console(file=sys.stdout, highlight=False)
+    base, tuned = record.get("base", {}), record["tuned"]
+    console.print(f"{record['data']['pairs']:,} held-out pairs of {escape(record['data']['name'])}, 95 % intervals")
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for side in ("base", "tuned") if base else ("tuned",):
+        table.add_column(side, justify="right", no_wrap=True)
+    if base:
+        table.add_column("p", justify="right", no_wrap=True)
+    for name, title in TITLES.items():
+        if name not in tuned:
+            continue
+        cells = [escape(_cell(name, side.get(name))) for side in ((base, tuned) if base else (tuned,))]
+        p = record["difference"].get(name, {}).get("p") if base else None
+        shown = [] if not base else ["<.001" if p < 0.001 else f"{p:.3f}"] if p is not None and name != "loss" else [""]
+        table.add_row(title, *cells, *shown)
+    console.print(table)
+    console.print(f"whoever always took the longer answer: {escape(_cell('accuracy', record['always_longer']))}")
+    for kind, groups in record.get("groups", {}).items():
+        parts = [
+            f"{group['name'] or 'none'}: {group['accuracy']['value']:.1%} of {group['pairs']:,}" for group in groups
+        ]
+        console.print(escape(f"reward accuracy by {kind}: {'; '.join(parts)}"))
+    if "answers" in record:
+        console.print(_build_answers(record["answers"]))
+    if "judge" in record:
+        found = record["judge"]
+        console.print(
+            f"judged by {escape(found['model'])}: {found['wins']} won, {found['ties']} tied, {found['losses']} lost, "
+            f"{found['unclear']} unclear; win rate {escape(_cell('accuracy', found['win_rate']))}"
+        )
+    if "verdict" in record:
+        if base:
+            console.print("[dim]p: how probable so large a difference is if the two are alike[/dim]")
+        console.print(f"\n[bold]{escape(record['verdict']['text'])}[/bold]")
+
+
+def _build_answers(answers: Mapping[str, Any]) -> Table:
+    """What was counted in sampled answers."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for title in (f"{answers['settings']['prompts']} sampled answers", "base", "tuned"):
+        table.add_column(title, justify="left" if not table.columns else "right", no_wrap=True)
+    titles = {"mean_tokens": "tokens", "repetition": "4-grams said before", "distinct_1": "distinct tokens"}
+    titles |= {"distinct_2": "distinct 2-grams", "ended": "ended by the model"}
+    for name, title in titles.items():
+        form = ".1f" if name == "mean_tokens" else ".1%"
+        table.add_row(title, *(f"{answers[side][name]:{form}}" for side in ("base", "tuned")))
+    return table
+
+
+def _cell(name: str, value: Mapping[str, Any] | None) -> str:
+    if value is None or value["value"] is None:
+        return ""
+    share = name in SHARES
+    shown, low, high = (100 * value[key] if share else value[key] for key in ("value", "low", "high"))
+    digits = 1 if share or abs(shown) >= 10 else 3
+    middle, first, last = (f"{number:.{digits}f}" for number in (shown, low, high))
+    bounds = "" if first == last else f" [{first}, {last}]"
+    return f"{middle}{'%' if share else ''}{bounds}"

@@ -1,0 +1,237 @@
+"""The tables of a report, as plain text cells. No torch."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dpokit.report.curves import letter
+from dpokit.report.read import EVAL_LOSS, Run, finite, is_lower_better, mapping
+from dpokit.report.votes import CHOICES, count_votes
+
+# TRL users know these columns, in this order.
+EVALUATION_COLUMNS = {
+    "eval_loss": "validation loss",
+    "eval_rewards/chosen": "rewards/chosen",
+    "eval_rewards/rejected": "rewards/rejected",
+    "eval_rewards/accuracies": "rewards/accuracies",
+    "eval_rewards/margins": "rewards/margins",
+    "eval_logps/chosen": "logps/chosen",
+    "eval_logps/rejected": "logps/rejected",
+    "eval_logits/chosen": "logits/chosen",
+    "eval_logits/rejected": "logits/rejected",
+}
+MOST_EVALUATIONS = 200
+# They differ between any two runs, and no result depends on them.
+NAMES_OF_RUN = {"output_dir", "run_name", "logging_dir"}
+MISSING = "-"
+# A cell that stands under others by its digits: a number, perhaps with its interval.
+NUMBER = re.compile(r"-?\d[\d.,e+-]*($| \()|NaN|-?$")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of a report.
+
+    Attributes:
+        title, note: above it.
+        head: names of the columns; the first column names the row.
+        rows: cells.
+        marked: numbers of the rows that stand out, and in `mark` why.
+        folded: shown when it is asked for.
+    """
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    marked: int | None = None
+    mark: str = ""
+    folded: bool = False
+
+    def words(self) -> set[int]:
+        """Columns that hold words rather than numbers; the first always does, as it names the row."""
+        columns = range(len(self.head))
+        return {0} | {at for at in columns if not all(NUMBER.match(row[at]) for row in self.rows)}
+
+
+def number(value: object) -> str:
+    """A number in few digits; `NaN` for what was logged but not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "NaN" if value is None else str(value)
+    if finite(value) is None:
+        return "NaN"
+    if isinstance(value, int):
+        return f"{value:,}"
+    size = abs(value)
+    if size and not 1e-3 <= size < 1e5:
+        return f"{value:.3g}"
+    return f"{value:,.{4 if size < 10 else 2}f}"
+
+
+def interval(value: object) -> str:
+    """`{value, low, high}` as `0.71 (0.69 to 0.73)`; a plain number as it is."""
+    if not isinstance(value, Mapping):
+        return MISSING if value is None else number(value)
+    text = number(value.get("value"))
+    if "low" in value and "high" in value:
+        # An interval is broken before its bracket or not at all.
+        text += f" ({number(value['low'])}\u00a0to\u00a0{number(value['high'])})"
+    return text + (f", p = {number(value['p'])}" if "p" in value else "")
+
+
+def text_of(value: object) -> str:
+    """A setting's value as it would be written on the command line."""
+    if isinstance(value, float):
+        return f"{value:.12g}"  # 0.3, not 0.30000000000000004
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def list_evaluations(run: Run, metric: str = EVAL_LOSS) -> Table | None:
+    """The table that TRL's users know: a row for each evaluation. None without any."""
+    columns = {name: title for name, title in EVALUATION_COLUMNS.items() if run.series(name)[0]}
+    rows, steps, loss = [], [], MISSING
+    for record in run.metrics:
+        loss = number(record["loss"]) if "loss" in record else loss
+        if any(name in record for name in columns):
+            steps.append(record["step"])
+            cells = [number(record[name]) if name in record else MISSING for name in columns]
+            rows.append([f"{record['step']:,}", loss, *cells])
+    if not rows:
+        return None
+    best = run.best(metric)
+    marked = steps.index(best[1]) if best is not None and best[1] in steps else None
+    kept = set(range(0, len(rows), -(-len(rows) // MOST_EVALUATIONS))) | {len(rows) - 1}
+    kept |= {marked} if marked is not None else set()
+    order = sorted(kept)
+    shown = "" if len(order) == len(rows) else f"{len(order):,} of {len(rows):,}, evenly spaced, with best and last"
+    end = "lowest" if is_lower_better(metric) else "highest"
+    return Table(
+        "Evaluations during training",
+        ["step", "training loss", *columns.values()],
+        [rows[at] for at in order],
+        note=shown,
+        marked=None if marked is None else order.index(marked),
+        mark="" if marked is None else f"{end} {metric}",
+    )
+
+
+def list_restarts(run: Run) -> Table | None:
+    """Every start of a run that was started more than once."""
+    if len(run.starts) < 2:
+        return None
+    rows = []
+    for at, start in enumerate(run.starts):
+        if at + 1 == len(run.starts):
+            step, ended = run.last_step, run.record.get("state")
+        else:
+            step, ended = start.get("ended_step"), start.get("ended")
+            ended = "lost" if ended == "running" else ended
+        origin = (start.get(name) for name in ("began", "host", "job", "resumed_step"))
+        cells = (at + 1, *origin, step, ended)
+        rows.append([MISSING if cell is None else str(cell) for cell in cells])
+    head = ["start", "began", "host", "job", "from step", "to step", "ended"]
+    return Table("Starts", head, rows, note="Lost: nobody wrote how it ended.")
+
+
+def list_data(run: Run) -> list[Table]:
+    """Rows kept, dropped and shortened, then why each was dropped."""
+    splits = [(name, split) for name, split in (run.data or {}).items() if isinstance(split, dict) and "rows" in split]
+    if not splits:
+        return []
+    rows, reasons = [], []
+    for name, split in splits:
+        cut = mapping(split.get("shortened"))
+        count, kept = split.get("rows") or 0, split.get("kept") or 0
+        counts = [number(v) for v in (count, kept, count - kept, cut.get("prompt", 0), cut.get("answer", 0))]
+        rows.append([name, *counts, f"{split.get('format', MISSING)}; {split.get('source', MISSING)}"])
+        reasons += [[name, reason, number(n)] for reason, n in mapping(split.get("dropped")).items()]
+    head = ["split", "rows", "kept", "dropped", "prompt cut", "answer cut", "format and source"]
+    tables = [Table("Data", head, rows)]
+    return tables + ([Table("Dropped rows", ["split", "reason", "rows"], reasons)] if reasons else [])
+
+
+def list_pairs(run: Run) -> list[Table]:
+    """Base against tuned on held-out pairs, then by groups of pairs; as `dpokit evaluate` left them."""
+    pairs = run.pairs or {}
+    sides = {side: pairs[side] for side in ("base", "tuned") if isinstance(pairs.get(side), dict)}
+    if not sides:
+        return []
+    names = dict.fromkeys(name for side in sides.values() for name in side if name != "model")
+    changes = mapping(pairs.get("difference"))
+    rows = [[n, *(interval(side.get(n)) for side in sides.values()), interval(changes.get(n))] for n in names]
+    data = mapping(pairs.get("data"))
+    count = number(data["pairs"]) if "pairs" in data else "the"
+    note = f"{count} pairs of {data.get('name', 'the data')}; with 95 % intervals."
+    if pairs.get("always_longer") is not None:
+        note += f" Always to prefer the longer answer would be right in a share of {interval(pairs['always_longer'])}."
+    tables = [Table("Held-out pairs, base and tuned", ["", *sides, "difference"], rows, note=note)]
+    for kind, groups in mapping(pairs.get("groups")).items():
+        cells = [
+            [str(g.get("name")), number(g.get("pairs")), *(interval(g.get(n)) for n in ("accuracy", "margin", "loss"))]
+            for g in groups
+            if isinstance(g, dict)
+        ]
+        head = [kind, "pairs", "accuracy", "margin", "loss"]
+        tables += [Table(f"Held-out pairs by {kind}", head, cells)] if cells else []
+    return tables
+
+
+def list_answers(run: Run) -> Table | None:
+    """Numbers of the sampled answers; None where none were sampled."""
+    numbers = run.answer_numbers or {}
+    sides = {side: numbers[side] for side in ("base", "tuned") if isinstance(numbers.get(side), dict)}
+    names = dict.fromkeys(name for side in sides.values() for name in side)
+    rows = [[name, *(interval(side.get(name)) for side in sides.values())] for name in names]
+    judge = numbers.get("judge")
+    note = ""
+    if isinstance(judge, dict):
+        counts = ", ".join(f"{number(judge[n])} {n}" for n in ("wins", "ties", "losses") if n in judge)
+        note = f"A judge compared tuned with base: {counts}; win rate {interval(judge.get('win_rate'))}."
+    return Table("Sampled answers", ["", *sides], rows, note=note) if rows else None
+
+
+def list_votes(run: Run) -> Table | None:
+    """Votes of those who talked to both; None without any."""
+    rows = []
+    for name, votes in (("blind", [v for v in run.votes if v.get("blind")]), ("all", run.votes)):
+        count = count_votes(votes)
+        if count.votes:
+            rows.append([name, *(number(count.counts[choice]) for choice in CHOICES), interval(count.win_rate)])
+    note = "The win rate is tuned's share of the votes with a preference, with its 95 % interval (Wilson)."
+    head = ["votes", *(choice.replace("_", " ") for choice in CHOICES), "win rate"]
+    return Table("Votes", head, rows, note=note) if rows else None
+
+
+def list_settings(run: Run) -> list[Table]:
+    """Settings that somebody chose, then the defaults, each with its origin."""
+    rows = [[n, text_of(e.get("value")), str(e.get("origin", MISSING))] for n, e in sorted(run.settings().items())]
+    head = ["setting", "value", "origin"]
+    chosen, defaults = [r for r in rows if r[2] != "default"], [r for r in rows if r[2] == "default"]
+    tables = [Table("Settings", head, chosen)] if chosen else []
+    title = f"Settings left at their defaults ({len(defaults)})"
+    return tables + ([Table(title, head, defaults, folded=True)] if defaults else [])
+
+
+def compare_runs(runs: Sequence[Run], metric: str) -> list[Table]:
+    """Runs in the order given, each with its best value and the settings in which they differ; then what they share."""
+    names = sorted({name for run in runs for name in run.settings()} - NAMES_OF_RUN)
+    chosen = {name for run in runs for name, entry in run.settings().items() if entry.get("origin") != "default"}
+    differ = [name for name in names if len({text_of(run.setting(name)) for run in runs}) > 1]
+    rows = []
+    for at, run in enumerate(runs):
+        value, step = run.best(metric) or (None, 0)
+        state = [str(run.record.get("state", MISSING)), number(run.last_step or 0)]
+        rows.append([letter(at), run.name, number(value), f"{step:,}", *state, *_cells(run, differ)])
+    end = "lowest" if is_lower_better(metric) else "highest"
+    head = ["", "run", f"{end} {metric}", "at step", "state", "last step", *differ]
+    note = f"Sorted by {metric}. " + ("After the last step: settings that differ." if differ else "No setting differs.")
+    shared = [[name, text_of(runs[0].setting(name))] for name in names if name not in differ and name in chosen]
+    tables = [Table("Runs", head, rows, note=note, marked=0, mark=f"{end} {metric}")]
+    return tables + ([Table("Settings that all share", ["setting", "value"], shared)] if shared else [])
+
+
+def _cells(run: Run, names: Iterable[str]) -> list[str]:
+    settings: Mapping[str, Any] = run.settings()
+    return [text_of(settings[name].get("value")) if name in settings else MISSING for name in names]

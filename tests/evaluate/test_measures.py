@@ -1,0 +1,91 @@
+"""Numbers of an evaluation against values worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dpokit.evaluate.measures import Scores, compare, describe, describe_groups, judge, name_bands, name_gap
+
+SCORES = Scores(
+    tuned=np.array([[-10.0, -20.0, -30.0], [-12.0, -15.0, -40.0]]),
+    base=np.array([[-11.0, -18.0, -30.0], [-11.0, -15.0, -30.0]]),
+    tokens=np.array([[5, 10, 10], [4, 5, 20]]),
+)
+PROMPTS = [b"a", b"b", b"c"]
+
+
+def test_dpo_is_computed_by_its_definition():
+    found = compare(SCORES, beta=0.5)
+    assert found["rewards/chosen"].tolist() == [0.5, -1.0, 0.0]
+    assert found["rewards/rejected"].tolist() == [-0.5, 0.0, -5.0]
+    assert found["margin"].tolist() == [1.0, -1.0, 5.0]
+    assert found["accuracy"].tolist() == [True, False, True]
+    assert found["loss"].tolist() == pytest.approx([math.log(1 + math.exp(-m)) for m in (1.0, -1.0, 5.0)])
+
+
+def test_each_model_ranks_by_its_own_log_probs_as_a_whole_and_by_the_token():
+    found = describe(SCORES, None, PROMPTS, beta=0.5)
+    assert found["tuned"]["ranking_accuracy"]["value"] == pytest.approx(2 / 3)
+    assert found["tuned"]["ranking_accuracy_per_token"]["value"] == pytest.approx(2 / 3)  # -2 > -3, -2 > -3, -3 < -2
+    assert found["base"]["ranking_accuracy"]["value"] == 0.0  # equal is not above
+    assert found["base"]["ranking_accuracy_per_token"]["value"] == pytest.approx(2 / 3)
+    assert found["base"]["loss"]["value"] == math.log(2)
+    assert found["tuned"]["logps/chosen"]["value"] == -20.0
+    assert found["always_longer"]["value"] == pytest.approx(2 / 3)
+    assert found["difference"]["logps/chosen"]["value"] == pytest.approx(-20 + 59 / 3)
+
+
+def test_a_model_alone_has_its_own_numbers():
+    found = describe(Scores(SCORES.tuned, None, SCORES.tokens), None, PROMPTS, beta=0.5)
+    assert set(found) == {"tuned", "difference", "always_longer"}
+    assert found["difference"] == {}
+
+
+def test_equal_lengths_count_half_for_whoever_takes_the_longer():
+    scores = Scores(np.array([[0.0, 0.0], [1.0, 1.0]]), None, np.array([[3, 7], [3, 5]]))
+    assert describe(scores, None, PROMPTS[:2], beta=1.0)["always_longer"]["value"] == 0.75
+
+
+def test_groups_hold_their_own_pairs_and_one_alone_is_left_out():
+    columns = compare(SCORES, beta=0.5)
+    kinds = {"source": ["x", "y", "x"], "turns": ["1", "1", "1"]}
+    found = describe_groups(columns, kinds, PROMPTS)
+    assert list(found) == ["source"]
+    assert [(group["name"], group["pairs"], group["accuracy"]["value"]) for group in found["source"]] == [
+        ("x", 2, 1.0),
+        ("y", 1, 0.0),
+    ]
+
+
+def test_bands_and_gaps_are_named_by_what_they_hold():
+    assert name_bands([1, 2, 3, 4, 5, 6, 7, 8]) == ["1 to 1"] + ["2 to 3"] * 2 + ["4 to 5"] * 2 + ["6 to 8"] * 3
+    assert name_bands([5, 5, 5]) == ["5 to 5"] * 3
+    gaps = [name_gap(126, 100), name_gap(125, 100), name_gap(100, 126)]
+    assert gaps == ["chosen longer by a quarter", "about as long", "chosen shorter by a fifth"]
+
+
+def value(middle: float, width: float = 0.01) -> dict:
+    return {"value": middle, "low": middle - width, "high": middle + width}
+
+
+@pytest.mark.parametrize(
+    ("loss", "accuracy", "fallen", "better", "says"),
+    [
+        (0.60, 0.70, 0.0, True, "Better than its base: DPO loss 0.600 (0.590 to 0.610)"),
+        (1.57, 0.64, 0.0, False, "Worse than its base by the loss it was trained on"),
+        (0.69, 0.70, 0.0, None, "No difference to its base is shown"),
+        (0.60, 0.505, 0.0, None, "No difference to its base is shown"),
+        (0.69, 0.40, 0.0, False, "Worse than its base"),
+        (0.60, 0.70, -2.0, True, "lost 2.00 nats a token"),
+    ],
+)
+def test_the_verdict_says_no_more_than_the_intervals(loss, accuracy, fallen, better, says):
+    record = {
+        "data": {"pairs": 300},
+        "tuned": {"loss": value(loss), "accuracy": value(accuracy)},
+        "difference": {"logps_per_token/chosen": value(fallen)},
+    }
+    found = judge(record)
+    assert found["better"] is better
+    assert says in found["text"]
