@@ -1,0 +1,1 @@
+"""Release: merge, card, push."""

@@ -1,0 +1,96 @@
+"""What must not leave this machine with a model: tokens, local paths, user names. No torch."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from huggingface_hub.constants import HF_TOKEN_PATH
+
+# What a token looks like, wherever it comes from.
+TOKENS = {
+    "a Hugging Face token": re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}"),
+    "an API key": re.compile(r"\bsk-(?=[A-Za-z_-]*\d)[\w-]{20,}"),
+    "a Weights & Biases key": re.compile(r"\bwandb_v\d_\w{20,}|(?<![\w/@.-])[0-9a-f]{40}(?!\w)"),
+    "a GitHub token": re.compile(r"\b(gh[pousr]_|github_pat_)\w{20,}"),
+    "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
+}
+# Forty hexadecimal digits are a key of Weights & Biases or the name of a commit; a line of the latter says so.
+COMMIT = re.compile(r"revision|commit|sha|hash|fingerprint|version", re.I)
+SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.I)
+MIN_SECRET_LETTERS = 16  # shorter values of such variables are words ("disabled")
+
+URL = re.compile(r"\bhttps?://[^\s\"'<>()\[\]]+")
+JSON_BREAK = re.compile(r"(?<!\\)\\[nrtbf]")  # a letter to a pattern, a blank to a reader
+HOMES = re.compile(r"(?<![\w.])/(home|Users)/[\w.-]+|\b[A-Za-z]:(\\{1,2}|/)Users(\\{1,2}|/)[\w.-]+")
+ABSOLUTE = re.compile(r"(?<![\w.])/[\w.+-]+(/[\w.@+-]+)+")
+OF_EVERY_MACHINE = {"usr", "bin", "dev", "etc", "proc", "sys", "lib"}
+
+
+class LeakFinder:
+    """Searches what is to be sent.
+
+    Args:
+        folders: of this machine, beside the home and the working directory, of which nothing may be said.
+    """
+
+    def __init__(self, folders: Iterable[Path]) -> None:
+        named = [Path.home(), Path.cwd(), *folders]
+        self._folders = sorted({form for path in named for form in (path.absolute(), path.resolve())} - {Path("/")})
+        self._own = [_find_text(path) for path in self._folders]
+        self._secrets = dict(_read_secrets())
+        names = {Path.home().name, os.environ.get("USER"), os.environ.get("LOGNAME")}
+        self._users = names - {"root", "", None}
+
+    def in_text(self, text: str) -> Iterator[tuple[int, str]]:
+        """Line (from 1) and what stands there, in a card or in JSON. A token is named by its kind and never shown."""
+        for number, line in enumerate(text.splitlines(), 1):
+            for what, token in TOKENS.items():
+                found = token.search(line)
+                if found and not (len(found[0]) == 40 and COMMIT.search(line)):
+                    yield number, what
+            yield from ((number, f"the value of {name}") for name, secret in self._secrets.items() if secret in line)
+            line = JSON_BREAK.sub("  ", URL.sub("", line))
+            paths = [found[0] for pattern in (HOMES, *self._own) if (found := pattern.search(line))]
+            paths += [found[0] for found in ABSOLUTE.finditer(line) if self._is_of_here(Path(found[0].rstrip(".")))]
+            if paths:
+                yield number, f"the local path {max(paths, key=len)}"
+
+    def in_bytes(self, content: bytes) -> Iterator[str]:
+        """This machine's own secrets and folders, in a file that is no prose.
+
+        A vocabulary holds what the texts of the world hold, `/root` among it, so nothing else is searched for.
+        """
+        yield from (f"the value of {name}" for name, secret in self._secrets.items() if secret.encode() in content)
+        for path in self._folders:
+            if len(path.parts) > 2 and re.search(re.escape(str(path).encode()) + rb"(?![\w-])", content):
+                yield f"the local path {path}"
+
+    def _is_of_here(self, path: Path) -> bool:
+        """Whether an absolute path in a text is one of this machine, or holds its user's name."""
+        if path.parts[1] in OF_EVERY_MACHINE:
+            return False
+        return bool(self._users & set(path.parts)) or _exists(path) or (len(path.parts) > 3 and _exists(path.parent))
+
+
+def _read_secrets() -> Iterator[tuple[str, str]]:
+    for name, value in os.environ.items():
+        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LETTERS:
+            yield name, value
+    stored = Path(HF_TOKEN_PATH)  # read as it is: huggingface_hub would renew a token that ages, by a request
+    if stored.is_file() and (token := stored.read_text().strip()):
+        yield "the Hub's token", token
+
+
+def _find_text(path: Path) -> re.Pattern[str]:
+    """The path as it stands in text or, its letters escaped, in JSON."""
+    forms = sorted({str(path), json.dumps(str(path))[1:-1]})
+    return re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, forms))})(?![\w-])[^\s\"']*")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name longer than any file's, a folder that may not be read
+        return False

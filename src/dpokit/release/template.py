@@ -1,0 +1,37 @@
+"""The HH transcript form as a chat template: for servers, which render no conversation without one."""
+
+import json
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from dpokit.data.formats import ASSISTANT, ROLES
+
+JINJA, SERVE = "chat_template_hh.jinja", "chat_template_hh.json"
+
+
+def write_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Writes the form beside a tokenizer that has no template: as Jinja for vLLM, as JSON for `transformers serve`.
+
+    The tokenizer itself stays without one. With one, every prompt of a next run on this model would be rendered by it:
+    a plain prompt would become a Human turn, and the white space around an HH turn would be lost.
+    """
+    if tokenizer.chat_template is not None:
+        return
+    template = build_template(tokenizer)
+    (folder / JINJA).write_text(template)
+    (folder / SERVE).write_text(json.dumps({"chat_template": template}) + "\n")
+
+
+def build_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Jinja that renders as `render_transcript` does, with the BOS that the tokenizer writes: servers add none."""
+    begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    roles, opening = json.dumps(ROLES), json.dumps(ASSISTANT)
+    return (
+        ("{{- bos_token -}}" if begins else "")
+        + "{%- for message in messages -%}"
+        + f"{{%- set name = {roles}.get(message['role'], message['role'].title()) -%}}"
+        + r"{{- '\n\n' + name + ': ' + message['content'].strip() -}}"
+        + "{%- endfor -%}"
+        + f"{{%- if add_generation_prompt -%}}{{{{- {opening} -}}}}{{%- endif -%}}"
+    )
