@@ -1,0 +1,280 @@
+"""SPACE.yaml: which recipe, what is tried, and how; read and checked before anything is started."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Never
+
+from dpokit.errors import SettingsError
+from dpokit.flags import FlagParser, split_kind
+from dpokit.plan.asked import find_recipe, load_defaults
+from dpokit.settings import read_yaml
+
+SEARCHES = ("grid", "listed", "random", "tpe")
+KEYS = {
+    "recipe": "the recipe's file",
+    "settings": "settings of every trial, over the recipe's own",
+    "search": ", ".join(SEARCHES),
+    "parameters": "what is varied: {name: [values]}, or {name: {low, high, log, step}}",
+    "configurations": "for search: listed, a list of {name: value}",
+    "trials": "how many, for random and tpe",
+    "seeds": "how often each configuration is trained, with another seed each time",
+    "metric": "what trials are ranked by, at its best evaluation",
+    "prune": "whether a trial that is worse than the median of the others is ended early",
+    "config_file": "accelerate's, as behind accelerate launch",
+    "sampler_seed": "of random and tpe",
+}
+RANGE_KEYS = {"low", "high", "log", "step"}
+# What the sweep itself says of each trial.
+PRECOMPUTE = "precompute_ref_log_probs"
+OWN = {"output_dir", "run_group", "overwrite_run", "resume_from_checkpoint", "accept_changes"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; whole ones where both are."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        return isinstance(self.low, int) and isinstance(self.high, int)
+
+
+@dataclass(frozen=True)
+class Space:
+    """A search.
+
+    Attributes:
+        path: SPACE.yaml.
+        recipe: the recipe's file.
+        defaults: its `DEFAULTS`.
+        settings: of every trial; those of the YAML file that `config` names come first.
+        search: one of SEARCHES.
+        parameters: what is varied; lists of values, or ranges.
+        configurations: of `listed`.
+        trials: how many.
+        seeds: runs of each trial.
+        metric: what is looked at.
+        prune: whether hopeless trials are ended early.
+        config_file: a placement; None for accelerate's own default.
+        sampler_seed: of random and TPE.
+    """
+
+    path: Path
+    recipe: Path
+    defaults: dict[str, Any]
+    settings: dict[str, Any]
+    search: str
+    parameters: dict[str, list[Any] | Range]
+    configurations: list[dict[str, Any]]
+    trials: int
+    seeds: int
+    metric: str
+    prune: bool
+    config_file: Path | None
+    sampler_seed: int
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """What every trial has, by the space or else by the recipe."""
+        return self.settings.get(name, self.defaults.get(name, default))
+
+    def identity(self) -> dict[str, Any]:
+        """What may not change once the search has begun; more trials are welcome. JSON values."""
+        names = [str(name) for name in self.parameters]
+        told = {
+            "recipe": self.recipe.name,
+            # The sweep itself sets it, by the number of trials; runs are the same with and without it.
+            "settings": {name: value for name, value in self.settings.items() if name != PRECOMPUTE},
+            "search": self.search,
+            "parameters": {name: _describe(self.parameters[name]) for name in names},
+            "configurations": self.configurations,
+            "seeds": self.seeds,
+            "sampler_seed": self.sampler_seed,
+        }
+        return dict(json.loads(json.dumps(told, default=str)))
+
+
+def load_space(path: Path) -> Space:
+    """Reads and checks a space. Raises: SettingsError, which names the key."""
+    raw = read_yaml(str(path), "the space")
+    for name in raw:
+        if name not in KEYS:
+            _refuse(path, f"there is no key {name!r}", ", ".join(KEYS), "correct or remove it")
+    if not isinstance(raw.get("recipe"), str):
+        _refuse(path, "it names no recipe", "recipe: recipes/dpo_gpt2.py", "add it")
+    recipe = find_recipe(raw["recipe"])
+    defaults = load_defaults(recipe)
+    parameters = _read_parameters(path, raw.get("parameters") or {})
+    configurations = raw.get("configurations") or []
+    search = raw.get("search") or ("listed" if configurations else "grid")
+    if search not in SEARCHES:
+        _refuse(path, f"search is {search!r}", ", ".join(SEARCHES), "correct it")
+    _check_search(path, search, parameters, configurations, raw.get("trials"))
+    if search == "grid":
+        configurations = list(_cross(parameters))
+    config_file = None if raw.get("config_file") is None else Path(str(raw["config_file"]))
+    if config_file is not None and not config_file.is_file():
+        _refuse(path, f"config_file {config_file} is no file", "a placement of accelerate_configs/", "correct it")
+    known = search in ("grid", "listed")
+    space = Space(
+        path=path,
+        recipe=recipe,
+        defaults=defaults,
+        settings=_read_settings(path, raw.get("settings") or {}),
+        search=search,
+        parameters=parameters,
+        configurations=configurations,
+        trials=len(configurations) if known else _read_number(path, raw, "trials", None),
+        seeds=_read_number(path, raw, "seeds", 1),
+        metric=str(raw.get("metric") or "eval_loss"),
+        prune=bool(raw.get("prune")),
+        config_file=config_file,
+        sampler_seed=_read_number(path, raw, "sampler_seed", 0, least=0),
+    )
+    _check_flags(space)
+    if _can_share_reference(space):
+        space.settings[PRECOMPUTE] = True
+    return space
+
+
+def _refuse(path: Path, seen: str, expected: str, do: str) -> Never:
+    raise SettingsError(f"{path}: {seen}", expected=expected, do=do)
+
+
+def _read_number(path: Path, raw: Mapping[str, Any], name: str, default: int | None, *, least: int = 1) -> int:
+    number = raw.get(name, default)
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        _refuse(path, f"{name} is {number}", f"a whole number from {least}", f"{name}: 20")
+    return int(number)
+
+
+def _read_settings(path: Path, settings: Any) -> dict[str, Any]:
+    """The settings, those of the file that `config` names before them."""
+    if not isinstance(settings, dict):
+        _refuse(path, "settings is no mapping", KEYS["settings"], "write lines of name: value below it")
+    preset = settings.get("config")
+    before = {} if preset is None else read_yaml(str(preset), f"{path}: settings: config:")
+    before = {name: value for name, value in before.items() if name not in OWN}
+    return {**before, **{name: value for name, value in settings.items() if name != "config"}}
+
+
+def _read_parameters(path: Path, parameters: Any) -> dict[str, list[Any] | Range]:
+    if not isinstance(parameters, dict):
+        _refuse(path, "parameters is no mapping", KEYS["parameters"], "write lines of name: [values] below it")
+    found: dict[str, list[Any] | Range] = {}
+    for name, values in parameters.items():
+        if isinstance(values, dict):
+            found[name] = _read_range(path, name, values)
+        elif isinstance(values, list) and values:
+            found[name] = values
+        else:
+            _refuse(path, f"{name} has nothing to choose from: {values!r}", KEYS["parameters"], "list its values")
+    return found
+
+
+def _read_range(path: Path, name: str, values: Mapping[str, Any]) -> Range:
+    low, high = values.get("low"), values.get("high")
+    if (
+        isinstance(low, int | float)
+        and isinstance(high, int | float)
+        and low < high
+        and values.keys() <= RANGE_KEYS
+        and not (values.get("log") and (low <= 0 or values.get("step")))
+        and _is_step(values.get("step"))
+    ):
+        return Range(low, high, bool(values.get("log")), values.get("step"))
+    _refuse(
+        path,
+        f"the range of {name} is {dict(values)}",
+        "low below high, and log (with low above 0) or step (above 0) where they are wanted",
+        f"{name}: {{low: 1.0e-6, high: 1.0e-4, log: true}}",
+    )
+
+
+def _is_step(step: Any) -> bool:
+    return step is None or (isinstance(step, int | float) and not isinstance(step, bool) and step > 0)
+
+
+def _settle_range(parser: FlagParser, name: str, values: Range) -> Range:
+    """A range as its flag has it: `low: 0, high: 1` are whole numbers for max_steps, and none for weight_decay."""
+    try:
+        parser.parse_mapping({name: values.low + 0.5}, name)
+    except SettingsError:
+        return values
+    return replace(values, low=float(values.low), high=float(values.high))
+
+
+def _check_search(path: Path, search: str, parameters: Mapping[str, Any], configurations: Any, trials: Any) -> None:
+    if not isinstance(configurations, list) or not all(isinstance(one, dict) and one for one in configurations):
+        _refuse(path, "configurations is no list of settings", KEYS["configurations"], "- {learning_rate: 1.0e-5}")
+    if search == "listed" and not configurations:
+        _refuse(path, "the space is empty: it lists no configuration", KEYS["configurations"], "list some")
+    if search != "listed" and configurations:
+        _refuse(path, f"configurations are listed, and search is {search}", "search: listed", "remove either")
+    if search != "listed" and not parameters:
+        _refuse(path, "the space is empty: nothing is varied", KEYS["parameters"], "name a parameter and its values")
+    if search == "listed" and parameters:
+        _refuse(path, "configurations are listed, and parameters besides", "one of the two", "remove either")
+    if trials is not None and search in ("grid", "listed"):
+        _refuse(path, f"trials is {trials}, and search is {search}", "it for random and tpe alone", "remove it")
+    if search == "grid" and any(isinstance(values, Range) for values in parameters.values()):
+        _refuse(path, "a grid has no ranges", "lists of values", "list the values, or search: random or tpe")
+
+
+def _can_share_reference(space: Space) -> bool:
+    """Whether trials are to find the reference's log-probs of the first; nobody said otherwise, and all can."""
+    if split_kind(space.defaults)[0] != "dpo":
+        return False
+    said = {
+        *space.settings,
+        *space.defaults,
+        *space.parameters,
+        *(name for one in space.configurations for name in one),
+    }
+    placement = {} if space.config_file is None else read_yaml(str(space.config_file), "config_file")
+    able = placement.get("distributed_type", "NO") in ("NO", "MULTI_GPU")
+    able = able and space.setting("disable_dropout", True) and space.trials * space.seeds > 1
+    # With max_steps, trials may together meet fewer pairs than there are.
+    return able and not {PRECOMPUTE, "sync_ref_model", "dataset_streaming", "max_steps"} & said
+
+
+def _check_flags(space: Space) -> None:
+    """Every name and value, by the parser of the recipe. Raises: SettingsError."""
+    kind, defaults = split_kind(space.defaults)
+    parser = FlagParser(kind, prog=space.recipe.name)
+    parser.parse_mapping(defaults, f"recipe {space.recipe.stem}")
+    parser.parse_mapping(space.settings, f"{space.path}, settings")
+    for configuration in space.configurations:
+        parser.parse_mapping(configuration, f"{space.path}, a configuration")
+    for name, values in space.parameters.items():
+        choices = [values.low, values.high] if isinstance(values, Range) else values
+        for value in choices:
+            parser.parse_mapping({name: value}, f"{space.path}, parameters")
+        if isinstance(values, Range):
+            space.parameters[name] = _settle_range(parser, name, values)
+    named = {*space.settings, *space.parameters, *(name for one in space.configurations for name in one)}
+    if named & OWN:
+        _refuse(space.path, f"it sets {', '.join(sorted(named & OWN))}", "what the sweep does not set", "remove it")
+    twice = named & {"seed"} if space.seeds > 1 and "seed" not in space.settings else set()
+    if twice:
+        _refuse(space.path, "seed is varied, and seeds besides", "one of the two", "remove either")
+    strategy = space.setting("eval_strategy", "no")
+    if strategy == "no" and space.metric.startswith("eval_"):
+        _refuse(
+            space.path, f"{space.metric} is never measured: eval_strategy is no", "evaluations", "set eval_strategy"
+        )
+
+
+def _cross(parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*parameters.values()):
+        yield dict(zip(parameters, values, strict=True))
+
+
+def _describe(values: list[Any] | Range) -> Any:
+    return vars(values) if isinstance(values, Range) else values

@@ -1,0 +1,75 @@
+"""TRL's SFTTrainer on the chosen answers of tokenised pairs, with exact steps and metrics. Touches its inside."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from dpokit.train.steps import Batch, StepTrainer
+
+IGNORED = -100  # a label that the loss passes over
+
+
+class Collator:
+    """Prompt and chosen answer in one row, by TRL's collator; and `counts`: whether the rows are real, not a stand-in.
+
+    Args:
+        tokenizer: for its padding.
+        pad_to_multiple_of: of a row's width.
+        answers_alone: prompts are read, but not learnt.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None, *, answers_alone: bool
+    ) -> None:
+        self._pad = DataCollatorForLanguageModeling(
+            pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=pad_to_multiple_of
+        )
+        self._answers_alone = answers_alone
+
+    def __call__(self, rows: list[Batch]) -> Batch:
+        examples = []
+        for row in rows:
+            prompt, answer = row["prompt_ids"], row["chosen_ids"]
+            before = [IGNORED] * len(prompt) if self._answers_alone else prompt
+            examples.append({"input_ids": prompt + answer, "labels": before + answer})
+        return {**self._pad(examples), "counts": torch.tensor([row.get("counts", True) for row in rows])}
+
+
+class AnswerTrainer(StepTrainer, SFTTrainer):
+    """Trains on the chosen answers of tokenised pairs; a step's loss is the mean over its answer tokens."""
+
+    columns = ("prompt_ids", "chosen_ids")
+    shared_prefix = "off: a prompt has one answer"
+
+    def __init__(self, **arguments: Any) -> None:
+        args = arguments["args"]
+        collator = Collator(
+            arguments["processing_class"],
+            args.pad_to_multiple_of,
+            answers_alone=args.completion_only_loss is not False,
+        )
+        super().__init__(data_collator=collator, **arguments)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = list(self.columns)  # what transformers leaves of a stream's rows
+
+    def weigh(self, batch: Batch) -> float:
+        """Tokens that are predicted: the first of a row is not."""
+        return float((batch["labels"][:, 1:] != IGNORED).sum()) if batch["counts"].all() else 0.0
+
+    def count_positions(self, batch: Batch) -> tuple[float, float]:
+        """Tokens of the rows, and positions that are computed."""
+        rows = batch["attention_mask"]
+        return float(rows.sum()), float(rows.numel())
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's, over the batch's own tokens; `measure` makes it the batch's share of the step."""
+        score = super().compute_loss
+        return self.measure(
+            inputs, lambda batch: score(model, batch, return_outputs=return_outputs), return_outputs=return_outputs
+        )

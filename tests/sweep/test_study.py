@@ -1,0 +1,154 @@
+"""A search's memory: every trial is given out once, also when workers die, and drawn as if nobody had."""
+
+import sqlite3
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from dpokit.errors import MachineError, SettingsError
+from dpokit.sweep.command import sweep
+from dpokit.sweep.space import load_space
+from dpokit.sweep.study import SETTINGS, Search
+
+STAND_IN = Path(__file__).parent / "stand_in_recipe.py"
+GRID = "parameters: {learning_rate: [1e-5, 2e-5], beta: [0.1, 0.2]}"
+DRAWN = "trials: 6\nparameters: {learning_rate: {low: 1e-6, high: 1e-4, log: true}, loss_type: [[sigmoid, sft], [ipo]]}"
+
+
+@pytest.fixture
+def open_search(tmp_path):
+    def go(text: str, storage: str | None = None) -> Search:
+        path = tmp_path / "space.yaml"
+        path.write_text(f"recipe: {STAND_IN}\n{text}")
+        return Search(load_space(path), tmp_path / "sweep", storage=storage, name="sweep")
+
+    return go
+
+
+def test_two_workers_are_given_every_configuration_once(open_search):
+    workers = [open_search(GRID), open_search(GRID)]
+    taken = [workers[turn % 2].take() for turn in range(4)]
+    assert [worker.take() for worker in workers] == [None, None]
+    assert sorted(trial.number for trial in taken) == [0, 1, 2, 3]
+    assert len({str(trial.user_attrs[SETTINGS]) for trial in taken}) == 4
+
+
+def test_no_more_is_drawn_than_was_asked_for(open_search):
+    workers = [open_search(f"search: random\n{DRAWN}"), open_search(f"search: random\n{DRAWN}")]
+    taken = [workers[turn % 2].take() for turn in range(8)]
+    assert sum(trial is not None for trial in taken) == 6
+
+
+def test_a_trial_whose_worker_is_gone_is_given_out_again(open_search, tmp_path):
+    first = open_search(GRID)
+    code = f"""
+from pathlib import Path
+from dpokit.sweep.space import load_space
+from dpokit.sweep.study import Search
+space = load_space(Path({str(tmp_path / "space.yaml")!r}))
+trial = Search(space, Path({str(tmp_path / "sweep")!r}), storage=None, name="sweep").take()
+print(trial.number, flush=True)
+import os
+os._exit(9)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    lost = int(done.stdout.split()[-1])
+    assert first.look_up(lost).state == TrialState.RUNNING
+    again = first.take()
+    assert again.number == lost
+    assert again.user_attrs[SETTINGS] == first.space.configurations[lost]
+    assert first.take().number != lost
+
+
+@pytest.mark.parametrize("search", ["tpe", "random"])
+def test_draws_go_on_after_a_resume_as_if_nothing_had_been(search, open_search, tmp_path):
+    text = f"search: {search}\n{DRAWN}".replace("trials: 6", "trials: 14")
+
+    def draw(number: int, *, fresh: bool) -> list[dict]:
+        found, one = [], open_search(text)
+        for _ in range(number):
+            one = open_search(text) if fresh else one
+            trial = one.take()
+            found.append(trial.user_attrs[SETTINGS])
+            one.tell(trial.number, TrialState.COMPLETE, trial.user_attrs[SETTINGS]["learning_rate"])
+        return found
+
+    whole = draw(14, fresh=False)
+    (tmp_path / "sweep").rename(tmp_path / "whole")
+    assert draw(14, fresh=True) == whole
+    assert len({one["learning_rate"] for one in whole}) == 14
+    assert {str(one["loss_type"]) for one in whole} == {"['sigmoid', 'sft']", "['ipo']"}
+
+
+def test_another_space_is_refused_and_more_trials_are_welcome(open_search):
+    text = f"search: random\n{DRAWN}"
+    open_search(text)
+    open_search(text.replace("trials: 6", "trials: 7"))
+    with pytest.raises(SettingsError, match="was begun with another space: search was random, now tpe"):
+        open_search(f"search: tpe\n{DRAWN}")
+
+
+@pytest.mark.parametrize(
+    "storage", ["nonsense", "nonsense://x", "sqlite:////nowhere/at/all.db", "postgresql://me:pw9@127.0.0.1:1/x"]
+)
+def test_a_storage_that_cannot_be_reached_is_one_message_without_its_password(storage, open_search):
+    with pytest.raises(MachineError, match="cannot be used") as error:
+        open_search(GRID, storage)
+    assert "pw9" not in str(error.value)
+
+
+def test_a_storage_that_is_away_for_a_while_is_waited_for(open_search, tmp_path):
+    search = open_search(GRID)
+    other = sqlite3.connect(tmp_path / "sweep" / "study.db", check_same_thread=False, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    threading.Timer(8.0, other.rollback).start()  # SQLite itself waits for five seconds
+    assert search.take().number == 0
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("there", "flags", "words"),
+    [
+        ([], {}, "was begun with --storage"),
+        ([], {"watch_only": True}, "was begun with --storage"),
+        (["study.db", "trial-0.job"], {}, "was begun with --slurm"),
+    ],
+)
+def test_a_search_is_gone_on_with_as_it_was_begun(there, flags, words, tmp_path):
+    (tmp_path / "space.yaml").write_text(f"recipe: {STAND_IN}\n{GRID}")
+    (tmp_path / "sweep" / "workers").mkdir(parents=True)
+    for name in there:
+        (tmp_path / "sweep" / name).touch()
+    asked = {"output_dir": tmp_path / "sweep", "storage": None, "jobs": 1, "timeout_seconds": 9.0, "watch_only": False}
+    with pytest.raises(SettingsError, match=words):
+        sweep(tmp_path / "space.yaml", **{**asked, **flags})
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_message(tmp_path):
+    (tmp_path / "space.yaml").write_text(f"recipe: {STAND_IN}\n{GRID}")
+    asked = {"output_dir": tmp_path / "space.yaml" / "sweep", "storage": None, "jobs": 1, "timeout_seconds": 9.0}
+    with pytest.raises(SettingsError, match="cannot be written to: Not a directory"):
+        sweep(tmp_path / "space.yaml", **asked, watch_only=False)
+
+
+def test_a_trial_that_was_only_half_drawn_is_drawn_to_its_end(open_search):
+    """As a worker leaves it that is killed while it asks."""
+    search = open_search(f"search: tpe\n{DRAWN}")
+    search.study.ask()
+    trial = search.take()
+    assert trial.number == 0
+    assert trial.user_attrs[SETTINGS].keys() == {"learning_rate", "loss_type"}
+
+
+def test_a_metric_may_be_corrected_until_trials_were_ranked_by_it(open_search):
+    search = open_search(f"metric: eval_los\n{GRID}")
+    search.take()
+    search = open_search(f"metric: eval_loss\n{GRID}")
+    search.tell(search.take().number, TrialState.COMPLETE, 0.5)
+    open_search(f"metric: eval_aux_loss\n{GRID}")
+    with pytest.raises(SettingsError, match="has trials that were ranked by another metric"):
+        open_search(f"metric: eval_rewards/accuracies\n{GRID}")
