@@ -2,12 +2,15 @@
 
 import json
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from placement_table import write_placements
+
+pytest.register_assert_rewrite("compare_runs")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for each other cost more than they bring
 _CACHE = tempfile.TemporaryDirectory(prefix="dpokit-test-cache-")
@@ -64,6 +67,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED} (set DPOKIT_SHARED)")
     return SHARED
+
+
+def find_free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def build_tokenizer(special: list[str], **names: str):

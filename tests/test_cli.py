@@ -2,11 +2,16 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 
 import pytest
+import typer
 from conftest import ROOT
+
+from dpokit.cli import app
+from dpokit.flags import FlagParser
 
 
 def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
@@ -15,17 +20,36 @@ def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["plan", "--help"], ["prepare", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in typer.main.get_command(app).commands)])
 def test_help_needs_no_torch(words):
     code = (
         "import sys, dpokit.cli as cli\n"
         "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as ended:\n    assert ended.code == 0, ended.code\n"
-        "print('heavy:', sorted({'torch', 'transformers', 'trl', 'datasets', 'peft'} & set(sys.modules)))"
+        "print('heavy:', sorted({'torch', 'transformers', 'trl', 'datasets', 'peft', 'matplotlib'} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert done.stdout.endswith("heavy: []\n"), done.stderr
-    assert "RECIPE" in done.stdout or "prepare" in done.stdout
+    assert any(word in done.stdout for word in ("RECIPE", "RUN", "SPACE", "prepare"))
+
+
+def documented() -> list[list[str]]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("dpokit ")]
+
+
+@pytest.mark.parametrize("words", documented(), ids=" ".join)
+def test_a_verb_of_the_readme_takes_these_options(words):
+    verb = typer.main.get_command(app).commands[words[1]]
+    context = verb.make_context(words[1], words[2:])
+    flags = {word.removeprefix("--") for word in context.args if word.startswith("--")}
+    assert flags <= set(FlagParser(prog="any").names())
+
+
+@pytest.mark.parametrize("option", ["--max-shard-size", "--max_shard_size"])
+def test_an_option_is_known_with_dashes_and_with_underscores(option, tmp_path):
+    done = dpokit("merge", str(tmp_path), option, "1GB")
+    assert "holds no run" in done.stderr
 
 
 def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tiny_gpt2, pairs_file):

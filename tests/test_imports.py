@@ -12,15 +12,21 @@ from conftest import ROOT
 SRC = ROOT / "src" / "dpokit"
 FLOORS = [
     {"cli"},
+    {"verbs"},
+    {"sweep"},
     {"quickstart", "plan"},
-    {"story", "sweep"},
-    {"train", "evaluate", "release", "report", "serve", "cluster"},
+    {"story"},
+    {"train", "evaluate", "release", "serve", "cluster"},
+    {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
-    {"settings", "flags", "rundir", "world", "errors", "screen", "placement"},
+    {"settings", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
+    | {"apikey", "extensions"},
 ]
-LIGHT = ("report", "cluster", "figures", "data.formats", "data.toy", "rundir", "errors", "cli")
+LIGHT = ("report", "release.card", "release.front_matter", "cluster", "figures", "data.formats", "data.toy", "rundir")
+LIGHT += ("errors", "losses", "apikey", "cli")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
-TRL_INSIDE = {"train/trainer.py", "train/scoring.py", "model/shared_prefix.py", "model/score.py", "plan/trace.py"}
+TRL_INSIDE = {"train/trainer.py", "train/scoring.py", "train/supervised.py"}
+TRL_INSIDE |= {"model/shared_prefix.py", "model/score.py", "plan/trace.py"}
 GROUND = sorted(FLOORS[-1])
 MODULES = sorted(SRC.rglob("*.py"))
 

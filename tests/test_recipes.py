@@ -100,7 +100,8 @@ def test_an_accelerate_config_is_short_and_read_by_accelerate(config):
 
 def readme_commands() -> list[str]:
     texts = [(ROOT / "README.md").read_text(), *(recipe.read_text() for recipe in RECIPES)]
-    found = re.findall(r"^\s*(accelerate launch [^\n#]*recipes/[^\n#]*|bash launch/[^\n#]*)", "\n".join(texts), re.M)
+    text = "\n".join(texts).replace("\\\n", " ")
+    found = re.findall(r"^\s*(accelerate launch [^\n#]*recipes/[^\n#]*|bash launch/[^\n#]*)", text, re.M)
     return sorted({command.strip() for command in found})
 
 

@@ -1,0 +1,184 @@
+"""Verbs before a run and while it lives: plan, prepare, submit, status, verify."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpokit.verbs.common import PASS_ON, errors_without_torch
+
+app = typer.Typer()
+
+
+@app.command(context_settings=PASS_ON)
+def plan(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    gpus: Annotated[
+        str | None, typer.Option(metavar="NxGIB", help="Plan for these GPUs: 8x80. Without it, for this machine.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Train the longest rows for two steps here, and compare the peak.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Memory, steps and tokens of a run before anything is loaded; which placement fits, and its command.
+
+    Every other flag is a training flag and goes over the recipe's own: dpokit plan recipes/dpo_qlora.py --lora_r 32.
+    """
+    with redirect_stdout(sys.stderr):  # what libraries print is no answer
+        from dpokit.screen import quiet_dependencies
+        from dpokit.story import user_errors
+
+        quiet_dependencies()
+        from dpokit.plan.asked import load_asked
+        from dpokit.plan.check import check_plan
+        from dpokit.plan.plan import build_plan
+        from dpokit.plan.table import print_plan
+
+        with user_errors():
+            made = build_plan(load_asked(recipe, context.args, gpus))
+            checked = check_plan(made) if check else None
+    if as_json:
+        typer.echo(json.dumps(made.record() | {"check": checked}, indent=2))
+    else:
+        print_plan(made, checked)
+
+
+@app.command(context_settings=PASS_ON)
+def prepare(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    as_json: Annotated[bool, typer.Option("--json", help="What data.json will hold, on stdout.")] = False,
+) -> None:
+    """Tokens and reference log-probs of a run, computed now: the job that follows finds them in the caches.
+
+    Every other flag is a training flag; give those of the run: dpokit prepare recipes/dpo_gpt2.py --max_length 512.
+    """
+    with redirect_stdout(sys.stderr):
+        from dpokit.plan.asked import find_recipe, load_defaults
+        from dpokit.story import prepare as prepare_run
+        from dpokit.story import user_errors
+
+        with user_errors():
+            path = find_recipe(recipe)
+            record = prepare_run(str(path), load_defaults(path), context.args)
+    if as_json:
+        typer.echo(json.dumps(record, indent=2))
+
+
+@app.command(context_settings=PASS_ON)
+def submit(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    config_file: Annotated[Path, typer.Option(metavar="FILE", help="A placement.")] = Path(
+        "accelerate_configs/single_gpu.yaml"
+    ),
+    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0 trains on processors.")] = 0,
+    processes_per_node: Annotated[int | None, typer.Option(help="Instead of the placement's, or a GPU each.")] = None,
+    partition: Annotated[str | None, typer.Option(help="As sbatch has it.")] = None,
+    account: Annotated[str | None, typer.Option(help="As sbatch has it.")] = None,
+    time: Annotated[str | None, typer.Option(help="Limit, as sbatch has it: 8:00:00.")] = None,
+    array: Annotated[str | None, typer.Option(help="As sbatch has it: 0-7; %a in a flag is the index.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Whole nodes.")] = False,
+    job_name: Annotated[str | None, typer.Option(help="Without it the recipe's name.")] = None,
+    signal_seconds: Annotated[int, typer.Option(help="How long before the limit the run saves and is requeued.")] = 300,
+    max_restarts: Annotated[int, typer.Option(help="Crashes that are followed by another start.")] = 3,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="Any other option: --sbatch=--constraint=h100.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's text, queue nothing.")] = False,
+) -> None:
+    """Queues a run on a Slurm cluster: checked first, saved before its time is over, requeued after a preemption.
+
+    Every other flag is a training flag: dpokit submit recipes/dpo_8b.py --nodes 2 --gpus-per-node 8 --beta 0.2.
+    """
+    with redirect_stdout(sys.stderr):
+        from dpokit.cluster.slurm import Job, check_job, render_job, submit_text
+        from dpokit.screen import quiet_dependencies
+        from dpokit.story import user_errors
+
+        quiet_dependencies()
+        from dpokit.plan.asked import find_recipe, load_asked
+
+        with user_errors():
+            job = Job(
+                recipe=find_recipe(recipe),
+                flags=tuple(context.args),
+                config_file=config_file,
+                nodes=nodes,
+                gpus_per_node=gpus_per_node,
+                processes_per_node=processes_per_node,
+                partition=partition,
+                account=account,
+                time=time,
+                array=array,
+                exclusive=exclusive,
+                job_name=job_name,
+                signal_seconds=signal_seconds,
+                max_restarts=max_restarts,
+                sbatch=tuple(sbatch or ()),
+            )
+            check_job(job)
+            # As a run would read them, for GPUs that this machine need not have; what memory they have does not matter.
+            gpus = f"{nodes * gpus_per_node}x80" if gpus_per_node else None
+            load_asked(str(job.recipe), job.command().flags, gpus)
+            answer = render_job(job) if dry_run else submit_text(render_job(job))
+    typer.echo(answer, nl=not dry_run)
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder: its --output_dir.")],
+    max_restarts: Annotated[int, typer.Option(help="Crashes that may be followed by another start.")] = 3,
+    since: Annotated[
+        int | None,
+        typer.Option(help="Judge the start made on this host after the folder showed so many (launch/train.sbatch)."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object; a folder without a run is no mistake.")
+    ] = False,
+) -> None:
+    """State, last step, last good checkpoint and restarts of a run, and what should become of it now."""
+    from dpokit.cluster.status import check_run, describe, find_attempt, read_status
+    from dpokit.rundir import RunDir
+
+    folder = RunDir(run)
+    with errors_without_torch():
+        if not as_json:
+            check_run(folder)
+        found = read_status(folder, max_restarts=max_restarts, attempt=None if since is None else find_attempt(since))
+    typer.echo(json.dumps(found.record(), indent=2) if as_json else describe(found))
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    as_json: Annotated[
+        bool, typer.Option("--json", help="A list of {checkpoint, step, usable, why} on stdout.")
+    ] = False,
+) -> None:
+    """Which checkpoints of a run are whole: every byte is read. Exit code 1 where none is."""
+    from dpokit.checkpoint.store import find_checkpoints
+    from dpokit.rundir import RunDir
+
+    if not run.is_dir():
+        raise typer.BadParameter(f"there is no folder {run}")
+    found = find_checkpoints(RunDir(run), deep=True)
+    usable = [checkpoint for checkpoint in found if checkpoint.trouble is None]
+    if as_json:
+        told = [
+            {"checkpoint": c.path.name, "step": c.step, "usable": c.trouble is None, "why": c.trouble} for c in found
+        ]
+        typer.echo(json.dumps(told, indent=2))
+    else:
+        for checkpoint in found:
+            typer.echo(f"{checkpoint.path.name}: {checkpoint.trouble or 'whole'}")
+        typer.echo(
+            f"a resume begins at step {usable[0].step}" if usable else f"{run} holds no checkpoint that can be used"
+        )
+    raise typer.Exit(0 if usable else 1)
