@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, find_free_port
 from test_launch import TWO, launch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]  # a time-out of 5 s is in force: two starts must not drift apart
 RECIPE = str(ROOT / "recipes" / "dpo_gpt2.py")
 PATIENCE_SECONDS = 120  # for imports on a busy machine; the time-out in force is 5 s
 
