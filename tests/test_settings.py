@@ -6,9 +6,10 @@ import json
 import pytest
 from trl import DPOConfig
 
+from dpokit.agreement import NOT_HONOURED
 from dpokit.errors import MachineError, SettingsError
 from dpokit.flags import RETIRED, DataArguments
-from dpokit.settings import NOT_HONOURED, find_machine_settings, load_settings
+from dpokit.settings import find_machine_settings, load_settings
 
 RECIPE = {"output_dir": "runs/x", "learning_rate": 1e-5, "loss_type": ["sigmoid", "sft"], "max_length": None}
 
@@ -70,6 +71,11 @@ def test_a_value_of_the_wrong_type_is_an_error_in_every_layer(name, value, tmp_p
 def test_a_yaml_file_without_settings_is_refused(text, tmp_path):
     with pytest.raises(SettingsError, match=r"settings\.yaml"):
         load("--config", yaml_file(tmp_path, text))
+
+
+def test_a_name_that_is_set_twice_in_yaml_is_an_error_that_names_its_line(tmp_path):
+    with pytest.raises(SettingsError, match=r"beta is set twice\n.*line 3"):
+        load("--config", yaml_file(tmp_path, "beta: 0.1\nseed: 1\nbeta: 0.2\n"))
 
 
 def test_a_missing_yaml_file_is_named():
@@ -292,6 +298,9 @@ def test_a_cpu_run_on_a_gpu_machine_is_not_given_the_gpus_precision(monkeypatch)
         ("max_length: ~", "max_length", None),
         ("bf16: null", "bf16", False),
         ("gradient_checkpointing: off", "gradient_checkpointing", False),
+        ("gradient_checkpointing: no", "gradient_checkpointing", False),
+        ("use_peft: Yes", "use_peft", True),
+        ("eval_strategy: no", "eval_strategy", "no"),
         ("loss_type: sigmoid", "loss_type", ["sigmoid"]),
         ("loss_weights: [1, 5e-1]", "loss_weights", [1.0, 0.5]),
         ("lr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),

@@ -11,12 +11,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Never
+from typing import Any
 
 import torch
 import yaml
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from dpokit.agreement import check_adapter, check_agreement, check_honoured
 from dpokit.errors import MachineError, SettingsError
 from dpokit.extensions import pass_dead_locks
 from dpokit.flags import KINDS, DataArguments, FlagParser, split_kind
@@ -25,40 +26,14 @@ from dpokit.placement import check_placement
 from dpokit.rundir import find_model
 from dpokit.world import check_devices, join_world
 
-# Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
-NOT_HONOURED = {
-    "padding_free": "TRL warns and pads all the same",
-    "truncation_mode": "prompts keep their end and answers their start: --max_prompt_length, --max_completion_length",
-    "pad_token": "TRL retires it; the tokenizer's own padding token is used, or its EOS",
-    "ignore_bias_buffers": "it mends models of 2023 that transformers no longer has",
-    **dict.fromkeys(
-        ("train_sampling_strategy", "shuffle_dataset"),
-        "rows are met in a seeded random order, which a resume can repeat",
-    ),
-    "auto_find_batch_size": "it changes the global batch in the middle of a run; lower per_device_train_batch_size "
-    "and raise gradient_accumulation_steps instead",
-    "hub_strategy": "the model goes up once, at the end of the run",
-    "hub_always_push": "the model goes up once, at the end of the run",
-    "model_init_kwargs": "it would be read for the reference alone; use --dtype, --attn_implementation, "
-    "--model_revision",
-    "enable_jit_checkpoint": "it saves the wrong random state, and a preempted job looks completed",
-    **dict.fromkeys(("packing", "packing_strategy", "eval_packing"), "each answer is a row of its own"),
-    "assistant_only_loss": "the chosen answer alone is learnt already; --completion_only_loss false adds its prompt",
-    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "the chosen answers of preference pairs are trained on"),
-    **dict.fromkeys(("chat_template_path", "eos_token"), "the tokenizer's own is used; set it in the model's folder"),
-}
-
-# TRL looks at these only when it computes the first loss.
-LOSS_TYPES = (
-    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
-    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-)
-
 SECRET = ("token", "api_key", "password")
 # What a run's settings say of the machine it was trained on, or of training alone.
 OF_TRAINING = {"use_cpu", "bf16", "fp16", "tf32", "resume_from_checkpoint", "overwrite_run", "accept_changes"}
 OF_TRAINING |= {"precompute_ref_log_probs", "save_before_seconds", "preempt_signal", "output_dir", "report_to"}
 OF_TRAINING |= {"dataset_streaming"}
+
+
+YAML_BOOL = "tag:yaml.org,2002:bool"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +142,28 @@ def read_asked_here(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's floats: 5e-5 is a number also without a dot, and inside a mapping."""
+    """Numbers and words of YAML 1.2: 5e-5 is a float without a dot, too, and `eval_strategy: no` a word.
+
+    Flags that are true or false take yes and no all the same. A name that stands twice is an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{name} is set twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+_YamlLoader.yaml_implicit_resolvers |= {
+    letter: [(tag, words) for tag, words in _YamlLoader.yaml_implicit_resolvers[letter] if tag != YAML_BOOL]
+    for letter in "yYnN"
+}
 
 
 def read_yaml(path: str, flag: str) -> dict[str, Any]:
@@ -234,77 +225,3 @@ def _has_bf16(on_cpu: bool) -> bool:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     # torch reads the processor's flags; oneDNN computes bf16 in hardware with either of the two.
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def check_honoured(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Raises SettingsError for a flag that parses but would do nothing here, or not what it says."""
-    for name in NOT_HONOURED:
-        if values.get(name):
-            raise SettingsError(
-                f"{origins[name]} sets {name}, which has no effect here",
-                expected="settings that are honoured",
-                do=f"remove it: {NOT_HONOURED[name]}",
-            )
-
-
-def check_agreement(data: DataArguments, training: DPOConfig | SFTConfig) -> None:
-    """Raises SettingsError for values that cannot be, or that cannot be together."""
-
-    def refuse(seen: str, expected: str, do: str) -> Never:
-        raise SettingsError(seen, expected=expected, do=do)
-
-    if data.eval_answers < 0:
-        refuse(f"eval_answers is {data.eval_answers}", "0 (none) or more", "--eval_answers 8")
-    for name in ("max_train_samples", "max_eval_samples", "max_prompt_length", "max_completion_length"):
-        number = getattr(data, name)
-        if number is not None and number < 1:
-            refuse(f"{name} is {number}", "a number of at least 1", f"raise --{name}, or leave it out for no limit")
-    of_pairs = isinstance(training, DPOConfig)
-    unknown = sorted(set(training.loss_type) - set(LOSS_TYPES)) if of_pairs else []
-    if unknown:
-        refuse(f"loss_type {', '.join(unknown)} is unknown", ", ".join(LOSS_TYPES), "correct --loss_type")
-    for name in ("beta", "learning_rate") if of_pairs else ("learning_rate",):
-        number = getattr(training, name)
-        if not 0 < number < float("inf"):
-            refuse(f"{name} is {number}", "a number above 0", f"correct --{name}")
-    if training.max_length is not None and training.max_length < 2:
-        refuse(
-            f"max_length is {training.max_length}, which leaves no room for any answer",
-            "at least 2: one token of the prompt and one of the answer",
-            "--max_length 512",
-        )
-    if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
-        refuse(f"eval_fraction is {data.eval_fraction}", "a share between 0 and 1", "--eval_fraction 0.05")
-    if data.dataset_streaming and training.max_steps <= 0:
-        refuse("a streamed dataset has no known length", "max_steps", "--max_steps 1000")
-    if data.dataset_streaming and data.eval_fraction is not None:
-        refuse(
-            "eval_fraction cannot be taken of a stream, whose length nobody knows",
-            "a test split, or no streaming",
-            "--dataset_test_split NAME --max_eval_samples 1000, or --dataset_streaming false",
-        )
-    if data.dataset_streaming and training.eval_strategy != "no" and data.max_eval_samples is None:
-        refuse("a streamed evaluation split has no known end", "max_eval_samples", "--max_eval_samples 1000")
-    if data.dataset_streaming and of_pairs and training.precompute_ref_log_probs:
-        refuse("a streamed dataset cannot be gone through ahead of the run", "one of the two", "drop either flag")
-    if training.dataloader_num_workers and data.dataset_streaming:
-        refuse("a stream is read once, in order, by one worker", "0 workers", "--dataloader_num_workers 0")
-
-
-def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
-    """Raises SettingsError where LoRA or quantisation is asked for, but not `use_peft`."""
-    if model.use_peft:
-        return
-    asked = [name for name in origins if name.startswith("lora_") or name in ("use_dora", "use_rslora")]
-    if any(origins[name] == "command line" for name in asked):
-        raise SettingsError(
-            f"{', '.join(asked)} is set, but use_peft is not: the whole model would be trained",
-            expected="--use_peft with LoRA's settings",
-            do="add --use_peft, or remove the LoRA settings",
-        )
-    if model.load_in_4bit or model.load_in_8bit:
-        raise SettingsError(
-            "a quantised model cannot be trained as a whole",
-            expected="--use_peft with --load_in_4bit or --load_in_8bit",
-            do="add --use_peft, or load the model in 16 or 32 bit",
-        )

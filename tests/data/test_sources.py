@@ -75,11 +75,21 @@ def test_a_saved_set_and_a_saved_set_of_splits_are_read(streaming, tmp_path):
         ("blank.jsonl", LINES.replace("\n", "\n\n")),
         ("no_newline.jsonl", LINES.rstrip("\n")),
         ("UPPER.JSONL", LINES),
+        ("marked.jsonl", "\ufeff" + LINES),
     ],
 )
 def test_an_unusual_but_sound_file_gives_its_rows(name, text, streaming, tmp_path):
     (tmp_path / name).write_bytes(text.encode())
     assert read(tmp_path / name, streaming=streaming) == ROWS
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("named", ["file", "folder"])
+def test_words_that_often_mean_nothing_are_answers_in_a_csv(named, streaming, tmp_path):
+    file = tmp_path / "train.csv"
+    file.write_text("prompt,chosen,rejected\nIs it there?,NA,None\nIs it?,null,\n")
+    rows = read(file if named == "file" else tmp_path, streaming=streaming)
+    assert [(row["chosen"], row["rejected"]) for row in rows] == [("NA", "None"), ("null", None)]
 
 
 def test_a_home_folder_is_understood(tmp_path, monkeypatch):

@@ -9,12 +9,12 @@ import pytest
 from card_pages import body_of, card_of, check_page, parse, show
 from run_folders import add_evaluation, make_run, make_starts, make_steps, v
 
+from dpokit.agreement import LOSS_TYPES
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.release.card import write_card
 from dpokit.release.citations import OF_LOSS
 from dpokit.release.front_matter import check_front_matter
 from dpokit.rundir import RunDir
-from dpokit.settings import LOSS_TYPES
 
 LOGGED = ("step", "seconds", "loss", "eval_loss", "rewards/margins", "gpu_power_watts", "gpu_memory_gib")
 BARE = '{"state": "running", "generations": []}'

@@ -13,10 +13,11 @@ from conftest import ROOT, write_pairs
 from test_launch import TWO, launch
 from torch import nn
 
+from dpokit.agreement import LOSS_TYPES
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.errors import GateError
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings import LOSS_TYPES, load_settings
+from dpokit.settings import load_settings
 from dpokit.story import build_trainer, train
 from dpokit.train.gates import LN_2_LOSSES, GateCallback, Gates, find_dead_modules
 from dpokit.train.trainer import PairTrainer

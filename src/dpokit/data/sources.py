@@ -11,6 +11,8 @@ from datasets.exceptions import DatasetNotFoundError
 
 from dpokit.errors import DataError, find_disk_trouble
 
+# Only an empty cell of a CSV is none: "NA", "None" and "null" are answers.
+OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -90,7 +92,7 @@ def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
     try:
         # datasets unpacks text files by itself, Parquet files not.
         whole = DownloadManager().extract(str(path)) if path.name.endswith(".parquet.gz") else str(path)
-        return dict(load_dataset(builder, data_files={"train": whole}, streaming=streaming))
+        return dict(load_dataset(builder, data_files={"train": whole}, streaming=streaming, **OPTIONS.get(builder, {})))
     except Exception as error:
         cause = error.__cause__ or error
         raise find_disk_trouble_or(
@@ -107,10 +109,12 @@ def _load_folder(path: Path, config: str | None, *, streaming: bool) -> dict[str
             saved = load_from_disk(str(path))
             splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
             return {k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits
-        for file in sorted(path.rglob("*")):
-            if file.is_file() and _builder(file) in ("json", "csv"):
-                check_text_file(file, as_json_lines=_builder(file) == "json")
-        return dict(load_dataset(str(path), config, streaming=streaming))
+        files = {file: _builder(file) for file in sorted(path.rglob("*")) if file.is_file() and _builder(file)}
+        for file, builder in files.items():
+            if builder != "parquet":
+                check_text_file(file, as_json_lines=builder == "json")
+        options = OPTIONS["csv"] if set(files.values()) == {"csv"} else {}
+        return dict(load_dataset(str(path), config, streaming=streaming, **options))
     except DataError:
         raise
     except Exception as error:
@@ -161,4 +165,4 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     with opener(path, "rb") as file:
         # Decoded line by line: a text file is decoded in blocks, and an error in one names no line.
         for number, line in enumerate(file, start=1):
-            yield number, line.decode("utf-8")
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows marks a file's beginning
