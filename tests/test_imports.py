@@ -16,10 +16,10 @@ FLOORS = [
     {"sweep"},
     {"quickstart", "plan"},
     {"story"},
-    {"train", "evaluate", "release", "serve", "cluster"},
+    {"train", "evaluate", "release", "serve", "cluster", "record"},
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
-    {"settings", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
+    {"settings", "agreement", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
     | {"apikey", "extensions"},
 ]
 LIGHT = ("report", "release.card", "release.front_matter", "cluster", "figures", "data.formats", "data.toy", "rundir")

@@ -1,13 +1,9 @@
 """A run from its first line to its last: settings, folder, data, model, training, weights."""
 
-import math
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from importlib.metadata import version
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -21,11 +17,12 @@ from dpokit.checkpoint.resume import MODEL, claim_folder
 from dpokit.data.columns import fingerprint_ids
 from dpokit.data.doctor import print_report
 from dpokit.data.prepare import PreparedData, prepare_data
-from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
+from dpokit.errors import DpokitError
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
 from dpokit.model.reference import decide_reference, find_identity, is_kept
 from dpokit.peers import build_on_each_machine_first, decide_on_main_process, peer_errors, speaks_for_all
 from dpokit.placement import find_asked_placement
+from dpokit.record import find_kept_evaluation, keep_record
 from dpokit.release.after import check_wishes, find_commands, run_commands
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import quiet_dependencies, say
@@ -46,9 +43,7 @@ from dpokit.train.steps import StepTrainer
 from dpokit.train.supervised import AnswerTrainer
 from dpokit.train.trackers import REPLACED, set_up_trackers, track_run
 from dpokit.train.trainer import PairTrainer
-from dpokit.world import find_machine, is_main_process
-
-PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+from dpokit.world import is_main_process
 
 
 def main(recipe: str, defaults: Mapping[str, Any]) -> None:
@@ -146,7 +141,7 @@ def _train(settings: Settings) -> RunDir:
         ):
             trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
         trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
-        best = find_best(trainer)
+        best = find_kept_evaluation(trainer)
         if is_main_process():
             write_json(run.data_json, data.record())
             run.write_run(best=best)
@@ -241,49 +236,6 @@ def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: in
     )
 
 
-@contextmanager
-def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[None]:
-    """run.json around a run: running, then finished, or failed and why. Disk trouble becomes the user's message."""
-
-    def record(**changes: Any) -> None:
-        if is_main_process():
-            run.write_run(**changes)
-
-    try:
-        record(
-            recipe=settings.recipe,
-            state="running",
-            why=None,
-            error=None,
-            world_size=world_size,
-            versions={name: version(name) for name in PACKAGES},
-            settings=settings.record(),
-            machine=find_machine(on_cpu=settings.training.use_cpu),
-            local=find_local(settings),
-        )
-        yield
-        record(state="finished")
-    except Preempted as end:
-        record(state="preempted", why=end.why)
-        raise
-    except BaseException as error:
-        trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)
-        why = str(trouble or "".join(traceback.format_exception_only(error)).strip())
-        try:
-            record(state="failed", why=why, error=type(trouble or error).__name__)
-        except (OSError, RunFolderError):
-            say(f"{run.run_json} could not be brought up to date")
-        if trouble is not None and trouble is not error:
-            raise trouble from error
-        raise
-
-
-def find_local(settings: Settings) -> list[str]:
-    """Which of model and data are files of this machine: a card must not take their names for those of the Hub."""
-    names = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
-    return [flag for flag, name in names.items() if name and Path(name).expanduser().exists()]
-
-
 def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
     """One line on who trains together, and how long they wait for each other; nothing where one process is alone."""
     processes = PartialState().num_processes
@@ -292,11 +244,3 @@ def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
             f"{processes} {'CPU processes' if on_cpu else 'GPUs'}, {placement}; a process waits at most "
             f"{timeout_seconds:,} s for the others (--ddp_timeout)"
         )
-
-
-def find_best(trainer: StepTrainer) -> dict[str, Any] | None:
-    """The evaluation whose weights were kept: step and eval loss; None where the last weights were."""
-    state = trainer.state
-    if not trainer.args.load_best_model_at_end or state.best_metric is None or not math.isfinite(state.best_metric):
-        return None
-    return {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}

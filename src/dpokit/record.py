@@ -1,0 +1,71 @@
+"""What run.json says of a run: its settings and machine when it begins, and how it ended."""
+
+import math
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from dpokit.checkpoint.preempt import Preempted
+from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
+from dpokit.rundir import RunDir
+from dpokit.screen import say
+from dpokit.settings import Settings
+from dpokit.world import find_machine, is_main_process
+
+PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+
+
+@contextmanager
+def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[None]:
+    """run.json around a run: running, then finished, or failed and why. Disk trouble becomes the user's message."""
+
+    def record(**changes: Any) -> None:
+        if is_main_process():
+            run.write_run(**changes)
+
+    try:
+        record(
+            recipe=settings.recipe,
+            state="running",
+            why=None,
+            error=None,
+            world_size=world_size,
+            versions={name: version(name) for name in PACKAGES},
+            settings=settings.record(),
+            machine=find_machine(on_cpu=settings.training.use_cpu),
+            local=find_local(settings),
+        )
+        yield
+        record(state="finished")
+    except Preempted as end:
+        record(state="preempted", why=end.why)
+        raise
+    except BaseException as error:
+        trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)
+        why = str(trouble or "".join(traceback.format_exception_only(error)).strip())
+        try:
+            record(state="failed", why=why, error=type(trouble or error).__name__)
+        except (OSError, RunFolderError):
+            say(f"{run.run_json} could not be brought up to date")
+        if trouble is not None and trouble is not error:
+            raise trouble from error
+        raise
+
+
+def find_local(settings: Settings) -> list[str]:
+    """Which of model and data are files of this machine: a card must not take their names for those of the Hub."""
+    names = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
+    return [flag for flag, name in names.items() if name and Path(name).expanduser().exists()]
+
+
+def find_kept_evaluation(trainer: Trainer) -> dict[str, Any] | None:
+    """The evaluation whose weights were kept: step and eval loss; None where the last weights were."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end or state.best_metric is None or not math.isfinite(state.best_metric):
+        return None
+    return {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}
