@@ -43,7 +43,10 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
         yield
         record(state="finished")
     except Preempted as end:
-        record(state="preempted", why=end.why)
+        try:
+            record(state="preempted", why=end.why)
+        except OSError as error:
+            raise find_disk_trouble(error) or error from error
         raise
     except BaseException as error:
         trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)

@@ -116,7 +116,7 @@ class RunDir:
         token = secrets.token_hex(6)
         began = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"token": token, "host": socket.gethostname(), "began": began, "resumed_step": resumed_step}
-        starts.append(start | {"job": os.environ.get("SLURM_JOB_ID")})
+        starts.append(start | {"job": os.environ.get("SLURM_JOB_ID"), "launcher": os.getppid()})
         write_json(self.run_json, {**record, "generations": starts})
         self.token = token
         return token
@@ -235,9 +235,7 @@ class MetricsFile:
         run.check_possession()
         self._run, path = run, run.metrics_jsonl
         kept = [record for record in read_metrics(path) if record["step"] <= after_step] if path.exists() else []
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(_line(record) for record in kept))
-        part.replace(path)
+        write_whole(path, "".join(_line(record) for record in kept).encode())
         self.seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
         self._path = path
         self._last = kept[-1] if kept else {}
@@ -262,9 +260,9 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a metrics.jsonl; a last line torn by a crash is left out."""
+    """The records of a metrics.jsonl up to a line that was torn by a crash, or damaged."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             records.append(json.loads(line))
         except ValueError:

@@ -113,7 +113,7 @@ def _train(settings: Settings) -> RunDir:
         keep_record(run, settings, world_size),
         peer_errors(training.ddp_timeout),
     ):
-        trainer, data = build_trainer(run, settings, gates)
+        trainer, data = build_trainer(run, settings, gates, notice)
         identity, accepted = decide_on_main_process(lambda: check_start(start, settings, data.fingerprint, world_size))
         for name, (before, now) in accepted.items():
             say(f"accepted: {name} was {before}, now {now}")
@@ -167,8 +167,13 @@ def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> di
     return data.record()
 
 
-def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[StepTrainer, PreparedData]:
-    """Data, models and trainer of a run, its callbacks left out; writes data.json and shows its table."""
+def build_trainer(
+    run: RunDir, settings: Settings, gates: Gates, notice: Notice | None = None
+) -> tuple[StepTrainer, PreparedData]:
+    """Data, models and trainer of a run, its callbacks left out; writes data.json and shows its table.
+
+    Raises: Preempted where the notice comes while the reference is computed.
+    """
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
     policy = load_policy(settings, tokenizer)
@@ -202,7 +207,10 @@ def build_trainer(run: RunDir, settings: Settings, gates: Gates) -> tuple[StepTr
         "processing_class": tokenizer,
         "peft_config": peft_config,
     }
-    trainer = AnswerTrainer(**parts) if settings.kind == "sft" else build_pair_trainer(settings, parts, max_length)
+    if settings.kind == "sft":
+        trainer: StepTrainer = AnswerTrainer(**parts)
+    else:
+        trainer = build_pair_trainer(settings, {**parts, "notice": notice}, max_length)
     trainer.run = run
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
         trainer.remove_callback(replaced)

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from dpokit.checkpoint.preempt import SIGNALS, Notice, choose_signals, find_time_limit
+from dpokit.checkpoint.preempt import SIGNALS, Notice, choose_signals, find_preempted_restart, find_time_limit
 from dpokit.errors import SettingsError
+from dpokit.rundir import RunDir
 
 
 def test_a_signal_is_noted_once_and_kills_nothing():
@@ -36,6 +37,19 @@ def test_a_signal_is_chosen_by_either_of_its_names(asked, names):
 def test_what_no_process_can_hear_is_refused(asked):
     with pytest.raises(SettingsError, match="preempt_signal is"):
         choose_signals(asked)
+
+
+@pytest.mark.parametrize(("count", "launcher", "ends"), [("0", 0, False), ("1", 0, True), ("1", 1, False)])
+def test_only_the_launcher_that_began_a_preempted_run_may_not_begin_it_again(
+    count, launcher, ends, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    run = RunDir(tmp_path)
+    run.take_possession(0)
+    (start,) = run.read_run()["generations"]
+    run.write_run(state="preempted", why="SIGTERM on rank 1")
+    run.write_run(generations=[{**start, "launcher": launcher or start["launcher"]}])
+    assert (find_preempted_restart(run) is not None) is ends
 
 
 def test_a_time_limit_is_kept_so_many_seconds_ahead(monkeypatch):

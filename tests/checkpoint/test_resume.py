@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,15 @@ from compare_runs import check_same, interrupt, read_steps
 from conftest import write_pairs
 from transformers import AutoModelForCausalLM
 
+from dpokit.checkpoint.preempt import Preempted
 from dpokit.checkpoint.resume import claim_folder
-from dpokit.checkpoint.store import find_checkpoints
+from dpokit.checkpoint.store import find_checkpoints, write_manifest
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.flags import KINDS
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings import load_settings
 from dpokit.story import train
+from dpokit.train.callbacks import PreemptCallback
 
 # Pairs of options, so that each meets each of the others once or more.
 OPTIONS = {
@@ -198,8 +201,8 @@ def test_another_model_under_the_same_name_is_refused(defaults, tiny_gpt2, tmp_p
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused_and_not_buried(defaults, broken):
-    manifest = broken.path / "checkpoint-4" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 99}))
+    newest = find_checkpoints(broken, deep=False)[0]
+    write_manifest(newest.path, 4, newest.manifest["files"], {"format": 99})
     with pytest.raises(RunFolderError, match="written by a newer version"):
         train("dpo_test", {**defaults, "output_dir": str(broken.path)}, [])
 
@@ -244,6 +247,51 @@ def test_where_a_global_batch_cannot_be_kept_the_sizes_that_work_are_named(defau
     with pytest.raises(RunFolderError, match="a step of this run has 4 pairs, which 2 processes cannot deal") as error:
         claim(defaults, broken, "--per_device_train_batch_size", "3", world_size=2)
     assert "--per_device_train_batch_size 1 or 2" in error.value.do
+
+
+OVER = ("--overwrite_run", "true")
+
+
+@pytest.mark.parametrize("words", [OVER, ("--resume_from_checkpoint", "never"), ("--resume_from_checkpoint", "2")])
+def test_a_restart_by_the_launcher_goes_on_whatever_the_first_start_was_told(words, defaults, broken, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    words = [word if word != "2" else str(broken.path / "checkpoint-2") for word in words]
+    assert claim(defaults, broken, *words, world_size=1).checkpoint == broken.path / "checkpoint-4"
+
+
+def test_what_an_earlier_launch_left_is_deleted_where_it_was_asked_to_be(defaults, broken, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first start of this one died before it came so far
+    *before, last = broken.read_run()["generations"]
+    broken.write_run(generations=[*before, {**last, "launcher": 1}])
+    assert claim(defaults, broken, *OVER, world_size=1).checkpoint is None
+    assert broken.checkpoints() == []
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_an_evaluation_is_cut_off_by_a_signal_and_done_by_the_next_start(strategy, defaults, tmp_path, monkeypatch):
+    changed = {**defaults, **OPTIONS["evaluations"], "disable_dropout": False, "per_device_eval_batch_size": 1}
+    changed |= {"save_strategy": strategy, "metric_for_best_model": "eval_loss", "max_steps": 4}
+    whole = train("dpo_test", changed, [])
+    hear, asked = PreemptCallback.on_prediction_step, []
+
+    def signal_at_the_second_batch(*arguments, **named):
+        asked.append(1)
+        if len(asked) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return hear(*arguments, **named)
+
+    run = RunDir(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(PreemptCallback, "on_prediction_step", signal_at_the_second_batch)
+        for _ in range(2):  # the next start meets the same
+            asked.clear()
+            with pytest.raises(Preempted, match="75"):
+                train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
+            assert len(asked) == 2
+            assert [path.name for path in run.checkpoints()] == ["checkpoint-2"]
+            assert (run.read_run()["state"], run.read_run()["why"]) == ("preempted", "SIGTERM on rank 0")
+    train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
+    check_same(run, whole)
 
 
 def test_another_placement_is_refused(defaults, broken):

@@ -36,12 +36,12 @@ def run(tmp_path) -> RunDir:
     return run
 
 
-def write(run: RunDir, step: int) -> Path:
+def write(run: RunDir, step: int, **facts: object) -> Path:
     part = find_part(run, step)
     for name, content in CONTENT.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_bytes(content)
-    return seal(run, step, describe_files(part, list_files(part)), FACTS)
+    return seal(run, step, describe_files(part, list_files(part)), FACTS | facts)
 
 
 def test_what_was_sealed_is_whole(run):
@@ -80,6 +80,19 @@ def test_a_damaged_file_is_named_and_the_checkpoint_passed_over(run, name, damag
     assert older.trouble is None
 
 
+def test_a_manifest_with_any_one_bit_flipped_is_passed_over(run):
+    manifest = write(run, 4) / "manifest.json"
+    whole = manifest.read_bytes()
+    for at in range(len(whole)):
+        manifest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        assert "manifest" in look_at(manifest.parent, deep=False).trouble, whole[at - 20 : at + 20]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(run):
+    path = write(run, 4)
+    assert look_at(path.rename(run.path / "checkpoint-6"), deep=False).trouble == "its manifest is that of step 4"
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "files": 3}', '{"files": {}}'])
 def test_a_manifest_that_cannot_be_read_is_trouble_and_no_crash(run, content):
     path = write(run, 4)
@@ -100,6 +113,20 @@ def test_retention_counts_whole_checkpoints_alone_and_keeps_the_best(run):
     assert [path.name for path in run.checkpoints()] == ["checkpoint-1", "checkpoint-3", "checkpoint-5"]
 
 
+def test_the_best_is_known_by_whatever_path_it_was_given(run):
+    for step in (1, 2, 3):
+        write(run, step)
+    retire(run, limit=1, best=run.path / ".." / run.path.name / "checkpoint-1")
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-1", "checkpoint-3"]
+
+
+def test_retention_counts_checkpoints_of_weights_alone(run):
+    for step in (1, 2, 3):
+        write(run, step, weights_alone="it holds weights alone (--save_only_model)")
+    retire(run, limit=2, best=None)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_without_a_limit_all_whole_checkpoints_stay(run):
     for step in (1, 2, 3):
         write(run, step)
@@ -108,9 +135,7 @@ def test_without_a_limit_all_whole_checkpoints_stay(run):
 
 
 def test_a_checkpoint_of_a_newer_version_is_never_deleted(run):
-    path = write(run, 1)
-    manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
+    path = write(run, 1, format=99)
     write(run, 2)
     retire(run, limit=1, best=None)
     assert "newer version" in look_at(path, deep=False).trouble
@@ -150,6 +175,15 @@ def test_an_earlier_start_of_the_run_can_neither_seal_nor_log_nor_write_its_reco
     assert [record["step"] for record in read_metrics(later.metrics_jsonl)] == [1]
     assert "state" not in later.read_run()
     assert write(later, 4).is_dir()
+
+
+def test_metrics_that_a_disk_has_damaged_are_kept_up_to_there(run):
+    file = MetricsFile(run, after_step=0)
+    for step in (1, 2, 3):
+        file.log(step, float(step), {"loss": 0.7})
+    lines = run.metrics_jsonl.read_bytes().splitlines(keepends=True)
+    run.metrics_jsonl.write_bytes(lines[0] + bytes([lines[1][0] | 0x80]) + lines[1][1:] + lines[2])
+    assert [record["step"] for record in read_metrics(run.metrics_jsonl)] == [1]
 
 
 def test_every_start_of_a_run_is_kept_with_where_it_began_and_ended(run):

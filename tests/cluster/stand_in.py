@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from dpokit.checkpoint.store import write_manifest
+
 DEFAULTS = {"output_dir": "runs/stand_in"}
 
 
@@ -52,7 +54,7 @@ def main() -> None:
         if step >= asked.save_from:
             checkpoint = asked.output_dir / f"checkpoint-{step}"
             checkpoint.mkdir(exist_ok=True)
-            (checkpoint / "manifest.json").write_text('{"format": 1, "files": {}}')
+            write_manifest(checkpoint, step, {}, {})
         if "end" in steps:
             record("preempted", step)
             sys.exit(75)

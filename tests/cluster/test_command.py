@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from dpokit.checkpoint.store import write_manifest
 from dpokit.cluster.command import facts, find_port, in_shell, split_words
 from dpokit.errors import MachineError, SettingsError
 from dpokit.rundir import RunDir
@@ -25,7 +26,7 @@ def finish(folder: Path, state: str = "finished", checkpoint: int | None = None)
     RunDir(folder).write_run(state=state, generations=[{"resumed_step": 0}])
     if checkpoint is not None:
         (folder / f"checkpoint-{checkpoint}").mkdir()
-        (folder / f"checkpoint-{checkpoint}" / "manifest.json").write_text('{"format": 1, "files": {}}')
+        write_manifest(folder / f"checkpoint-{checkpoint}", checkpoint, {}, {})
 
 
 def test_the_run_folder_is_that_of_command_line_yaml_file_or_recipe(tmp_path):

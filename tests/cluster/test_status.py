@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dpokit.checkpoint.store import write_manifest
 from dpokit.cluster.status import Attempt, describe, find_good_step, read_status
 from dpokit.errors import RunFolderError
 from dpokit.rundir import RunDir
@@ -27,7 +28,8 @@ def make_run(folder: Path, *starts: dict, state: str, checkpoints: tuple[int, ..
 def make_checkpoint(folder: Path) -> None:
     folder.mkdir()
     (folder / "weights").write_text("1234")
-    (folder / "manifest.json").write_text(json.dumps({"format": 1, "files": {"weights": {"size": 4, "sha256": "-"}}}))
+    step = int(folder.name.rpartition("-")[2])
+    write_manifest(folder, step, {"weights": {"size": 4, "sha256": "-"}}, {})
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Every fault, in full: runs killed at random and in the middle of each file, compared with uninterrupted ones.
+"""Kills in full: runs killed at random and in the middle of each file, compared with uninterrupted ones.
 
     python tests/soak/faults.py                      # about an hour on two cores; prints a table
     python tests/soak/faults.py --kills 3 --cases ddp
 
-The suite holds a part of each kind (tests/test_faults.py).
+The suite holds a part of these, and all other faults (tests/test_faults.py, tests/checkpoint, tests/cluster).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from dpokit.checkpoint.store import find_checkpoints
 from dpokit.rundir import RunDir
 
 STEPS, SAVE_STEPS = 60, 4
-# (placement's config, flags): the options pairwise over placements, so that each meets most of the others.
+# (placement's config, flags): each placement with two or three options. All pairs: tests/checkpoint/test_resume.py.
 CASES = {
     "one": (None, ["--gradient_accumulation_steps", "2", "--precompute_ref_log_probs"]),
     "one, dropout": (None, ["--disable_dropout", "false", "--max_train_samples", "30"]),

@@ -1,6 +1,8 @@
 """Runs whose prompts are shared and whose reference is kept: the same numbers, and what happens when it cannot be."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,10 +10,12 @@ import torch
 from conftest import write_pairs
 from safetensors.torch import load_file, save_file
 
+from dpokit.checkpoint.preempt import Preempted
 from dpokit.model import reference
 from dpokit.model.reference import ReferenceCache
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.story import prepare, train
+from dpokit.train.scoring import ScoringTrainer
 
 TIMING = ("seconds", "runtime", "per_second", "wasted", "total_flos")
 
@@ -180,6 +184,21 @@ def test_what_was_prepared_is_what_the_run_finds_also_for_one_epoch(tiny_gpt2, p
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == written
     assert made.read_run()["settings"]["precompute_ref_log_probs"] == {"value": True, "origin": "this machine"}
     assert "32 of 32 pairs were kept" in capfd.readouterr().err
+
+
+def test_a_signal_while_the_reference_is_computed_ends_the_run_and_keeps_what_there_is(run, monkeypatch, capfd):
+    score = ScoringTrainer._score_rows
+
+    def signal_meanwhile(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return score(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted):
+        patch.setattr(ScoringTrainer, "_score_rows", signal_meanwhile)
+        run()
+    assert "SIGTERM on rank 0: ending" in capfd.readouterr().err
+    run()
+    assert "reference log-probs: 8 of 32 pairs were kept" in capfd.readouterr().err
 
 
 @pytest.mark.slow

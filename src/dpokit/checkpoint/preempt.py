@@ -1,4 +1,6 @@
-"""A scheduler wants the machine back: noted on any rank, agreed by all at the next step boundary, saved, said.
+"""A scheduler wants the machine back: noted on any rank, agreed by all at the next boundary, saved, said.
+
+A boundary is the end of a step, of a batch of an evaluation, or of a part of the reference that is kept.
 
 The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names. A known time limit counts as one, too,
 `--save_before_seconds` ahead of it. The process ends with code 75 (EX_TEMPFAIL), never with 0: a run that was cut short
@@ -7,6 +9,7 @@ must not look completed.
 
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -29,11 +32,21 @@ class Preempted(SystemExit):
         self.why = why
 
 
-def find_preempted_restart(run: RunDir) -> str | None:
-    """Why a run was asked to end that its launcher (`--max_restarts`) starts again at once; None for another start."""
+class EvaluationCut(Preempted):
+    """The run was asked to end in the middle of an evaluation, whose step may still be unsaved."""
+
+
+def is_restarted(run: RunDir) -> bool:
+    """Whether the launcher (`--max_restarts`) starts again, with the words it was given, what it had begun here."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return None
-    record = run.read_run() or {}
+        return False
+    last = ((run.read_run() or {}).get("generations") or [{}])[-1]
+    return bool((last.get("host"), last.get("launcher")) == (socket.gethostname(), os.getppid()))
+
+
+def find_preempted_restart(run: RunDir) -> str | None:
+    """Why a run was asked to end that its launcher starts again at once; None for another start."""
+    record = (run.read_run() or {}) if is_restarted(run) else {}
     return str(record.get("why")) if record.get("state") == "preempted" else None
 
 

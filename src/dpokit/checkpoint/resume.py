@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpokit.checkpoint.store import Checkpoint, check_version, look_at, sweep_parts
+from dpokit.checkpoint.preempt import is_restarted
+from dpokit.checkpoint.store import Checkpoint, check_version, find_checkpoints, look_at, sweep_parts
 from dpokit.checkpoint.universal import convert_shards
 from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.rundir import RunDir
@@ -59,27 +60,32 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
 
     A folder with an unfinished run of the same recipe, model and data is resumed, from the newest checkpoint that
     verifies. A finished one is touched only with `--resume_from_checkpoint auto|PATH` or `--overwrite_run`, a foreign
-    one only with the latter.
+    one only with the latter. A start by the launcher that began the run (`--max_restarts`) goes on with it, whatever
+    the flags of the first start said.
 
     Raises:
         RunFolderError: the folder holds another or a finished run, or one that was begun otherwise; or it cannot be
             written.
         SettingsError: a resume path without a checkpoint, or flags that contradict each other.
     """
-    asked = settings.training.resume_from_checkpoint
-    if settings.data.overwrite_run and asked not in (None, "never"):
+    asked, overwrite = settings.training.resume_from_checkpoint, settings.data.overwrite_run
+    if overwrite and asked not in (None, "never"):
         raise SettingsError(
             f"overwrite_run deletes the run that resume_from_checkpoint {asked} would go on with",
             expected="one of the two",
             do="remove either flag",
         )
+    if is_restarted(run):
+        overwrite = False
+        if asked == "never" or any(checkpoint.trouble is None for checkpoint in find_checkpoints(run, deep=False)):
+            asked = None
     try:
         run.make()
-        if settings.data.overwrite_run:
+        if overwrite:
             run.clear()
     except OSError as error:
         raise find_disk_trouble(error) or error from error
-    _check_owner(run, settings)
+    _check_owner(run, settings, asked)
     found = _find_checkpoint(run, asked)
     start = Start("")
     if found is not None:
@@ -87,6 +93,8 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
         say(f"resuming from {found.path}")
     start.token = run.take_possession(0 if found is None else found.step)
     sweep_parts(run)
+    if start.universal and start.checkpoint is not None:
+        convert_shards(start.checkpoint)
     return start
 
 
@@ -149,8 +157,6 @@ def _match(checkpoint: Checkpoint, settings: Settings, *, world_size: int, place
     start = Start("", checkpoint.path, manifest)
     _check_placement(checkpoint, placement)
     start.universal = manifest["world_size"] != world_size and manifest["placement"].startswith("ZeRO")
-    if start.universal:
-        convert_shards(checkpoint.path)
     if manifest["world_size"] != world_size and GLOBAL_BATCH not in find_accepted(settings):
         start.accumulation = _keep_global_batch(then[GLOBAL_BATCH], settings, world_size)
         training.gradient_accumulation_steps = start.accumulation
@@ -221,9 +227,8 @@ def _keep_global_batch(batch: int, settings: Settings, world_size: int) -> int:
     )
 
 
-def _check_owner(run: RunDir, settings: Settings) -> None:
+def _check_owner(run: RunDir, settings: Settings, asked: str | None) -> None:
     record = run.read_run()
-    asked = settings.training.resume_from_checkpoint
     remedy = "choose another --output_dir, or delete what is there with --overwrite_run true"
     if record is None:
         if run.own_files():

@@ -1,7 +1,8 @@
 """Checkpoints that verify: written under another name, listed in a manifest, renamed when all is on disk. No torch.
 
     .checkpoint-N.TOKEN.part/   being written by the start of the run that TOKEN stands for
-    checkpoint-N/               whole where manifest.json, written last, holds true: sizes and sha256 of all its files
+    checkpoint-N/               whole where manifest.json, written last, holds true: sizes and sha256 of all its files,
+                                and its own
 
 A folder whose manifest does not hold true is never resumed from and never counted; the next whole one replaces it.
 """
@@ -28,8 +29,8 @@ class Checkpoint:
     """One checkpoint-N folder, and what was found in it.
 
     Attributes:
-        manifest: `{format, step, world_size, placement, settings, weights_alone, files}`; None where there is none
-            that can be read. `weights_alone` says why a checkpoint can be loaded but not resumed from, or is None.
+        manifest: `{format, step, world_size, placement, settings, weights_alone, files, sha256}`; None where there is
+            none that can be read. `weights_alone` says why a checkpoint can be loaded but not resumed from, or is None.
         trouble: why it cannot be used; None where it can.
     """
 
@@ -49,8 +50,7 @@ def look_at(path: Path, *, deep: bool) -> Checkpoint:
     step = int(path.name.rpartition("-")[2])
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files = dict(manifest["files"])
-        trouble = _find_trouble(path, manifest, files, deep=deep)
+        trouble = _find_trouble(path, step, manifest, deep=deep)
     except FileNotFoundError:
         return Checkpoint(path, step, None, "it has no manifest: it was not finished, or not written by dpokit")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -58,9 +58,14 @@ def look_at(path: Path, *, deep: bool) -> Checkpoint:
     return Checkpoint(path, step, manifest, trouble)
 
 
-def _find_trouble(path: Path, manifest: Mapping[str, Any], files: Files, *, deep: bool) -> str | None:
+def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: bool) -> str | None:
+    if manifest["sha256"] != _digest_manifest(manifest):
+        return "its manifest is not what was written (its sha256 differs)"
     if manifest["format"] > FORMAT:
         return f"it was written by a newer version (format {manifest['format']}, known: {FORMAT})"
+    if manifest["step"] != step:
+        return f"its manifest is that of step {manifest['step']}"
+    files: Files = manifest["files"]
     for name, entry in sorted(files.items()):
         file = path / name
         size = file.stat().st_size if file.is_file() else None
@@ -115,7 +120,7 @@ def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path
     part, path = find_part(run, step), run.path / f"checkpoint-{step}"
     for folder in {(part / name).parent for name in files}:
         sync_folder(folder)
-    write_json(part / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+    write_manifest(part, step, files, facts)
     sync_folder(part)
     if run.metrics_jsonl.exists():  # a step that is not computed again must be on disk, too
         with run.metrics_jsonl.open("rb") as metrics:
@@ -128,14 +133,21 @@ def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path
     return path
 
 
+def write_manifest(folder: Path, step: int, files: Files, facts: Mapping[str, Any]) -> None:
+    """Says what the folder must hold, and how to tell that this is still what was said."""
+    manifest = json.loads(json.dumps({"format": FORMAT, "step": step, **facts, "files": files}))
+    write_json(folder / MANIFEST, {**manifest, "sha256": _digest_manifest(manifest)})
+
+
 def retire(run: RunDir, *, limit: int | None, best: Path | None) -> None:
     """Deletes what is not whole, and all but the newest `limit` whole ones; the newest and the best always stay."""
     found = find_checkpoints(run, deep=False)
-    whole = [checkpoint for checkpoint in found if checkpoint.manifest is not None and checkpoint.trouble is None]
-    kept = {checkpoint.path for checkpoint in whole[: limit or None]}
+    whole = [one for one in found if one.manifest is not None and one.trouble == one.manifest.get("weights_alone")]
+    kept = {checkpoint.path.resolve() for checkpoint in whole[: limit or None]}
+    kept |= {best.resolve()} if best is not None else set()
     for checkpoint in found:
         newer_version = checkpoint.trouble is not None and "newer version" in checkpoint.trouble
-        if checkpoint.path not in kept and checkpoint.path != best and not newer_version:
+        if checkpoint.path.resolve() not in kept and not newer_version:
             discard(checkpoint.path)
 
 
@@ -157,6 +169,11 @@ def _hash(path: Path) -> str:
             return _digest(file)
     except OSError as error:
         return f"unreadable: {error.strerror}"
+
+
+def _digest_manifest(manifest: Mapping[str, Any]) -> str:
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Any) -> str:

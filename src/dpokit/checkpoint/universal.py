@@ -3,6 +3,7 @@
 DeepSpeed is asked through its own command line, so that it is imported nowhere here.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,15 +13,15 @@ from dpokit.screen import say
 
 
 def convert_shards(checkpoint: Path) -> None:
-    """Writes the universal form beside the shards; where it lies already, nothing.
+    """Writes the universal form beside the shards, always anew: no manifest tells whether an old one is whole.
 
     Raises: RunFolderError with what DeepSpeed said.
     """
     shards = checkpoint / (checkpoint / "latest").read_text().strip()
     universal = checkpoint / f"{shards.name}_universal"
     marker = checkpoint / "latest_universal"  # DeepSpeed's, written last
-    if marker.exists() and universal.is_dir():
-        return
+    marker.unlink(missing_ok=True)
+    shutil.rmtree(universal, ignore_errors=True)
     say(f"converting {shards} for another number of processes")
     words = ["--input_folder", str(shards), "--output_folder", str(universal), "--inject_missing_state"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words]

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dpokit.checkpoint.preempt import Notice, Preempted
+from dpokit.checkpoint.preempt import EvaluationCut, Notice, Preempted
 from dpokit.placement import find_placement
 from dpokit.rundir import MetricsFile, RunDir
 from dpokit.screen import say
@@ -72,7 +72,9 @@ class ResumeCallback(TrainerCallback):
 
 
 class PreemptCallback(TrainerCallback):
-    """Asks at each step boundary whether any rank was told to end; if so, all save and end. Collective.
+    """Asks after each step, and each batch of an evaluation, whether any rank was told to end: all save and end.
+
+    Collective.
 
     Attributes:
         why: what was noted, and on which rank; None where nothing was.
@@ -87,17 +89,26 @@ class PreemptCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.raise_write_error()
-        if self.why is not None or not self.trainer.is_told(self.notice.is_given()):
-            return
-        if self.trainer.is_finished():
+        if self.trainer.is_finished() and not control.should_evaluate:
             return  # it ends by itself
-        notices = [why for why in gather_object([self.notice.why]) if why is not None]
-        self.why = notices[0]
-        say(f"{self.why}: saving step {state.global_step} and ending; the same command goes on from there")
+        if not self._hear(state):
+            return
         # An evaluation could outlast the grace time, so it is done first thing by the start that goes on.
         self.trainer.evaluation_due = control.should_evaluate
         control.should_evaluate = False
         control.should_save = True
+
+    def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._hear(state):
+            raise EvaluationCut(str(self.why))
+
+    def _hear(self, state: TrainerState) -> bool:
+        """Whether any rank was told to end since all were last asked. Collective."""
+        if self.why is not None or not self.trainer.is_told(self.notice.is_given()):
+            return False
+        self.why = next(why for why in gather_object([self.notice.why]) if why is not None)
+        say(f"{self.why}: saving step {state.global_step} and ending; the same command goes on from there")
+        return True
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.why is not None:

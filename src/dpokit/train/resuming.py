@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from dpokit.checkpoint.preempt import EvaluationCut
 from dpokit.checkpoint.store import look_at
 from dpokit.peers import decide_on_main_process
 from dpokit.screen import say
@@ -75,9 +76,25 @@ class ResumingTrainer(SavingTrainer):
             rest = (self.model, None, self.state.epoch, None, time.time())
             self._maybe_log_save_evaluate(self._tr_loss, last["grad_norm"], *rest, learning_rate=last["learning_rate"])
         if known[0]["evaluation_due"]:
-            metrics = self._evaluate(None, None)
+            metrics = super()._evaluate(None, None)  # cut off again, the run ends: its step is saved
             if self._determine_best_metric(metrics=metrics, trial=None):
                 self.state.best_model_checkpoint = str(checkpoint)
+
+    def _evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
+        """transformers' own; cut off, it is left to the next start, and its step saved.
+
+        The random numbers that its loader draws are none of training's, whenever it is done.
+        """
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return super()._evaluate(*arguments, **named)
+            except EvaluationCut:
+                self.evaluation_due = self.control.should_save = True
+                return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """transformers' own; without metrics, where it decides whether to save: yes."""
+        return not metrics or super()._determine_best_metric(metrics, trial)
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
         """transformers' own; of a run whose last step is saved it would train one step more."""

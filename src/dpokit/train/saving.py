@@ -77,14 +77,15 @@ class SavingTrainer(ProgressTrainer):
                 self._save_whole(part, step)
         self.stall_seconds = time.monotonic() - began
 
-    def _save_small(self, part: Path) -> None:
-        """What every rank has of its own, and rank 0's state. Collective."""
+    def _save_small(self, part: Path) -> list[str]:
+        """What every rank has of its own, and rank 0's state; returns the files that any rank sees. Collective."""
         self._save_rng_state(str(part))
         # Not write_json: a number may be NaN.
         (part / f"progress_{self.accelerator.process_index}.json").write_text(json.dumps(self._read_progress()))
         if self.accelerator.is_main_process:
             self._save_state(part)
-        self.accelerator.wait_for_everyone()
+        # A network's file system may show a node late what another one has written.
+        return sorted({name for names in gather_object([list_files(part)]) for name in names})
 
     def _is_sharded(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -95,9 +96,9 @@ class SavingTrainer(ProgressTrainer):
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(part))
             self._save_scaler(str(part))
-        self._save_small(part)
+        names = self._save_small(part)
         # Who wrote a file need not read it: all take their share of the hashing.
-        mine = describe_files(part, list_files(part)[self.accelerator.process_index :: self.accelerator.num_processes])
+        mine = describe_files(part, names[self.accelerator.process_index :: self.accelerator.num_processes])
         files = dict(entry for entries in gather_object([mine]) for entry in entries.items())
         if self.accelerator.is_main_process:
             self._finish(part, step, files)
@@ -106,14 +107,14 @@ class SavingTrainer(ProgressTrainer):
     def _save_whole(self, part: Path, step: int) -> None:
         """Rank 0 writes, in the background where there is memory for a copy of what it writes. Collective."""
         write = self._copy_state(part) if self.accelerator.is_main_process else None
-        self._save_small(part)
+        names = self._save_small(part)
         if write is None:
             return
 
         def write_all() -> None:
             with _giving_space_back(self.run, part):
                 write()
-                self._finish(part, step, describe_files(part, list_files(part)))
+                self._finish(part, step, describe_files(part, {*names, *list_files(part)}))
 
         def attempt() -> None:
             try:

@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
+from dpokit.checkpoint.preempt import Notice, Preempted
 from dpokit.data.columns import fingerprint_ids
 from dpokit.model.reference import ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
 from dpokit.model.score import TOLERANCE_16_BIT, TOLERANCE_FP32, find_mismatch, find_obstacle, share_prefix
@@ -30,6 +31,7 @@ class ScoringTrainer(DPOTrainer):
         shared_prefix: compute a prompt once for both answers, where the model allows it.
         longest: most tokens of a row; None where nobody knows.
         reference: what the reference's log-probs depend on, the token ids left out; None keeps none on disk.
+        notice: what this process was told, asked while the reference is computed; None asks nobody.
         arguments: DPOTrainer's.
 
     Attributes:
@@ -44,12 +46,14 @@ class ScoringTrainer(DPOTrainer):
         shared_prefix: bool = True,
         longest: int | None = None,
         reference: dict[str, object] | None = None,
+        notice: Notice | None = None,
         **arguments: Any,
     ) -> None:
         self.shared_prefix = "untried" if shared_prefix else "off: --shared_prefix false"
         self._shared: list[SharedPrefix] | None = None if shared_prefix else []
         self._longest = longest
         self._reference = reference
+        self._notice = notice
         super().__init__(**arguments)
         self._share_prefixes()
 
@@ -126,8 +130,19 @@ class ScoringTrainer(DPOTrainer):
                 if self.accelerator.is_main_process and self._reference is not None:
                     cache.write(part, known[part.start])
                 bar.update(len(part))
+                self._end_where_told()
         chosen, rejected = torch.cat([known[part.start] for part in cache.parts()], dim=1).tolist()
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
+
+    def _end_where_told(self) -> None:
+        """Raises Preempted where any rank was told to end: the parts that are kept need not be computed again."""
+        if self._notice is None:
+            return
+        notes = gather_object([self._notice.why if self._notice.is_given() else None])
+        why = next((note for note in notes if note is not None), None)
+        if why is not None:
+            say(f"{why}: ending; what is computed of the reference is kept, and the same command goes on from there")
+            raise Preempted(why)
 
     def _find_reference_model(self) -> Any:
         if self.ref_model is None and self.is_deepspeed_enabled:

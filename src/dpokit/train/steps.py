@@ -211,11 +211,13 @@ class StepTrainer(ResumingTrainer):
         """transformers' loop; the loss is the mean over real pairs or tokens."""
         began = time.monotonic()
         self._sums["eval"], self._eval_loss = Sums(), Sums()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:  # it may be cut off
+            if self._working_since is not None:
+                self._working_since += time.monotonic() - began
         means, _ = self._eval_loss.take(self.accelerator)
         output.metrics[f"{metric_key_prefix}_loss"] = means["loss"]
-        if self._working_since is not None:
-            self._working_since += time.monotonic() - began
         return output
 
 
