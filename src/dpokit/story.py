@@ -19,7 +19,7 @@ from dpokit.data.doctor import print_report
 from dpokit.data.prepare import PreparedData, prepare_data
 from dpokit.errors import DpokitError
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
-from dpokit.model.reference import decide_reference, find_identity, is_kept
+from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
 from dpokit.peers import build_on_each_machine_first, decide_on_main_process, peer_errors, speaks_for_all
 from dpokit.placement import find_asked_placement
 from dpokit.record import find_kept_evaluation, keep_record
@@ -159,8 +159,10 @@ def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> di
     quiet_dependencies()
     settings = load_settings(recipe, defaults, [*argv, "--report_to", "none"])
     training = settings.training
-    if settings.kind == "dpo":
-        training.precompute_ref_log_probs = not training.sync_ref_model
+    if settings.kind == "dpo" and not training.precompute_ref_log_probs:
+        training.precompute_ref_log_probs = can_be_computed_ahead(settings)
+        if not training.precompute_ref_log_probs:
+            say("the reference is not computed: a run with these settings asks it at each step")
     with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(training.ddp_timeout):
         training.output_dir = folder
         _, data = build_trainer(RunDir(folder), settings, Gates(settings.data.gates))

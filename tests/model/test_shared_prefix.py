@@ -172,7 +172,7 @@ def test_attention_that_ignores_the_layout_is_a_mismatch(monkeypatch):
 
     model, batch = build(FAMILIES["llama"]), make_batch()
     shared = share_prefix(model)
-    assert find_mismatch(model, shared, batch) < 1e-5
+    assert find_mismatch(model, shared, batch)[0] < 1e-5
 
     def plain(module, query, key, value, _, packed=None, **kwargs):
         if packed is not None:
@@ -180,4 +180,24 @@ def test_attention_that_ignores_the_layout_is_a_mismatch(monkeypatch):
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
     monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, plain)
-    assert find_mismatch(model, shared, batch) > 1e-3
+    assert find_mismatch(model, shared, batch)[0] > 1e-3
+
+
+def test_a_kernel_that_refuses_a_packed_batch_is_a_mismatch_and_one_without_memory_is_not(monkeypatch):
+    from dpokit.model import shared_prefix
+
+    model, batch = build(FAMILIES["llama"]), make_batch()
+    shared = share_prefix(model)
+    kernel = shared_prefix.AttentionInterface._global_mapping[shared_prefix.NAME]
+
+    def refuse(*arguments, packed=None, **named):
+        if packed is not None:
+            raise error
+        return kernel(*arguments, packed=packed, **named)
+
+    monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, refuse)
+    error = RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
+    assert find_mismatch(model, shared, batch) == (float("inf"), f"its forward does not take a packed batch ({error})")
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        find_mismatch(model, shared, batch)

@@ -79,7 +79,12 @@ def test_the_published_search_has_its_three_configurations(monkeypatch):
             "parameters: {beta: [0.1]}\nconfigurations: [{beta: 0.2}]",
             "configurations are listed, and parameters besides",
         ),
-        ("search: tpe\ntrials: 2\nparameters: {lora_r: {low: 1, high: 9, step: 0}}", "step \\(above 0\\)"),
+        ("search: tpe\ntrials: 2\nparameters: {lora_r: {low: 1, high: 9, step: 0}}", "step \\(above 0"),
+        ("search: tpe\ntrials: 2\nparameters: {lora_r: {low: 1, high: 9, step: 10}}", "within the range"),
+        ("search: tpe\ntrials: 2\nparameters: {lora_r: {low: 1, high: 9, step: 0.5}}", "lora_r is a whole number"),
+        ("search: tpe\ntrials: 2\nparameters: {beta: {low: 0.1, high: .inf}}", "the range of beta is"),
+        ("search: tpe\ntrials: 2\nparameters: {beta: {low: 0.1, high: 0.2, log: often}}", "log of beta is 'often'"),
+        ("prune: never\nparameters: {beta: [0.1, 0.2]}", "prune is 'never'"),
         ("trials: 2\nparameters: {beta: [0.1, 0.2]}", "trials is 2, and search is grid"),
         ("parameters: {output_dir: [a, b]}", "it sets output_dir"),
         ("seeds: 2\nparameters: {seed: [1, 2]}", "seed is varied, and seeds besides"),
@@ -95,6 +100,15 @@ def test_the_published_search_has_its_three_configurations(monkeypatch):
 def test_what_cannot_be_searched_is_refused_in_one_message(text, words, read):
     with pytest.raises(SettingsError, match=words):
         read(text)
+
+
+@pytest.mark.parametrize(
+    ("word", "pruned"), [("no", False), ("off", False), ("false", False), ("yes", True), ("on", True), ("true", True)]
+)
+def test_a_switch_may_be_any_of_yamls_words(word, pruned, read):
+    assert read(f"prune: {word}\nparameters: {{beta: [0.1, 0.2]}}").prune is pruned
+    drawn = read(f"search: random\ntrials: 2\nparameters: {{beta: {{low: 0.1, high: 0.2, log: {word}}}}}")
+    assert drawn.parameters["beta"].log is pruned
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.sweep.command import sweep
+from dpokit.sweep.command import _check_begun, sweep
 from dpokit.sweep.space import load_space
 from dpokit.sweep.study import SETTINGS, Search
 
@@ -43,20 +43,24 @@ def test_no_more_is_drawn_than_was_asked_for(open_search):
     assert sum(trial is not None for trial in taken) == 6
 
 
-def test_a_trial_whose_worker_is_gone_is_given_out_again(open_search, tmp_path):
-    first = open_search(GRID)
+def take_and_die(folder: Path) -> int:
+    """The number of the trial that a worker took before it was killed."""
     code = f"""
+import os
 from pathlib import Path
 from dpokit.sweep.space import load_space
 from dpokit.sweep.study import Search
-space = load_space(Path({str(tmp_path / "space.yaml")!r}))
-trial = Search(space, Path({str(tmp_path / "sweep")!r}), storage=None, name="sweep").take()
-print(trial.number, flush=True)
-import os
+space = load_space(Path({str(folder / "space.yaml")!r}))
+print(Search(space, Path({str(folder / "sweep")!r}), storage=None, name="sweep").take().number, flush=True)
 os._exit(9)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    lost = int(done.stdout.split()[-1])
+    return int(done.stdout.split()[-1])
+
+
+def test_a_trial_whose_worker_is_gone_is_given_out_again(open_search, tmp_path):
+    first = open_search(GRID)
+    lost = take_and_die(tmp_path)
     assert first.look_up(lost).state == TrialState.RUNNING
     again = first.take()
     assert again.number == lost
@@ -113,7 +117,7 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(open_search, tmp_path)
 @pytest.mark.parametrize(
     ("there", "flags", "words"),
     [
-        ([], {}, "was begun with --storage"),
+        (["trial-0"], {}, "was begun with --storage"),
         ([], {"watch_only": True}, "was begun with --storage"),
         (["study.db", "trial-0.job"], {}, "was begun with --slurm"),
     ],
@@ -126,6 +130,11 @@ def test_a_search_is_gone_on_with_as_it_was_begun(there, flags, words, tmp_path)
     asked = {"output_dir": tmp_path / "sweep", "storage": None, "jobs": 1, "timeout_seconds": 9.0, "watch_only": False}
     with pytest.raises(SettingsError, match=words):
         sweep(tmp_path / "space.yaml", **{**asked, **flags})
+
+
+def test_a_search_whose_storage_was_never_reached_can_begin_without_it(tmp_path):
+    (tmp_path / "sweep" / "workers").mkdir(parents=True)
+    _check_begun(tmp_path / "sweep", storage=None, watch_only=False, slurm=False)
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_message(tmp_path):
@@ -144,11 +153,19 @@ def test_a_trial_that_was_only_half_drawn_is_drawn_to_its_end(open_search):
     assert trial.user_attrs[SETTINGS].keys() == {"learning_rate", "loss_type"}
 
 
-def test_a_metric_may_be_corrected_until_trials_were_ranked_by_it(open_search):
-    search = open_search(f"metric: eval_los\n{GRID}")
-    search.take()
+def test_a_metric_may_be_corrected_until_trials_were_ranked_by_it(open_search, tmp_path):
+    open_search(f"metric: eval_los\n{GRID}")
+    take_and_die(tmp_path)
     search = open_search(f"metric: eval_loss\n{GRID}")
     search.tell(search.take().number, TrialState.COMPLETE, 0.5)
     open_search(f"metric: eval_aux_loss\n{GRID}")
-    with pytest.raises(SettingsError, match="has trials that were ranked by another metric"):
+    with pytest.raises(SettingsError, match="has trials that are ranked by another metric"):
         open_search(f"metric: eval_rewards/accuracies\n{GRID}")
+
+
+def test_a_metric_is_not_corrected_under_a_worker_that_is_at_it(open_search):
+    search = open_search(f"metric: eval_rewards/accuracies\n{GRID}")
+    search.take()
+    with pytest.raises(SettingsError, match="has trials that are ranked by another metric"):
+        open_search(f"metric: eval_loss\n{GRID}")
+    assert search.trials()[0].state == TrialState.RUNNING

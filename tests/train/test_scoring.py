@@ -94,7 +94,7 @@ def test_with_dropout_prompts_are_not_shared_and_the_reason_is_kept(run, capfd):
 def test_a_first_batch_that_differs_turns_sharing_off_with_one_line(run, capfd, monkeypatch):
     monkeypatch.setattr("dpokit.train.scoring.TOLERANCE_FP32", -1.0)
     made = run("--precompute_ref_log_probs", "false")
-    assert "first batch's log-probs differ" in made.read_run()["shared_prefix"]
+    assert "the first pairs' log-probs differ" in made.read_run()["shared_prefix"]
     assert len(says(capfd.readouterr().err, "shared prefix: off")) == 1
     assert made.read_run()["state"] == "finished"
 
@@ -234,3 +234,22 @@ def test_two_processes_share_and_keep_as_one_does(config, tiny_gpt2, tmp_path, c
     for one, two in zip(*(read_metrics(RunDir(folder).metrics_jsonl) for folder in folders), strict=True):
         for name in (name for name in one if not any(word in name for word in TIMING)):
             assert one[name] == pytest.approx(two[name], rel=2e-4, abs=2e-6), (one["step"], name)
+
+
+def test_a_cache_that_may_not_be_read_costs_nothing_but_the_computation(run, cache, monkeypatch):
+    kept = Path.is_file
+
+    def refuse(path):
+        if cache in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return kept(path)
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # root may read everything, so no mode keeps it out
+    assert run().read_run()["state"] == "finished"
+
+
+def test_a_stream_is_prepared_without_its_reference(tiny_gpt2, pairs_file, tmp_path, capfd):
+    flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--max_length", "96"]
+    flags += ["--dataset_streaming", "true", "--max_steps", "2", "--eval_strategy", "no"]
+    prepare("dpo_test", {}, [*flags, "--output_dir", str(tmp_path / "run")])
+    assert "the reference is not computed" in capfd.readouterr().err

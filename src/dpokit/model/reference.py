@@ -8,6 +8,7 @@ one node sees serves all.
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -56,10 +57,19 @@ def describe_scores(identity: dict[str, object], training: DPOConfig, token_ids:
 def is_kept(settings: Settings, token_ids: str, pairs: int) -> bool:
     """Whether the log-probs of all these pairs are on disk already; for one process to ask."""
     folder = find_cache_folder()
-    if not folder.is_dir():
+    with suppress(OSError):  # a folder of somebody else's
+        if folder.is_dir():
+            depends_on = describe_scores(find_identity(settings), settings.training, token_ids)
+            return ReferenceCache(folder, depends_on, pairs).is_complete()
+    return False
+
+
+def can_be_computed_ahead(settings: Settings) -> bool:
+    """Whether the reference stays as it is, over pairs that can be gone through beforehand."""
+    training = settings.training
+    if training.sync_ref_model or settings.data.dataset_streaming or not training.disable_dropout:
         return False
-    depends_on = describe_scores(find_identity(settings), settings.training, token_ids)
-    return ReferenceCache(folder, depends_on, pairs).is_complete()
+    return find_precompute_trouble(training, settings.model) is None
 
 
 def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
@@ -69,9 +79,7 @@ def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
     """
     if settings.kind != "dpo":
         return False
-    training = settings.training
-    able = not (training.sync_ref_model or settings.data.dataset_streaming or not training.disable_dropout)
-    able = able and find_precompute_trouble(training, settings.model) is None
+    training, able = settings.training, can_be_computed_ahead(settings)
     epochs = training.max_steps <= 0 and training.num_train_epochs > 1
     if "precompute_ref_log_probs" in settings.origins or not able or not (epochs or kept):
         return False
@@ -121,9 +129,9 @@ class ReferenceCache:
     def read(self, part: range) -> torch.Tensor | None:
         """`(2, pairs of the part)`, fp32: chosen, rejected. None where missing, torn, or not what was written."""
         path = self._path(part)
-        if not path.is_file():
-            return None
         try:
+            if not path.is_file():
+                return None
             with safe_open(path, framework="pt") as file:
                 values: torch.Tensor = file.get_tensor("log_probs")
                 checksum = (file.metadata() or {}).get("sha256")
@@ -138,7 +146,7 @@ class ReferenceCache:
     def write(self, part: range, values: torch.Tensor) -> None:
         """Keeps a part; it appears whole or not at all, also when two runs write it. A full disk costs one line."""
         path = self._path(part)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file({"log_probs": values.contiguous()}, beside, metadata={"sha256": _hash(values)})
@@ -155,7 +163,8 @@ class ReferenceCache:
     def forget(self) -> None:
         """Deletes all parts."""
         for part in self.parts():
-            self._path(part).unlink(missing_ok=True)
+            with suppress(OSError):
+                self._path(part).unlink()
 
     def _path(self, part: range) -> Path:
         return self.folder / f"{part.start:08d}.safetensors"

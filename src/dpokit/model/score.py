@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import trl.trainer.utils as trl_utils
 from peft import PeftModel
 from torch import nn
@@ -98,15 +99,22 @@ def score_tokens(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return log_probs
 
 
-def find_mismatch(model: Any, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> float:
-    """How far packed and padded log-probs of a batch are apart, as a share of them; infinite where no layer packed."""
+def find_mismatch(model: Any, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> tuple[float, str]:
+    """How far packed and padded log-probs of a batch are apart, as a share of them, and that in words.
+
+    Infinite where no layer packed, or the model or its attention kernel refuses a packed batch.
+    """
     with torch.no_grad():
         with shared.switched_off():
             padded = score_batch(model, batch)
-        packed = score_batch(model, batch)
-    if shared.attended == 0:
-        return float("inf")
-    return float(((packed - padded).abs() / padded.abs().clamp(min=1.0)).max())
+        try:
+            packed = score_batch(model, batch)
+        except (torch.OutOfMemoryError, dist.DistError):
+            raise
+        except (TypeError, ValueError, RuntimeError) as error:
+            return float("inf"), f"its forward does not take a packed batch ({' '.join(str(error).split())[:120]})"
+    apart = float(((packed - padded).abs() / padded.abs().clamp(min=1.0)).max()) if shared.attended else float("inf")
+    return apart, f"the first pairs' log-probs differ by {apart:.1e} from those of padded rows"
 
 
 class PairScorer:
@@ -153,7 +161,7 @@ class PairScorer:
 
     def _prove(self, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> None:
         self._proven = True
-        apart = find_mismatch(self.model, shared, batch)
+        apart, why = find_mismatch(self.model, shared, batch)
         if not apart <= (TOLERANCE_FP32 if self.model.dtype == torch.float32 else TOLERANCE_16_BIT):
             shared.on = False
-            say(f"shared prefix: off, as the first pairs' log-probs differ by {apart:.1e} from those of padded rows")
+            say(f"shared prefix: off, as {why}")

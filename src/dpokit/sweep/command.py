@@ -69,10 +69,11 @@ def sweep(
 
 def _check_begun(folder: Path, *, storage: str | None, watch_only: bool, slurm: bool) -> None:
     """Raises SettingsError where a search is to go on otherwise than it was begun: runs would be started twice."""
-    begun = (folder / "workers").is_dir()
+    begun, kept = (folder / "workers").is_dir(), (folder / "study.db").is_file()
     if watch_only and not begun:
         raise SettingsError(f"{folder} holds no search", expected="one that was begun", do="leave out --watch")
-    if begun and storage is None and not (folder / "study.db").is_file():
+    # A storage that could not be reached leaves workers, but no trial.
+    if begun and storage is None and not kept and (watch_only or any(folder.glob("trial-*"))):
         raise SettingsError(
             f"the search in {folder} was begun with --storage", expected="the same storage", do="--storage URL, as then"
         )

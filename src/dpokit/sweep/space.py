@@ -1,11 +1,15 @@
 """SPACE.yaml: which recipe, what is tried, and how; read and checked before anything is started."""
 
+import argparse
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, TypeGuard
+
+from transformers.hf_argparser import string_to_bool
 
 from dpokit.errors import SettingsError
 from dpokit.flags import FlagParser, split_kind
@@ -133,7 +137,7 @@ def load_space(path: Path) -> Space:
         trials=len(configurations) if known else _read_number(path, raw, "trials", None),
         seeds=_read_number(path, raw, "seeds", 1),
         metric=str(raw.get("metric") or "eval_loss"),
-        prune=bool(raw.get("prune")),
+        prune=_read_switch(path, "prune", raw.get("prune")),
         config_file=config_file,
         sampler_seed=_read_number(path, raw, "sampler_seed", 0, least=0),
     )
@@ -152,6 +156,13 @@ def _read_number(path: Path, raw: Mapping[str, Any], name: str, default: int | N
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         _refuse(path, f"{name} is {number}", f"a whole number from {least}", f"{name}: 20")
     return int(number)
+
+
+def _read_switch(path: Path, name: str, value: Any) -> bool:
+    try:
+        return value is not None and bool(string_to_bool(value))
+    except (argparse.ArgumentTypeError, AttributeError):
+        _refuse(path, f"{name} is {value!r}", "true or false", f"{name}: true")
 
 
 def _read_settings(path: Path, settings: Any) -> dict[str, Any]:
@@ -179,33 +190,36 @@ def _read_parameters(path: Path, parameters: Any) -> dict[str, list[Any] | Range
 
 
 def _read_range(path: Path, name: str, values: Mapping[str, Any]) -> Range:
-    low, high = values.get("low"), values.get("high")
+    low, high, step = values.get("low"), values.get("high"), values.get("step")
+    log = _read_switch(path, f"log of {name}", values.get("log"))
     if (
-        isinstance(low, int | float)
-        and isinstance(high, int | float)
+        _is_number(low)
+        and _is_number(high)
         and low < high
         and values.keys() <= RANGE_KEYS
-        and not (values.get("log") and (low <= 0 or values.get("step")))
-        and _is_step(values.get("step"))
+        and not (log and (low <= 0 or step))
+        and (step is None or (_is_number(step) and 0 < step <= high - low))
     ):
-        return Range(low, high, bool(values.get("log")), values.get("step"))
+        return Range(low, high, log, step)
     _refuse(
         path,
         f"the range of {name} is {dict(values)}",
-        "low below high, and log (with low above 0) or step (above 0) where they are wanted",
+        "low below high, and log (with low above 0) or step (above 0, within the range) where they are wanted",
         f"{name}: {{low: 1.0e-6, high: 1.0e-4, log: true}}",
     )
 
 
-def _is_step(step: Any) -> bool:
-    return step is None or (isinstance(step, int | float) and not isinstance(step, bool) and step > 0)
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _settle_range(parser: FlagParser, name: str, values: Range) -> Range:
+def _settle_range(path: Path, parser: FlagParser, name: str, values: Range) -> Range:
     """A range as its flag has it: `low: 0, high: 1` are whole numbers for max_steps, and none for weight_decay."""
     try:
         parser.parse_mapping({name: values.low + 0.5}, name)
     except SettingsError:
+        if values.step is not None and values.step != int(values.step):
+            _refuse(path, f"{name} is a whole number, and its step {values.step}", "a whole step", "step: 1")
         return values
     return replace(values, low=float(values.low), high=float(values.high))
 
@@ -257,7 +271,7 @@ def _check_flags(space: Space) -> None:
         for value in choices:
             parser.parse_mapping({name: value}, f"{space.path}, parameters")
         if isinstance(values, Range):
-            space.parameters[name] = _settle_range(parser, name, values)
+            space.parameters[name] = _settle_range(space.path, parser, name, values)
     named = {*space.settings, *space.parameters, *(name for one in space.configurations for name in one)}
     if named & OWN:
         _refuse(space.path, f"it sets {', '.join(sorted(named & OWN))}", "what the sweep does not set", "remove it")

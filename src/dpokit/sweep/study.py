@@ -99,7 +99,8 @@ class Search:
         try:
             study = optuna.create_study(**asked)
             if study.direction.name.lower() != direction and not any(
-                trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)
+                trial.state == TrialState.COMPLETE or self._is_alive(trial.user_attrs.get(WORKER))
+                for trial in study.get_trials(deepcopy=False)
             ):  # the metric was corrected; runs that are finished are found again by their folders
                 optuna.delete_study(study_name=name, storage=url)
                 study = optuna.create_study(**asked)
@@ -115,7 +116,7 @@ class Search:
         _check_same(then, self.space, name)
         if study.direction.name.lower() != direction:
             raise SettingsError(
-                f"the study {name} has trials that were ranked by another metric; {self.space.metric} is to "
+                f"the study {name} has trials that are ranked by another metric; {self.space.metric} is to "
                 f"{'fall' if direction == 'minimize' else 'rise'}, that one was not",
                 expected="a metric that is better in the same direction",
                 do="set the metric back, or begin a search in another --output-dir",

@@ -78,15 +78,11 @@ class ScoringTrainer(DPOTrainer):
         """The first batch is scored packed and padded; where they differ on any rank, all go on padded. Collective."""
         if not self._shared or self.shared_prefix != "untried":
             return
-        why = None
-        try:
-            gap = find_mismatch(model, self._shared[-1 if model is self.ref_model else 0], inputs)
-        except (TypeError, ValueError) as error:
-            gap, why = float("inf"), f"its forward does not take a packed batch ({' '.join(str(error).split())[:120]})"
+        gap, why = find_mismatch(model, self._shared[-1 if model is self.ref_model else 0], inputs)
         worst = float(self.accelerator.gather(torch.tensor(gap, device=self.accelerator.device)).max())
         self.shared_prefix = "on"
         if not worst <= self._tolerance():
-            self._stop_sharing(why or f"the first batch's log-probs differ by {worst:.1e} from those of padded rows")
+            self._stop_sharing(f"on another rank log-probs differ by {worst:.1e}" if gap <= self._tolerance() else why)
 
     def _stop_sharing(self, why: str) -> None:
         self.shared_prefix = f"off: {why}"
