@@ -55,10 +55,10 @@ def test_one_prompt_is_answered_by_both_as_one_json_object(run, tiny_gpt2):
 
 def test_a_run_on_examples_alone_is_asked_without_rewards(tiny_gpt2, tmp_path):
     run = make_run(tmp_path, tiny_gpt2, kind="sft")
-    done = dpokit("chat", str(run.path), "--prompt", "Why?", "--max-new-tokens", "8")
+    done = dpokit("chat", str(run.path), "--prompt", "Why?", "--max-new-tokens", "8", "--json")
     assert done.returncode == 0, done.stderr
-    assert "base: " in done.stdout and "tuned: " in done.stdout
-    assert "reward" not in done.stdout
+    found = json.loads(done.stdout)["answers"]
+    assert {side: answer["reward"] for side, answer in found.items()} == {"base": None, "tuned": None}
 
 
 @pytest.mark.parametrize(
