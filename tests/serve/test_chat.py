@@ -90,7 +90,7 @@ def test_a_conversation_goes_on_until_it_is_ended(models):
 
 def test_a_line_that_is_no_utf8_is_refused_and_the_next_one_answered(run):
     command = [sys.executable, "-m", "dpokit.cli", "chat", str(run.path), "--max-new-tokens", "4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONUTF8": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8:strict"}
     done = subprocess.run(command, input=b"caf\xe9\nWhy?\n", capture_output=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert "only whole text is taken" in done.stdout.decode()

@@ -1,13 +1,12 @@
 """What a failure leaves behind: nothing of what the models held when they failed."""
 
 import gc
-import io
 import weakref
 
 import pytest
-from test_talk import Desk, Gated, ask, wait
+from test_talk import QUESTION, Desk, Gated, ask, wait
 
-from dpokit.serve.chat import talk
+from dpokit.serve.chat import answer_once, describe_here
 from dpokit.serve.limits import Limits, Sampling
 
 
@@ -43,13 +42,10 @@ def test_a_failed_answer_of_the_page_holds_nothing_any_more(models):
     desk.close()
 
 
-def test_a_failed_answer_in_the_terminal_holds_nothing_any_more(models):
-    screen = io.StringIO()
-
-    class Lines(io.StringIO):
-        def readline(self, *words):
-            assert all(held() is None for held in models.held)
-            return super().readline(*words)
-
-    talk(models, Sampling(), limits=Limits(), lines=Lines("Why?\nSo?\n"), screen=screen)
-    assert screen.getvalue().count("ran out of memory") == len(models.held) == 2
+def test_a_failed_answer_in_the_terminal_holds_nothing_once_it_is_described(models):
+    try:
+        answer_once(models, QUESTION, Sampling())
+    except MemoryError as failure:
+        assert "ran out of memory" in describe_here(failure)
+        assert [held() for held in models.held] == [None]
+    assert models.held

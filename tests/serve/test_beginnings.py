@@ -1,7 +1,8 @@
-"""Where the page begins: a port that is taken is told before anything is read; examples are no condition."""
+"""What a page begins with: an address, examples and votes; what is wrong with them is told, and told first."""
 
 import socket
 
+import gradio as gr
 import pytest
 from served import make_run, serve
 from test_cli import dpokit
@@ -9,6 +10,11 @@ from test_cli import dpokit
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.rundir import RunDir
 from dpokit.serve.app import PASSWORD_VARIABLE, Address, _listen, find_votes
+from dpokit.serve.limits import Limits, Rate, Sampling
+from dpokit.serve.models import LocalModels
+from dpokit.serve.page import Page
+from dpokit.serve.parts import Site
+from dpokit.serve.talk import Desk
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +37,13 @@ def test_a_port_belongs_to_the_page_from_the_first_moment():
         _listen(Address(port=first.getsockname()[1]))
 
 
-def test_data_that_cannot_be_kept_ends_no_page(run, tmp_path):
-    (tmp_path / "file").touch()
-    with serve(str(run.path), HF_DATASETS_CACHE=str(tmp_path / "file" / "cache")) as page:
+def test_a_template_that_breaks_at_the_held_out_questions_ends_no_page(run):
+    template = run.model / "chat_template.jinja"
+    template.write_text("{{ 1 + 'a' }}")
+    with serve(str(run.path)) as page:
         assert page.url
-        said = "".join(page.said)
-    assert "no held-out questions are shown" in said
-    assert "Traceback" not in said
+    template.unlink()
+    assert "no held-out questions are shown: TypeError" in "".join(page.said)
 
 
 @pytest.mark.parametrize("host", ["\u00e4" * 80, "my..host"])
@@ -52,3 +58,11 @@ def test_votes_that_cannot_be_read_are_told(tmp_path):
     path.symlink_to(path)
     with pytest.raises(RunFolderError, match="cannot be read: Too many levels"):
         find_votes(None, path)
+
+
+def test_a_page_whose_votes_cannot_be_read_any_more_counts_none(tiny_gpt2, tmp_path):
+    path = tmp_path / "votes.jsonl"
+    path.symlink_to(path)
+    site = Site(Desk(LocalModels(str(tiny_gpt2), str(tiny_gpt2)), Limits()), path, [], Rate(1), None)
+    with gr.Blocks():
+        assert Page(site, Sampling())._count() == ""
