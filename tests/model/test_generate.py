@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from dpokit.data.toy import all_requests, write_corpus
@@ -91,13 +92,29 @@ def test_dropout_never_meets_an_answer(model: GPT2LMHeadModel, tokenizer: PreTra
     assert generate_answers(model.train(), tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == calm
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(
+    "habits",
+    [
+        {"repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.01},
+        {"min_p": 1.0, "min_new_tokens": 8, "suppress_tokens": list(range(0, 300, 2))},
+        {"num_beams": 2},
+    ],
+)
 def test_the_habits_of_the_model_are_off_and_its_warnings_too(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+    model: GPT2LMHeadModel,
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+    habits: dict,
+    adapted: bool,
 ) -> None:
     plain = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
     sampled = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8)
-    for habit, value in {"repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.01}.items():
-        setattr(model.generation_config, habit, value)
+    own = model.generation_config
+    for habit, value in habits.items():
+        setattr(own, habit, value)
+    if adapted:  # an untrained one changes no answer
+        model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     logging.getLogger("transformers").propagate = True
     try:
         assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == plain
@@ -105,6 +122,7 @@ def test_the_habits_of_the_model_are_off_and_its_warnings_too(
     finally:
         logging.getLogger("transformers").propagate = False
     assert not caplog.records
+    assert model.generation_config is own
 
 
 def test_answers_have_no_special_tokens_and_no_prompt(

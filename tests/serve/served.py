@@ -35,7 +35,10 @@ def make_run(folder: Path, model: Path, **changes) -> RunDir:
         "report_to": "none",
         "use_cpu": True,
     }
-    made = train("dpo_test", settings | changes, [])
+    settings |= changes
+    if settings.get("kind") == "sft":
+        del settings["beta"]
+    made = train("test", settings, [])
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     return made

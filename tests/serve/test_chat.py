@@ -53,6 +53,14 @@ def test_one_prompt_is_answered_by_both_as_one_json_object(run, tiny_gpt2):
         assert isinstance(answer["reward"], float)
 
 
+def test_a_run_on_examples_alone_is_asked_without_rewards(tiny_gpt2, tmp_path):
+    run = make_run(tmp_path, tiny_gpt2, kind="sft")
+    done = dpokit("chat", str(run.path), "--prompt", "Why?", "--max-new-tokens", "8", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["answers"]
+    assert {side: answer["reward"] for side, answer in found.items()} == {"base": None, "tuned": None}
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -78,6 +86,21 @@ def test_a_conversation_goes_on_until_it_is_ended(models):
     answers = shown.split("\n> ")
     assert answers[1] == answers[5], "the same question to a new conversation has the same answers"
     assert say(models, "Why?").count("tuned:") == 1, "the end of the input ends the talk"
+
+
+def test_a_line_that_is_no_utf8_is_refused_and_the_next_one_answered(run):
+    command = [sys.executable, "-m", "dpokit.cli", "chat", str(run.path), "--max-new-tokens", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=b"caf\xe9\nWhy?\n", capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "only whole text is taken" in done.stdout.decode()
+    assert done.stdout.count(b"tuned:") == 1
+
+
+def test_a_model_that_stands_alone_offers_no_choice_of_sides(models, tiny_gpt2):
+    alone = LocalModels(str(tiny_gpt2), None)
+    assert "/base" not in say(alone, "/help")
+    assert "/base or /tuned" in say(models, "/help")
 
 
 def test_the_side_that_a_conversation_goes_on_with_is_chosen(models):
@@ -124,6 +147,13 @@ def test_one_prompt_that_fails_is_told_in_words_with_exit_code_1(run):
     assert "The model ran out of memory" in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_tokens_that_nobody_counted_are_not_shown():
+    answer = {"model": "mine", "text": "Because.", "tokens": 0, "ended": True, "reward": None}
+    screen = io.StringIO()
+    print_answers({"answers": {"tuned": answer}}, screen)
+    assert "(ended by the model)" in screen.getvalue()
 
 
 @pytest.mark.parametrize("columns", [20, 80, 200])

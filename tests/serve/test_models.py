@@ -91,6 +91,14 @@ def test_a_reward_that_is_no_number_is_none_at_all(models):
     assert models.find_rewards(QUESTION, replies) is None
 
 
+def test_a_run_on_examples_alone_answers_without_rewards(tiny_gpt2, tmp_path):
+    models = LocalModels(str(make_run(tmp_path, tiny_gpt2, kind="sft").path), None)
+    models.load()
+    replies = {side: answer(models, side) for side in ("base", "tuned")}
+    assert all(reply.ids for reply in replies.values())
+    assert models.find_rewards(QUESTION, replies) is None
+
+
 def test_an_adapter_shares_its_base_and_a_whole_model_has_its_own(run, models, tiny_gpt2):
     weights = {id(parameter): parameter.numel() for parameter in models.sides.tuned.parameters()}
     if models.sides.base is not None:

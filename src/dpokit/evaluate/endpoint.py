@@ -164,7 +164,7 @@ class Endpoint:
             text = record["choices"][0]["message"].get("content") or ""
             tokens = (record.get("usage") or {}).get("total_tokens") or 0
             return Reply(self._key.hide(str(text)), int(tokens))
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise self._error(f"does not reply as chat/completions do: {words}", "check the URL") from None
 
     def _words(self, response: _Response) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -127,9 +128,22 @@ def _sample(
     """What follows each prompt, padded after the token that ends it."""
     ids, mask = _pad_left(prompts, settings.pad_token_id)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
+    with _without_habits(model):
+        whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
     rows: list[list[int]] = whole[:, ids.shape[1] :].tolist()
     return rows
+
+
+@contextmanager
+def _without_habits(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """What settings leave out, generate() takes from the model's generation_config.json: top-k, penalties, beams."""
+    whole = model.get_base_model() if isinstance(model, PeftModel) else model
+    habits = whole.generation_config
+    whole.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        whole.generation_config = habits
 
 
 @contextmanager
@@ -169,20 +183,14 @@ def _settings(
     temperature: float,
     top_p: float,
 ) -> GenerationConfig:
-    # What is left out here, generate() takes from the model's generation_config.json, where chat models have top-k and
-    # penalties of their own. Their list of end tokens is the one thing to keep.
+    # Of the model's habits its list of end tokens is the one thing to keep.
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = tokenizer.eos_token_id if ends is None else ends
     pad = tokenizer.pad_token_id
-    # For greedy answers these are the values that transformers takes for "not set", without a warning.
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    if temperature > 0:
-        sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         use_cache=True,  # the Trainer switches it off in the model's config
         eos_token_id=ends,
         pad_token_id=pad if pad is not None else ends[0] if isinstance(ends, list) else ends,

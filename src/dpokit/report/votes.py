@@ -59,7 +59,10 @@ def is_between(vote: Mapping[str, Any], names: Mapping[str, str], *, run: str | 
 
 
 def read_votes(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a file of votes; nothing where there is none. A torn last line was never counted."""
+    """Every whole line of a file of votes; nothing where there is none. A torn last line was never counted.
+
+    Raises: OSError for one that cannot be read.
+    """
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:

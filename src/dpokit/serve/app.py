@@ -88,8 +88,6 @@ def serve(
     limits: Limits,
     sampling: Sampling,
     on_ready: Callable[[str], None],
-    examples: Sequence[Messages] = (),
-    run_token: str | None = None,
 ) -> None:
     """Shows the page until the process is told to end (Ctrl+C, SIGTERM).
 
@@ -100,8 +98,6 @@ def serve(
         limits: the most of everything.
         sampling: what the page begins with.
         on_ready: gets the page's URL once it is there.
-        examples: conversations up to a held-out question.
-        run_token: of the run; kept with each vote.
 
     Raises:
         SettingsError: a port that is taken, or a page for others without a password.
@@ -119,8 +115,9 @@ def serve(
         ) from error
     listening = _listen(address)
     desk = Desk(models, limits)
+    site = Site(desk, votes, find_examples(models), Rate(limits.per_minute), find_token(models))
     guard = Guard(
-        build_application(Site(desk, votes, examples, Rate(limits.per_minute), run_token), defaults=sampling),
+        build_application(site, defaults=sampling),
         hosts=address.find_hosts(credentials),
         credentials=credentials,
         per_minute=limits.per_minute,
@@ -161,7 +158,8 @@ def _listen(address: Address) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((address.host, address.port))
-    except (OSError, OverflowError) as error:
+        listening.listen()  # from now on nobody else gets the port
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:  # the last two: no name of a host
         listening.close()
         raise SettingsError(
             f"--host {address.host} --port {address.port}: {error.strerror if isinstance(error, OSError) else error}",
@@ -206,7 +204,10 @@ def find_token(models: Models) -> str | None:
 
 
 def find_examples(models: Models) -> list[Messages]:
-    """The first held-out questions of a run, each once; none where its data is not at hand, which is said."""
+    """The first held-out questions of a run, each once; none where its data is not at hand, which is said.
+
+    Raises nothing: they are a nicety.
+    """
     if not isinstance(models, LocalModels) or models.run is None:
         return []
     settings = models.settings
@@ -215,8 +216,9 @@ def find_examples(models: Models) -> list[Messages]:
     try:
         tokenizer = load_tokenizer(name_model(settings, models.names["tuned"]))
         held_out = prepare_held_out(settings.data, tokenizer, max_length=settings.training.max_length)
-    except DpokitError as error:
-        say(f"no held-out questions are shown: {error.seen}")
+    except Exception as error:
+        seen = error.seen if isinstance(error, DpokitError) else f"{type(error).__name__}: {error}"
+        say(f"no held-out questions are shown: {' '.join(seen.split())[:300]}")
         return []
     found: dict[str, Messages] = {}
     for prompt in held_out.prompts:

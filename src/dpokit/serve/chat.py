@@ -12,9 +12,8 @@ from dpokit.serve.failures import LOST, describe, revive_device
 from dpokit.serve.limits import Limits, RefusedError, Sampling, read_question
 from dpokit.serve.models import Models, Reply
 
-HELP = (
-    "Enter asks. /base or /tuned sets which answer the conversation goes on with (now {}); /new begins anew, /end ends."
-)
+HELP = "Enter asks. {}/new begins anew, /end ends."
+CHOICE = "/base or /tuned sets which answer the conversation goes on with (now {}); "
 GAP = "  "
 
 
@@ -73,7 +72,11 @@ def talk(models: Models, sampling: Sampling, *, limits: Limits, lines: TextIO, s
     """
     messages: Messages = []
     goes_on = "tuned"
-    print(HELP.format(goes_on), file=screen)
+
+    def show_help() -> None:
+        print(HELP.format(CHOICE.format(goes_on) if len(models.names) > 1 else ""), file=screen)
+
+    show_help()
     while True:
         print("\n> ", end="", file=screen, flush=True)
         line = lines.readline()
@@ -85,7 +88,7 @@ def talk(models: Models, sampling: Sampling, *, limits: Limits, lines: TextIO, s
         elif word.removeprefix("/") in models.names and word.startswith("/"):
             goes_on = word.removeprefix("/")
         elif word.startswith("/"):
-            print(HELP.format(goes_on), file=screen)
+            show_help()
         elif word:
             try:
                 asked: Messages = [*messages, {"role": "user", "content": read_question(word, limits)}]
@@ -100,8 +103,8 @@ def talk(models: Models, sampling: Sampling, *, limits: Limits, lines: TextIO, s
 
 
 def describe_here(failure: Exception) -> str:
-    """A failure in words; what a failed CUDA call holds is given back."""
-    return describe(failure, hint=" ".join(str(failure).split())[:300]) if revive_device() else LOST
+    """A failure in words; what a failed call holds is given back."""
+    return describe(failure, hint=" ".join(str(failure).split())[:300]) if revive_device(failure) else LOST
 
 
 class _Progress:
@@ -137,10 +140,11 @@ def print_answers(found: dict[str, Any], screen: TextIO) -> None:
 
 
 def _column(side: str, answer: dict[str, Any]) -> list[str]:
-    note = f"{answer['tokens']:,} tokens" + ("" if answer["ended"] else ", cut at the limit")
+    notes = [f"{answer['tokens']:,} tokens"] if answer["tokens"] else []
+    notes += ["ended by the model" if answer["ended"] else "cut at the limit"]
     if answer["reward"] is not None:
-        note += f", implicit reward {answer['reward']:+.3f}"
-    return [f"{side}: {clean(answer['model'])}", *clean(answer["text"]).splitlines(), f"({note})"]
+        notes += [f"implicit reward {answer['reward']:+.3f}"]
+    return [f"{side}: {clean(answer['model'])}", *clean(answer["text"]).splitlines(), f"({', '.join(notes)})"]
 
 
 def _wrap(lines: Sequence[str], width: int) -> list[str]:

@@ -32,10 +32,11 @@ def tell(error: Exception) -> None:
             traceback.print_exception(error, file=sys.stderr)
 
 
-def revive_device() -> bool:
-    """Gives back what a failed CUDA call holds; False where the device answers nothing any more."""
+def revive_device(error: Exception) -> bool:
+    """Gives back what a failed call holds; False where the device answers nothing any more."""
     import torch
 
+    traceback.clear_frames(error.__traceback__)  # its locals are the caches and logits that found no room
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()  # raises for ever after a device-side assert

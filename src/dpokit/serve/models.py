@@ -183,7 +183,12 @@ class LocalModels:
         return text.strip().removesuffix("\ufffd")  # a character whose other tokens are still to come
 
     def find_rewards(self, messages: Messages, replies: Mapping[str, Reply]) -> dict[str, float] | None:
-        """As `Models`: with the run's beta, of the answers' own tokens and the end of those that the model ended."""
+        """As `Models`: with the run's beta, of the answers' own tokens and the end of those that the model ended.
+
+        None of a run that was trained on examples: it has no beta.
+        """
+        if self.settings.kind != "dpo":
+            return None
         end = self.renderer.encode([self.renderer.tail])[0]
         ids = {side: [*(reply.ids or ()), *(end if reply.ended else ())] for side, reply in replies.items()}
         if set(ids) != {"base", "tuned"} or not all(ids.values()):

@@ -263,5 +263,8 @@ class Page(Parts):
     def _count(self) -> str:
         if self.site.votes is None:
             return ""
-        votes = read_votes(self.site.votes)
+        try:
+            votes = read_votes(self.site.votes)
+        except OSError:  # told by the next vote
+            return ""
         return show_votes([vote for vote in votes if is_between(vote, self.names, run=self.site.run_token)])

@@ -106,7 +106,7 @@ class RemoteModels:
             asyncio.run(_until(is_over, self._listen(body, heard, on_text=on_text, is_over=is_over)))
         except httpx.HTTPError as error:
             raise self._refusal(f"cannot be reached, or broke off ({type(error).__name__})") from None
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise self._refusal("does not stream as chat/completions do") from None
         return heard.reply()
 

@@ -179,7 +179,7 @@ class Desk:
                 state = "done"
         except Exception as error:
             job.error, failure = describe(error), error
-            if not isinstance(error, RefusedError) and not revive_device():
+            if not isinstance(error, RefusedError) and not revive_device(error):
                 job.error = self.trouble = LOST
                 self.state = "failed"
         finally:

@@ -100,13 +100,19 @@ def append_vote(path: Path, vote: Mapping[str, Any]) -> None:
 def check_votes(path: Path) -> None:
     """Raises RunFolderError for a file that does not begin with a vote: somebody else's, whose end is not ours to mend.
 
-    A torn first line is one of ours where it begins as they do.
+    So it does for one that cannot be read. A torn first line is one of ours where it begins as they do.
     """
     try:
         with path.open("rb") as file:
             first = file.readline()
     except FileNotFoundError:
         return
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be read: {error.strerror}",
+            expected="a file that votes were added to, or none",
+            do="mend its rights, or --votes with another file",
+        ) from error
     try:
         found = json.loads(first)
         ours = isinstance(found, dict) and found.get("vote") in ("base", "tuned", *CHOICES)

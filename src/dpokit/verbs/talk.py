@@ -3,6 +3,7 @@
 import json
 import sys
 from contextlib import redirect_stdout
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -56,7 +57,7 @@ def serve(
         from dpokit.story import user_errors
 
         quiet_dependencies()
-        from dpokit.serve.app import Address, build_models, find_examples, find_token, find_votes
+        from dpokit.serve.app import Address, build_models, find_votes
         from dpokit.serve.app import serve as serve_page
         from dpokit.serve.limits import Limits, Sampling
 
@@ -74,8 +75,6 @@ def serve(
                 ),
                 sampling=Sampling(),
                 on_ready=lambda url: typer.echo(url, file=stdout),
-                examples=find_examples(models),
-                run_token=find_token(models),
             )
 
 
@@ -111,6 +110,8 @@ def chat(
         from dpokit.serve.chat import ask_one, describe_here, print_answers, talk
         from dpokit.serve.limits import Limits, Sampling
 
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused as a question is
         with user_errors():
             remote = (endpoint, endpoint_model, endpoint_base, endpoint_key)
             models = build_models(what, base, context.args, remote=remote)

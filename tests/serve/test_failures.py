@@ -1,0 +1,51 @@
+"""What a failure leaves behind: nothing of what the models held when they failed."""
+
+import gc
+import weakref
+
+import pytest
+from test_talk import QUESTION, Desk, Gated, ask, wait
+
+from dpokit.serve.chat import answer_once, describe_here
+from dpokit.serve.limits import Limits, Sampling
+
+
+class Held:
+    """As a cache of keys and values, or logits."""
+
+
+class Full(Gated):
+    """Has no memory left while it holds something."""
+
+    def __init__(self, *words):
+        super().__init__(*words)
+        self.held: list[weakref.ref] = []
+
+    def answer(self, side, messages, sampling, *, on_text, is_stopped):
+        cache = Held()
+        self.held.append(weakref.ref(cache))
+        raise MemoryError("out of memory")
+
+
+@pytest.fixture
+def models(tiny_gpt2):
+    gc.disable()  # the device is out of memory now, not when garbage is next looked for
+    yield Full(str(tiny_gpt2), None)
+    gc.enable()
+
+
+def test_a_failed_answer_of_the_page_holds_nothing_any_more(models):
+    desk = Desk(models, Limits())
+    desk.open()
+    assert wait(ask(desk, order=("tuned",))).state == "failed"
+    assert [held() for held in models.held] == [None]
+    desk.close()
+
+
+def test_a_failed_answer_in_the_terminal_holds_nothing_once_it_is_described(models):
+    try:
+        answer_once(models, QUESTION, Sampling())
+    except MemoryError as failure:
+        assert "ran out of memory" in describe_here(failure)
+        assert [held() for held in models.held] == [None]
+    assert models.held
