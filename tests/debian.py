@@ -1,23 +1,30 @@
 """Programs that tests need from Debian's packages: installed where they are missing and this is root."""
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 
 
 def install(packages: tuple[str, ...], programs: tuple[str, ...]) -> str | None:
     """Why these programs cannot be had here; None where they can."""
-    if all(map(shutil.which, programs)):
-        return None
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        return f"{', '.join(programs)}: not installed, and this is not root on Debian"
+        there = all(map(shutil.which, programs))
+        return None if there else f"{', '.join(programs)}: not installed, and this is not root on Debian"
+    command = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=5"]
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
-        done = subprocess.run(["apt-get", "-qq", *words], capture_output=True, text=True, timeout=400, env=quiet)
-        if done.returncode != 0:
-            return f"apt-get {words[0]} failed: {done.stderr[-300:]}"
+    with (Path(tempfile.gettempdir()) / "dpokit-test-apt.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a program is there before its package is whole: wait for who installs it
+        if all(map(shutil.which, programs)):
+            return None
+        for words in (["update"], ["install", "-y", "--no-install-recommends", *packages]):
+            done = subprocess.run([*command, *words], capture_output=True, text=True, timeout=400, env=quiet)
+            if done.returncode != 0:
+                return f"apt-get {words[0]} failed: {done.stderr[-300:]}"
     return None
 
 

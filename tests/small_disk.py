@@ -1,7 +1,9 @@
 """A disk that is soon full: a tmpfs, for tests that are root."""
 
+import gc
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,15 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        unmount(folder)
+
+
+def unmount(folder: Path) -> None:
+    """Takes a disk away, once a process that is ending has closed its files there."""
+    gc.collect()
+    end = time.monotonic() + 30
+    while subprocess.run(["umount", str(folder)], check=time.monotonic() > end).returncode:
+        time.sleep(0.2)
 
 
 def enlarge(folder: Path, size: str) -> None:

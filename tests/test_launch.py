@@ -15,7 +15,7 @@ ONE = ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
 def launch(launcher: list[str], *flags: str, recipe: str = "dpo_gpt2") -> subprocess.CompletedProcess[str]:
     script = str(ROOT / "recipes" / f"{recipe}.py")
     command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, script, *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=420, check=False)
 
 
 def records(folder: Path) -> list[dict]:

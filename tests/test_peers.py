@@ -73,14 +73,25 @@ def test_memory_that_runs_out_is_one_message_with_rank_and_step(error, monkeypat
     assert "--per_device_train_batch_size" in raised.value.do
 
 
-# Each rank says when it begins to build and when it is done; the collective time-out is 3 s.
+# Each rank says when it begins to build and when it is done; the collective time-out is 3 s. So both meet before it is
+# in force, as imports may take one of them longer, and at the end, as rank 0 keeps the store that rank 1 still reads.
+# What starts it runs alone: 3 s of silence may not come from another test.
 BUILDER = """
-import sys, time
+import os, sys, time
+from pathlib import Path
 from accelerate import PartialState
 from dpokit.errors import DataError, DpokitError
 from dpokit.peers import build_on_each_machine_first, peer_errors
 from dpokit.world import join_world
 
+def meet(where, seconds):
+    signs = [Path(__file__).with_name(f"{where}-{rank}") for rank in (0, 1)]
+    signs[int(os.environ["RANK"])].touch()
+    end = time.monotonic() + seconds
+    while not all(sign.exists() for sign in signs) and time.monotonic() < end:
+        time.sleep(0.02)
+
+meet("ready", 100)
 join_world(3, on_cpu=True)
 rank = PartialState(cpu=True).process_index
 
@@ -97,6 +108,7 @@ try:
         print("has", build_on_each_machine_first(build, timeout_seconds=3), flush=True)
 except DpokitError as error:
     print(type(error).__name__, error.seen, flush=True)
+meet("done", 3)
 """
 
 
@@ -123,6 +135,7 @@ def lines_of(process: subprocess.Popen) -> list[str]:
     return process.communicate(timeout=120)[0].splitlines()
 
 
+@pytest.mark.alone
 def test_a_build_may_take_longer_than_a_collective_waits_and_comes_first(start):
     first, second = start(0, 0, 7), start(1, 1, 0)
     assert first.stdout.readline() == "builds\n"
@@ -132,6 +145,7 @@ def test_a_build_may_take_longer_than_a_collective_waits_and_comes_first(start):
     assert lines_of(second) == ["builds", "built", "has 1"]
 
 
+@pytest.mark.alone
 def test_each_machine_builds_by_itself(start):
     first, second = start(0, 0, 2), start(1, 0, 2)
     began = [process.stdout.readline() for process in (first, second)]
@@ -140,12 +154,14 @@ def test_each_machine_builds_by_itself(start):
     assert [lines_of(process)[-1] for process in (first, second)] == ["has 0", "has 1"]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("fails", [0, 1])
 def test_an_error_of_any_machine_is_that_of_all(start, fails):
     processes = [start(rank, 0, 0.5, fails) for rank in (0, 1)]
     assert [lines_of(process)[-1] for process in processes] == ["DataError a hole"] * 2
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("sign", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_silent_builder_is_given_up_after_the_time_out(start, sign):
     first, second = start(0, 0, 0), start(1, 0, 600)

@@ -24,7 +24,7 @@ from debian import install, skip_because
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "slurm-wlm-basic-plugins", "iproute2")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "ip")
 NAMESPACES = ("--pid", "--fork", "--mount-proc", "--uts", "--mount", "--net", "--kill-child=KILL")
-PATIENCE_SECONDS = 90
+PATIENCE_SECONDS = 240
 
 CONFIGURATION = """\
 ClusterName=dpokit

