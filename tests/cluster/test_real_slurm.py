@@ -213,7 +213,7 @@ def test_a_start_whose_node_is_out_of_sight_writes_nothing_once_another_has_begu
 
 def test_a_time_limit_that_is_near_is_signalled_in_either_form(cluster, training_flags, tmp_path):
     """To the script (`B:`), as launch/train.sbatch asks for, or to the processes themselves."""
-    forms = {"script": "B:USR1@100", "processes": "USR1@100"}
+    forms = {"script": "B:USR1@70", "processes": "USR1@70"}
     jobs = {}
     for name, form in forms.items():
         flags = (*training_flags, "--max_steps", "100000")
