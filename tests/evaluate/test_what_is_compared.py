@@ -81,7 +81,7 @@ def test_log_probs_that_are_not_finite_are_an_error_with_their_rows(make_model, 
 
 def test_a_file_is_its_only_split_and_a_split_that_is_not_there_is_named_by_this_verbs_flag(run, pairs):
     assert evaluate(run.model, data=pairs)["data"]["pairs"] == 12
-    with pytest.raises(DataError, match="(?s)no split 'dev'; there is train.*do this:   --split with one of them"):
+    with pytest.raises(DataError, match=r"(?s)no split 'dev'; there is train.*do this:   --split with one of them"):
         evaluate(run.path, split="dev")
 
 
