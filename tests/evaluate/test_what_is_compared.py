@@ -89,6 +89,8 @@ def test_a_split_that_is_named_is_taken_whole_and_is_not_the_runs_own(run):
     own, named = evaluate(run.path), evaluate(run.path, split="train")
     assert own["data"]["pairs"] < named["data"]["pairs"] == 12
     assert (own["data"]["own"], named["data"]["own"]) == (True, False)
+    write_settings(run, eval_fraction=None, dataset_test_split="train")
+    assert evaluate(run.path, split="train")["data"]["own"]  # the same pairs, though they were named
 
 
 def test_the_configuration_of_the_runs_data_is_not_asked_of_other_data(run, tmp_path):

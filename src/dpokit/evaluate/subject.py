@@ -6,9 +6,13 @@ from pathlib import Path
 
 from dpokit.data.prepare import HeldOut, prepare_held_out
 from dpokit.errors import DataError, SettingsError
+from dpokit.flags import DataArguments
 from dpokit.model.sides import Sides, find_run, load_sides, read_defaults
 from dpokit.peers import build_on_each_machine_first
 from dpokit.settings import Settings, load_settings
+
+# What is held out depends on them.
+NAMES_OF_DATA = ("dataset_name", "dataset_config", "dataset_test_split", "eval_fraction", "max_eval_samples")
 
 
 @dataclass
@@ -37,14 +41,16 @@ def load_subject(what: str, *, base: str | None, data: str | None, split: str | 
     """
     run, record = find_run(what)
     given = _flags(base=base, data=data, split=split) + list(argv)
-    defaults = read_defaults(record, what)
-    own_data = run is not None and data is None and split is None
-    if not own_data:
+    asked = read_defaults(record, what)
+    defaults = dict(asked)
+    if data is not None or split is not None:
         defaults |= dict.fromkeys(("eval_fraction", "max_eval_samples"))  # which say what the run itself holds out
     if data is not None:
         defaults["dataset_config"] = None  # of the run's own data
     settings = load_settings("evaluate", {name: value for name, value in defaults.items() if value is not None}, given)
     _check_data(settings)
+    names = {name: asked.get(name, getattr(DataArguments, name)) for name in NAMES_OF_DATA}
+    own_data = run is not None and all(getattr(settings.data, name) == value for name, value in names.items())
     sides = load_sides(settings, run, what, base)
     held_out = build_on_each_machine_first(
         lambda: _prepare(settings, sides), timeout_seconds=settings.training.ddp_timeout

@@ -121,8 +121,9 @@ def load_run(path: Path, *, name: str) -> Run:
         )
     notes: list[str] = []
     again = f"dpokit evaluate {path}"
-    pairs = None if _is_stale(folder.pairs_json, folder, notes) else read_object(folder.pairs_json, do=again)
-    of_others = _is_stale(folder.answers_jsonl, folder, notes)
+    stale = _is_stale(folder.pairs_json, folder, notes, do="dpokit evaluate RUN")
+    pairs = None if stale else read_object(folder.pairs_json, do=again)
+    of_others = _is_stale(folder.answers_jsonl, folder, notes, do="dpokit evaluate RUN --answers 50")
     if pairs is not None and pairs.get("format") != PAIRS_FORMAT:
         notes.append(f"eval/pairs.json has format {pairs.get('format')}, which this version does not know: left out")
         pairs = None
@@ -147,13 +148,12 @@ def load_run(path: Path, *, name: str) -> Run:
     return run
 
 
-def _is_stale(path: Path, folder: RunDir, notes: list[str]) -> bool:
+def _is_stale(path: Path, folder: RunDir, notes: list[str], *, do: str) -> bool:
     """Whether what an evaluation left speaks of other weights than those that are here now, which is then noted."""
     stale = path.is_file() and is_older(path, folder.find_weights())
     if stale:
         notes.append(
-            f"eval/{path.name} is older than the weights, which were trained on since: left out "
-            "(dpokit evaluate RUN makes it anew)"
+            f"eval/{path.name} is older than the weights, which were trained on since: left out ({do} makes it anew)"
         )
     return stale
 
