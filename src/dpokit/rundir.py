@@ -153,7 +153,7 @@ def find_model(name: str) -> str:
     if not run.run_json.is_file():
         return name
     weights, state = run.find_weights(), (run.read_run() or {}).get("state")
-    merged = run.merged if run.merged.is_dir() and not _is_older(run.merged, weights) else None
+    merged = run.merged if run.merged.is_dir() and not is_older(run.merged, weights) else None
     found = merged or weights
     if found is not None and state in (None, "finished"):
         return str(found)
@@ -170,13 +170,18 @@ def find_model(name: str) -> str:
     )
 
 
-def _is_older(folder: Path, weights: Path | None) -> bool:
+def is_older(made: Path, weights: Path | None) -> bool:
+    """Whether a file, or a folder of weights, was made before the newest of the weights: the run was trained on since.
+
+    False where there are no weights.
+    """
+    if weights is None:
+        return False
     times = [
-        max((file.stat().st_mtime for file in one.glob("*.safetensors")), default=0.0)
-        for one in (folder, weights)
-        if one is not None
+        max((file.stat().st_mtime for file in (one.glob("*.safetensors") if one.is_dir() else [one])), default=0.0)
+        for one in (made, weights)
     ]
-    return len(times) == 2 and times[0] < times[1]
+    return times[0] < times[1]
 
 
 def write_json(path: Path, record: Any) -> None:

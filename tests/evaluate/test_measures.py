@@ -42,6 +42,17 @@ def test_a_model_alone_has_its_own_numbers():
     assert found["difference"] == {}
 
 
+@pytest.mark.parametrize(("known", "has_interval"), [(9, False), (10, True)])
+def test_a_drift_of_few_pairs_has_their_number_and_no_interval(known, has_interval):
+    log_probs = np.zeros((2, 20))
+    drift = np.where(np.arange(20) < known, np.arange(20) / 100, np.nan)
+    scores = Scores(log_probs, log_probs, np.ones((2, 20)))
+    found = describe(scores, drift, [bytes([at]) for at in range(20)], beta=1.0)["tuned"]["kl_per_token"]
+    assert found["pairs"] == known
+    assert found["value"] == pytest.approx((known - 1) / 200)
+    assert ("low" in found and "high" in found) is has_interval
+
+
 def test_equal_lengths_count_half_for_whoever_takes_the_longer():
     scores = Scores(np.array([[0.0, 0.0], [1.0, 1.0]]), None, np.array([[3, 7], [3, 5]]))
     assert describe(scores, None, PROMPTS[:2], beta=1.0)["always_longer"]["value"] == 0.75
@@ -73,7 +84,7 @@ def value(middle: float, width: float = 0.01) -> dict:
     ("loss", "accuracy", "fallen", "better", "says"),
     [
         (0.60, 0.70, 0.0, True, "Better than its base: DPO loss 0.600 (0.590 to 0.610)"),
-        (1.57, 0.64, 0.0, False, "Worse than its base by the loss it was trained on"),
+        (1.57, 0.64, 0.0, False, "Worse than its base by the DPO loss"),
         (0.69, 0.70, 0.0, None, "No difference to its base is shown"),
         (0.60, 0.505, 0.0, None, "No difference to its base is shown"),
         (0.69, 0.40, 0.0, False, "Worse than its base"),

@@ -62,7 +62,7 @@ def test_chosen_answers_that_lose_half_their_log_prob_are_said(args):
     assert "lost 51 of log-prob each (the base gives them -100)" in text
 
 
-BASE_ANSWERS = {"repetition": 0.05, "mean_tokens": 40.0}
+BASE_ANSWERS = {"repetition": 0.05, "mean_tokens": 40.0, "ended": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,17 @@ BASE_ANSWERS = {"repetition": 0.05, "mean_tokens": 40.0}
         ({"repetition": 0.29, "mean_tokens": 5.0}, set()),
         ({"repetition": 0.31}, {"answers_repeat"}),
         ({"mean_tokens": 3.0}, {"answers_vanish"}),
+        ({"ended": 0.125}, set()),
+        ({"ended": 0.0}, {"answers_endless"}),
     ],
 )
 def test_answers_that_fall_apart_are_said_beside_those_of_the_base(now, kinds):
     assert find_answer_alarms(BASE_ANSWERS, BASE_ANSWERS | now).keys() == kinds
+
+
+def test_a_base_whose_answers_seldom_end_has_no_end_to_lose():
+    base = BASE_ANSWERS | {"ended": 0.25}
+    assert find_answer_alarms(base, base | {"ended": 0.0}) == {}
 
 
 def test_the_best_step_is_that_of_the_lowest_finite_loss():

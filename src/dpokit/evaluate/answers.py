@@ -112,13 +112,12 @@ def write_answers(
 
     Raises:
         DataError: no prompts.
-        ModelError: no base, and no adapter to switch off.
-        SettingsError: answers so long that no prompt fits the model beside them.
+        ModelError, SettingsError: as `find_room`.
         RunFolderError: the files cannot be written; on every process.
     """
     if not prompts:
         raise DataError("no prompts to answer", expected="one or more", do="name held-out data with usable rows")
-    room = _find_room([model for model in (base, tuned) if model is not None], sampling)
+    room = find_room(base, tuned, sampling)
     encoded = [list(p.ids) if p.ids is not None else encode_prompt(tokenizer, p.text) for p in prompts]
     fitting = [_keep_end(ids, room, bos=tokenizer.bos_token_id) for ids in encoded]
     with _switch_to_base(base, tuned):
@@ -138,8 +137,20 @@ def write_answers(
     return outcome
 
 
-def _find_room(models: Sequence[PreTrainedModel], sampling: Sampling) -> int | None:
-    """Most tokens of a prompt, so that its answer still has positions; None where the model has no such limit."""
+def find_room(base: PreTrainedModel | None, tuned: PreTrainedModel | PeftModel, sampling: Sampling) -> int | None:
+    """Most tokens of a prompt, so that its answer still has positions; None where no model has such a limit.
+
+    Raises:
+        ModelError: no base, and no adapter to switch off.
+        SettingsError: answers so long that no prompt fits the model beside them.
+    """
+    if base is None and not isinstance(tuned, PeftModel):
+        raise ModelError(
+            "the tuned model has no adapter to switch off, and no base was given",
+            expected="the base model beside a fully tuned one",
+            do="name the model that the run began with as the base",
+        )
+    models = [model for model in (base, tuned) if model is not None]
     known = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
     positions = min((number for number in known if number is not None), default=None)
     if positions is None:
@@ -164,12 +175,7 @@ def _keep_end(ids: list[int], room: int | None, *, bos: int | None) -> list[int]
 def _switch_to_base(base: PreTrainedModel | None, tuned: PreTrainedModel | PeftModel) -> AbstractContextManager[Any]:
     if base is not None:
         return nullcontext()
-    if not isinstance(tuned, PeftModel):
-        raise ModelError(
-            "the tuned model has no adapter to switch off, and no base was given",
-            expected="the base model beside a fully tuned one",
-            do="name the model that the run began with as the base",
-        )
+    assert isinstance(tuned, PeftModel)
     switched: AbstractContextManager[Any] = tuned.disable_adapter()
     return switched
 
@@ -207,11 +213,12 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def _write(folder: Path, records: Iterable[Mapping[str, Any]], outcome: dict[str, Any]) -> None:
-    """Both files; answers.json goes first and comes last, so that it never speaks of other answers."""
+    """Both files; answers.json goes first and comes last, so that it never speaks of other answers; so does a judge."""
     path = folder / "answers.jsonl"
     part = folder / f".{path.name}.part-{os.getpid()}"
     try:
-        (folder / "answers.json").unlink(missing_ok=True)
+        for name in ("answers.json", "judge.json"):
+            (folder / name).unlink(missing_ok=True)
         with part.open("w") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()

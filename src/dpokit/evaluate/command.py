@@ -7,17 +7,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from dpokit.apikey import read_api_key
-from dpokit.errors import SettingsError
-from dpokit.evaluate.answers import Sampling, build_prompts, write_answers
-from dpokit.evaluate.judge import judge_answers
+from dpokit.apikey import check_url, read_api_key
+from dpokit.errors import SettingsError, find_disk_trouble
+from dpokit.evaluate.answers import Sampling, build_prompts, find_room, write_answers
+from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
 from dpokit.evaluate.subject import Subject, load_subject
 from dpokit.model.reference import find_cache_folder
 from dpokit.peers import decide_on_main_process, peer_errors
 from dpokit.rundir import write_json
 from dpokit.screen import quiet_dependencies, say
-from dpokit.world import is_main_process
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,22 @@ class Judge:
         model: which model there.
         key_variable: the environment variable with its key.
         limit: of the answers that are judged, at two requests each.
+        max_tokens: most tokens of a reply.
+
+    Raises: SettingsError for a URL, a key or a name that nobody can be asked with.
     """
 
     url: str
     model: str
     key_variable: str
     limit: int
+    max_tokens: int = REPLY_TOKENS
+
+    def __post_init__(self) -> None:
+        check_url(self.url)
+        read_api_key(self.key_variable)
+        if not self.model:
+            raise SettingsError("a judge's URL was named, and no model there", expected="both", do="--judge-model NAME")
 
 
 def evaluate_model(
@@ -67,17 +76,20 @@ def evaluate_model(
         raise SettingsError(
             "a judge was named, and no answers are sampled", expected="answers to judge", do="--answers 50"
         )
+    sampling = sampling or Sampling()
     subject = load_subject(what, base=base, data=data, split=split, argv=argv)
+    if answers:
+        find_room(subject.base, subject.tuned, sampling)  # what cannot be answered is said before anything is scored
     with peer_errors(subject.settings.training.ddp_timeout):
         record = evaluate_pairs(subject, limit=limit)
-        if subject.run is not None and is_main_process():
-            subject.run.eval.mkdir(exist_ok=True)
-            write_json(subject.run.pairs_json, record)
-            say(str(subject.run.pairs_json))
+        if subject.run is not None:
+            path = subject.run.pairs_json
+            decide_on_main_process(lambda: _write(path, record))
+            say(str(path))
         if answers:
             with TemporaryDirectory(prefix="dpokit-answers-") as unkept:
                 folder = Path(unkept) if subject.run is None else subject.run.eval
-                record |= _answer(subject, folder, answers, sampling or Sampling(), judge)
+                record |= _answer(subject, folder, answers, sampling, judge)
     return record
 
 
@@ -101,7 +113,17 @@ def _judge(folder: Path, judge: Judge) -> dict[str, Any]:
         api_key=read_api_key(judge.key_variable),
         cache=find_cache_folder().parent / "judge",
         limit=judge.limit,
+        max_reply_tokens=judge.max_tokens,
     )
     found = {"model": judge.model, "url": judge.url, **found}
-    write_json(folder / "judge.json", found)
+    _write(folder / "judge.json", found)
     return found
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    try:
+        if not path.parent.exists():
+            path.parent.mkdir()
+        write_json(path, record)
+    except OSError as error:
+        raise find_disk_trouble(error) or error from error

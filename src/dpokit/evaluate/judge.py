@@ -23,6 +23,7 @@ INSTRUCTION = (
     "nor order is a merit. Reply with one word: A, B or TIE."
 )
 LONGEST_VERDICT = 100  # characters
+REPLY_TOKENS = 16
 Z_95 = 1.959963984540054
 
 _VERDICT = re.compile(
@@ -40,7 +41,7 @@ def judge_answers(
     cache: Path,
     limit: int,
     max_requests: int | None = None,
-    max_reply_tokens: int = 16,
+    max_reply_tokens: int = REPLY_TOKENS,
     timeout_seconds: float = 60.0,
     workers: int = 8,
     first_wait_seconds: float = 1.0,
@@ -71,7 +72,8 @@ def judge_answers(
         that were there), `tokens` (of request and reply, by the endpoint's account).
 
     Raises:
-        JudgeError: the endpoint cannot be reached, refuses everything, fails, or is none. Replies so far are kept.
+        JudgeError: the endpoint cannot be reached, refuses everything, gives no verdict at all, fails, or is none.
+            Replies so far are kept.
         SettingsError: a limit below 1, or a URL that cannot be.
         RunFolderError: the cache cannot be written.
     """
@@ -95,6 +97,14 @@ def judge_answers(
                 f"the judge at {endpoint.url} refuses every request: {next(iter(replies.values())).text}",
                 expected="a chat model that takes temperature 0 and max_tokens",
                 do="check the judge's name, or choose another",
+            )
+        if replies and not any(read_verdict(reply.text) for reply in replies.values() if not reply.refused):
+            said = next(reply.text for reply in replies.values() if not reply.refused)
+            raise JudgeError(
+                f"the judge at {endpoint.url} gave no verdict in {len(replies):,} replies of {max_reply_tokens:,} "
+                f"tokens at most; the first is {said[:200]!r}",
+                expected="A, B or TIE",
+                do="--judge-max-tokens 2048 for a model that thinks before it speaks, or another judge",
             )
         verdicts = [[replies.get(_find_key(endpoint.url, body)) for body in pair] for pair in asked]
     counts = dict.fromkeys(("wins", "ties", "losses", "unclear", "left_out"), 0)

@@ -11,6 +11,7 @@ from dpokit.evaluate.numbers import Value, find_intervals, find_p_value
 from dpokit.losses import LN_2
 
 LENGTH_BANDS = 4
+LEAST_PAIRS = 10  # below them a bootstrap's interval is far too narrow
 COLLAPSE_PER_TOKEN = 0.5  # nats: each chosen token is then 1.6 times less probable than before
 
 
@@ -31,7 +32,10 @@ class Scores:
 def describe(
     scores: Scores, drift: np.ndarray | None, prompts: Sequence[bytes], *, beta: float
 ) -> dict[str, dict[str, Any]]:
-    """`tuned`, and with a base `base`, `difference` and `always_longer`, each number with its interval."""
+    """`tuned`, and with a base `base`, `difference` and `always_longer`, each number with its interval.
+
+    Drift was measured for some of the pairs only: it has their number, and an interval where they are `LEAST_PAIRS`.
+    """
     own = {"tuned": describe_model(scores.tuned, scores.tokens)}
     if scores.base is not None:
         own["base"] = describe_model(scores.base, scores.tokens)
@@ -46,6 +50,11 @@ def describe(
     columns |= {f"difference {name}": own["tuned"][name].astype(float) - own["base"][name] for name in alike}
     values = find_intervals(columns, prompts)
     sides = {side: {name: values[f"{side} {name}"] for name in found} for side, found in own.items()}
+    if drift is not None:
+        known = int(np.isfinite(drift).sum())
+        shown = {"value", "low", "high"} if known >= LEAST_PAIRS else {"value"}
+        drifted = {name: number for name, number in sides["tuned"]["kl_per_token"].items() if name in shown}
+        sides["tuned"]["kl_per_token"] = drifted | {"pairs": known}
     difference: dict[str, Any] = {
         name: values[f"difference {name}"]
         | {"p": find_p_value(own["tuned"][name].astype(float), own["base"][name].astype(float), prompts)}
@@ -145,7 +154,7 @@ def judge(record: Mapping[str, Any]) -> dict[str, Any]:
     if loss["high"] < LN_2 and accuracy["low"] > 0.5:
         better, word = True, "Better than its base"
     elif loss["low"] > LN_2:
-        better, word = False, "Worse than its base by the loss it was trained on"
+        better, word = False, "Worse than its base by the DPO loss"
     elif accuracy["high"] < 0.5:
         better, word = False, "Worse than its base"
     else:

@@ -10,7 +10,8 @@ from accelerate.utils import reduce
 from tqdm.auto import tqdm
 from trl import DPOConfig
 
-from dpokit.data.columns import fingerprint_ids, hash_prompts
+from dpokit.data.columns import fingerprint_ids, hash_prompts, read_column
+from dpokit.errors import ModelError
 from dpokit.evaluate.measures import Scores, compare, describe, describe_groups, judge, name_bands, name_gap
 from dpokit.evaluate.subject import Subject
 from dpokit.model.score import PairScorer
@@ -26,6 +27,8 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
     Args:
         subject: the models and the pairs.
         limit: of the pairs, the first so many.
+
+    Raises: ModelError for log-probs that are not finite; on every rank.
     """
     held_out = subject.held_out
     pairs = held_out.pairs.select(range(min(limit or len(held_out.pairs), len(held_out.pairs))))
@@ -36,15 +39,23 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
     tuned = PairScorer(subject.tuned, pad_id=pad_id, longest=subject.longest)
     base = tuned if subject.base is None else PairScorer(subject.base, pad_id=pad_id, longest=subject.longest)
     scores = Scores(score_all(tuned, rows, "tuned"), None, count_answer_tokens(rows))
+    numbers = read_column(pairs, "row")
+    check_finite(scores.tuned, subject.tuned_name, numbers)
     drift = None
     if has_base:
         with subject.as_base():
             scores.base = score_all(base, rows, "base")
+        check_finite(scores.base, str(subject.base_name), numbers)
         drift = measure_drift(subject, rows)
     beta = float(getattr(subject.settings.training, "beta", DPOConfig.beta))  # a supervised run has none of its own
     record: dict[str, Any] = {
         "format": FORMAT,
-        "data": {"name": held_out.tally.source, "pairs": len(rows), "fingerprint": fingerprint_ids([pairs])},
+        "data": {
+            "name": held_out.tally.source,
+            "own": subject.own_data,
+            "pairs": len(rows),
+            "fingerprint": fingerprint_ids([pairs]),
+        },
         "beta": beta,
         **describe(scores, drift, prompts, beta=beta),
     }
@@ -75,6 +86,24 @@ def score_all(scorer: PairScorer, rows: Sequence[Mapping[str, Any]], name: str) 
     return _add_ranks(table)
 
 
+def check_finite(log_probs: np.ndarray, name: str, numbers: Sequence[int]) -> None:
+    """Raises ModelError for pairs with a NaN or an infinity: their loss is none, and a mean without them is no mean.
+
+    Args:
+        log_probs: `(2, pairs)`.
+        name: of the model.
+        numbers: of the pairs' rows in the data.
+    """
+    lost = [number for number, sound in zip(numbers, np.isfinite(log_probs).all(0), strict=True) if not sound]
+    if lost:
+        raise ModelError(
+            f"{name} gives log-probs that are not finite for {len(lost):,} of {len(numbers):,} held-out pairs, first "
+            f"in rows {', '.join(map(str, lost[:5]))} (counted from 0)",
+            expected="a number for each answer",
+            do="--dtype float32; if that does not help, its weights are damaged: name an older checkpoint",
+        )
+
+
 def count_answer_tokens(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
     """`(2, pairs)`: chosen, rejected."""
     return np.array([[len(row[name]) for row in rows] for name in ("chosen_ids", "rejected_ids")])
@@ -93,20 +122,23 @@ def measure_drift(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> np.nda
         row = rows[at]
         ids = torch.tensor([[*row["prompt_ids"], *row["chosen_ids"]]], device=subject.tuned.device)
         positions = len(row["chosen_ids"]) + 1
-        tuned = find_log_probs(subject.tuned, ids, positions)
+        logits = [find_logits(subject.tuned, ids, positions)]
         with subject.as_base() as model:
-            base = find_log_probs(model, ids, positions)
+            logits.append(find_logits(model, ids, positions))
+        # Models of one tokenizer may have rows behind its last token, one more of them than the other.
+        words = min(side.shape[-1] for side in logits)
+        tuned, base = (side[:, :words].log_softmax(-1) for side in logits)
         drift[:, at] = torch.stack([(tuned.exp() * (tuned - base)).sum(-1).mean().double().cpu(), torch.tensor(1.0)])
     total = _add_ranks(drift)
     return np.where(total[1] > 0, total[0], np.nan)
 
 
-def find_log_probs(model: Any, ids: torch.Tensor, positions: int) -> torch.Tensor:
-    """Of every next token at a row's last positions but one: `(positions - 1, vocabulary)`, fp32."""
+def find_logits(model: Any, ids: torch.Tensor, positions: int) -> torch.Tensor:
+    """Of every next token at a row's last positions but one: `(positions - 1, rows of the head)`, fp32."""
     logits: torch.Tensor = model(
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=positions
     ).logits
-    return logits[0, :-1].float().log_softmax(-1)
+    return logits[0, :-1].float()
 
 
 def find_drift_pairs(lengths: Sequence[int]) -> list[int]:

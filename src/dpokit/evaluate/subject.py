@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dpokit.data.prepare import HeldOut, prepare_held_out
-from dpokit.errors import SettingsError
+from dpokit.errors import DataError, SettingsError
+from dpokit.flags import DataArguments
 from dpokit.model.sides import Sides, find_run, load_sides, read_defaults
 from dpokit.peers import build_on_each_machine_first
 from dpokit.settings import Settings, load_settings
+
+# What is held out depends on them.
+NAMES_OF_DATA = ("dataset_name", "dataset_config", "dataset_test_split", "eval_fraction", "max_eval_samples")
 
 
 @dataclass
@@ -16,9 +21,11 @@ class Subject(Sides):
 
     Attributes:
         held_out: the pairs.
+        own_data: they are those that the run itself holds out.
     """
 
     held_out: HeldOut
+    own_data: bool
 
 
 def load_subject(what: str, *, base: str | None, data: str | None, split: str | None, argv: Sequence[str]) -> Subject:
@@ -34,25 +41,39 @@ def load_subject(what: str, *, base: str | None, data: str | None, split: str | 
     """
     run, record = find_run(what)
     given = _flags(base=base, data=data, split=split) + list(argv)
-    defaults = read_defaults(record, what)
+    asked = read_defaults(record, what)
+    defaults = dict(asked)
+    if data is not None or split is not None:
+        defaults |= dict.fromkeys(("eval_fraction", "max_eval_samples"))  # which say what the run itself holds out
     if data is not None:
-        defaults |= dict.fromkeys(("eval_fraction", "max_eval_samples"))  # which say what to take of the run's own data
+        defaults["dataset_config"] = None  # of the run's own data
     settings = load_settings("evaluate", {name: value for name, value in defaults.items() if value is not None}, given)
     _check_data(settings)
+    names = {name: asked.get(name, getattr(DataArguments, name)) for name in NAMES_OF_DATA}
+    own_data = run is not None and all(getattr(settings.data, name) == value for name, value in names.items())
     sides = load_sides(settings, run, what, base)
     held_out = build_on_each_machine_first(
-        lambda: prepare_held_out(
-            settings.data, sides.tokenizer, max_length=sides.longest, processes=settings.training.dataset_num_proc
-        ),
-        timeout_seconds=settings.training.ddp_timeout,
+        lambda: _prepare(settings, sides), timeout_seconds=settings.training.ddp_timeout
     )
-    return Subject(**vars(sides), held_out=held_out)
+    return Subject(**vars(sides), held_out=held_out, own_data=own_data)
+
+
+def _prepare(settings: Settings, sides: Sides) -> HeldOut:
+    try:
+        return prepare_held_out(
+            settings.data, sides.tokenizer, max_length=sides.longest, processes=settings.training.dataset_num_proc
+        )
+    except DataError as error:
+        if error.expected != "--dataset_test_split":
+            raise
+        raise DataError(error.seen, expected="a split that is there", do="--split with one of them") from None
 
 
 def _flags(*, base: str | None, data: str | None, split: str | None) -> list[str]:
     flags = [] if base is None else ["--model_name_or_path", base]
     if data is not None:  # a split of its own, not a part of what the run was trained on
-        flags += ["--dataset_name", data, "--dataset_test_split", split or "test"]
+        only = "train" if Path(data).expanduser().is_file() else "test"  # a file is one split, which has this name
+        flags += ["--dataset_name", data, "--dataset_test_split", split or only]
     elif split is not None:
         flags += ["--dataset_test_split", split]
     return flags

@@ -43,6 +43,8 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
         shown = [] if not base else ["<.001" if p < 0.001 else f"{p:.3f}"] if p is not None and name != "loss" else [""]
         table.add_row(title, *cells, *shown)
     console.print(table)
+    if "kl_per_token" in tuned:
+        console.print(f"KL was measured on {tuned['kl_per_token']['pairs']:,} of the pairs")
     console.print(f"whoever always took the longer answer: {escape(_cell('accuracy', record['always_longer']))}")
     for kind, groups in record.get("groups", {}).items():
         parts = [
@@ -80,8 +82,8 @@ def _cell(name: str, value: Mapping[str, Any] | None) -> str:
     if value is None or value["value"] is None:
         return ""
     share = name in SHARES
-    shown, low, high = (100 * value[key] if share else value[key] for key in ("value", "low", "high"))
-    digits = 1 if share or abs(shown) >= 10 else 3
-    middle, first, last = (f"{number:.{digits}f}" for number in (shown, low, high))
-    bounds = "" if first == last else f" [{first}, {last}]"
+    numbers = [100 * value[key] if share else value[key] for key in ("value", "low", "high") if key in value]
+    digits = 1 if share or abs(numbers[0]) >= 10 else 3
+    middle, *ends = (f"{number:.{digits}f}" for number in numbers)
+    bounds = f" [{', '.join(ends)}]" if len(set(ends)) > 1 else ""
     return f"{middle}{'%' if share else ''}{bounds}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.model.load import find_base, find_max_length, load_frozen, load_tokenizer, name_model
-from dpokit.rundir import RunDir
+from dpokit.rundir import RunDir, find_model
 from dpokit.settings import Settings, read_asked_here
 
 
@@ -25,7 +25,7 @@ class Sides:
         tuned_name, base_name: what was loaded; no base where only one model was named.
         tuned: the model that is judged.
         base: what it is compared with; None where that is `tuned` without its adapter, or where there is none.
-        longest: most tokens of a row; None where nobody knows.
+        longest: most tokens of a row that both can take; None where nobody knows.
     """
 
     settings: Settings
@@ -82,8 +82,10 @@ def read_defaults(record: dict[str, Any], what: str) -> dict[str, Any]:
 def find_names(settings: Settings, run: RunDir | None, what: str, base: str | None) -> tuple[str, str | None]:
     """What the tuned model and its base are loaded from; no base for a whole model that was named alone.
 
-    Raises: RunFolderError for a run without weights.
+    Raises: RunFolderError for a run without weights, as `what` or as `base`.
     """
+    if base is not None:
+        base = find_model(base)
     tuned = what if run is None else str(_find_weights(run))
     return tuned, base or (find_base(name_model(settings, tuned)) if run is None else settings.model.model_name_or_path)
 
@@ -95,7 +97,7 @@ def load_sides(settings: Settings, run: RunDir | None, what: str, base: str | No
         settings: of the run, with `base` as its model where that was named.
         run: of `what`; None where it is a model.
         what: a run folder, or a model: a folder or a Hub id, of a whole model or an adapter.
-        base: what it is compared with; None for the run's own, or the adapter's.
+        base: what it is compared with, which may be a run folder, too; None for the run's own, or the adapter's.
 
     Raises:
         ModelError: a model that cannot be loaded, or a base of another vocabulary.
@@ -109,7 +111,8 @@ def load_sides(settings: Settings, run: RunDir | None, what: str, base: str | No
     if base_name is not None and base_name != find_base(asked):
         _check_fit(settings, base_name, tokenizer)
         base_model = load_frozen(settings, base_name, tokenizer)
-    longest = find_max_length(settings, tuned)
+    known = [find_max_length(settings, model) for model in (tuned, base_model) if model is not None]
+    longest = min((length for length in known if length is not None), default=None)
     return Sides(settings, run, tuned_name, base_name, tuned, base_model, tokenizer, longest)
 
 

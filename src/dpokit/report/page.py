@@ -47,9 +47,22 @@ def write_report(paths: Sequence[Path], *, output: Path | None = None, metric: s
         metric: what several runs are sorted by, and the best evaluation is chosen by; the lowest eval_loss without it.
 
     Raises:
-        RunFolderError: a folder without a run, a damaged file, a file of others in the way, a disk that refuses.
+        RunFolderError: a folder without a run, a file that is damaged or holds values of other types, a file of others
+            in the way, a disk that refuses.
         SettingsError: a metric that a run does not have.
     """
+    try:
+        return _write_report(paths, output=output, metric=metric)
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        # Whatever has the wrong type in JSON that is whole ends here: no file's every value is checked one by one.
+        raise RunFolderError(
+            f"a file in {', '.join(map(str, paths))} holds what no version of ours writes there: {error}",
+            expected="the files of a run as training and `dpokit evaluate` left them",
+            do="bring run.json, data.json and eval/ back from a copy of the folder",
+        ) from error
+
+
+def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | None) -> Report:
     runs = load_runs(paths)
     if len(runs) > 1:
         runs = sort_runs(runs, metric or EVAL_LOSS)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpokit.errors import RunFolderError
 from dpokit.report.votes import is_between
-from dpokit.rundir import RunDir
+from dpokit.rundir import RunDir, is_older
 
 PAIRS_FORMAT = 1
 EVAL_LOSS = "eval_loss"
@@ -24,7 +24,7 @@ class Run:
         record: run.json.
         metrics: records of metrics.jsonl, each with its `step`.
         data: data.json; None where there is none.
-        pairs, answer_numbers: eval/pairs.json and eval/answers.json; None where nobody evaluated.
+        pairs, answer_numbers: eval/pairs.json and eval/answers.json; None where nobody evaluated these weights.
         answers: records of eval/answers.jsonl.
         votes: records of votes.jsonl that compared this run's model, not one that was here before, with its own base.
         notes: what a reader should know of the files.
@@ -121,11 +121,16 @@ def load_run(path: Path, *, name: str) -> Run:
         )
     notes: list[str] = []
     again = f"dpokit evaluate {path}"
-    pairs = read_object(folder.pairs_json, do=again)
+    stale = _is_stale(folder.pairs_json, folder, notes, do="dpokit evaluate RUN")
+    pairs = None if stale else read_object(folder.pairs_json, do=again)
+    of_others = _is_stale(folder.answers_jsonl, folder, notes, do="dpokit evaluate RUN --answers 50")
     if pairs is not None and pairs.get("format") != PAIRS_FORMAT:
         notes.append(f"eval/pairs.json has format {pairs.get('format')}, which this version does not know: left out")
         pairs = None
     mend = "bring it back from a copy of the folder; a run that goes on, or begins anew, writes it again"
+    of = mapping(mapping(pairs).get("data"))
+    if of.get("own") is False:
+        notes.append(f"eval/pairs.json was measured on other pairs than the run holds out: {of.get('name')}")
     run = Run(
         path=path,
         name=name,
@@ -133,14 +138,24 @@ def load_run(path: Path, *, name: str) -> Run:
         metrics=[_as_metrics(folder.metrics_jsonl, n, r) for n, r in _read_lines(folder.metrics_jsonl, notes)],
         data=read_object(folder.data_json, do=mend),
         pairs=pairs,
-        answers=[record for _, record in _read_lines(folder.answers_jsonl, notes)],
-        answer_numbers=_read_answer_numbers(folder, again),
+        answers=[] if of_others else [record for _, record in _read_lines(folder.answers_jsonl, notes)],
+        answer_numbers=None if of_others else _read_answer_numbers(folder, again),
         votes=[record for _, record in _read_lines(folder.votes_jsonl, notes)],
         notes=notes,
     )
     _keep_votes(run)
     notes += _find_lost(run)
     return run
+
+
+def _is_stale(path: Path, folder: RunDir, notes: list[str], *, do: str) -> bool:
+    """Whether what an evaluation left speaks of other weights than those that are here now, which is then noted."""
+    stale = path.is_file() and is_older(path, folder.find_weights())
+    if stale:
+        notes.append(
+            f"eval/{path.name} is older than the weights, which were trained on since: left out ({do} makes it anew)"
+        )
+    return stale
 
 
 def _keep_votes(run: Run) -> None:

@@ -78,6 +78,7 @@ def interval(value: object) -> str:
     if "low" in value and "high" in value:
         # An interval is broken before its bracket or not at all.
         text += f" ({number(value['low'])}\u00a0to\u00a0{number(value['high'])})"
+    text += f", of {number(value['pairs'])} pairs" if "pairs" in value else ""
     return text + (f", p = {number(value['p'])}" if "p" in value else "")
 
 

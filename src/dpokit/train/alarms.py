@@ -18,6 +18,8 @@ from dpokit.train.steps import StepTrainer
 ANSWER_TOKENS = 48  # of a sampled answer, at temperature 1
 MORE_REPETITION = 0.25  # the share of repeated 4-grams that is too many above the base's
 VANISHED = 0.1  # of the base's length
+ENDED = 0.5  # the share of the base's answers that must have ended, for a fall of it to say anything
+ENDLESS = 0.25  # of the base's share
 PAST_BEST = 0.2  # the share by which the eval loss has risen above its best
 COLLAPSE = 0.5  # the chosen answers' log-probs have fallen by this share of what the base gives them
 
@@ -123,7 +125,7 @@ def find_alarms(
 
 
 def find_answer_alarms(base: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
-    """`answers_repeat`, `answers_vanish`: how sampled answers compare with those before the first step.
+    """`answers_repeat`, `answers_vanish`, `answers_endless`: sampled answers beside those before the first step.
 
     Args:
         base, now: of `count_answers`.
@@ -138,6 +140,12 @@ def find_answer_alarms(base: Mapping[str, float], now: Mapping[str, float]) -> d
         alarms["answers_vanish"] = (
             f"sampled answers have {now['mean_tokens']:.0f} tokens, {base['mean_tokens']:.0f} at the start: the model "
             "has learnt to say next to nothing. Look at the lengths of the chosen answers, and raise --beta."
+        )
+    if base["ended"] >= ENDED and now["ended"] < ENDLESS * base["ended"]:
+        alarms["answers_endless"] = (
+            f"{now['ended']:.0%} of sampled answers end within {ANSWER_TOKENS} tokens, {base['ended']:.0%} at the "
+            "start: the model may no longer know when to stop. Look at what it writes and at the lengths of the chosen "
+            "answers, and raise --beta."
         )
     return alarms
 

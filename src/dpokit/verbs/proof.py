@@ -28,6 +28,7 @@ def evaluate(
     judge_model: Annotated[str, typer.Option(help="Which model compares the answers.")] = "",
     judge_key: Annotated[str, typer.Option(help="The environment variable with its key.")] = "OPENAI_API_KEY",
     judge_limit: Annotated[int, typer.Option(min=1, help="Most answers it compares, by two requests each.")] = 100,
+    judge_max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of its reply, thoughts included.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="The whole record, on stdout.")] = False,
 ) -> None:
     """Base beside tuned on held-out pairs, with intervals, and their answers; a run's folder keeps it under eval/.
@@ -52,7 +53,7 @@ def evaluate(
                 argv=context.args,
                 answers=answers,
                 sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature),
-                judge=Judge(judge, judge_model, judge_key, judge_limit) if judge else None,
+                judge=Judge(judge, judge_model, judge_key, judge_limit, judge_max_tokens) if judge else None,
             )
     if not is_main_process():
         return

@@ -1,0 +1,78 @@
+"""What a report says of files that speak of other weights or other data, or hold what nobody writes."""
+
+import json
+import os
+
+import pytest
+from run_folders import add_evaluation, make_run, make_steps
+
+from dpokit.errors import RunFolderError
+from dpokit.report.page import write_report
+from dpokit.report.read import load_run
+
+
+def add_weights(folder, *, seconds_later: int) -> None:
+    """Final weights, written so long after the evaluation."""
+    weights = folder / "model" / "model.safetensors"
+    weights.parent.mkdir(exist_ok=True)
+    weights.write_bytes(b"")
+    evaluated = (folder / "eval" / "pairs.json").stat().st_mtime
+    os.utime(weights, (evaluated + seconds_later,) * 2)
+
+
+def test_an_evaluation_of_weights_that_were_trained_on_since_is_no_verdict(tmp_path):
+    folder = make_run(tmp_path / "run", make_steps(20, every=5))
+    add_evaluation(folder)
+    add_weights(folder, seconds_later=-60)
+    told = write_report([folder]).verdict
+    assert told.startswith("The tuned model is better")
+    assert load_run(folder, name="run").notes == []
+    add_weights(folder, seconds_later=60)
+    written = write_report([folder])
+    assert "evaluation loss" in written.verdict
+    page = written.report.read_text()
+    assert told not in page
+    assert "eval/pairs.json is older than the weights" in page
+    assert "eval/answers.jsonl is older than the weights" in page
+    run = load_run(folder, name="run")
+    assert (run.pairs, run.answers, run.answer_numbers) == (None, [], None)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_pairs_that_are_not_the_runs_own_are_named(own, tmp_path):
+    folder = make_run(tmp_path / "run", make_steps(3, every=0))
+    add_evaluation(folder)
+    file = folder / "eval" / "pairs.json"
+    record = json.loads(file.read_text())
+    record["data"] |= {"own": own, "name": "harmless.jsonl, split train"}
+    file.write_text(json.dumps(record))
+    note = "measured on other pairs than the run holds out: harmless.jsonl, split train"
+    assert (note in write_report([folder]).report.read_text()) is not own
+
+
+def test_a_drift_is_shown_with_the_number_of_its_pairs(tmp_path):
+    folder = make_run(tmp_path / "run", make_steps(3, every=0))
+    add_evaluation(folder)
+    file = folder / "eval" / "pairs.json"
+    record = json.loads(file.read_text())
+    record["tuned"]["kl_per_token"] = {"value": 0.25, "pairs": 7}
+    file.write_text(json.dumps(record))
+    assert "0.2500, of 7 pairs" in write_report([folder]).report.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("eval/pairs.json", {"format": 1, "tuned": {"loss": 1}, "groups": {"source": None}}),
+        ("data.json", {"train": {"rows": "12", "kept": 3}}),
+        ("run.json", {"state": "finished", "settings": {"loss_type": {"value": 3}}}),
+        ("run.json", {"state": "finished", "generations": 5}),
+        ("run.json", {"state": "finished", "generations": [{}, {"resumed_step": "5"}]}),
+    ],
+)
+def test_values_of_other_types_are_one_message_that_names_the_folder(name, content, tmp_path):
+    folder = make_run(tmp_path / "run", make_steps(3, every=0))
+    (folder / "eval").mkdir()
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(RunFolderError, match=f"a file in {folder} holds what no version of ours writes"):
+        write_report([folder])
