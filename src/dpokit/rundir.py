@@ -62,6 +62,17 @@ class RunDir:
         """The folder of the final weights; None where there are none yet."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
 
+    def find_whole(self) -> Path | None:
+        """The folder of the whole model: a merge of the final weights, or model/; None where there is neither."""
+        merged = self.merged.is_dir() and not self.is_merge_old()
+        return self.merged if merged else self.model if self.model.is_dir() else None
+
+    def is_merge_old(self) -> bool:
+        """Whether merged/ is older than the final weights: the run was trained on since."""
+        folders = (self.merged, self.find_weights() or self.merged)
+        merged, weights = ([file.stat().st_mtime for file in one.glob("*.safetensors")] for one in folders)
+        return bool(merged and weights) and max(merged) < max(weights)
+
     def own_files(self) -> list[Path]:
         """What a run of ours left here; files of others are never listed, so they are never deleted."""
         folders = [self.model, self.adapter, self.merged, self.eval, self.report]
@@ -152,9 +163,7 @@ def find_model(name: str) -> str:
     run = RunDir(name)
     if not run.run_json.is_file():
         return name
-    weights, state = run.find_weights(), (run.read_run() or {}).get("state")
-    merged = run.merged if run.merged.is_dir() and not _is_older(run.merged, weights) else None
-    found = merged or weights
+    found, state = run.find_whole() or run.find_weights(), (run.read_run() or {}).get("state")
     if found is not None and state in (None, "finished"):
         return str(found)
     if found is None:
@@ -168,15 +177,6 @@ def find_model(name: str) -> str:
         expected="a finished run, a model's folder or a Hub id",
         do="let that run finish" + (f", or {other}" if other else ""),
     )
-
-
-def _is_older(folder: Path, weights: Path | None) -> bool:
-    times = [
-        max((file.stat().st_mtime for file in one.glob("*.safetensors")), default=0.0)
-        for one in (folder, weights)
-        if one is not None
-    ]
-    return len(times) == 2 and times[0] < times[1]
 
 
 def write_json(path: Path, record: Any) -> None:
