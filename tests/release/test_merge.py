@@ -27,6 +27,18 @@ METHODS = {
 APART = {"float32": 1e-4, "bfloat16": 0.2}
 
 
+OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnLlama(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
 def lora(kind: str, **changes) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=ATTENTION[kind], **changes)
 
@@ -142,6 +154,17 @@ def test_qlora_goes_into_the_base_or_into_what_4_bits_left_of_it(kind, dequantis
     apart = (find_logits(load_merged(run)) - expected).abs().max()
     assert (apart > 0.3) if dequantised else (apart < 0.2), "4 bits leave another base"
     assert "quantization_config" not in json.loads((run.merged / "config.json").read_text())
+
+
+def test_a_model_with_code_of_its_own_is_merged_where_the_run_trusts_it(plain_tokenizer, tmp_path):
+    base = build_base(tmp_path / "base", "llama", plain_tokenizer)
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": own}))
+    (base / "own_llama.py").write_text(OWN_CODE)
+    run = build_run(tmp_path, base, None, trust_remote_code=True)
+    assert merge_run(run)["largest_drift"] < 1e-4
+    assert (run.merged / "own_llama.py").read_text() == OWN_CODE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from dpokit.errors import ReleaseError, SettingsError
+from dpokit.data.sources import load_splits
+from dpokit.errors import DataError, ReleaseError, SettingsError
 from dpokit.model.load import find_base
 from dpokit.release.front_matter import check_licence, is_on_disk
 from dpokit.release.hub import Target, check_target
@@ -28,21 +29,17 @@ OF_LAUNCHERS = (
 
 
 def check_wishes(settings: Settings) -> None:
-    """Asks the Hub before training whether it would take the model afterwards. On one process alone.
+    """Finds before training what would stop the merge or the push after it; asks the Hub, too. On one process alone.
 
     Raises:
         SettingsError: `--push_to_hub` without a repository or a licence, or with one that is none; no token; an adapter
             that nobody else could load; a merged/ in the way of `--merge_after_training`.
+        DataError: no held-out pairs for the merge's proof.
         HubError: the token may not write there, or the repository is not as private as the run's model is to be.
     """
     training, licence = settings.training, settings.data.hub_license
-    merged = RunDir(training.output_dir).merged
-    if settings.data.merge_after_training and merged.exists() and not settings.data.overwrite_run:
-        raise SettingsError(
-            f"--merge_after_training, and {merged} is there already",
-            expected="a folder without it: what training ends with takes its place",
-            do=f"delete {merged} or move it away, or leave --merge_after_training out",
-        )
+    if settings.data.merge_after_training:
+        _check_merge(settings)
     if not training.push_to_hub:
         return
     if "/" not in (training.hub_model_id or ""):
@@ -65,6 +62,25 @@ def check_wishes(settings: Settings) -> None:
     check_licence(licence)
     _check_base(settings)
     check_target(find_target(settings), token=training.hub_token)
+
+
+def _check_merge(settings: Settings) -> None:
+    """Raises SettingsError for a merged/ in the way, DataError where nothing is held out for the proof."""
+    data, merged = settings.data, RunDir(settings.training.output_dir).merged
+    if merged.exists() and not data.overwrite_run:
+        raise SettingsError(
+            f"--merge_after_training, and {merged} is there already",
+            expected="a folder without it: what training ends with takes its place",
+            do=f"delete {merged} or move it away, or leave --merge_after_training out",
+        )
+    if settings.training.eval_strategy == "no" and data.eval_fraction is None:  # else training needs the pairs, too
+        splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
+        if data.dataset_test_split not in splits:
+            raise DataError(
+                f"--merge_after_training, and no pairs for its proof: there is no split {data.dataset_test_split!r}",
+                expected=f"--dataset_test_split {' or '.join(splits)}, or --eval_fraction 0.05",
+                do="name one, or train without --merge_after_training, then dpokit merge RUN --no-proof",
+            )
 
 
 def _check_base(settings: Settings) -> None:
