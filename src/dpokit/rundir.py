@@ -62,6 +62,15 @@ class RunDir:
         """The folder of the final weights; None where there are none yet."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
 
+    def find_whole(self) -> Path | None:
+        """The folder of the whole model: a merge of the final weights, or model/; None where there is neither."""
+        merged = self.merged.is_dir() and not self.is_merge_old()
+        return self.merged if merged else self.model if self.model.is_dir() else None
+
+    def is_merge_old(self) -> bool:
+        """Whether there is a merged/, older than the final weights: the run was trained on since."""
+        return self.merged.is_dir() and is_older(self.merged, self.find_weights())
+
     def own_files(self) -> list[Path]:
         """What a run of ours left here; files of others are never listed, so they are never deleted."""
         folders = [self.model, self.adapter, self.merged, self.eval, self.report]
@@ -152,9 +161,7 @@ def find_model(name: str) -> str:
     run = RunDir(name)
     if not run.run_json.is_file():
         return name
-    weights, state = run.find_weights(), (run.read_run() or {}).get("state")
-    merged = run.merged if run.merged.is_dir() and not is_older(run.merged, weights) else None
-    found = merged or weights
+    found, state = run.find_whole() or run.find_weights(), (run.read_run() or {}).get("state")
     if found is not None and state in (None, "finished"):
         return str(found)
     if found is None:

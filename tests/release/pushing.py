@@ -33,7 +33,7 @@ def make_run(folder: Path, model: Path, *, adapter: bool = False, merged: bool =
     if adapter:
         write_adapter(run.adapter, model)
     if merged or not adapter:
-        shutil.copytree(model, run.merged if merged else run.model)
+        shutil.copytree(model, run.merged if merged else run.model, copy_function=shutil.copy)  # the newer one
     if merged:
         run.merge_json.write_text('{"mean_drift": 1e-06, "largest_drift": 1e-05}\n')
     return run

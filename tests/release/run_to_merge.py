@@ -63,7 +63,8 @@ def build_run(folder: Path, base: Path, adapter: LoraConfig | None, **settings: 
         [],
     )
     run.write_run(state="finished", settings=made.record(), model_fingerprint=hash_weights(str(base), None))
-    policy = AutoModelForCausalLM.from_pretrained(base, dtype=made.model.dtype)
+    trust = made.training.trust_remote_code
+    policy = AutoModelForCausalLM.from_pretrained(base, dtype=made.model.dtype, trust_remote_code=trust)
     torch.manual_seed(1)
     if adapter is not None:
         policy = get_peft_model(policy, adapter)

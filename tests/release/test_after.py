@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_pairs
+from huggingface_hub import HfApi
 from local_hub import READ, WRITE, Fault, serve
 from pushing import REPO, client_environment, connect
 
-from dpokit.errors import HubError, ReleaseError, SettingsError
+from dpokit.errors import DataError, HubError, ReleaseError, SettingsError
 from dpokit.release.after import check_wishes, find_commands, run_commands
 from dpokit.rundir import RunDir
 from dpokit.settings import load_settings
 
 PUSH = ["--push_to_hub", "--hub_model_id", REPO, "--hub_license", "mit"]
+EVALUATED = ["--eval_strategy", "epoch"]
 PLACEMENTS = {"one": "single_gpu", "DDP": "ddp_cpu", "ZeRO-3": "zero3_cpu", "FSDP2": "fsdp2_cpu"}
 
 
@@ -36,6 +38,7 @@ def load(folder: Path, *flags: str):
         (["--push_to_hub", "--hub_model_id", "tiny"], "hub_model_id is tiny"),
         (["--push_to_hub", "--hub_model_id", REPO], "no licence"),
         ([*PUSH, "--hub_license", "mitt"], "mitt"),
+        ([*PUSH, "--hub_license", "other"], "its name and its text have no flags here"),
     ],
 )
 def test_what_a_push_needs_is_asked_for_before_training(flags, seen, tmp_path, hub, monkeypatch):
@@ -52,9 +55,40 @@ def test_a_token_that_may_not_write_is_found_before_training(tmp_path, hub, monk
     check_wishes(load(tmp_path, *PUSH, "--hub_token", WRITE))
 
 
+def test_an_adapter_of_a_local_base_that_is_not_merged_is_found_before_training(tmp_path, hub, tiny_gpt2, monkeypatch):
+    connect(monkeypatch, hub)
+    flags = [*PUSH, "--use_peft", "--model_name_or_path", str(tiny_gpt2)]
+    with pytest.raises(SettingsError, match=f"whose base is {tiny_gpt2}, a folder of this machine"):
+        check_wishes(load(tmp_path, *flags))
+    check_wishes(load(tmp_path, *flags, "--merge_after_training", *EVALUATED))
+
+
+def test_a_repository_of_the_other_visibility_is_found_before_training(tmp_path, hub, monkeypatch):
+    connect(monkeypatch, hub)
+    check_wishes(load(tmp_path, *PUSH))
+    HfApi().create_repo(REPO, private=False)
+    with pytest.raises(HubError, match="is public: everybody would see"):
+        check_wishes(load(tmp_path, *PUSH))
+    check_wishes(load(tmp_path, *PUSH, "--hub_private_repo", "false"))
+
+
+def test_a_merge_in_the_way_of_the_next_is_found_before_training(tmp_path):
+    RunDir(tmp_path / "run").merged.mkdir(parents=True)
+    with pytest.raises(SettingsError, match="merged is there already"):
+        check_wishes(load(tmp_path, "--merge_after_training", *EVALUATED))
+    check_wishes(load(tmp_path, "--merge_after_training", "--overwrite_run", *EVALUATED))
+
+
+def test_a_merge_without_pairs_for_its_proof_is_found_before_training(tmp_path):
+    pairs = ["--dataset_name", str(write_pairs(tmp_path / "pairs.jsonl", 4)), "--eval_strategy", "no"]
+    with pytest.raises(DataError, match="no pairs for its proof"):
+        check_wishes(load(tmp_path, "--merge_after_training", *pairs))
+    check_wishes(load(tmp_path, "--merge_after_training", *pairs, "--eval_fraction", "0.5"))
+
+
 def test_without_a_push_the_hub_is_not_asked(tmp_path, hub, monkeypatch):
     connect(monkeypatch, hub)
-    check_wishes(load(tmp_path, "--merge_after_training"))
+    check_wishes(load(tmp_path, "--merge_after_training", *EVALUATED))
     assert not hub.requests
 
 

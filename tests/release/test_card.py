@@ -91,6 +91,17 @@ def test_the_same_folder_gives_the_same_card_and_pictures(tmp_path):
     assert [file.read_bytes() for file in files] == before
 
 
+def test_a_supervised_run_is_not_said_to_be_tuned_by_dpo(tmp_path):
+    folder = make_full(tmp_path / "run", settings={"kind": "sft", "loss_type": "nll"})
+    card = card_of(folder)
+    check_page(parse(show(card)))
+    assert "fine-tuned (SFT) on the chosen answers of 1,495 preference pairs" in card
+    assert "these numbers measure what it was not trained for" in card
+    assert not re.search("Direct Preference Optimization", card, re.I)
+    assert check_front_matter(card)["tags"] == ["sft", "trl", "dpokit"]
+    assert check_front_matter(card_of(make_full(tmp_path / "dpo")))["tags"][0] == "dpo"
+
+
 def test_alarms_stand_below_the_verdict(tmp_path):
     text = "eval loss 1.570 is above 0.693, that of the untouched base. Fewer epochs help."
     folder = make_full(tmp_path / "run", alarms=[{"kind": "worse_than_base", "step": 40, "text": text}])

@@ -27,6 +27,18 @@ METHODS = {
 APART = {"float32": 1e-4, "bfloat16": 0.2}
 
 
+OWN_CODE = """from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnLlama(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
 def lora(kind: str, **changes) -> LoraConfig:
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=ATTENTION[kind], **changes)
 
@@ -105,6 +117,14 @@ def test_tied_weights_of_gpt2_are_written_once(tiny_gpt2, tmp_path):
         assert "lm_head.weight" not in set(file.keys())
 
 
+def test_a_module_that_is_saved_whole_takes_the_bases_place(tiny_gpt2, tmp_path):
+    run = build_run(tmp_path, tiny_gpt2, lora("gpt2", modules_to_save=["ln_f"]))
+    assert merge_run(run)["largest_drift"] < 1e-4
+    merged, base = load_merged(run), AutoModelForCausalLM.from_pretrained(tiny_gpt2)
+    assert not torch.equal(merged.transformer.ln_f.weight, base.transformer.ln_f.weight)
+    assert (find_logits(merged) - find_logits(load_adapted(run))).abs().max() < 1e-4
+
+
 def test_an_adapter_that_brought_new_tokens_brings_its_embedding(plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", "llama", plain_tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -127,7 +147,7 @@ def test_an_adapter_that_brought_new_tokens_brings_its_embedding(plain_tokenizer
 
 
 @pytest.mark.parametrize("dequantised", [False, True], ids=["16-bit base", "dequantised base"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ATTENTION)
 def test_qlora_goes_into_the_base_or_into_what_4_bits_left_of_it(kind, dequantised, plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", kind, plain_tokenizer)
     quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
@@ -142,6 +162,17 @@ def test_qlora_goes_into_the_base_or_into_what_4_bits_left_of_it(kind, dequantis
     apart = (find_logits(load_merged(run)) - expected).abs().max()
     assert (apart > 0.3) if dequantised else (apart < 0.2), "4 bits leave another base"
     assert "quantization_config" not in json.loads((run.merged / "config.json").read_text())
+
+
+def test_a_model_with_code_of_its_own_is_merged_where_the_run_trusts_it(plain_tokenizer, tmp_path):
+    base = build_base(tmp_path / "base", "llama", plain_tokenizer)
+    config = json.loads((base / "config.json").read_text())
+    own = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": own}))
+    (base / "own_llama.py").write_text(OWN_CODE)
+    run = build_run(tmp_path, base, None, trust_remote_code=True)
+    assert merge_run(run)["largest_drift"] < 1e-4
+    assert (run.merged / "own_llama.py").read_text() == OWN_CODE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -126,6 +126,7 @@ def test_a_card_and_the_pictures_it_shows_must_be_there(run, name):
 
 SECRETS = {
     "a Hugging Face token": "hf_" + "aB3" * 11,
+    "a Hugging Face token of OAuth": "hf_oauth_" + "aB3" * 11,
     "an API key": "sk-proj-" + "x9" * 12,
     "a Weights & Biases key": "0123456789abcdef" * 2 + "deadbeef",
     "a GitHub token": "ghp_" + "k2" * 18,
@@ -144,7 +145,7 @@ def test_a_token_is_refused_by_file_and_line_and_not_shown(run, what, name):
     line = len(path.read_text().splitlines()) - name.endswith("json")
     with pytest.raises(HubError) as error:
         build_parcel(run)
-    assert f"{path}, line {line} holds {what}" in error.value.seen
+    assert f"{path}, line {line} holds {what.removesuffix(' of OAuth')}" in error.value.seen
     assert SECRETS[what] not in str(error.value)
 
 
@@ -153,6 +154,7 @@ def test_a_token_is_refused_by_file_and_line_and_not_shown(run, what, name):
     [
         "/home/alice/models/base",
         "file:///home/alice",
+        "file:///srv/alice/x",
         "/Users/alice/x",
         r"C:\Users\alice",
         "C:/Users/alice/x",
@@ -192,6 +194,31 @@ def test_a_local_path_is_refused_wherever_it_stands(run, tmp_path, name, text):
 def test_what_only_looks_alike_goes(run, text):
     (run.path / "README.md").write_text(f"{CARD}{text}\n")
     assert "README.md" in paths(build_parcel(run))
+
+
+@pytest.mark.parametrize(
+    "path", ["/scratch/alice/llama", "~/models/llama", r"\\server\share\llama", "D:/models/llama", "D:\\models"]
+)
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_value_of_a_configuration_that_is_a_path_of_another_machine_is_refused(run, name, path):
+    edit(run.merged / name, zz={"from": [path]})
+    with pytest.raises(HubError, match=rf"{name}, line \d+ holds the local path"):
+        build_parcel(run)
+
+
+@pytest.mark.parametrize("value", ["/", "//", "~", "org/base", "a /b/c in words", "s:", "https://a.org/resolve/main/x"])
+def test_a_value_of_a_configuration_that_only_looks_like_a_path_goes(run, value):
+    edit(run.merged / "tokenizer_config.json", zz=value)
+    assert "tokenizer_config.json" in paths(build_parcel(run))
+
+
+def test_a_key_is_found_on_a_line_that_names_a_version_too(run):
+    path, key = run.merged / "generation_config.json", SECRETS["a Weights & Biases key"]
+    path.write_text(json.dumps({"_commit_hash": key, "version": "1"}))
+    assert "generation_config.json" in paths(build_parcel(run))
+    path.write_text(json.dumps({"_commit_hash": key, "version": "1", "key": key}))
+    with pytest.raises(HubError, match="line 1 holds a Weights & Biases key"):
+        build_parcel(run)
 
 
 def test_a_secret_of_this_machine_is_found_in_a_vocabulary_too(run, monkeypatch):

@@ -115,9 +115,15 @@ def explained(token: str, *, again: str | None = None) -> Iterator[None]:
         ) from error
     except Exception as error:
         failure = find_failure(error)
-        if failure is None and not isinstance(error, ValueError):
+        if failure is None and not isinstance(error, (ValueError, OSError, RuntimeError)):
             raise
         words = plain(error).replace(token, "***")
+        if failure is None and not isinstance(error, ValueError):  # hf_xet's own words, or a local file's
+            raise HubError(
+                f"the push broke off: {type(error).__name__}: {words}",
+                expected="answers that are the Hub's own, and local files that can be read",
+                do=f"see its words, and whether a proxy answers in the Hub's place{go_on}",
+            ) from error
         status = None if failure is None else failure.status
         reasons = {
             401: ("a token that the Hub knows", "hf auth login, or a new HF_TOKEN"),

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
-from dpokit.errors import ReleaseError, SettingsError
-from dpokit.release.access import check_push
-from dpokit.release.front_matter import check_licence
+from dpokit.data.sources import load_splits
+from dpokit.errors import DataError, ReleaseError, SettingsError
+from dpokit.model.load import find_base
+from dpokit.release.front_matter import check_licence, is_on_disk
+from dpokit.release.hub import Target, check_target
 from dpokit.rundir import RunDir
 from dpokit.screen import say
 from dpokit.settings import Settings
@@ -27,13 +29,17 @@ OF_LAUNCHERS = (
 
 
 def check_wishes(settings: Settings) -> None:
-    """Asks the Hub before training whether it would take the model afterwards. On one process alone.
+    """Finds before training what would stop the merge or the push after it; asks the Hub, too. On one process alone.
 
     Raises:
-        SettingsError: `--push_to_hub` without a repository or a licence, or with one that is none; no token.
-        HubError: the token may not write there.
+        SettingsError: `--push_to_hub` without a repository or a licence, or with one that is none; no token; an adapter
+            that nobody else could load; a merged/ in the way of `--merge_after_training`.
+        DataError: no held-out pairs for the merge's proof.
+        HubError: the token may not write there, or the repository is not as private as the run's model is to be.
     """
     training, licence = settings.training, settings.data.hub_license
+    if settings.data.merge_after_training:
+        _check_merge(settings)
     if not training.push_to_hub:
         return
     if "/" not in (training.hub_model_id or ""):
@@ -46,8 +52,57 @@ def check_wishes(settings: Settings) -> None:
         raise SettingsError(
             "--push_to_hub, and no licence", expected="the model's licence", do="--hub_license apache-2.0, or another"
         )
+    if licence == "other":
+        raise SettingsError(
+            "--hub_license other: its name and its text have no flags here",
+            expected="a licence that the Hub knows",
+            do="train without --push_to_hub; then dpokit card RUN --license other --license-name NAME --license-link "
+            f"URL --repo-id {training.hub_model_id}, and dpokit push RUN",
+        )
     check_licence(licence)
-    check_push(str(training.hub_model_id), token=training.hub_token)
+    _check_base(settings)
+    check_target(find_target(settings), token=training.hub_token)
+
+
+def _check_merge(settings: Settings) -> None:
+    """Raises SettingsError for a merged/ in the way, DataError where nothing is held out for the proof."""
+    data, merged = settings.data, RunDir(settings.training.output_dir).merged
+    if merged.exists() and not data.overwrite_run:
+        raise SettingsError(
+            f"--merge_after_training, and {merged} is there already",
+            expected="a folder without it: what training ends with takes its place",
+            do=f"delete {merged} or move it away, or leave --merge_after_training out",
+        )
+    if settings.training.eval_strategy == "no" and data.eval_fraction is None:  # else training needs the pairs, too
+        splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
+        if data.dataset_test_split not in splits:
+            raise DataError(
+                f"--merge_after_training, and no pairs for its proof: there is no split {data.dataset_test_split!r}",
+                expected=f"--dataset_test_split {' or '.join(splits)}, or --eval_fraction 0.05",
+                do="name one, or train without --merge_after_training, then dpokit merge RUN --no-proof",
+            )
+
+
+def _check_base(settings: Settings) -> None:
+    """Raises SettingsError for an adapter that would be sent alone, and whose base is a folder of this machine."""
+    model = settings.model
+    name = str(model.model_name_or_path)
+    if not model.use_peft or settings.data.merge_after_training or not is_on_disk(name):
+        return
+    base = find_base(model) or name
+    if is_on_disk(base):
+        raise SettingsError(
+            f"--push_to_hub would send an adapter whose base is {base}, a folder of this machine",
+            expected="a base that those who load the adapter can load, too",
+            do="--merge_after_training; or train without --push_to_hub, then dpokit push RUN --base-model ID",
+        )
+
+
+def find_target(settings: Settings) -> Target:
+    """Where `--push_to_hub` sends the model."""
+    training = settings.training
+    public = training.hub_private_repo is False
+    return Target(str(training.hub_model_id), public=public, revision=training.hub_revision)
 
 
 def find_commands(run: RunDir, settings: Settings) -> Iterator[list[str]]:
@@ -59,9 +114,7 @@ def find_commands(run: RunDir, settings: Settings) -> Iterator[list[str]]:
         yield ["merge", folder]
     if training.push_to_hub:
         words = ["push", folder, "--repo-id", str(training.hub_model_id), "--license", str(settings.data.hub_license)]
-        words += ["--public"] if training.hub_private_repo is False else []
-        words += ["--revision", training.hub_revision] if training.hub_revision else []
-        yield [*words, "--yes"]
+        yield [*words, *find_target(settings).flags(), "--yes"]
 
 
 def run_commands(commands: Sequence[Sequence[str]], *, token: str | None = None) -> None:

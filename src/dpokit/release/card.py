@@ -19,7 +19,7 @@ from dpokit.release.escape import Mask, escape
 from dpokit.release.facts import list_training, local_names, show_settings
 from dpokit.release.front_matter import check_front_matter, check_hub_id, check_languages, check_licence, is_hub_id
 from dpokit.release.limits import list_limits
-from dpokit.release.lineage import Lineage, Source, Weights, build_front_matter, find_lineage
+from dpokit.release.lineage import Lineage, Source, Weights, build_front_matter, find_lineage, is_supervised
 from dpokit.release.samples import show_sample
 from dpokit.release.usage import build_usage
 from dpokit.report import tables
@@ -129,9 +129,10 @@ def build_card(
         "usage_note": usage_note,
         "origin": _list_origin(run, lineage),
         "data": _list_data(run),
+        "supervised": is_supervised(run),
         "pairs": _order_pairs(tables.list_pairs(run)),
         "more": [replace(table, folded=True) for table in below if table is not None],
-        "merge": None if lineage.is_adapter else _find_merge(folder),
+        "merge": None if lineage.is_adapter or folder.find_whole() != folder.merged else _find_merge(folder),
         "samples": [show_sample(sample) for sample in samples[:MOST_SAMPLES]],
         "sample_count": sample_count,
         "figures": [one for one in drawings if one.figure.key in FIRST_FIGURES],
@@ -224,7 +225,10 @@ def _introduce(run: Run, lineage: Lineage) -> Markup:
     kind = "A LoRA adapter for" if lineage.is_adapter else "A version of"
     base = "a model that is not known" if lineage.base is None else _link(lineage.base)
     how = " (through a LoRA adapter, merged)" if run.setting("use_peft") and not lineage.is_adapter else ""
-    return Markup("{} {}, tuned with Direct Preference Optimization (DPO){} on {}.").format(kind, base, how, pairs)
+    tuned = "tuned with Direct Preference Optimization (DPO)"
+    if is_supervised(run):
+        tuned, pairs = "fine-tuned (SFT)", Markup("the chosen answers of ") + pairs
+    return Markup("{} {}, {}{} on {}.").format(kind, base, tuned, how, pairs)
 
 
 def _link(source: Source, kind: str = "") -> Markup:
@@ -278,8 +282,9 @@ def _find_merge(folder: RunDir) -> Table | None:
 
 def _list_citations(run: Run, lineage: Lineage) -> list[str]:
     losses = run.setting("loss_type") or []
+    losses = [losses] if isinstance(losses, str) else losses
     return list_citations(
-        [losses] if isinstance(losses, str) else losses,
+        None if is_supervised(run) else losses,
         [source.name for source in lineage.datasets],
         weighted=bool(run.setting("use_weighting")),
     )

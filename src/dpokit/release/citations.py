@@ -1,4 +1,4 @@
-"""BibTeX of what a run stands on: DPO, the loss it took, the data, TRL. No torch."""
+"""BibTeX of what a run stands on: DPO and the loss it took, the data, TRL. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,15 +109,16 @@ TRL = """@software{vonwerra2020trl,
 }"""
 
 
-def list_citations(losses: Sequence[str], datasets: Sequence[str], *, weighted: bool = False) -> list[str]:
+def list_citations(losses: Sequence[str] | None, datasets: Sequence[str], *, weighted: bool = False) -> list[str]:
     """BibTeX entries.
 
     Args:
-        losses: `loss_type`.
+        losses: `loss_type` of a DPO run; None for a supervised one.
         datasets: names that the data went by.
         weighted: `use_weighting`.
     """
-    papers = [DPO, *(OF_LOSS[loss] for loss in losses if loss in OF_LOSS), *([WPO] if weighted else [])]
+    of_losses = [] if losses is None else [DPO, *(OF_LOSS[loss] for loss in losses if loss in OF_LOSS)]
+    papers = [*of_losses, *([WPO] if weighted else [])]
     names = " ".join(datasets).lower()
     papers += [paper for part, paper in OF_DATA.items() if part in names]
     return [*(paper.bibtex() for paper in dict.fromkeys(papers)), TRL]

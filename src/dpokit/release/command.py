@@ -8,6 +8,7 @@ from typing import Any
 from dpokit.errors import SettingsError
 from dpokit.release.access import check_repo_id
 from dpokit.release.card import write_card
+from dpokit.release.choice import What, choose
 from dpokit.release.hub import Pushed, Target, push_parcel
 from dpokit.release.lineage import Weights
 from dpokit.release.parcel import Parcel, build_parcel
@@ -15,7 +16,7 @@ from dpokit.release.patience import Patience
 from dpokit.rundir import RunDir
 from dpokit.screen import say
 
-CARD_WORDS: dict[str | None, Weights] = {"merged": "model", "adapter": "adapter", "both": "both"}  # of what is sent
+CARD_WORDS: dict[What, Weights] = {"merged": "model", "adapter": "adapter", "both": "both"}  # of what is sent
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ def push_run(
     check_repo_id(target.repo_id)
     run = RunDir(folder)
     if license is not None:
-        weights = CARD_WORDS.get(what)
+        weights = CARD_WORDS[choose(run, what)]
         write_card(run, license=license, repo_id=target.repo_id, base_model=base_model, weights=weights)
-    parcel = build_parcel(run, what=what, base_model=base_model)
+    parcel = build_parcel(run, what=what, base_model=base_model, repo_id=target.repo_id)
     if dry_run:
         return Outcome(parcel, target, None)
     say(f"{target.describe()}\n{parcel.describe()}")

@@ -52,6 +52,7 @@ NO_LANGUAGE = ("code", "multilingual")
 RELATIONS = ("adapter", "finetune", "merge", "quantized")
 LISTS = ("datasets", "language", "metrics", "tags")
 TEXTS = ("base_model_relation", "library_name", "license", "license_link", "license_name", "pipeline_tag")
+LICENCE_FILE = r"LICENSE(\.md)?"  # beside the card
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 LOCAL = re.compile(r"[/~]|\.{1,2}(/|$)|[A-Za-z]:\\|file:")
 BLOCK = re.compile(r"---\n(.*?)\n---(\n|$)", re.DOTALL)
@@ -99,7 +100,8 @@ def check_licence(licence: str, *, name: str | None = None, link: str | None = N
         raise SettingsError(
             "--license other says nothing by itself",
             expected="its name and where it can be read",
-            do="--license other --license-name NAME --license-link URL (or LICENSE, for a file beside the card)",
+            do="dpokit card RUN --license other --license-name NAME --license-link URL (or LICENSE, for a file beside "
+            "the card); dpokit push takes that card where it has no --license of its own",
         )
     if licence != "other" and (name or link):
         raise SettingsError(
@@ -112,7 +114,7 @@ def check_licence(licence: str, *, name: str | None = None, link: str | None = N
             expected="small letters, digits, '-' and '.'",
             do=f"--license-name {re.sub('[^a-z0-9.]+', '-', name.lower()).strip('-') or 'NAME'}",
         )
-    if link and not re.fullmatch(r"LICENSE(\.md)?|https?://[^\s\"'<>`\\]+", link):
+    if link and not re.fullmatch(rf"{LICENCE_FILE}|https?://[^\s\"'<>`\\]+", link):
         raise SettingsError(
             f"--license-link {link} is no link", expected="an address, LICENSE or LICENSE.md", do="correct the link"
         )

@@ -2,15 +2,18 @@
 
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from dpokit.errors import HubError
 from dpokit.release.access import check_push, explained, find_token
-from dpokit.release.parcel import WHATS, Parcel, ParcelFile
+from dpokit.release.choice import WHATS
+from dpokit.release.parcel import Parcel, ParcelFile
 from dpokit.release.patience import Patience
 from dpokit.screen import say
 
@@ -33,6 +36,12 @@ class Target:
     public: bool = False
     revision: str | None = None
     message: str | None = None
+
+    def flags(self) -> list[str]:
+        """Of `dpokit push`, but for the repository."""
+        words = ["--public"] if self.public else []
+        words += ["--revision", self.revision] if self.revision else []
+        return words + (["--commit-message", self.message] if self.message else [])
 
     def record(self) -> dict[str, Any]:
         """JSON values."""
@@ -67,6 +76,19 @@ class Pushed:
         """The same for a reader, the address last."""
         lines = [f"sent {path}" for path in self.sent] + [f"removed {path}" for path in self.removed]
         return "\n".join([*(lines or ["nothing to send: the Hub holds it all"]), self.url])
+
+
+def check_target(target: Target, *, token: str | None = None, patience: Patience | None = None) -> None:
+    """As `check_push`; and that the repository, where it is there already, is as private as asked.
+
+    Raises: SettingsError, HubError: as `push_parcel` would, but before anything is there to send.
+    """
+    patience, repo_id = patience or Patience(), target.repo_id
+    check_push(repo_id, token=token, patience=patience)
+    token = find_token(token)
+    with explained(token), suppress(RepositoryNotFoundError):
+        private = patience.ask("model_info", lambda: HfApi(token=token).model_info(repo_id)).private
+        _check_visibility(bool(private), target)
 
 
 def push_parcel(
@@ -115,10 +137,7 @@ def find_command(parcel: Parcel, target: Target) -> str:
     """The one line that pushes the same again."""
     words = ["dpokit", "push", str(parcel.run.path), "--repo-id", target.repo_id, "--what", parcel.what]
     words += ["--base-model", parcel.base_model] if parcel.base_model else []
-    words += ["--public"] if target.public else []
-    words += ["--revision", target.revision] if target.revision else []
-    words += ["--commit-message", target.message] if target.message else []
-    return shlex.join(words)
+    return shlex.join([*words, *target.flags()])
 
 
 def _send(api: HfApi, parcel: Parcel, target: Target, *, sent: dict[str, None], removed: dict[str, None]) -> None:
@@ -174,6 +193,6 @@ def _check_visibility(private: bool, target: Target) -> None:
     if not private and not target.public:
         raise HubError(
             f"{target.repo_id} is public: everybody would see what is sent; nothing was",
-            expected="--public, or a repository that is private",
+            expected="--public (of a run: --hub_private_repo false), or a repository that is private",
             do=f"add --public, name another --repo-id, or close it: hf repos settings {target.repo_id} --private",
         )

@@ -10,20 +10,23 @@ from huggingface_hub.constants import HF_TOKEN_PATH
 
 # What a token looks like, wherever it comes from.
 TOKENS = {
-    "a Hugging Face token": re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{20,}"),
+    "a Hugging Face token": re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}"),
     "an API key": re.compile(r"\bsk-(?=[A-Za-z_-]*\d)[\w-]{20,}"),
     "a Weights & Biases key": re.compile(r"\bwandb_v\d_\w{20,}|(?<![\w/@.-])[0-9a-f]{40}(?!\w)"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_|github_pat_)\w{20,}"),
     "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
 }
-# Forty hexadecimal digits are a key of Weights & Biases or the name of a commit; a line of the latter says so.
-COMMIT = re.compile(r"revision|commit|sha|hash|fingerprint|version", re.I)
+# Forty hexadecimal digits are a key of Weights & Biases or the name of a commit; the words before the latter say so.
+COMMIT = re.compile(r"(revision|commit|sha|hash|fingerprint|version)[^,;{}]{0,40}$", re.I)
 SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.I)
 MIN_SECRET_LETTERS = 16  # shorter values of such variables are words ("disabled")
 
 URL = re.compile(r"\bhttps?://[^\s\"'<>()\[\]]+")
 JSON_BREAK = re.compile(r"(?<!\\)\\[nrtbf]")  # a letter to a pattern, a blank to a reader
 HOMES = re.compile(r"(?<![\w.])/(home|Users)/[\w.-]+|\b[A-Za-z]:(\\{1,2}|/)Users(\\{1,2}|/)[\w.-]+")
+FILE_URL = re.compile(r"\bfile:/+[\w~.][^\s\"'<>]*")
+# A value of a configuration that is a path and nothing else: of this machine or, where it was copied from, of another.
+VALUE = re.compile(r'(?<=")((/[\w.+@-]+){2,}/?|~/[^\s"]+|\\\\\\\\[\w.$-]+\\\\[^"]+|[A-Za-z]:(\\\\|/)[^"]+)(?=")')
 ABSOLUTE = re.compile(r"(?<![\w.])/[\w.+-]+(/[\w.@+-]+)+")
 OF_EVERY_MACHINE = {"usr", "bin", "dev", "etc", "proc", "sys", "lib"}
 
@@ -47,15 +50,24 @@ class LeakFinder:
         """Line (from 1) and what stands there, in a card or in JSON. A token is named by its kind and never shown."""
         for number, line in enumerate(text.splitlines(), 1):
             for what, token in TOKENS.items():
-                found = token.search(line)
-                if found and not (len(found[0]) == 40 and COMMIT.search(line)):
-                    yield number, what
+                for like in token.finditer(line):
+                    if len(like[0]) != 40 or not COMMIT.search(line[: like.start()]):
+                        yield number, what
             yield from ((number, f"the value of {name}") for name, secret in self._secrets.items() if secret in line)
             line = JSON_BREAK.sub("  ", URL.sub("", line))
-            paths = [found[0] for pattern in (HOMES, *self._own) if (found := pattern.search(line))]
+            paths = [found[0] for pattern in (HOMES, FILE_URL, *self._own) if (found := pattern.search(line))]
             paths += [found[0] for found in ABSOLUTE.finditer(line) if self._is_of_here(Path(found[0].rstrip(".")))]
             if paths:
                 yield number, f"the local path {max(paths, key=len)}"
+
+    def in_json(self, text: str) -> Iterator[tuple[int, str]]:
+        """As `in_text`, and any path that is a whole value, wherever it may be one."""
+        told = list(self.in_text(text))
+        yield from told
+        known = {number for number, _ in told}
+        for number, line in enumerate(text.splitlines(), 1):
+            if number not in known and (path := VALUE.search(line)):
+                yield number, f"the local path {path[0]}"
 
     def in_bytes(self, content: bytes) -> Iterator[str]:
         """This machine's own secrets and folders, in a file that is no prose.

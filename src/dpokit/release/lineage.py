@@ -54,6 +54,11 @@ class Lineage:
         return self.weights == "adapter"
 
 
+def is_supervised(run: Run) -> bool:
+    """Whether the run was a supervised warm start, on chosen answers alone."""
+    return bool(run.setting("kind") == "sft")
+
+
 def find_lineage(folder: RunDir, run: Run, *, weights: Weights | None, base_model: str | None) -> Lineage:
     """The lineage, from the folder alone.
 
@@ -105,7 +110,8 @@ def build_front_matter(
         base_model=base,
         base_model_relation=None if base is None else ("adapter" if lineage.is_adapter else "finetune"),
         datasets=[source.name for source in lineage.datasets if source.on_hub] or None,
-        tags=["dpo", "trl", "dpokit", "preference-optimization", *(["lora"] if run.setting("use_peft") else [])],
+        tags=[*(["sft"] if is_supervised(run) else ["dpo", "preference-optimization"]), "trl", "dpokit"]
+        + (["lora"] if run.setting("use_peft") else []),
         model_name=re.sub(r"[^\w.-]+", "-", model_name).strip("-") or "model",
         eval_results=_list_results(run, lineage) or None,
     )
@@ -115,7 +121,7 @@ def build_front_matter(
 
 
 def _find_weights(folder: RunDir, run: Run) -> Weights:
-    if folder.merged.is_dir() or folder.model.is_dir():
+    if folder.find_whole() is not None:
         return "model"
     return "adapter" if folder.adapter.is_dir() or run.setting("use_peft") else "model"
 
@@ -127,9 +133,9 @@ def _check_weights(folder: RunDir, weights: Weights) -> Weights:
             expected="a run that trained one",
             do="--weights model",
         )
-    if weights != "adapter" and not (folder.merged.is_dir() or folder.model.is_dir()):
+    if weights != "adapter" and folder.find_whole() is None:
         raise SettingsError(
-            f"--weights {weights}: {folder.path} has neither merged/ nor model/",
+            f"--weights {weights}: {folder.path} has neither model/ nor a merged/ as new as its adapter",
             expected="a whole model",
             do=f"dpokit merge {folder.path}, or --weights adapter",
         )

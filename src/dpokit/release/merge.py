@@ -121,7 +121,7 @@ def _fill(
         write_template(part, tokenizer)
         method = "full" if base is None else _name_method(folder, quantised=quantised)
     gc.collect()  # models refer to themselves; two at once would not fit
-    merged = reload(part, written)
+    merged = reload(part, written, trust_remote_code=settings.training.trust_remote_code)
     dtype = str(merged.dtype).removeprefix("torch.")
     made = {
         "format": FORMAT,

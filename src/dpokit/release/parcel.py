@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import file_digest, sha1, sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpokit.errors import HubError, SettingsError
+from dpokit.errors import HubError
+from dpokit.release.card_files import find_card_files
+from dpokit.release.choice import WHATS, What, check_base_model, choose
 from dpokit.release.front_matter import is_on_disk
 from dpokit.release.leaks import LeakFinder
 from dpokit.rundir import RunDir
-
-What = Literal["merged", "adapter", "both"]
-WHATS = {"merged": "the whole model", "adapter": "the adapter", "both": "the whole model and its adapter"}
 
 # Files of these kinds go up, and no other: weights, configurations, tokenizers.
 KINDS = (
@@ -27,7 +26,6 @@ KINDS = (
 )
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 VOCABULARIES = re.compile(r"tokenizer\.json|.*vocab.*|merges\.txt|.*\.model|.*\.png")
-PICTURES = re.compile(r"\bfigures/([\w.-]+\.png)\b")
 SHOWN_LEAKS = 8
 
 
@@ -111,29 +109,32 @@ class Parcel:
         return "\n".join(lines + [f"stays here: {path} ({why})" for path, why in self.left])
 
 
-def build_parcel(run: RunDir, *, what: str | None = None, base_model: str | None = None) -> Parcel:
+def build_parcel(
+    run: RunDir, *, what: str | None = None, base_model: str | None = None, repo_id: str | None = None
+) -> Parcel:
     """What `dpokit push` sends: the model at the repository's root, an adapter there or, beside a model, in adapter/.
 
     Nothing is written, and no local file is changed: what names a local folder is left out of what is sent.
 
     Args:
         run: its folder, with a card.
-        what: merged (the whole model, as merged or as trained), adapter, or both; None for the first of merged/,
-            model/ and adapter/ that is there.
+        what: as for `choose`.
         base_model: the adapter's base on the Hub, where it was trained on a local folder.
+        repo_id: where it goes; None where a card may tell of any repository.
 
     Raises:
         SettingsError: something that this run does not have.
         HubError: a file that is missing, or that holds what must not be sent.
     """
-    chosen = _choose(run, what)
-    _check_base_model(chosen, base_model)
-    whole = run.merged if run.merged.is_dir() else run.model
-    folders = [] if chosen == "adapter" else [(whole, "")]
+    chosen, whole = choose(run, what), run.find_whole()
+    check_base_model(chosen, base_model)
+    folders = [] if chosen == "adapter" or whole is None else [(whole, "")]
     folders += [] if chosen == "merged" else [(run.adapter, "adapter/" if chosen == "both" else "")]
-    files, left = list(_read_card(run)), []
+    found = find_card_files(run, is_adapter=chosen == "adapter", repo_id=repo_id)
+    files, left = [ParcelFile(name, source, source.read_bytes()) for name, source in found], []
     for folder, at in folders:
-        kept = sorted({path for kind in KINDS for path in folder.glob(kind) if path.is_file()})
+        kinds = (*KINDS, "*.py") if _list_code(folder) else KINDS
+        kept = sorted({path for kind in kinds for path in folder.glob(kind) if path.is_file()})
         _check_weights(folder, {path.name for path in kept})
         files += [_read_file(path, at + path.relative_to(folder).as_posix(), base_model) for path in kept]
         if folder == run.merged and run.merge_json.is_file():
@@ -147,69 +148,6 @@ def build_parcel(run: RunDir, *, what: str | None = None, base_model: str | None
     return parcel
 
 
-def _choose(run: RunDir, what: str | None) -> What:
-    if what is not None and what not in WHATS:
-        raise SettingsError(
-            f"--what {what} is nothing that can be pushed", expected=" or ".join(WHATS), do="correct it"
-        )
-    whole, adapter = run.merged.is_dir() or run.model.is_dir(), run.adapter.is_dir()
-    if not whole and not adapter:
-        raise HubError(
-            f"{run.path} holds no final weights (merged/, model/ or adapter/)",
-            expected="the folder of a run that is finished",
-            do="train the run to its end, or correct the path",
-        )
-    if what in ("merged", "both") and not whole:
-        raise SettingsError(
-            f"--what {what}, and {run.path} holds an adapter that is not merged",
-            expected="a whole model: merged/ or model/",
-            do=f"dpokit merge {run.path}; or --what adapter",
-        )
-    if what in ("adapter", "both") and not adapter:
-        raise SettingsError(
-            f"--what {what}, and {run.path} has no adapter: the whole model was trained",
-            expected="--what merged",
-            do="leave --what out",
-        )
-    if what is not None:
-        return "merged" if what == "merged" else "adapter" if what == "adapter" else "both"
-    return "merged" if whole else "adapter"
-
-
-def _check_base_model(what: What, base_model: str | None) -> None:
-    if base_model is None:
-        return
-    if what == "merged":
-        raise SettingsError(
-            f"--base-model {base_model} would have no effect: no adapter is sent",
-            expected="--base-model with --what adapter or both",
-            do="leave --base-model out",
-        )
-    if is_on_disk(base_model):
-        raise SettingsError(
-            f"--base-model {base_model} is a local folder, or no name at all",
-            expected="the base's id on the Hub: USER/NAME",
-            do="correct --base-model",
-        )
-
-
-def _read_card(run: RunDir) -> Iterator[ParcelFile]:
-    """The card and the pictures it shows."""
-    if not run.card.is_file():
-        raise HubError(
-            f"{run.path} has no README.md", expected="a model card", do="--license apache-2.0, or another, writes it"
-        )
-    content = run.card.read_bytes()
-    yield ParcelFile("README.md", run.card, content)
-    for name in sorted(set(PICTURES.findall(content.decode(errors="replace")))):
-        source = run.figures / name
-        if not source.is_file():
-            raise HubError(
-                f"{run.card} shows figures/{name}, and there is no {source}", expected="it", do="write the card anew"
-            )
-        yield ParcelFile(f"figures/{name}", source, source.read_bytes())
-
-
 def _check_weights(folder: Path, names: set[str]) -> None:
     """Raises HubError for a folder from which no model could be loaded."""
     missing = [] if {"config.json", "adapter_config.json"} & names else ["config.json"]
@@ -217,12 +155,20 @@ def _check_weights(folder: Path, names: set[str]) -> None:
     for name in sorted(names):
         if name.endswith(".safetensors.index.json"):
             missing += sorted(set(_read_json(folder / name).get("weight_map", {}).values()) - names)
+    missing += sorted(_list_code(folder) - names)
     if missing:
         raise HubError(
             f"{folder} has no {', '.join(missing)}",
             expected="a model or an adapter as safetensors, whole",
             do="train or merge it anew: this folder could not be loaded by anyone",
         )
+
+
+def _list_code(folder: Path) -> set[str]:
+    """The Python files that a model of `trust_remote_code` names as its own, not as another repository's."""
+    config = folder / "config.json"
+    named = _read_json(config).get("auto_map", {}).values() if config.is_file() else ()
+    return {f"{name.partition('.')[0]}.py" for name in named if isinstance(name, str) and "--" not in name}
 
 
 def _read_file(path: Path, name: str, base_model: str | None) -> ParcelFile:
@@ -294,4 +240,5 @@ def _find_leaks(file: ParcelFile, finder: LeakFinder) -> Iterator[tuple[str, str
     elif VOCABULARIES.fullmatch(name):
         yield from (("", what) for what in finder.in_bytes(file.content))
     else:
-        yield from ((f", line {line}", what) for line, what in finder.in_text(file.content.decode(errors="replace")))
+        search = finder.in_json if name.endswith(".json") else finder.in_text
+        yield from ((f", line {line}", what) for line, what in search(file.content.decode(errors="replace")))

@@ -9,18 +9,19 @@ from dpokit.release.lineage import Lineage
 from dpokit.report.read import Run, mapping, read_object
 from dpokit.rundir import RunDir
 
+TRUST = ", trust_remote_code=True"  # of a model with code of its own
 LOAD_WHOLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(name{trust})
+model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", device_map="auto"{trust})
 """
 LOAD_ADAPTER = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base, name = {base}, {name}
-tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained(name{trust})
+model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", device_map="auto"{trust})
 model = PeftModel.from_pretrained(model, name)
 """
 ASK_CHAT = """
@@ -45,10 +46,11 @@ def build_usage(folder: RunDir, run: Run, lineage: Lineage, repo_id: str | None)
     weights = _find_weights(folder, lineage)
     name = _quote(repo_id or f"{folder.path.resolve().name}/{weights}", otherwise="FOLDER")
     base = None if lineage.base is None or not lineage.base.on_hub else lineage.base.name
+    trust = TRUST if run.setting("trust_remote_code") else ""
     if lineage.is_adapter:
-        load = LOAD_ADAPTER.format(name=name, base=_quote(base or "BASE", otherwise="BASE"))
+        load = LOAD_ADAPTER.format(name=name, base=_quote(base or "BASE", otherwise="BASE"), trust=trust)
     else:
-        load = LOAD_WHOLE.format(name=name)
+        load = LOAD_WHOLE.format(name=name, trust=trust)
     ask = ASK_CHAT if _has_template(folder, weights) else ASK_TEXT.format(prompt=_quote_prompt(run))
     notes = []
     if lineage.is_adapter and base is None:
@@ -62,7 +64,7 @@ def _find_weights(folder: RunDir, lineage: Lineage) -> str:
     """The folder in the run's that holds what is published."""
     if lineage.is_adapter:
         return folder.adapter.name
-    return folder.merged.name if folder.merged.is_dir() else folder.model.name
+    return (folder.find_whole() or folder.model).name
 
 
 def _has_template(folder: RunDir, weights: str) -> bool:

@@ -91,15 +91,18 @@ def _hash(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(content).hexdigest()}"
 
 
-def reload(folder: Path, written: dict[str, str] | None) -> PreTrainedModel:
+def reload(folder: Path, written: dict[str, str] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that others will load from the folder, by the plainest call.
 
     Args:
         written: `hash_tensors` of what was saved; None where its files were only linked.
+        trust_remote_code: the run's; where it is not set, a model with code of its own cannot be loaded.
 
     Raises: ModelError where it is not what was written.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
     told = {name: sorted(map(str, found)) for name, found in info.items() if found}
     if not told and written is not None:
         read = hash_tensors(model)
