@@ -1,9 +1,10 @@
-"""Kills in full: runs killed at random and in the middle of each file, compared with uninterrupted ones.
+"""Every fault: runs killed at random and in the middle of each file, compared with whole ones; then the suite's.
 
-    python tests/soak/faults.py                      # about an hour on two cores; prints a table
+    python tests/soak/faults.py                      # some two hours on two cores; prints a table
     python tests/soak/faults.py --kills 3 --cases ddp
 
-The suite holds a part of these, and all other faults (tests/test_faults.py, tests/checkpoint, tests/cluster).
+The suite's are damaged files, full disks, signals, lost processes, other numbers of processes, and a real Slurm whose
+nodes lose power or network.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ from dpokit.checkpoint.store import find_checkpoints
 from dpokit.rundir import RunDir
 
 STEPS, SAVE_STEPS = 60, 4
+SUITE = ("test_faults.py", "test_lost_processes.py", "test_peers.py", "checkpoint", "cluster")
 # (placement's config, flags): each placement with two or three options. All pairs: tests/checkpoint/test_resume.py.
 CASES = {
     "one": (None, ["--gradient_accumulation_steps", "2", "--precompute_ref_log_probs"]),
@@ -116,11 +119,20 @@ def soak_files(folder: Path) -> dict[str, object]:
     return {"kills": len(hit), "files": hit}
 
 
+def run_suite() -> dict[str, object]:
+    """The suite's own tests of faults. Raises: AssertionError where one fails."""
+    tests = [str(Path(__file__).parents[1] / name) for name in SUITE]
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--slow", *tests], stdout=sys.stderr, check=False)
+    assert done.returncode == 0, "see the tests' output"
+    return {"kills": "-", "tests": ", ".join(SUITE)}
+
+
 def main() -> None:
+    cases = [*CASES, "files", "suite"]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", nargs="+", choices=[*CASES, "files"], default=[*CASES, "files"])
+    parser.add_argument("--cases", nargs="+", choices=cases, default=cases)
     asked = parser.parse_args()
     print("| case | processes | kills | losses and weights | minutes | |\n|---|---|---|---|---|---|")
     failed = False
@@ -128,12 +140,17 @@ def main() -> None:
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
             try:
-                told = soak_files(Path(name)) if case == "files" else soak(case, Path(name), asked.kills, asked.seed)
-                end = "the same, bit for bit"
+                if case == "suite":
+                    told = run_suite()
+                elif case == "files":
+                    told = soak_files(Path(name))
+                else:
+                    told = soak(case, Path(name), asked.kills, asked.seed)
+                end = "passed" if case == "suite" else "the same, bit for bit"
             except AssertionError as error:
-                told, end, failed = {"kills": "-"}, "DIFFERENT", True
+                told, end, failed = {"kills": "-"}, "FAILED" if case == "suite" else "DIFFERENT", True
                 print(error, file=sys.stderr)
-        config = None if case == "files" else CASES[case][0]
+        config = CASES[case][0] if case in CASES else None
         more = "; ".join(f"{name}: {value}" for name, value in told.items() if name != "kills")
         minutes = (time.monotonic() - began) / 60
         processes = 1 if config is None else 2
