@@ -91,7 +91,7 @@ RETIRED = {
     "dataset_splits": "dataset_train_split and dataset_test_split",
     "model_name": "model_name_or_path",
     "is_encoder_decoder": "nothing: only causal language models are trained",
-    "generate_during_eval": "nothing yet",
+    "generate_during_eval": "eval_answers (held-out prompts answered at each evaluation)",
 }
 
 
