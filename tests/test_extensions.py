@@ -1,12 +1,12 @@
 """Compilations of torch that were killed, by the real thing: a compiler, a baton, a lock that is left."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 
+import psutil
 import pytest
 from torch.utils.file_baton import FileBaton
 
@@ -40,12 +40,13 @@ def test_a_compilation_that_was_killed_does_not_hold_up_the_next(folder, tmp_pat
     endless.chmod(0o755)
     command = [sys.executable, "-c", COMPILE, str(source)]
 
-    killed = subprocess.Popen(command, env={**os.environ, "CXX": str(endless)}, start_new_session=True)
+    killed = subprocess.Popen(command, env={**os.environ, "CXX": str(endless)})
     deadline = time.monotonic() + 300
     while not (folder / "compiling").exists():
         assert killed.poll() is None and time.monotonic() < deadline
         time.sleep(0.1)
-    os.killpg(killed.pid, signal.SIGKILL)
+    for process in [killed, *psutil.Process(killed.pid).children(recursive=True)]:
+        process.kill()
     killed.wait()
     assert (folder / "lock").exists(), "torch has learnt to remove it: so can dpokit.extensions"
 
