@@ -180,15 +180,14 @@ def find_model(name: str) -> str:
 def is_older(made: Path, weights: Path | None) -> bool:
     """Whether a file, or a folder of weights, was made before the newest of the weights: the run was trained on since.
 
-    False where there are no weights.
+    False where either holds no weights.
     """
-    if weights is None:
-        return False
     times = [
-        max((file.stat().st_mtime for file in (one.glob("*.safetensors") if one.is_dir() else [one])), default=0.0)
-        for one in (made, weights)
+        [file.stat().st_mtime for file in (folder.glob("*.safetensors") if folder.is_dir() else [folder])]
+        for folder in (made, weights)
+        if folder is not None
     ]
-    return times[0] < times[1]
+    return len(times) == 2 and all(times) and max(times[0]) < max(times[1])
 
 
 def write_json(path: Path, record: Any) -> None:
