@@ -151,7 +151,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_costs_no_checkpoint_that_wa
             assert process.wait(timeout=LIFE_SECONDS) == (2 if config is None else 1), lives.last_log()[-3000:]
         assert "no space is left" in lives.last_log()
         record = json.loads((small / "run" / "run.json").read_text())
-        assert record["state"] == "failed"
+        assert record["state"] == "failed", lives.last_log()[-3000:]
         found = find_checkpoints(lives.run, deep=True)
         assert found
         assert not any(checkpoint.trouble for checkpoint in found)

@@ -1,8 +1,9 @@
 """What run.json says of a run: its settings and machine when it begins, and how it ended."""
 
 import math
+import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +18,7 @@ from dpokit.screen import say
 from dpokit.settings import Settings
 from dpokit.world import find_machine, is_main_process
 
+SPACE_SECONDS = 10.0
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
@@ -51,13 +53,26 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
     except BaseException as error:
         trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)
         why = str(trouble or "".join(traceback.format_exception_only(error)).strip())
+        kind = type(trouble or error).__name__
         try:
-            record(state="failed", why=why, error=type(trouble or error).__name__)
+            _record_patiently(lambda: record(state="failed", why=why, error=kind))
         except (OSError, RunFolderError):
             say(f"{run.run_json} could not be brought up to date")
         if trouble is not None and trouble is not error:
             raise trouble from error
         raise
+
+
+def _record_patiently(write: Callable[[], None]) -> None:
+    """On a full disk other ranks may still hold the space of a save that they are giving up. Raises: OSError."""
+    end = time.monotonic() + SPACE_SECONDS
+    while True:
+        try:
+            return write()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
 
 
 def find_local(settings: Settings) -> list[str]:
