@@ -39,6 +39,11 @@ class Checkpoint:
     manifest: dict[str, Any] | None
     trouble: str | None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all is there that was written, be it weights alone."""
+        return self.manifest is not None and self.trouble == self.manifest.get("weights_alone")
+
 
 def find_checkpoints(run: RunDir, *, deep: bool) -> list[Checkpoint]:
     """All checkpoints of a run, newest first; `deep` reads every byte, else names and sizes are compared."""
@@ -142,7 +147,7 @@ def write_manifest(folder: Path, step: int, files: Files, facts: Mapping[str, An
 def retire(run: RunDir, *, limit: int | None, best: Path | None) -> None:
     """Deletes what is not whole, and all but the newest `limit` whole ones; the newest and the best always stay."""
     found = find_checkpoints(run, deep=False)
-    whole = [one for one in found if one.manifest is not None and one.trouble == one.manifest.get("weights_alone")]
+    whole = [checkpoint for checkpoint in found if checkpoint.is_whole]
     kept = {checkpoint.path.resolve() for checkpoint in whole[: limit or None]}
     kept |= {best.resolve()} if best is not None else set()
     for checkpoint in found:

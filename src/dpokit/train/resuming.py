@@ -124,7 +124,7 @@ class ResumingTrainer(SavingTrainer):
         self.wait_for_checkpoint()
         path = Path(str(self.state.best_model_checkpoint))
         best = decide_on_main_process(lambda: look_at(path, deep=True))
-        if best.manifest is None or best.trouble != best.manifest.get("weights_alone"):
+        if not best.is_whole:
             say(f"the best checkpoint, {best.path}, cannot be used: {best.trouble}; the last weights are kept")
             self.state.best_metric = None
             return
