@@ -1,16 +1,21 @@
 """What all tests share: small tokenizers and models made on the spot, pairs, and real data where it is at hand."""
 
+import gc
 import json
 import os
 import random
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import warm
+from leftovers import Leftovers
 from placement_table import write_placements
+from time_table import TimeTable, read_budget
 
 pytest.register_assert_rewrite("compare_runs")
 
@@ -44,11 +49,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    hands_tests_out = not hasattr(config, "workerinput") and getattr(config.option, "dist", "no") != "no"
+    if not hands_tests_out:
+        warm.put_in_place(os.environ)
+    config.pluginmanager.register(Leftovers(config))
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(TimeTable(config, read_budget()))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: "long" not in item.keywords)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="takes minutes: --slow"))
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a run collects garbage twice: half a second each, were all modules gone through
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +81,13 @@ def fresh_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests marked `cold` start real interpreters: see warm.py."""
+    if request.node.get_closest_marker("cold"):
+        monkeypatch.setattr(subprocess, "Popen", warm.COLD)
 
 
 @pytest.fixture

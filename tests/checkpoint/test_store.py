@@ -220,6 +220,7 @@ def test_verify_ends_with_1_where_nothing_can_be_used_and_with_2_where_there_is_
     assert CliRunner().invoke(app, ["verify", str(run.path / "none")]).exit_code == 2
 
 
+@pytest.mark.cold
 def test_verify_needs_no_torch():
     code = "import sys, dpokit.checkpoint.store; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -71,11 +71,12 @@ def find_obstacle() -> str | None:
     obstacle = install(PACKAGES, PROGRAMS)
     if obstacle is not None:
         return obstacle
-    for words in (["unshare", *NAMESPACES, "true"], ["ip", "link", "add", "dpokit", "type", "bridge"]):
+    probe = f"probe{os.getpid()}"
+    for words in (["unshare", *NAMESPACES, "true"], ["ip", "link", "add", probe, "type", "bridge"]):
         done = subprocess.run(words, capture_output=True, text=True, timeout=20)
         if done.returncode != 0:
             return f"no nodes can be made here: {' '.join(words)}: {done.stderr.strip()}"
-    ip("link", "delete", "dpokit")
+    ip("link", "delete", probe)
     return None
 
 
@@ -96,7 +97,7 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf")}
-        self._bridge, self._network = f"br{os.getpid()}", f"10.77.{os.getpid() % 256}"
+        self._bridge, self._network = self._add_bridge()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -114,8 +115,6 @@ class Cluster:
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # named, as there is no way to have none
         names = "".join(f"{self._address(node)} {node}\n" for node in self.nodes)
         (self.folder / "hosts").write_text(names + Path("/etc/hosts").read_text())
-        # With an address of its own: a bridge without one takes a cable's, and another one when that cable goes.
-        ip("link", "add", self._bridge, "address", "02:00:00:00:00:01", "type", "bridge")
         ip("address", "add", f"{self._network}.1/24", "dev", self._bridge)
         ip("link", "set", self._bridge, "up")
         self._start_munge()
@@ -123,6 +122,15 @@ class Cluster:
         for node in self.nodes:
             self.power_on(node)
         self.wait_until(self.all_idle, "the nodes to be idle")
+
+    def _add_bridge(self) -> tuple[str, str]:
+        """Its name and the network of a bridge that no other cluster on this machine has."""
+        for number in range(256):
+            # With an address of its own: a bridge without one takes a cable's, and another one when that cable goes.
+            words = ["link", "add", f"dpokit{number}", "address", "02:00:00:00:00:01", "type", "bridge"]
+            if subprocess.run(["ip", *words], capture_output=True).returncode == 0:
+                return f"dpokit{number}", f"10.77.{number}"
+        raise OSError("256 clusters run on this machine")
 
     def _start_munge(self) -> None:
         place = self.folder / "munge"

@@ -157,6 +157,8 @@ def gpt2_124m(tmp_path_factory, plain_tokenizer):
     [([], False), ([], True), (["--use_peft"], True)],
     ids=["full", "full, keeps freed memory", "LoRA, keeps freed memory"],
 )
+@pytest.mark.cold
+@pytest.mark.long
 def test_the_prediction_is_within_15_percent_of_a_real_step(method, keeps_freed_memory, gpt2_124m, tmp_path):
     """In a process of its own: the baseline is the memory of the process that plans."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", 40)

@@ -53,6 +53,7 @@ def test_the_ledger_tells_kinds_apart():
     assert {kind: size for kind, size in ledger.by_kind.items() if size} == {"weights": 40, "gradients": 40}
 
 
+@pytest.mark.cold
 def test_a_heap_that_is_asked_grows_by_what_is_asked_and_no_memory_is_used():
     """In a process of its own: what other tests gave back would be taken again."""
     if find_heap() is None:

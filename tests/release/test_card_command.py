@@ -16,8 +16,8 @@ from dpokit.evaluate.answers import Sampling
 from dpokit.evaluate.command import evaluate_model
 from dpokit.release.card import write_card
 from dpokit.release.front_matter import check_front_matter
+from dpokit.run import train
 from dpokit.rundir import RunDir
-from dpokit.story import train
 
 # Any look at the network ends the process; the Hub's own switch for that is left off.
 ALONE = """
@@ -41,6 +41,7 @@ def run_card(*words: str, cwd) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
+@pytest.mark.cold
 def test_the_path_goes_to_stdout_and_neither_torch_nor_a_network_is_needed(tmp_path):
     make_run(tmp_path / "run", [])
     flags = ("--license", "mit", "--language", "en", "--language", "de", "--repo-id", "me/tuned", "--contact", "me")

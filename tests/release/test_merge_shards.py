@@ -101,6 +101,7 @@ def test_a_checkpoint_that_does_not_verify_is_passed_over_or_refused(train):
     assert json.loads(done.stdout)["weights"] == "checkpoint-2"
 
 
+@pytest.mark.cold
 def test_a_merged_folder_is_loaded_by_a_program_that_knows_only_transformers(train):
     run = train(ROOT / "accelerate_configs" / "ddp_cpu.yaml", "ddp", *LORA)
     merge_run(run)

@@ -54,6 +54,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(words, says, tmp_path):
     assert done.stdout == ""
 
 
+@pytest.mark.cold
 def test_a_report_loads_nothing_heavy(tmp_path):
     make_run(tmp_path / "run", make_steps(5, every=1))
     code = (
