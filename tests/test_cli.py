@@ -9,9 +9,12 @@ import sys
 import pytest
 import typer
 from conftest import ROOT
+from run_folders import make_run, make_steps
 
 from dpokit.cli import app
 from dpokit.flags import FlagParser
+
+HEAVY = {"torch", "transformers", "trl", "datasets", "peft"}
 
 
 def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
@@ -21,16 +24,32 @@ def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in typer.main.get_command(app).commands)])
+@pytest.mark.cold
 def test_help_needs_no_torch(words):
     code = (
         "import sys, dpokit.cli as cli\n"
         "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as ended:\n    assert ended.code == 0, ended.code\n"
-        "print('heavy:', sorted({'torch', 'transformers', 'trl', 'datasets', 'peft', 'matplotlib'} & set(sys.modules)))"
+        f"print('heavy:', sorted({HEAVY | {'matplotlib'}!r} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert done.stdout.endswith("heavy: []\n"), done.stderr
     assert any(word in done.stdout for word in ("RECIPE", "RUN", "SPACE", "prepare"))
+
+
+@pytest.mark.cold
+@pytest.mark.parametrize("verb", ["status", "verify", "report"])
+def test_a_verb_that_reads_a_run_needs_no_torch(verb, tmp_path):
+    make_run(tmp_path / "run", make_steps(5, every=1))
+    code = (
+        "import sys, dpokit.cli as cli\n"
+        "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as ended:\n    print(ended.code)\n"
+        f"print(sorted({HEAVY!r} & set(sys.modules)))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    words = [sys.executable, "-c", code, verb, str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.stdout.endswith("[]\n"), done.stderr
 
 
 def documented() -> list[list[str]]:

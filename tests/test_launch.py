@@ -22,7 +22,7 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("train_pairs", "steps"), [(31, 8), (33, 10)])
+@pytest.mark.parametrize(("train_pairs", "steps"), [pytest.param(31, 8, marks=pytest.mark.cold), (33, 10)])
 def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weights(
     train_pairs, steps, tiny_gpt2, tmp_path
 ):
@@ -58,6 +58,28 @@ def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weigh
         assert (weight - weights[1][name]).abs().max() < 2e-5, name
 
 
+@pytest.mark.parametrize("config", [None, *sorted((ROOT / "accelerate_configs").glob("*.yaml"))], ids=str)
+def test_a_placement_leaves_the_launcher_no_default_to_warn_of(config, monkeypatch, tmp_path):
+    """Without one it lists what it took for granted, as the README says."""
+    from accelerate.commands import launch as launcher
+
+    told: list[str] = []
+    monkeypatch.setattr(launcher.logger, "warning", lambda message, *_, **__: told.append(message))
+    monkeypatch.setattr(launcher, "default_config_file", str(tmp_path / "none"))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    words = ["--config_file", str(config)] if config else []
+    launcher._validate_launch_command(launcher.launch_command_parser().parse_args([*words, "recipe.py"]))
+    assert bool(told) == (config is None), told
+
+
+def test_a_recipe_says_at_once_that_it_has_begun():
+    """Before the imports, which take seconds; once, whatever the number of processes."""
+    done = launch(TWO, "--learning_rat", "1e-4")
+    first = next(line for line in done.stderr.splitlines() if line)
+    assert first == "dpo_gpt2: importing torch, transformers and TRL"
+    assert done.stderr.count("importing torch") == 1
+
+
 def test_two_processes_asked_of_a_launcher_that_starts_one_are_refused(tiny_gpt2, pairs_file, tmp_path):
     done = launch(
         ["--cpu", "--num_processes", "2"],
@@ -70,6 +92,7 @@ def test_two_processes_asked_of_a_launcher_that_starts_one_are_refused(tiny_gpt2
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.cold
 def test_a_misspelt_flag_is_one_message_without_a_traceback_and_exit_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), "--learning_rat", "1e-4"],

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from dpokit.run import train
 from dpokit.settings import load_settings
-from dpokit.story import train
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 PRESETS = sorted((ROOT / "recipes" / "presets").glob("*.yaml"))

@@ -7,8 +7,8 @@ import pytest
 from small_disk import small_disk
 
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
+from dpokit.run import train
 from dpokit.rundir import RunDir
-from dpokit.story import train
 
 BASE = {
     "gradient_checkpointing": False,

@@ -1,7 +1,10 @@
 """`dpokit VERB`: one verb a room. Progress goes to stderr, the answer to stdout; `--help` needs no torch."""
 
+import gc
+
 import typer
 
+from dpokit.story import GC_THRESHOLD
 from dpokit.verbs import proof, release, runs, search, talk
 
 app = typer.Typer(
@@ -18,6 +21,7 @@ for room in (runs, proof, release, search, talk):  # the order in which --help l
 
 def main() -> None:
     """The console script."""
+    gc.set_threshold(GC_THRESHOLD)
     app()
 
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.data.toy import Verdict, judge_answer, write_corpus
 from dpokit.model.generate import generate_answers
+from dpokit.run import train
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import quiet_dependencies, say
-from dpokit.story import train, user_errors
+from dpokit.story import user_errors
 from dpokit.train.warmup import build_base
 from dpokit.world import is_main_process
 

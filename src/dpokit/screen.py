@@ -3,7 +3,10 @@
 import logging
 import os
 import sys
+import time
 import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any, Self
 
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -60,7 +63,7 @@ def quiet_dependencies() -> None:
     disable_progress_bar()  # of reading and writing weights: a bar a file, on every save
     if not is_main_process():
         warnings.simplefilter("ignore")
-        os.environ["TQDM_DISABLE"] = "1"
+        hide_progress()
 
 
 def say(line: str = "") -> None:
@@ -68,3 +71,103 @@ def say(line: str = "") -> None:
     if is_main_process():
         tqdm.write(line, file=sys.stderr)
         sys.stderr.flush()
+
+
+LINE_SECONDS = 30.0  # between two lines of progress where the output is no terminal
+
+
+def hide_progress() -> None:
+    """From now on this process, and those that it starts, show no progress."""
+    os.environ["TQDM_DISABLE"] = "1"
+
+
+def is_progress_hidden() -> bool:
+    """Whether nobody wants to see progress: another rank shows it, or `--disable_tqdm` is set."""
+    return bool(os.environ.get("TQDM_DISABLE")) or not is_main_process()
+
+
+def has_bars() -> bool:
+    """Whether progress is shown as bars: in a terminal."""
+    return sys.stderr.isatty() and not is_progress_hidden()
+
+
+def track_progress(
+    items: Iterable[Any] | None = None,
+    *,
+    desc: str,
+    unit: str,
+    total: int | None = None,
+    initial: int = 0,
+    leave: bool = True,
+    hidden: bool = False,
+) -> Any:
+    """Progress on stderr: tqdm's bar in a terminal, a plain line now and then elsewhere, nothing where it is hidden.
+
+    Args:
+        items: what is gone through; without it, `update` counts.
+        desc: what is done.
+        unit: of the count, in the singular.
+        total: how many there are; without it the length of `items`.
+        initial: how many were done before.
+        leave: whether a last line stays behind.
+        hidden: show nothing, whatever the others do.
+    """
+    hidden = hidden or is_progress_hidden()
+    if hidden or has_bars():
+        return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, leave=leave, disable=hidden)
+    return PlainProgress(items, desc=desc, unit=unit, total=total, initial=initial, leave=leave)
+
+
+class PlainProgress:
+    """Progress for a log file, with tqdm's interface: at most one line every LINE_SECONDS, and one at the end."""
+
+    def __init__(
+        self, items: Iterable[Any] | None, *, desc: str, unit: str, total: int | None, initial: int, leave: bool
+    ) -> None:
+        if total is None and isinstance(items, Sized):
+            total = len(items)
+        self.items, self.desc, self.unit, self.total, self.leave = items, desc, unit, total, leave
+        self.n = self.initial = initial
+        self.values: Mapping[str, Any] = {}
+        self.begun = self.last_line = time.monotonic()
+        self.closed = False
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self.items or ():
+            yield item
+            self.update()
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def update(self, n: int = 1) -> None:
+        """So many more are done."""
+        self.n += n
+        if time.monotonic() - self.last_line >= LINE_SECONDS:
+            self._write_line()
+
+    def set_postfix(self, values: Mapping[str, Any] | None = None, refresh: bool = True, **more: Any) -> None:
+        """What the next lines show beside the count."""
+        self.values = {**(values or {}), **more}
+
+    def close(self) -> None:
+        """Writes the last line."""
+        if self.leave and not self.closed:
+            self._write_line()
+        self.closed = True
+
+    def _write_line(self) -> None:
+        self.last_line = time.monotonic()
+        done, seconds = self.n - self.initial, self.last_line - self.begun
+        parts = [f"{self.unit} {self.n:,}" + (f" of {self.total:,}" if self.total else "")]
+        parts += [f"{name} {value}" for name, value in self.values.items()]
+        if done and seconds > 0:
+            rate = done / seconds
+            parts.append(f"{rate:.2f} {self.unit}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}")
+            if self.total and self.n < self.total:
+                parts.append(f"{tqdm.format_interval((self.total - self.n) / rate)} left")
+        say(f"{self.desc}: {', '.join(parts)}")

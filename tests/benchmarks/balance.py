@@ -44,9 +44,9 @@ def write_rows(path: Path, lengths: list[list[int]]) -> None:
 
 def run_case(folder: Path, case: str) -> None:
     """One process of two."""
+    from dpokit.run import build_trainer
     from dpokit.rundir import RunDir
     from dpokit.settings import load_settings
-    from dpokit.story import build_trainer
     from dpokit.train.gates import Gates
     from dpokit.world import is_main_process
 

@@ -86,7 +86,7 @@ def run_case(case: str, folder: Path, steps: int) -> dict[str, object]:
         "torch_compile": case.endswith("compiled"),
     }
     # What both sides import is not counted; TRL's own side must not meet dpokit, which changes TRL's head on CPUs.
-    importlib.import_module("trl.trainer.dpo_trainer" if case.startswith("stock") else "dpokit.story")
+    importlib.import_module("trl.trainer.dpo_trainer" if case.startswith("stock") else "dpokit.run")
     clock, began = Clock(), time.perf_counter()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if case.startswith("stock"):
@@ -100,9 +100,9 @@ def run_case(case: str, folder: Path, steps: int) -> dict[str, object]:
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
         )
     else:
+        from dpokit.run import build_trainer
         from dpokit.rundir import RunDir
         from dpokit.settings import load_settings
-        from dpokit.story import build_trainer
         from dpokit.train.gates import Gates
 
         places = {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "data")}

@@ -17,9 +17,9 @@ from dpokit.checkpoint.resume import claim_folder
 from dpokit.checkpoint.store import find_checkpoints, write_manifest
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.flags import KINDS
+from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings import load_settings
-from dpokit.story import train
 from dpokit.train.callbacks import PreemptCallback
 
 # Pairs of options, so that each meets each of the others once or more.

@@ -12,8 +12,8 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, GradientState
 from conftest import ROOT, write_pairs
 
+from dpokit.run import train
 from dpokit.rundir import RunDir
-from dpokit.story import train
 
 
 def make_run(folder: Path, model: Path, **changes) -> RunDir:

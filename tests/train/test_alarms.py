@@ -10,8 +10,8 @@ from conftest import ROOT
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import DPOConfig
 
+from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.story import train
 from dpokit.train.alarms import find_alarms, find_answer_alarms, find_best
 
 SIDES = ("chosen", "rejected")
@@ -140,6 +140,7 @@ def test_a_run_that_overfits_on_purpose_is_said_once_and_keeps_its_best_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_published_run_of_200_rows_hears_that_it_learns_them_by_heart(shared, tmp_path, capfd):
     """Its own settings on real rows; a small random GPT-2 stands in for the 124M one, and five epochs are as many."""
     model = tmp_path / "model"

@@ -16,9 +16,9 @@ from torch import nn
 from dpokit.agreement import LOSS_TYPES
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.errors import GateError
+from dpokit.run import build_trainer, train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings import load_settings
-from dpokit.story import build_trainer, train
 from dpokit.train.gates import LN_2_LOSSES, GateCallback, Gates, find_dead_modules
 from dpokit.train.trainer import PairTrainer
 
@@ -204,7 +204,7 @@ def test_dora_passes_all_gates(run, tiny_qwen2, warnings):
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "olora", "orthogonal", False])
 def test_an_adapter_that_begins_in_another_way_passes(start, build, tiny_qwen2, monkeypatch):
     """The flags do not reach these; where the start changes the policy, the gate cannot be certain."""
-    import dpokit.story
+    import dpokit.run
     from dpokit.model.load import build_peft_config
 
     def begin_otherwise(*args):
@@ -212,7 +212,7 @@ def test_an_adapter_that_begins_in_another_way_passes(start, build, tiny_qwen2, 
         config.init_lora_weights = start
         return config
 
-    monkeypatch.setattr(dpokit.story, "build_peft_config", begin_otherwise)
+    monkeypatch.setattr(dpokit.run, "build_peft_config", begin_otherwise)
     trainer = build(**LORA, lora_target_modules=["q_proj"], model_name_or_path=str(tiny_qwen2))
     trainer.train()
     assert trainer.state.global_step == 1

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from dpokit.checkpoint.preempt import Preempted
 from dpokit.model import reference
 from dpokit.model.reference import ReferenceCache
+from dpokit.run import prepare, train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.story import prepare, train
 from dpokit.train.scoring import ScoringTrainer
 
 TIMING = ("seconds", "runtime", "per_second", "wasted", "total_flos")

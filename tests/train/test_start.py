@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from dpokit.errors import GateError
 from dpokit.model.load import load_policy, load_tokenizer
+from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings import Settings, load_settings
-from dpokit.story import train
 from dpokit.train.gates import Gates
 from dpokit.train.start import check_model_path, check_quantised, check_world
 

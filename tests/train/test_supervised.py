@@ -18,9 +18,9 @@ from dpokit.evaluate.command import evaluate_model
 from dpokit.flags import DataArguments
 from dpokit.plan.asked import load_asked
 from dpokit.plan.plan import build_plan
+from dpokit.run import train
 from dpokit.rundir import RunDir, find_model, read_metrics
 from dpokit.settings import load_settings
-from dpokit.story import train
 
 LORA = {"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 4, "learning_rate": 1e-2}
 

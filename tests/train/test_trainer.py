@@ -10,9 +10,9 @@ from reference_dpo import answer_log_prob, dpo_loss
 from transformers import AutoModelForCausalLM
 
 from dpokit.checkpoint.resume import claim_folder
+from dpokit.run import build_trainer, train
 from dpokit.rundir import RunDir
 from dpokit.settings import load_settings
-from dpokit.story import build_trainer, train
 from dpokit.train.gates import Gates
 
 LOSSES = [

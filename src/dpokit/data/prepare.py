@@ -1,9 +1,11 @@
 """Settings and a tokenizer in; tokenised, counted, held-out splits out."""
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -17,7 +19,7 @@ from dpokit.data.sources import Rows, get_split, load_splits
 from dpokit.data.tokens import Encoder, Limits, Renderer
 from dpokit.errors import DataError
 from dpokit.flags import DataArguments
-from dpokit.world import is_main_process
+from dpokit.screen import has_bars, say
 
 SAMPLE_ROWS = 32
 STREAM_BUFFER_ROWS = 10_000
@@ -69,7 +71,7 @@ def prepare_data(
         DataError: not there, broken, of no known form, or without a usable pair.
         ModelError: the tokenizer cannot end an answer.
     """
-    (enable_progress_bar if is_main_process() else disable_progress_bar)()
+    (enable_progress_bar if has_bars() else disable_progress_bar)()
     limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
     renderer = Renderer(tokenizer)
     splits = load_splits(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
@@ -200,6 +202,7 @@ def _find_layout(rows: Rows, name: str) -> Format:
 
 
 def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
+    begun = time.time()
     encoded = rows.map(
         encoder.encode_usable,
         batched=True,
@@ -209,6 +212,9 @@ def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None
         num_proc=processes,
         desc=f"tokenising {tally.source}",
     )
+    computed_now = any(Path(file["filename"]).stat().st_mtime >= begun for file in encoded.cache_files)
+    if computed_now and not has_bars():  # a log has no bar of datasets'
+        say(f"tokenising {tally.source}: {len(rows):,} rows, {len(rows) / (time.time() - begun):,.0f} rows/s")
     # Only usable rows are kept, so that they lie on disk in one piece; the few others are asked again for their reason.
     used = set(read_column(encoded, "row"))
     tally.rows = len(used)

@@ -13,14 +13,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpokit.errors import DataError, ModelError, SettingsError, find_disk_trouble
 from dpokit.model.generate import Answer, count_answers, encode_prompt, generate_answers
 from dpokit.peers import decide_on_main_process
 from dpokit.rundir import sync_folder, write_json
-from dpokit.world import is_main_process
+from dpokit.screen import track_progress
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def _sample(
     starts = range(0, len(prompts), size)
     mine = range(state.process_index, len(starts), state.num_processes)
     answers: list[tuple[int, list[Answer]]] = []
-    for number in tqdm(mine, desc=f"answers of {name}", unit="batch", disable=not is_main_process()):
+    for number in track_progress(mine, desc=f"answers of {name}", unit="batch"):
         batch = generate_answers(
             model,
             tokenizer,

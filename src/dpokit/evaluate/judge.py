@@ -9,12 +9,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from dpokit.apikey import ApiKey
 from dpokit.errors import JudgeError, SettingsError, find_disk_trouble
 from dpokit.evaluate.endpoint import Endpoint, Reply
 from dpokit.rundir import write_json
+from dpokit.screen import track_progress
 
 INSTRUCTION = (
     "You compare two answers of assistants to the last message of a conversation. You are given JSON with the "
@@ -203,7 +202,10 @@ def _ask_all(
         return replies
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(workers) as pool, tqdm(desc="judging", unit="reply", total=len(bodies)) as bar:
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            track_progress(desc="judging", unit="reply", total=len(bodies)) as bar,
+        ):
             futures = [pool.submit(ask, key) for key in bodies]
             try:
                 for future in as_completed(futures):

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from tqdm.auto import tqdm
 from trl import DPOConfig
 
 from dpokit.data.columns import fingerprint_ids, hash_prompts, read_column
@@ -15,6 +14,7 @@ from dpokit.errors import ModelError
 from dpokit.evaluate.measures import Scores, compare, describe, describe_groups, judge, name_bands, name_gap
 from dpokit.evaluate.subject import Subject
 from dpokit.model.score import PairScorer
+from dpokit.screen import track_progress
 
 FORMAT = 1
 BATCH_PAIRS = 8
@@ -81,7 +81,7 @@ def score_all(scorer: PairScorer, rows: Sequence[Mapping[str, Any]], name: str) 
     batches = [order[at : at + BATCH_PAIRS] for at in range(0, len(order), BATCH_PAIRS)]
     mine = batches[state.process_index :: state.num_processes]
     table = torch.zeros(2, len(rows), dtype=torch.float64)
-    for places in tqdm(mine, desc=f"scoring, {name}", unit="batch", disable=not state.is_main_process):
+    for places in track_progress(mine, desc=f"scoring, {name}", unit="batch"):
         table[:, places] = scorer([rows[place] for place in places]).double()
     return _add_ranks(table)
 

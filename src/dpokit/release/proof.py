@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpokit.data.columns import fingerprint_ids
@@ -18,7 +17,7 @@ from dpokit.errors import DataError, ModelError
 from dpokit.model.load import find_base, find_max_length, load_frozen, name_model
 from dpokit.model.score import PairScorer
 from dpokit.release.weights import load_trained
-from dpokit.screen import say
+from dpokit.screen import say, track_progress
 from dpokit.settings import Settings
 
 BATCH_PAIRS = 8
@@ -109,7 +108,7 @@ class Proof:
         scorer = PairScorer(model, pad_id=self._pad_id, longest=self._longest)
         order = sorted(range(len(self._rows)), key=lambda at: -sum(len(ids) for ids in self._rows[at].values()))
         found: list[list[torch.Tensor]] = [[]] * len(order)
-        for start in tqdm(range(0, len(order), BATCH_PAIRS), desc=f"scoring, {name}", unit="batch"):
+        for start in track_progress(range(0, len(order), BATCH_PAIRS), desc=f"scoring, {name}", unit="batch"):
             places = order[start : start + BATCH_PAIRS]
             table = scorer.score_tokens([self._rows[at] for at in places])
             for column, at in enumerate(places):

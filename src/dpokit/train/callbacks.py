@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
-from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dpokit.checkpoint.preempt import EvaluationCut, Notice, Preempted
 from dpokit.placement import find_placement
 from dpokit.rundir import MetricsFile, RunDir
-from dpokit.screen import say
+from dpokit.screen import is_progress_hidden, say, track_progress
 from dpokit.train.saving import describe_run
 from dpokit.train.steps import StepTrainer
 
@@ -143,7 +142,10 @@ class MetricsCallback(TrainerCallback):
 
 
 class ScreenCallback(TrainerCallback):
-    """One bar for the steps, one for a running evaluation, and a line of results per evaluation; rank 0."""
+    """Progress of the steps and of a running evaluation, and a line of results per evaluation; rank 0.
+
+    Where progress is hidden (`--disable_tqdm`), each log is a line.
+    """
 
     def __init__(self) -> None:
         self.steps: Any = None
@@ -153,7 +155,7 @@ class ScreenCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.steps = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
+            self.steps = track_progress(total=state.max_steps, initial=state.global_step, desc="training", unit="step")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.steps is not None:
@@ -165,7 +167,7 @@ class ScreenCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         if self.evaluation is None:
-            self.evaluation = tqdm(total=len(eval_dataloader), desc="evaluating", unit="batch", leave=False)
+            self.evaluation = track_progress(total=len(eval_dataloader), desc="evaluating", unit="batch", leave=False)
         self.evaluation.update(1)
 
     def on_log(
@@ -179,15 +181,18 @@ class ScreenCallback(TrainerCallback):
             if "rewards/accuracies" in logs:
                 shown["accuracy"] = f"{logs['rewards/accuracies']:.2f}"
             self.steps.set_postfix(shown)
+            if is_progress_hidden():
+                text = ", ".join(f"{name} {value}" for name, value in shown.items())
+                say(f"training: step {state.global_step:,} of {state.max_steps:,}, {text}")
         if "eval_loss" in logs:
             columns = PAIR_COLUMNS if "eval_rewards/margins" in logs else ANSWER_COLUMNS
             if not self.header_shown:
                 titles = ["step", "train loss", *columns.values()]
-                self.steps.write("".join(f"{title:>14}" for title in titles), file=self.steps.fp)
+                say("".join(f"{title:>14}" for title in titles))
                 self.header_shown = True
             values = [self.loss, *(logs[name] for name in columns)]
             line = f"{state.global_step:>14}" + "".join(f"{value:>14.4f}" for value in values)
-            self.steps.write(line, file=self.steps.fp)
+            say(line)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.evaluation is not None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from tqdm.auto import tqdm
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
@@ -18,7 +17,7 @@ from dpokit.data.columns import fingerprint_ids
 from dpokit.model.reference import ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
 from dpokit.model.score import TOLERANCE_16_BIT, TOLERANCE_FP32, find_mismatch, find_obstacle, share_prefix
 from dpokit.model.shared_prefix import SharedPrefix
-from dpokit.screen import say
+from dpokit.screen import say, track_progress
 from dpokit.train.batches import Batches
 
 Batch = dict[str, Any]
@@ -118,7 +117,7 @@ class ScoringTrainer(DPOTrainer):
             if self.accelerator.is_main_process:
                 cache.forget()
         missing = [part for part in cache.parts() if part.start not in known]
-        with tqdm(
+        with track_progress(
             total=len(dataset), initial=len(dataset) - sum(map(len, missing)), desc=f"reference, {name}", unit="pair"
         ) as bar:
             for part in missing:

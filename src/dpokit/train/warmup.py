@@ -1,16 +1,15 @@
 """The quickstart's base model: a small GPT-2, taught both kinds of answer until it writes either."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dpokit.rundir import new_folder
+from dpokit.screen import track_progress
 
 END = "<|endoftext|>"
 VOCABULARY = 1000
@@ -92,13 +91,12 @@ def _fit(model: GPT2LMHeadModel, pairs: list[Pair], *, epochs: int, show_progres
     )
     losses: list[float] = []
     model.train()
-    batches = tqdm(
+    batches = track_progress(
         _build_batches(pairs, epochs=epochs),
         desc="warming up the base model",
         total=steps,
         unit="step",
-        file=sys.stderr,
-        disable=not show_progress,
+        hidden=not show_progress,
     )
     for ids, labels in batches:
         # Padding is on the right, where no earlier token sees it, so no mask; only answer tokens meet the LM head.

@@ -60,7 +60,7 @@ def prepare(
     """
     with redirect_stdout(sys.stderr):
         from dpokit.plan.asked import find_recipe, load_defaults
-        from dpokit.story import prepare as prepare_run
+        from dpokit.run import prepare as prepare_run
         from dpokit.story import user_errors
 
         with user_errors():
