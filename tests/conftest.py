@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     hands_tests_out = not hasattr(config, "workerinput") and getattr(config.option, "dist", "no") != "no"
     if not hands_tests_out:
-        warm.put_in_place(os.environ)
+        warm.install(os.environ)
     config.pluginmanager.register(Leftovers(config))
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(TimeTable(config, read_budget()))
@@ -85,7 +85,7 @@ def fresh_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests marked `cold` start real interpreters: see warm.py."""
+    """Tests marked `cold` start ordinary processes: see warm.py."""
     if request.node.get_closest_marker("cold"):
         monkeypatch.setattr(subprocess, "Popen", warm.COLD)
 

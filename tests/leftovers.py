@@ -21,7 +21,7 @@ def find_held() -> dict[tuple[str, str], str]:
     for pid in find_children():
         with suppress(psutil.Error):  # it has just ended
             process = psutil.Process(int(pid))
-            if process.status() != psutil.STATUS_ZOMBIE and not warm.is_nursery(process.pid):
+            if process.status() != psutil.STATUS_ZOMBIE and not warm.is_server(process.pid):
                 held["process", pid] = f"process {pid}: {' '.join(process.cmdline())[:120]}"
     for line in Path("/proc/self/mounts").read_text().splitlines():
         place = line.split()[1]

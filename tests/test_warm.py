@@ -97,20 +97,20 @@ def test_the_hub_of_the_environment_is_asked():
     assert told == "http://127.0.0.1:1 http://127.0.0.1:1 False\n"
 
 
-def test_a_nursery_ends_with_the_process_it_belongs_to():
+def test_a_fork_server_exits_with_its_client():
     process = warm.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    (nursery,) = psutil.Process(process.pid).children()
+    (server,) = psutil.Process(process.pid).children()
     process.kill()
     process.communicate()
-    psutil.wait_procs([nursery], timeout=20)
-    assert not nursery.is_running() or nursery.status() == psutil.STATUS_ZOMBIE
+    psutil.wait_procs([server], timeout=20)
+    assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
 
 
 def test_what_tests_leave_behind_is_named(tmp_path):
     (tmp_path / "conftest.py").write_text(
         f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom leftovers import Leftovers\nimport warm\n"
         "def pytest_configure(config):\n"
-        "    warm.Nursery(None, {}, 0)  # whoever runs the tests is given their orphans\n"
+        "    warm.ForkServer(None, {}, 0)  # whoever runs the tests is given their orphans\n"
         "    config.pluginmanager.register(Leftovers(config))\n"
     )
     mount = (

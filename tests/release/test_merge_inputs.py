@@ -213,7 +213,7 @@ def test_a_merge_that_is_killed_leaves_no_folder_and_the_next_one_cleans_up(run)
         "from pathlib import Path\n"
         "from dpokit.release import merge\n"
         "from dpokit.rundir import RunDir\n"
-        "merge.reload = lambda part, written: time.sleep(600)\n"  # all is written, nothing is named yet
+        "merge.reload = lambda *_, **__: time.sleep(600)\n"  # all is written, nothing is named yet
         "merge.merge_run(RunDir(sys.argv[1]), merge.MergeOptions(proof=False))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stderr=subprocess.PIPE, text=True)
