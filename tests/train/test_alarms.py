@@ -145,7 +145,7 @@ def test_a_published_run_of_200_rows_hears_that_it_learns_them_by_heart(shared, 
     """Its own settings on real rows; a small random GPT-2 stands in for the 124M one, and five epochs are as many."""
     model = tmp_path / "model"
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=4)).save_pretrained(model)
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=128, n_head=4)).save_pretrained(model)
     AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer").save_pretrained(model)
     preset = ROOT / "recipes" / "presets" / "gpt2_hh_200_rows.yaml"
     flags = ["--config", str(preset), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "run")]
