@@ -68,7 +68,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # a run collects garbage twice: half a second each, were all modules gone through
+    gc.freeze()  # each run collects garbage twice, which takes half a second if it looks at every imported module
 
 
 @pytest.fixture(autouse=True)

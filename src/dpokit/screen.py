@@ -77,17 +77,17 @@ LINE_SECONDS = 30.0  # between two lines of progress where the output is no term
 
 
 def hide_progress() -> None:
-    """From now on this process, and those that it starts, show no progress."""
+    """Hides progress in this process and in the processes that it starts."""
     os.environ["TQDM_DISABLE"] = "1"
 
 
 def is_progress_hidden() -> bool:
-    """Whether nobody wants to see progress: another rank shows it, or `--disable_tqdm` is set."""
+    """True on every rank but 0, and with `--disable_tqdm`."""
     return bool(os.environ.get("TQDM_DISABLE")) or not is_main_process()
 
 
 def has_bars() -> bool:
-    """Whether progress is shown as bars: in a terminal."""
+    """True if progress is shown as bars, because stderr is a terminal."""
     return sys.stderr.isatty() and not is_progress_hidden()
 
 
@@ -101,16 +101,16 @@ def track_progress(
     leave: bool = True,
     hidden: bool = False,
 ) -> Any:
-    """Progress on stderr: tqdm's bar in a terminal, a plain line now and then elsewhere, nothing where it is hidden.
+    """Shows progress on stderr: a tqdm bar in a terminal, plain lines elsewhere, nothing if it is hidden.
 
     Args:
-        items: what is gone through; without it, `update` counts.
-        desc: what is done.
-        unit: of the count, in the singular.
-        total: how many there are; without it the length of `items`.
-        initial: how many were done before.
-        leave: whether a last line stays behind.
-        hidden: show nothing, whatever the others do.
+        items: what to iterate over; without it the caller counts with `update`.
+        desc: the activity.
+        unit: what is counted, in the singular.
+        total: the count at the end; by default the length of `items`.
+        initial: the count at the start.
+        leave: keep the bar, or write a line, at the end.
+        hidden: show nothing.
     """
     hidden = hidden or is_progress_hidden()
     if hidden or has_bars():
@@ -119,7 +119,7 @@ def track_progress(
 
 
 class PlainProgress:
-    """Progress for a log file, with tqdm's interface: at most one line every LINE_SECONDS, and one at the end."""
+    """Progress in a log file, with tqdm's methods: at most one line every LINE_SECONDS, and one at the end."""
 
     def __init__(
         self, items: Iterable[Any] | None, *, desc: str, unit: str, total: int | None, initial: int, leave: bool
@@ -145,13 +145,13 @@ class PlainProgress:
         self.close()
 
     def update(self, n: int = 1) -> None:
-        """So many more are done."""
+        """Adds n to the count."""
         self.n += n
         if time.monotonic() - self.last_line >= LINE_SECONDS:
             self._write_line()
 
     def set_postfix(self, values: Mapping[str, Any] | None = None, refresh: bool = True, **more: Any) -> None:
-        """What the next lines show beside the count."""
+        """Sets the values that the next lines show."""
         self.values = {**(values or {}), **more}
 
     def close(self) -> None:

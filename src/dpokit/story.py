@@ -1,4 +1,4 @@
-"""What a recipe calls. It says that it has begun before it imports what training needs, which takes seconds."""
+"""The function that a recipe calls: writes a first line, then imports what training needs, which takes seconds."""
 
 import gc
 import os
@@ -10,16 +10,16 @@ from typing import Any
 
 from dpokit.errors import DpokitError
 
-# Python's collector goes through all that is imported every 700 new objects: a fifth of the time that imports take.
+# By default Python's garbage collector runs every 700 new objects, which is a fifth of the time that imports take.
 GC_THRESHOLD = 100_000
 
 
 def main(recipe: str, defaults: Mapping[str, Any]) -> None:
-    """Trains by the recipe's defaults and the command line.
+    """Trains with the recipe's defaults and the flags of the command line.
 
-    `kind` among the defaults says how: `dpo`, which needs no word, or `sft`.
+    `kind` in the defaults is `dpo` (if it is missing) or `sft`.
 
-    A mistake of the user ends in one message on rank 0 and exit code 2; anything else keeps its traceback.
+    An error that the user can correct ends in one message on rank 0 and exit code 2; any other keeps its traceback.
     """
     if os.environ.get("RANK", "0") == "0":
         print(f"{Path(recipe).stem}: importing torch, transformers and TRL", file=sys.stderr, flush=True)
@@ -32,7 +32,7 @@ def main(recipe: str, defaults: Mapping[str, Any]) -> None:
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turns what the user can mend into one message of all ranks together and exit code 2."""
+    """Turns an error that the user can correct into one message, shown by one rank, and exit code 2."""
     try:
         yield
     except DpokitError as error:

@@ -1,4 +1,4 @@
-"""A judge compares the answers of base and tuned: any OpenAI-compatible endpoint, asked in both orders. No torch."""
+"""A judge compares the answers of base and tuned: any OpenAI-compatible endpoint, asked in both orders."""
 
 import hashlib
 import json
