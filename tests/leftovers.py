@@ -52,9 +52,7 @@ def is_there(kind: str, identity: str) -> bool:
         with suppress(psutil.Error):
             return bool(psutil.Process(int(identity)).status() != psutil.STATUS_ZOMBIE)
         return False
-    if kind == "mount":
-        return any(line.split()[1] == identity for line in Path("/proc/self/mounts").read_text().splitlines())
-    return kind == "port" or Path("/sys/class/net", identity).exists()
+    return kind == "port" or (kind, identity) in find_held()
 
 
 class Leftovers:

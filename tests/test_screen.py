@@ -21,7 +21,7 @@ def nothing_is_hidden(monkeypatch):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes when it is told to."""
+    """A clock that a test sets by hand."""
 
     class Clock:
         now = 1000.0

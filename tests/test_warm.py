@@ -57,7 +57,7 @@ def test_arguments_folder_environment_and_input_arrive(popen, tmp_path):
     script = tmp_path / "show.py"
     script.write_text(
         "import json, os, sys\n"
-        "print(json.dumps([sys.argv, sys.path[0], os.getcwd(), os.environ.get('NEW'), os.environ.get('GONE'),"
+        "print(json.dumps([sys.argv, sys.path[0], os.getcwd(), os.environ.get('NEW'), os.environ.get('PATH'),"
         " sys.stdin.read(), os.getpgid(0) == os.getpid(), __name__]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PATH"} | {"NEW": "one"}

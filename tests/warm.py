@@ -76,7 +76,7 @@ def pick_early(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in early.items() if not name.startswith(READ_BY_HUB)}
 
 
-class Popen(COLD):  # type: ignore[type-arg, misc]
+class Popen(COLD):
     """subprocess.Popen that forks from the server where possible."""
 
     def _execute_child(self, args: Any, executable: Any, *more: Any) -> None:
@@ -119,7 +119,7 @@ def install(environment: Mapping[str, str]) -> None:
     global _environment
     _environment = dict(environment)
     if sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
-        subprocess.Popen = Popen  # type: ignore[misc]
+        subprocess.Popen = Popen
 
 
 def get_server() -> ForkServer:
@@ -226,10 +226,10 @@ def become(request: Mapping[str, Any]) -> Never:
             print(code, file=sys.stderr)
             code = 1
     except Exception:
-        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        sys.excepthook(*sys.exc_info())
         code = 1
     # The interpreter's own exit, without tearing down every imported module, which takes a second.
-    threading._shutdown()  # type: ignore[attr-defined]
+    threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -256,7 +256,7 @@ def settle_streams(*, at_once: bool) -> None:
     # New objects: the server's files may have been seekable where these are not.
     sys.stdin, sys.stdout = os.fdopen(0, **options), os.fdopen(1, "w", **options)
     at_once = at_once or bool(os.environ.get("PYTHONUNBUFFERED"))
-    sys.stdout.reconfigure(write_through=at_once, line_buffering=os.isatty(1))  # type: ignore[union-attr]
+    sys.stdout.reconfigure(write_through=at_once, line_buffering=os.isatty(1))
 
 
 def start_nested_server(until_ready: int) -> None:
@@ -274,7 +274,7 @@ def start_nested_server(until_ready: int) -> None:
         become(serve(far))
     far.close()
     _server = ForkServer(near, dict(os.environ), pid)
-    subprocess.Popen = Popen  # type: ignore[misc]
+    subprocess.Popen = Popen
     subprocess_handler = importlib.import_module("torch.distributed.elastic.multiprocessing.subprocess_handler")
     subprocess_handler.subprocess_handler.Popen = Popen
 

@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import ROOT, write_pairs
+from conftest import ROOT
 from soak.faults import make_flags
 
 ONE = str(ROOT / "accelerate_configs" / "single_gpu.yaml")
@@ -55,7 +55,6 @@ def main() -> None:
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pairs(folder / "pairs.jsonl", 40)
         commands: dict[str, Callable[[], float]] = {
             "from trl import DPOTrainer": lambda: time_command("-c", "from trl import DPOTrainer"),
             "dpokit --help": lambda: time_command("-m", "dpokit.cli", "--help"),
