@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Set-up, lint, types and the test suite. Without arguments the fast tests, two at a time; --slow adds the tests that take
+# Set-up, lint, types and the test suite. Without arguments the fast tests, three at a time; --slow adds the tests that take
 # minutes. All arguments go to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh" dev
@@ -9,5 +9,5 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 ruff check .
 ruff format --check .
 mypy
-[ $# -gt 0 ] || set -- -n 2 --dist worksteal -m "not alone"
+[ $# -gt 0 ] || set -- -n 3 --dist worksteal -m "not alone"
 exec python -m pytest "$@"

@@ -158,8 +158,13 @@ class Cluster:
         process = self._begin(node, ["unshare", *NAMESPACES, "bash", "-c", inside])
         own = Path(f"/proc/{process.pid}/ns/net")
         self.wait_until(lambda: own.readlink() != Path("/proc/self/ns/net").readlink(), f"the network of {node}")
-        ip("link", "add", self._cable(node), "type", "veth", "peer", "name", "eth0", "netns", str(process.pid))
+        self.wait_until(lambda: self._plug_in(node, process.pid), f"a cable for {node}", seconds=30)
         ip("link", "set", self._cable(node), "master", self._bridge, "up")
+
+    def _plug_in(self, node: str, pid: int) -> bool:
+        """Makes the cable; False while the kernel still takes that of a former node of this name away."""
+        words = ["link", "add", self._cable(node), "type", "veth", "peer", "name", "eth0", "netns", str(pid)]
+        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
 
     def _address(self, node: str) -> str:
         return f"{self._network}.{10 + int(node[1:])}"

@@ -33,7 +33,7 @@ from test_cli import dpokit
 from dpokit.checkpoint.store import find_checkpoints
 from dpokit.rundir import RunDir
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 STEPS, MID = 120, 30
 
 

@@ -8,7 +8,7 @@ from conftest import ROOT
 from real_slurm import Cluster
 from slurm_jobs import ONE, TWO, end_of, log_of, nothing_left, record_of, running_cluster, submit, wait_until_begun
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 STAND_IN = ROOT / "tests" / "cluster" / "stand_in.py"
 
 

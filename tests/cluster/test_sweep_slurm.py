@@ -51,7 +51,7 @@ def test_the_trials_of_a_round_are_one_array_with_settings_and_logs_of_their_own
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.cluster
 def test_a_grid_runs_as_an_array_and_who_leaves_comes_back_to_it(sweeping):
     process = sweeping.begin("--slurm", "--jobs", "3")
     wait_for(lambda: any(start["run"] != "trial-0" for start in sweeping.starts()))
@@ -68,7 +68,7 @@ def test_a_grid_runs_as_an_array_and_who_leaves_comes_back_to_it(sweeping):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
+@pytest.mark.cluster
 def test_a_job_that_is_cancelled_is_a_trial_that_failed(sweeping, cluster):
     process = sweeping.begin("--slurm", "--jobs", "3")
     wait_for(lambda: sweeping.starts())

@@ -279,7 +279,7 @@ def test_text_is_shown_and_never_run_and_nothing_is_fetched_from_elsewhere(conte
     page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
     page.goto(url)
     expect(page.locator("#status")).to_contain_text("Ready.")
-    ask(page, HOSTILE)
+    ask(page, HOSTILE, tokens=16)  # longer ones might leave no room for a second question
     wait_for_answers(page)
     ask(page, "And then?")
     wait_for_answers(page)
