@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from small_disk import small_disk
 
+from dpokit.checkpoint.store import find_checkpoints
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.run import train
 from dpokit.rundir import RunDir
@@ -120,6 +121,34 @@ def test_a_full_disk_ends_in_one_message_and_no_half_written_model(defaults, tmp
             train("dpo_test", defaults, ["--output_dir", str(small / "run"), "--save_strategy", "no"])
         assert not (small / "run" / "model").exists()
         assert not list((small / "run").glob(".model*"))
+
+
+def causes(error: BaseException) -> list[type]:
+    found = []
+    while (cause := error.__cause__ or error.__context__) is not None:
+        found.append(type(error := cause))
+    return found
+
+
+def test_a_disk_that_fills_up_at_any_file_of_a_save_gives_its_space_back(defaults, tmp_path):
+    """Among them tokenizer.json, where the tokenizers library raises a bare Exception."""
+    small, kinds = tmp_path / "small", set()
+    for size in range(64, 640, 16):
+        with small_disk(small, f"{size}k"):
+            run = RunDir(small / "run")
+            seen = ""
+            try:
+                train("dpo_test", defaults, ["--output_dir", str(run.path), "--save_steps", "1"])
+            except RunFolderError as error:
+                seen = error.seen
+                kinds |= set(causes(error))
+            assert not seen or "no space is left" in seen
+            if run.run_json.exists():
+                assert run.read_run()["state"] == ("failed" if seen else "finished")
+            assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
+            assert not any(found.trouble for found in find_checkpoints(run, deep=True))
+        small.rmdir()
+    assert Exception in kinds
 
 
 def test_a_stream_trains_like_a_file(defaults):

@@ -1,6 +1,7 @@
 """What run.json says of a run: its settings and machine when it begins, and how it ended."""
 
 import math
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from transformers import Trainer
 
 from dpokit.checkpoint.preempt import Preempted
+from dpokit.credentials import hide_secrets
 from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
 from dpokit.rundir import RunDir
 from dpokit.screen import say
@@ -19,6 +21,7 @@ from dpokit.settings import Settings
 from dpokit.world import find_machine, is_main_process
 
 SPACE_SECONDS = 10.0
+RESERVE_BYTES = 2**16  # space that a run holds on its disk, for the record of its end should the disk be full then
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
@@ -30,7 +33,16 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
         if is_main_process():
             run.write_run(**changes)
 
+    reserve = run.path / ".reserve"
+
+    def record_end(**changes: Any) -> None:
+        reserve.unlink(missing_ok=True)
+        record(**changes)
+
     try:
+        if is_main_process():
+            reserve.unlink(missing_ok=True)
+            reserve.write_bytes(os.urandom(RESERVE_BYTES))
         record(
             recipe=settings.recipe,
             state="running",
@@ -43,19 +55,19 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
             local=find_local(settings),
         )
         yield
-        record(state="finished")
+        record_end(state="finished")
     except Preempted as end:
         try:
-            record(state="preempted", why=end.why)
+            record_end(state="preempted", why=end.why)
         except OSError as error:
             raise find_disk_trouble(error) or error from error
         raise
     except BaseException as error:
         trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)
-        why = str(trouble or "".join(traceback.format_exception_only(error)).strip())
+        why = str(trouble or hide_secrets("".join(traceback.format_exception_only(error)).strip()))
         kind = type(trouble or error).__name__
         try:
-            _record_patiently(lambda: record(state="failed", why=why, error=kind))
+            _record_patiently(lambda: record_end(state="failed", why=why, error=kind))
         except (OSError, RunFolderError):
             say(f"{run.run_json} could not be brought up to date")
         if trouble is not None and trouble is not error:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors import safe_open
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from dpokit.checkpoint.store import describe_files, find_part, list_files, retire, seal
-from dpokit.errors import ModelError
+from dpokit.errors import DpokitError, ModelError
 from dpokit.placement import find_placement
 from dpokit.rundir import RunDir, new_folder
 from dpokit.train.copies import Copier, available_bytes
@@ -93,6 +93,8 @@ class SavingTrainer(ProgressTrainer):
     def _save_shards(self, part: Path, step: int) -> None:
         """DeepSpeed and FSDP2 write what each process holds. Collective."""
         self.save_model(str(part), _internal_call=True)
+        # A pickle of all flags, which nobody loads: run.json has them.
+        (part / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(part))
             self._save_scaler(str(part))
@@ -152,7 +154,6 @@ class SavingTrainer(ProgressTrainer):
                 torch.save(value, part / name)
             if moved:
                 torch.save(moved, part / REFERENCE)
-            torch.save(self.args, part / "training_args.bin")
 
         return write
 
@@ -265,11 +266,15 @@ def _giving_space_back(run: RunDir, part: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+    except BaseException as error:  # tokenizers, for one, raise a bare Exception
         full = shutil.disk_usage(part.parent).free < FULL_BYTES
+        for file in part.rglob("*"):  # the error's traceback may hold files open, and an open file keeps its space
+            with suppress(OSError):
+                os.truncate(file, 0)
         shutil.rmtree(part, ignore_errors=True)
         run.check_possession()
-        if (full or "No space left" in str(error)) and not isinstance(error, OSError):
+        is_ours = isinstance(error, OSError | DpokitError) or not isinstance(error, Exception)
+        if (full or "No space left" in str(error)) and not is_ours:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part)) from error
         raise
 
