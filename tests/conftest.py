@@ -22,6 +22,7 @@ pytest.register_assert_rewrite("compare_runs")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for each other cost more than they bring
 _CACHE = tempfile.TemporaryDirectory(prefix="dpokit-test-cache-")
 os.environ["DPOKIT_CACHE"] = _CACHE.name
+os.environ["DPOKIT_STATE"] = str(Path(_CACHE.name, "state"))
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a slip must fail fast
 # datasets reads it at import; the folder is of this session alone, and goes when the process ends.
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="dpokit-test-datasets-")

@@ -21,10 +21,10 @@ FLOORS = [
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
     {"settings", "agreement", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
-    | {"apikey", "extensions"},
+    | {"apikey", "credentials", "extensions"},
 ]
 LIGHT = ("report", "release.card", "release.front_matter", "cluster", "figures", "data.formats", "data.toy", "rundir")
-LIGHT += ("errors", "losses", "apikey", "cli")
+LIGHT += ("errors", "losses", "apikey", "credentials", "checkpoint.store", "cli")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
 TRL_INSIDE = {"train/trainer.py", "train/scoring.py", "train/supervised.py"}
 TRL_INSIDE |= {"model/shared_prefix.py", "model/score.py", "plan/trace.py"}

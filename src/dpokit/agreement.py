@@ -5,6 +5,7 @@ from typing import Any, Never
 
 from trl import DPOConfig, ModelConfig, SFTConfig
 
+from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
 from dpokit.flags import DataArguments
 
@@ -46,6 +47,20 @@ def check_honoured(values: Mapping[str, Any], origins: Mapping[str, str]) -> Non
                 f"{origins[name]} sets {name}, which has no effect here",
                 expected="settings that are honoured",
                 do=f"remove it: {NOT_HONOURED[name]}",
+            )
+
+
+def check_secrets(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raises SettingsError for a secret in a setting that run.json, trackers and the model card show."""
+    for name, value in values.items():
+        if name.endswith(SECRET_SETTING):
+            continue
+        for kind in find_secrets(str(value)):
+            raise SettingsError(
+                f"{origins[name]} sets {name}, whose value holds {kind}",
+                expected="settings without secrets: they are written to run.json and shown",
+                do="give the secret by a variable (HF_TOKEN, WANDB_API_KEY) or `hf auth login`; a file behind a login "
+                "is best downloaded first",
             )
 
 

@@ -18,6 +18,8 @@ import errno
 from functools import partial
 from typing import Any
 
+from dpokit.credentials import hide_secrets
+
 
 class DpokitError(Exception):
     """A mistake or a state of the machine that the user can mend.
@@ -29,10 +31,10 @@ class DpokitError(Exception):
     """
 
     def __init__(self, seen: str, *, expected: str, do: str) -> None:
-        self.seen = seen
+        self.seen = hide_secrets(seen)  # a value that was refused, or what a server said, may hold one
         self.expected = expected
-        self.do = do
-        super().__init__(f"{seen}\n  expected:  {expected}\n  do this:   {do}")
+        self.do = hide_secrets(do)
+        super().__init__(f"{self.seen}\n  expected:  {expected}\n  do this:   {self.do}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Ranks send errors to each other; pickling an exception forgets arguments given by keyword.

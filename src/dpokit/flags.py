@@ -50,6 +50,13 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={"help": "Settings that may differ from those a resumed run was begun with, separated by commas."},
     )
+    trust_checkpoint: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "Load ZeRO and FSDP2 shards that another user or machine wrote: unpickling them is like running "
+            "a program of theirs."
+        },
+    )
     preempt_signal: str | None = dataclasses.field(
         default=None, metadata={"help": "The signal that means: save and end. Without it, SIGTERM and SIGUSR1."}
     )

@@ -71,6 +71,8 @@ def _train(settings: Settings) -> RunDir:
     world_size = check_world(gates)
     placement = find_asked_placement(training)
     say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
+    if settings.origins.get("hub_token") == "command line":
+        say("--hub_token on a command line is seen by every user of this machine; the variable HF_TOKEN is not")
     set_up_trackers(settings)
     run = RunDir(training.output_dir)
     signals = choose_signals(settings.data.preempt_signal)
@@ -178,6 +180,7 @@ def build_trainer(
         settle_reference(run, settings, data.train)
     args = copy(training)
     args.push_to_hub = False  # transformers would send each checkpoint, its optimizer too; dpokit push sends the model
+    args.hub_token = None  # so no file that the trainer writes can hold it
     parts = {
         "model": policy,
         "args": args,

@@ -81,9 +81,36 @@ class RunDir:
         """The model card and its pictures, where it was us who wrote them: others may have put a README.md here."""
         return [p for p in (self.card, *sorted(self.figures.glob("*.png"))) if p.is_file() and is_of_card(p)]
 
+    def check_links(self) -> None:
+        """Raises RunFolderError where a link among the run's files leads out of the folder.
+
+        Whoever made it chose what is read, overwritten or published through it. Checkpoints may lie elsewhere:
+        they are only read through a link.
+        """
+        folders = [self.model, self.adapter, self.merged, self.eval, self.report, self.figures]
+        files = [self.run_json, self.metrics_jsonl, self.data_json, self.card, self.votes_jsonl]
+        inside = [path for folder in folders if folder.is_dir() for path in sorted(folder.rglob("*"))]
+        for path in (*files, *folders, *inside):
+            self.check_inside(path)
+
+    def check_inside(self, path: Path) -> None:
+        """Raises RunFolderError where the path leads, by a link, out of the folder."""
+        if path.is_symlink() and not path.resolve().is_relative_to(self.path.resolve()):
+            raise RunFolderError(
+                f"{path} is a link to {path.readlink()}, outside of the run folder",
+                expected="the run's own files",
+                do="remove the link, or put a copy of the file in its place",
+            )
+
     def make(self) -> None:
-        """Makes the folder. Raises: OSError where it cannot be written."""
+        """Makes the folder.
+
+        Raises:
+            OSError: it cannot be written.
+            RunFolderError: as `check_links`.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.check_links()
         probe = self.path / f".probe-{os.getpid()}"
         probe.write_text("")
         probe.unlink()
@@ -198,8 +225,9 @@ def write_json(path: Path, record: Any) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Writes so that a reader, or a machine that loses power, sees the old file or the new one whole."""
     part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    part.unlink(missing_ok=True)
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:  # not through a link that waits under this name
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -222,14 +250,22 @@ def sync_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yields a folder to fill that takes its name only when the block ends well; no half-filled one is ever seen."""
     part = path.with_name(f".{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    remove_tree(part)
     part.mkdir(parents=True)
     try:
         yield part
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
         part.replace(path)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove_tree(part)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a folder as far as it can be deleted; of a link, the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 class MetricsFile:

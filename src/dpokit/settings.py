@@ -17,8 +17,9 @@ import torch
 import yaml
 from trl import DPOConfig, ModelConfig, SFTConfig
 
-from dpokit.agreement import check_adapter, check_agreement, check_honoured
-from dpokit.errors import MachineError, SettingsError
+from dpokit.agreement import check_adapter, check_agreement, check_honoured, check_secrets
+from dpokit.credentials import HIDDEN, SECRET_SETTING
+from dpokit.errors import MachineError, RunFolderError, SettingsError
 from dpokit.extensions import pass_dead_locks
 from dpokit.flags import KINDS, DataArguments, FlagParser, split_kind
 from dpokit.peers import peer_errors
@@ -26,12 +27,21 @@ from dpokit.placement import check_placement
 from dpokit.rundir import find_model
 from dpokit.world import check_devices, join_world
 
-SECRET = ("token", "api_key", "password")
-# What a run's settings say of the machine it was trained on, or of training alone.
-OF_TRAINING = {"use_cpu", "bf16", "fp16", "tf32", "resume_from_checkpoint", "overwrite_run", "accept_changes"}
-OF_TRAINING |= {"precompute_ref_log_probs", "save_before_seconds", "preempt_signal", "output_dir", "report_to"}
-OF_TRAINING |= {"dataset_streaming"}
-
+# What a verb takes from a run folder, which a stranger may have made: how model, pairs and loss are described. Nothing
+# here grants trust, starts a process, sets a place to write to or asks the network for more than a model and its data;
+# such flags count only where this command line has them.
+FROM_RUN = {
+    *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "kind"),
+    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+    *("lora_modules_to_save", "use_rslora", "use_dora"),
+    *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_fraction"),
+    *("max_train_samples", "max_eval_samples", "max_prompt_length", "max_completion_length", "max_length"),
+    *("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing", "f_divergence_type", "use_weighting"),
+    *("f_alpha_divergence_coef", "discopop_tau", "router_aux_loss_coef", "disable_dropout", "completion_only_loss"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "seed", "data_seed", "shared_prefix"),
+}
+PLAIN_NAME = re.compile(r"\w+")  # of an attention; one with a slash is a program on the Hub
 
 YAML_BOOL = "tag:yaml.org,2002:bool"
 
@@ -60,7 +70,7 @@ class Settings:
         values |= {"kind": self.kind}
         return {
             name: {
-                "value": "***" if value and name.endswith(SECRET) else json.loads(json.dumps(value, default=str)),
+                "value": HIDDEN if value and name.endswith(SECRET_SETTING) else _as_json(value),
                 "origin": self.origins.get(name, "default"),
             }
             for name, value in sorted(values.items())
@@ -69,6 +79,10 @@ class Settings:
     def values(self) -> dict[str, Any]:
         """`{name: value}` of `record`."""
         return {name: entry["value"] for name, entry in self.record().items()}
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
 
 
 def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> Settings:
@@ -99,6 +113,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     for layer, layer_values in layers:
         values |= layer_values
         origins |= dict.fromkeys(layer_values, layer)
+    check_secrets(values, origins)
     if values.get("model_name_or_path"):
         values["model_name_or_path"] = find_model(values["model_name_or_path"])
     machine = find_machine_settings(values)
@@ -123,21 +138,29 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
 
 
 def read_asked(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What was asked for in a run, as defaults for what is done with its model on another machine.
+    """The settings of a run that describe its model, pairs and loss, as defaults for a verb that trains nothing.
+
+    The record is a stranger's: it grants no trust. With them, this machine's device and no tracker.
 
     Args:
-        record: run.json, with `settings`.
+        record: run.json; {} where there is no run.
+
+    Raises: RunFolderError where the record's settings are not what a run writes.
     """
-    return {
-        name: entry["value"]
-        for name, entry in record["settings"].items()
-        if entry["origin"] not in ("default", "this machine") and name not in OF_TRAINING and entry["value"] != "***"
+    settings = record.get("settings", {})
+    if not isinstance(settings, Mapping) or not all(isinstance(entry, Mapping) for entry in settings.values()):
+        raise RunFolderError(
+            "the settings in run.json are damaged",
+            expected="{name: {value, origin}}",
+            do="take another copy of the run",
+        )
+    asked = {
+        name: entry.get("value")
+        for name, entry in settings.items()
+        if name in FROM_RUN and entry.get("origin") not in ("default", "this machine")
     }
-
-
-def read_asked_here(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`read_asked`, as defaults for a verb that trains nothing: on this machine's device, without a tracker."""
-    asked = read_asked(record) if record else {}
+    if not PLAIN_NAME.fullmatch(str(asked.get("attn_implementation"))):
+        del asked["attn_implementation"]
     return asked | {"output_dir": "unused", "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
 
 

@@ -1,5 +1,6 @@
 """A checkpoint is usable where its manifest holds true, and in no other state that a crash or a disk can leave."""
 
+import io
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from dpokit.checkpoint.store import (
@@ -16,16 +18,30 @@ from dpokit.checkpoint.store import (
     find_part,
     list_files,
     look_at,
+    restore_replaced,
     retire,
     seal,
     sweep_parts,
+    write_manifest,
 )
 from dpokit.cli import app
 from dpokit.errors import RunFolderError
 from dpokit.rundir import MetricsFile, RunDir, read_metrics
 
 FACTS = {"world_size": 1, "placement": "one device", "settings": {}}
-CONTENT = {"model.safetensors": b"weights" * 100, "optimizer.pt": b"moments" * 200, "global_step4/rank_0.pt": b"shard"}
+
+
+def pickled(value: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+CONTENT = {
+    "model.safetensors": b"weights" * 100,
+    "optimizer.pt": pickled({"moments": [0.5] * 20}),
+    "global_step4/rank_0.pt": pickled({"shard": 1.0}),
+}
 
 
 @pytest.fixture
@@ -127,11 +143,53 @@ def test_retention_counts_checkpoints_of_weights_alone(run):
     assert [path.name for path in run.checkpoints()] == ["checkpoint-2", "checkpoint-3"]
 
 
-def test_without_a_limit_all_whole_checkpoints_stay(run):
+@pytest.mark.parametrize("limit", [None, 0, -1, -100])
+def test_without_a_limit_all_whole_checkpoints_stay(limit, run):
     for step in (1, 2, 3):
         write(run, step)
-    retire(run, limit=None, best=None)
+        retire(run, limit=limit, best=None)
     assert len(run.checkpoints()) == 3
+
+
+@pytest.mark.parametrize("limit", [None, *range(-2, 4)])
+@pytest.mark.parametrize("best", [None, 1, 2, 3, 7])
+@pytest.mark.parametrize("damaged", [None, 2, 3])
+def test_the_newest_whole_one_and_the_best_are_never_deleted(damaged, best, limit, run):
+    paths = {step: write(run, step) for step in (1, 2, 3)}
+    if damaged is not None:
+        (paths[damaged] / "optimizer.pt").unlink()
+    retire(run, limit=limit, best=None if best is None else run.path / f"checkpoint-{best}")
+    left = {int(path.name.removeprefix("checkpoint-")) for path in run.checkpoints()}
+    assert max({1, 2, 3} - {damaged}) in left
+    assert best not in paths or best in left
+
+
+def test_a_checkpoint_that_the_disk_does_not_show_is_never_deleted(run):
+    write(run, 1)
+    write(run, 2)
+    (run.path / "checkpoint-2" / "manifest.json").unlink()
+    (run.path / "checkpoint-2" / "manifest.json").mkdir()  # reading it is an error of the system
+    retire(run, limit=1, best=None)
+    assert [path.name for path in run.checkpoints()] == ["checkpoint-1", "checkpoint-2"]
+
+
+@pytest.mark.parametrize("killed", ["before", "after"])
+def test_a_start_that_is_killed_while_it_replaces_a_checkpoint_loses_none(killed, run):
+    path = write(run, 4)
+    path.rename(run.path / ".checkpoint-4.replaced")
+    if killed == "after":
+        write(run, 4)
+    restore_replaced(run)
+    assert [checkpoint.trouble for checkpoint in find_checkpoints(run, deep=True)] == [None]
+    assert not list(run.path.glob(".checkpoint-*"))
+
+
+def test_a_manifest_that_names_a_file_elsewhere_is_trouble(run):
+    path = write(run, 4)
+    for name in ("../run.json", "/etc/passwd", "a/../../run.json"):
+        files = {name: {"size": 1, "sha256": "0"}}
+        write_manifest(path, 4, files, FACTS)
+        assert f"its manifest names {name}" in look_at(path, deep=True).trouble
 
 
 def test_a_checkpoint_of_a_newer_version_is_never_deleted(run):

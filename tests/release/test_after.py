@@ -97,6 +97,8 @@ def test_the_verbs_stand_on_each_other_and_are_private_unless_told_otherwise(tmp
     assert list(find_commands(run, load(tmp_path))) == []
     assert [words[0] for words in find_commands(run, load(tmp_path, "--merge_after_training"))] == ["merge"]
     flags = [*PUSH, "--merge_after_training", "--eval_strategy", "epoch"]
+    coded = find_commands(run, load(tmp_path, "--merge_after_training", "--trust_remote_code", "true"))
+    assert [words[-2:] for words in coded] == [["--trust_remote_code", "true"]], "a run folder does not grant it"
     evaluate, merge, push = find_commands(run, load(tmp_path, *flags))
     assert (evaluate[0], merge[0]) == ("evaluate", "merge")
     assert push == ["push", str(run.path), "--repo-id", REPO, "--license", "mit", "--yes"]

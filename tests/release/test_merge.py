@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import dpokit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpokit.errors import ModelError
 from dpokit.evaluate.command import evaluate_model
 from dpokit.model.load import load_tokenizer
 from dpokit.release.merge import MergeOptions, merge_run
@@ -164,14 +165,16 @@ def test_qlora_goes_into_the_base_or_into_what_4_bits_left_of_it(kind, dequantis
     assert "quantization_config" not in json.loads((run.merged / "config.json").read_text())
 
 
-def test_a_model_with_code_of_its_own_is_merged_where_the_run_trusts_it(plain_tokenizer, tmp_path):
+def test_a_model_with_code_of_its_own_is_merged_where_the_command_line_trusts_it(plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", "llama", plain_tokenizer)
     config = json.loads((base / "config.json").read_text())
     own = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"}
     (base / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": own}))
     (base / "own_llama.py").write_text(OWN_CODE)
     run = build_run(tmp_path, base, None, trust_remote_code=True)
-    assert merge_run(run)["largest_drift"] < 1e-4
+    with pytest.raises(ModelError, match="code of its own, which is not run"):
+        merge_run(run)
+    assert merge_run(run, argv=["--trust_remote_code", "true"])["largest_drift"] < 1e-4
     assert (run.merged / "own_llama.py").read_text() == OWN_CODE
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.checkpoint.preempt import is_restarted
-from dpokit.checkpoint.store import Checkpoint, check_version, find_checkpoints, look_at, sweep_parts
+from dpokit.checkpoint.store import (
+    Checkpoint,
+    check_origin,
+    check_version,
+    find_checkpoints,
+    look_at,
+    restore_replaced,
+    sweep_parts,
+)
 from dpokit.checkpoint.universal import convert_shards
 from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.rundir import RunDir
@@ -86,9 +94,11 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
     except OSError as error:
         raise find_disk_trouble(error) or error from error
     _check_owner(run, settings, asked)
+    restore_replaced(run)
     found = _find_checkpoint(run, asked)
     start = Start("")
     if found is not None:
+        check_origin(found.path, trusted=settings.data.trust_checkpoint)
         start = _match(found, settings, world_size=world_size, placement=placement)
         say(f"resuming from {found.path}")
     start.token = run.take_possession(0 if found is None else found.step)

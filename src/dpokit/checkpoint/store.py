@@ -1,6 +1,7 @@
 """Checkpoints that verify: written under another name, listed in a manifest, renamed when all is on disk. No torch.
 
     .checkpoint-N.TOKEN.part/   being written by the start of the run that TOKEN stands for
+    .checkpoint-N.replaced/     the former checkpoint-N, for the moment in which a new one takes its name
     checkpoint-N/               whole where manifest.json, written last, holds true: sizes and sha256 of all its files,
                                 and its own
 
@@ -10,17 +11,19 @@ A folder whose manifest does not hold true is never resumed from and never count
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dpokit.checkpoint.origin import find_key_file, is_signed_here, sign
+from dpokit.checkpoint.pickles import find_pickle_trouble, needs_trust
 from dpokit.errors import RunFolderError
-from dpokit.rundir import RunDir, sync_folder, write_json
+from dpokit.rundir import RunDir, remove_tree, sync_folder, write_json
 
 FORMAT = 1  # of the manifest; a folder of a later one is left alone
 MANIFEST = "manifest.json"
+REPLACED = ".replaced"
 Files = dict[str, dict[str, Any]]
 
 
@@ -29,15 +32,18 @@ class Checkpoint:
     """One checkpoint-N folder, and what was found in it.
 
     Attributes:
-        manifest: `{format, step, world_size, placement, settings, weights_alone, files, sha256}`; None where there is
-            none that can be read. `weights_alone` says why a checkpoint can be loaded but not resumed from, or is None.
+        manifest: `{format, step, world_size, placement, settings, weights_alone, files, sha256, signature}`; None where
+            there is none that can be read. `weights_alone` says why a checkpoint can be loaded but not resumed from,
+            or is None.
         trouble: why it cannot be used; None where it can.
+        is_unreadable: the disk did not answer, so nobody knows what the folder holds.
     """
 
     path: Path
     step: int
     manifest: dict[str, Any] | None
     trouble: str | None
+    is_unreadable: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -46,7 +52,10 @@ class Checkpoint:
 
 
 def find_checkpoints(run: RunDir, *, deep: bool) -> list[Checkpoint]:
-    """All checkpoints of a run, newest first; `deep` reads every byte, else names and sizes are compared."""
+    """All checkpoints of a run, newest first.
+
+    `deep` reads every byte and searches every pickle; otherwise names and sizes are compared.
+    """
     return [look_at(path, deep=deep) for path in reversed(run.checkpoints())]
 
 
@@ -58,7 +67,9 @@ def look_at(path: Path, *, deep: bool) -> Checkpoint:
         trouble = _find_trouble(path, step, manifest, deep=deep)
     except FileNotFoundError:
         return Checkpoint(path, step, None, "it has no manifest: it was not finished, or not written by dpokit")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        return Checkpoint(path, step, None, f"it cannot be read ({error.strerror})", is_unreadable=True)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Checkpoint(path, step, None, f"its manifest cannot be read ({type(error).__name__})")
     return Checkpoint(path, step, manifest, trouble)
 
@@ -73,6 +84,8 @@ def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: b
     files: Files = manifest["files"]
     for name, entry in sorted(files.items()):
         file = path / name
+        if not _is_inside(name):
+            return f"its manifest names {name}, which is no file of the folder"
         size = file.stat().st_size if file.is_file() else None
         if size is None:
             return f"{name} is missing"
@@ -81,8 +94,15 @@ def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: b
     for name, entry in sorted(files.items()) if deep else ():
         if _hash(path / name) != entry["sha256"]:
             return f"{name} is not what was written (its sha256 differs)"
+    if deep and (hostile := find_pickle_trouble(path)) is not None:
+        return f"it must not be loaded: {hostile}"
     weights_alone: str | None = manifest.get("weights_alone")
     return weights_alone
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def check_version(checkpoint: Checkpoint) -> None:
@@ -92,6 +112,29 @@ def check_version(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: {checkpoint.trouble}",
             expected="a checkpoint of this version or an older one",
             do="resume with the version that wrote it, or move the folder away",
+        )
+
+
+def check_origin(folder: Path, *, trusted: bool) -> None:
+    """Raises RunFolderError for shards that others wrote: DeepSpeed and torch unpickle them without limits.
+
+    Args:
+        folder: of a checkpoint, or of weights.
+        trusted: the user vouches for it, by `--trust_checkpoint`.
+    """
+    if trusted or not needs_trust(folder):
+        return
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        is_ours = is_signed_here(_digest_unsigned(manifest), manifest.get("signature"))
+    except (OSError, ValueError, AttributeError):
+        is_ours = False
+    if not is_ours:
+        raise RunFolderError(
+            f"{folder} holds pickles, and no signature by the key in {find_key_file()}: another user or machine wrote "
+            "it, or dpokit 0.1",
+            expected="a checkpoint that you wrote here, or one that you trust as you trust a program",
+            do="--trust_checkpoint true loads it; machines that share a folder DPOKIT_STATE share the key",
         )
 
 
@@ -131,9 +174,14 @@ def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path
         with run.metrics_jsonl.open("rb") as metrics:
             os.fsync(metrics.fileno())
     run.check_possession()
-    if path.exists():
-        discard(path)
-    part.rename(path)
+    if not os.path.lexists(path):
+        part.rename(path)
+    else:  # killed between the two renames, the next start restores the former one
+        former = path.with_name(f".{path.name}{REPLACED}")
+        discard(former)
+        path.rename(former)
+        part.rename(path)
+        discard(former)
     sync_folder(run.path)
     return path
 
@@ -141,31 +189,46 @@ def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path
 def write_manifest(folder: Path, step: int, files: Files, facts: Mapping[str, Any]) -> None:
     """Says what the folder must hold, and how to tell that this is still what was said."""
     manifest = json.loads(json.dumps({"format": FORMAT, "step": step, **facts, "files": files}))
+    manifest["signature"] = sign(_digest_unsigned(manifest))
     write_json(folder / MANIFEST, {**manifest, "sha256": _digest_manifest(manifest)})
 
 
 def retire(run: RunDir, *, limit: int | None, best: Path | None) -> None:
-    """Deletes what is not whole, and all but the newest `limit` whole ones; the newest and the best always stay."""
+    """Deletes what is not whole, and all but the newest `limit` whole ones; the newest and the best always stay.
+
+    None, 0 and below are no limit, as in transformers.
+    """
     found = find_checkpoints(run, deep=False)
     whole = [checkpoint for checkpoint in found if checkpoint.is_whole]
-    kept = {checkpoint.path.resolve() for checkpoint in whole[: limit or None]}
+    kept = {checkpoint.path.resolve() for checkpoint in (whole[:limit] if limit is not None and limit > 0 else whole)}
     kept |= {best.resolve()} if best is not None else set()
     for checkpoint in found:
         newer_version = checkpoint.trouble is not None and "newer version" in checkpoint.trouble
-        if checkpoint.path.resolve() not in kept and not newer_version:
+        if checkpoint.path.resolve() not in kept and not newer_version and not checkpoint.is_unreadable:
             discard(checkpoint.path)
 
 
 def sweep_parts(run: RunDir) -> None:
     """Deletes what former starts of the run left unfinished."""
     for path in run.path.glob(".checkpoint-*.part"):
-        shutil.rmtree(path, ignore_errors=True)
+        discard(path)
+
+
+def restore_replaced(run: RunDir) -> None:
+    """Gives a checkpoint its name back where a start was killed while another one was to take it."""
+    for former in run.path.glob(f".checkpoint-*{REPLACED}"):
+        path = former.with_name(former.name.removeprefix(".").removesuffix(REPLACED))
+        if os.path.lexists(path):
+            discard(former)
+        else:
+            former.rename(path)
 
 
 def discard(path: Path) -> None:
-    """Deletes a checkpoint, its manifest first: interrupted, it is not whole."""
-    (path / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+    """Deletes a checkpoint, its manifest first: interrupted, it is not whole. Of a link, the link alone."""
+    if not path.is_symlink():
+        (path / MANIFEST).unlink(missing_ok=True)
+    remove_tree(path)
 
 
 def _hash(path: Path) -> str:
@@ -174,6 +237,10 @@ def _hash(path: Path) -> str:
             return _digest(file)
     except OSError as error:
         return f"unreadable: {error.strerror}"
+
+
+def _digest_unsigned(manifest: Mapping[str, Any]) -> str:
+    return _digest_manifest({name: value for name, value in manifest.items() if name != "signature"})
 
 
 def _digest_manifest(manifest: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpokit.cluster.command import Command, read_placement, split_words
 from dpokit.cluster.status import MAX_RESTARTS
+from dpokit.credentials import SECRET_SETTING, SECRET_VARIABLE, find_secrets
 from dpokit.errors import MachineError, RunFolderError, SettingsError
 from dpokit.rundir import RunDir
 
@@ -81,9 +82,10 @@ def render_job(job: Job) -> str:
     """The text that sbatch gets: train.sbatch, and the job's own lines where its first command would stand.
 
     Raises:
-        SettingsError: an option that a line of its own cannot hold.
+        SettingsError: an option that a line of its own cannot hold, or a secret, which Slurm would keep and show.
         MachineError: train.sbatch is not there.
     """
+    _check_secrets(job)
     lines = find_body().read_text().splitlines()
     # sbatch reads options up to the first command, and of two that differ it takes the later.
     last_option = max(place for place, line in enumerate(lines) if line.startswith("#SBATCH"))
@@ -102,6 +104,28 @@ def render_job(job: Job) -> str:
             "",
         ]
     )
+
+
+def _find_job_secrets(job: Job) -> list[str]:
+    """What among the job's flags and options is a secret, by its name or kind."""
+    names = [word.partition("=")[0] for word in job.flags if word.startswith("--")]
+    found = [name for name in names if name.replace("-", "_").endswith(SECRET_SETTING)]
+    for option in job.options():
+        assignments = (part.partition("=") for part in option.partition("=")[2].split(","))  # --export=A=1,B=2
+        found += [name for name, _, value in assignments if value and SECRET_VARIABLE.search(name)]
+    return found + find_secrets("\n".join([*job.options(), *job.words()]))
+
+
+def _check_secrets(job: Job) -> None:
+    """Raises SettingsError for a job whose text would hold a secret."""
+    found = _find_job_secrets(job)
+    if found:
+        raise SettingsError(
+            f"the job's text would hold a secret ({found[0]}); Slurm keeps the text and shows it",
+            expected="a job without secrets",
+            do="export HF_TOKEN or WANDB_API_KEY before dpokit submit, as sbatch passes variables on; or log in on the "
+            "nodes with `hf auth login`",
+        )
 
 
 def _option_line(option: str) -> str:

@@ -218,7 +218,8 @@ def _write(folder: Path, records: Iterable[Mapping[str, Any]], outcome: dict[str
     try:
         for name in ("answers.json", "judge.json"):
             (folder / name).unlink(missing_ok=True)
-        with part.open("w") as file:
+        part.unlink(missing_ok=True)
+        with part.open("x") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())

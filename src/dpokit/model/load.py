@@ -65,6 +65,12 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
 def _attach_adapter(policy: PreTrainedModel, model: ModelConfig) -> PeftModel:
     """The base with the adapter that the settings name. Raises: ModelError where it is damaged or does not fit."""
     name, revision = model.model_name_or_path, model.model_revision
+    if getattr(PeftConfig.from_pretrained(name, revision=revision), "megatron_config", None):
+        raise ModelError(  # PEFT would import the module that it names
+            f"the adapter {name} is for Megatron (megatron_config)",
+            expected="an adapter of a transformers model",
+            do="use another adapter, or remove megatron_config from its adapter_config.json",
+        )
     try:
         file = _find_file(model, ADAPTER_FILE)
         rows = None if file is None else _find_embedding_rows(policy, file)
@@ -238,6 +244,12 @@ def _load(kind: Any, name: str | None, **options: Any) -> Any:
                 f"--attn_implementation {asked}: {' '.join(str(error).split())[:300]}",
                 expected="sdpa, the default and what shared prompts need; eager; or a kernel that is installed",
                 do="--attn_implementation sdpa",
+            ) from error
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"--model_name_or_path {name}: the {what} has Python code of its own, which is not run",
+                expected="a model that transformers knows, or this command line's word that its code may run",
+                do="read that code; if you trust it, add --trust_remote_code true",
             ) from error
         raise ModelError(
             f"--model_name_or_path {name}: no {what} could be loaded: {' '.join(str(error).split())[:300]}",

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.model.load import find_base, find_max_length, load_frozen, load_tokenizer, name_model
 from dpokit.rundir import RunDir, find_model
-from dpokit.settings import Settings, read_asked_here
+from dpokit.settings import Settings, read_asked
 
 
 @dataclass
@@ -62,6 +62,7 @@ def find_run(what: str) -> tuple[RunDir | None, dict[str, Any]]:
                 do="correct the path",
             )
         return None, {}
+    run.check_links()
     if "settings" not in record:
         raise RunFolderError(
             f"{run.run_json} has no settings: the run ended before it began",
@@ -73,10 +74,7 @@ def find_run(what: str) -> tuple[RunDir | None, dict[str, Any]]:
 
 def read_defaults(record: dict[str, Any], what: str) -> dict[str, Any]:
     """Settings of a run, or for a model that was named, for a verb that trains nothing."""
-    if not record:
-        named = {"model_name_or_path": what, "eval_strategy": "no", "load_best_model_at_end": False}
-        return read_asked_here({}) | named
-    return read_asked_here(record)
+    return read_asked(record) | ({} if record else {"model_name_or_path": what})
 
 
 def find_names(settings: Settings, run: RunDir | None, what: str, base: str | None) -> tuple[str, str | None]:

@@ -108,10 +108,11 @@ def find_target(settings: Settings) -> Target:
 def find_commands(run: RunDir, settings: Settings) -> Iterator[list[str]]:
     """The verbs that the settings ask for, in the order in which they stand on each other, as words."""
     training, folder = settings.training, str(run.path)
+    trust = ["--trust_remote_code", "true"] if training.trust_remote_code else []  # no run folder can grant it
     if training.push_to_hub and training.eval_strategy != "no":
-        yield ["evaluate", folder, *EVALUATED]
+        yield ["evaluate", folder, *EVALUATED, *trust]
     if settings.data.merge_after_training:
-        yield ["merge", folder]
+        yield ["merge", folder, *trust]
     if training.push_to_hub:
         words = ["push", folder, "--repo-id", str(training.hub_model_id), "--license", str(settings.data.hub_license)]
         yield [*words, *find_target(settings).flags(), "--yes"]

@@ -11,8 +11,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dpokit.credentials import find_secrets
 from dpokit.data.doctor import REASONS
-from dpokit.errors import RunFolderError, find_disk_trouble
+from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.figures import Drawing, draw
 from dpokit.release.citations import list_citations
 from dpokit.release.escape import Mask, escape
@@ -92,6 +93,12 @@ def write_card(
         RunFolderError: a folder without a run, a damaged file, a card of others or one that was edited in the way, a
             disk that refuses.
     """
+    run.check_links()
+    for flag, text in {"license-link": license_link, "contact": contact}.items():
+        for kind in find_secrets(text or ""):
+            raise SettingsError(
+                f"--{flag} holds {kind}", expected="what everybody may read", do=f"correct --{flag}: the card shows it"
+            )
     check_licence(license, name=license_name, link=license_link)
     check_languages(language)
     for flag, name in (("repo-id", repo_id), ("base-model", base_model)):

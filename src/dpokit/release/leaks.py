@@ -8,19 +8,11 @@ from pathlib import Path
 
 from huggingface_hub.constants import HF_TOKEN_PATH
 
-# What a token looks like, wherever it comes from.
-TOKENS = {
-    "a Hugging Face token": re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}"),
-    "an API key": re.compile(r"\bsk-(?=[A-Za-z_-]*\d)[\w-]{20,}"),
-    "a Weights & Biases key": re.compile(r"\bwandb_v\d_\w{20,}|(?<![\w/@.-])[0-9a-f]{40}(?!\w)"),
-    "a GitHub token": re.compile(r"\b(gh[pousr]_|github_pat_)\w{20,}"),
-    "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
-}
-# Forty hexadecimal digits are a key of Weights & Biases or the name of a commit; the words before the latter say so.
-COMMIT = re.compile(r"(revision|commit|sha|hash|fingerprint|version)[^,;{}]{0,40}$", re.I)
-SECRET_NAME = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.I)
-MIN_SECRET_LETTERS = 16  # shorter values of such variables are words ("disabled")
+from dpokit.credentials import find_secrets, read_secret_variables
 
+# Forty hexadecimal digits are a key of Weights & Biases or the name of a commit; the words before the latter say so.
+WANDB_KEY = re.compile(r"(?<![\w/@.-])[0-9a-f]{40}(?!\w)")
+COMMIT = re.compile(r"(revision|commit|sha|hash|fingerprint|version)[^,;{}]{0,40}$", re.I)
 URL = re.compile(r"\bhttps?://[^\s\"'<>()\[\]]+")
 JSON_BREAK = re.compile(r"(?<!\\)\\[nrtbf]")  # a letter to a pattern, a blank to a reader
 HOMES = re.compile(r"(?<![\w.])/(home|Users)/[\w.-]+|\b[A-Za-z]:(\\{1,2}|/)Users(\\{1,2}|/)[\w.-]+")
@@ -42,18 +34,18 @@ class LeakFinder:
         named = [Path.home(), Path.cwd(), *folders]
         self._folders = sorted({form for path in named for form in (path.absolute(), path.resolve())} - {Path("/")})
         self._own = [_find_text(path) for path in self._folders]
-        self._secrets = dict(_read_secrets())
+        self._stored = _read_stored_token()
         names = {Path.home().name, os.environ.get("USER"), os.environ.get("LOGNAME")}
         self._users = names - {"root", "", None}
 
     def in_text(self, text: str) -> Iterator[tuple[int, str]]:
         """Line (from 1) and what stands there, in a card or in JSON. A token is named by its kind and never shown."""
         for number, line in enumerate(text.splitlines(), 1):
-            for what, token in TOKENS.items():
-                for like in token.finditer(line):
-                    if len(like[0]) != 40 or not COMMIT.search(line[: like.start()]):
-                        yield number, what
-            yield from ((number, f"the value of {name}") for name, secret in self._secrets.items() if secret in line)
+            yield from ((number, kind) for kind in find_secrets(line))
+            if any(not COMMIT.search(line[: like.start()]) for like in WANDB_KEY.finditer(line)):
+                yield number, "a Weights & Biases key"
+            if self._stored and self._stored in line:
+                yield number, "the value of the Hub's token"
             line = JSON_BREAK.sub("  ", URL.sub("", line))
             paths = [found[0] for pattern in (HOMES, FILE_URL, *self._own) if (found := pattern.search(line))]
             paths += [found[0] for found in ABSOLUTE.finditer(line) if self._is_of_here(Path(found[0].rstrip(".")))]
@@ -74,7 +66,8 @@ class LeakFinder:
 
         A vocabulary holds what the texts of the world hold, `/root` among it, so nothing else is searched for.
         """
-        yield from (f"the value of {name}" for name, secret in self._secrets.items() if secret.encode() in content)
+        secrets = {**dict(read_secret_variables()), "the Hub's token": self._stored}
+        yield from (f"the value of {name}" for name, secret in secrets.items() if secret and secret.encode() in content)
         for path in self._folders:
             if len(path.parts) > 2 and re.search(re.escape(str(path).encode()) + rb"(?![\w-])", content):
                 yield f"the local path {path}"
@@ -86,13 +79,9 @@ class LeakFinder:
         return bool(self._users & set(path.parts)) or _exists(path) or (len(path.parts) > 3 and _exists(path.parent))
 
 
-def _read_secrets() -> Iterator[tuple[str, str]]:
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and len(value) >= MIN_SECRET_LETTERS:
-            yield name, value
+def _read_stored_token() -> str | None:
     stored = Path(HF_TOKEN_PATH)  # read as it is: huggingface_hub would renew a token that ages, by a request
-    if stored.is_file() and (token := stored.read_text().strip()):
-        yield "the Hub's token", token
+    return stored.read_text().strip() or None if stored.is_file() else None
 
 
 def _find_text(path: Path) -> re.Pattern[str]:

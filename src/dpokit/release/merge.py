@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftConfig
-from safetensors import SafetensorError
 
 from dpokit.checkpoint.store import describe_files, find_checkpoints, list_files
 from dpokit.errors import ModelError, RunFolderError, SettingsError, find_disk_trouble
@@ -27,7 +26,7 @@ from dpokit.release.weights import check_adapter_file, is_quantised
 from dpokit.release.written import DTYPES, parse_size, reload, write_model
 from dpokit.rundir import RunDir, new_folder, sync_folder, write_json
 from dpokit.screen import quiet_dependencies, say
-from dpokit.settings import Settings, load_settings, read_asked_here
+from dpokit.settings import Settings, load_settings, read_asked
 
 FORMAT = 1
 PAIRS = 100  # that the proof is made on, unless told otherwise
@@ -72,10 +71,11 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
     """
     options = options or MergeOptions()
     quiet_dependencies()
+    run.check_links()
     record = _check_run(run)
     with _alone(run), _disk_troubles():
         _check_unmerged(run)
-        settings = load_settings("merge", read_asked_here(record), list(argv))
+        settings = load_settings("merge", read_asked(record), list(argv))
         _check_options(settings, options)
         fingerprint = _check_base(run, record, settings, accept=options.accept_drift)
         with new_folder(run.merged) as part:
@@ -251,7 +251,7 @@ def _disk_troubles() -> Iterator[None]:
     """Turns a disk that is full, or not ours, into the user's message."""
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:  # of whatever library: tokenizers raise a bare Exception
         trouble = find_disk_trouble(error)
         if trouble is None:
             raise

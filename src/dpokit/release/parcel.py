@@ -125,13 +125,18 @@ def build_parcel(
     Raises:
         SettingsError: something that this run does not have.
         HubError: a file that is missing, or that holds what must not be sent.
+        RunFolderError: a link that leads out of the run folder.
     """
+    run.check_links()
     chosen, whole = choose(run, what), run.find_whole()
     check_base_model(chosen, base_model)
     folders = [] if chosen == "adapter" or whole is None else [(whole, "")]
     folders += [] if chosen == "merged" else [(run.adapter, "adapter/" if chosen == "both" else "")]
-    found = find_card_files(run, is_adapter=chosen == "adapter", repo_id=repo_id)
-    files, left = [ParcelFile(name, source, source.read_bytes()) for name, source in found], []
+    beside = find_card_files(run, is_adapter=chosen == "adapter", repo_id=repo_id)
+    files, left = [], []
+    for name, source in beside:
+        run.check_inside(source)
+        files.append(ParcelFile(name, source, source.read_bytes()))
     for folder, at in folders:
         kinds = (*KINDS, "*.py") if _list_code(folder) else KINDS
         kept = sorted({path for kind in kinds for path in folder.glob(kind) if path.is_file()})

@@ -14,7 +14,8 @@ from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from dpokit.checkpoint.store import Checkpoint, find_checkpoints, look_at
+from dpokit.checkpoint.pickles import check_pickles
+from dpokit.checkpoint.store import Checkpoint, check_origin, find_checkpoints, look_at
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.model.load import ADAPTER_FILE, build_peft_config, find_base, load_tokenizer
 from dpokit.rundir import RunDir, write_json
@@ -75,10 +76,12 @@ def _find_trouble(checkpoint: Checkpoint) -> str | None:
 def gather_weights(folder: Path, settings: Settings, *, room: Path) -> Path:
     """A folder of whole weights, config and tokenizer: the same one, or the empty `room`, filled from its shards.
 
-    Raises: RunFolderError where the shards cannot be gathered.
+    Raises: RunFolderError where the shards cannot be gathered, or hold what must not be loaded.
     """
     if any((folder / name).exists() for name in ("config.json", "adapter_config.json")) and _has_weights(folder):
         return folder
+    check_origin(folder, trusted=settings.data.trust_checkpoint)
+    check_pickles(folder)
     if (folder / FSDP_SHARDS).is_dir():
         say(f"gathering the shards of {folder.name} (FSDP2)")
         merge_fsdp_weights(str(folder / FSDP_SHARDS), str(room))

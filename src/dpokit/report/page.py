@@ -63,6 +63,8 @@ def write_report(paths: Sequence[Path], *, output: Path | None = None, metric: s
 
 
 def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | None) -> Report:
+    for path in paths:
+        RunDir(path).check_links()
     runs = load_runs(paths)
     if len(runs) > 1:
         runs = sort_runs(runs, metric or EVAL_LOSS)

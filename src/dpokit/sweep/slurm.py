@@ -1,6 +1,7 @@
 """Runs of a search as Slurm arrays: queued together, saved, requeued and restarted by launch/train.sbatch."""
 
 import getpass
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -109,7 +110,8 @@ class QueuedRun(TrialRun):
 
     def find_job(self) -> str | None:
         """Its job and index, `12_3`; None where it was never queued."""
-        return self.job_file.read_text().strip() if self.job_file.is_file() else None
+        text = self.job_file.read_text().strip() if self.job_file.is_file() else ""
+        return text if re.fullmatch(r"\d+_\d+", text) else None
 
     def start(self, command: list[str], environment: Mapping[str, str]) -> None:
         """Gathers it for the next array; what Slurm runs there is its own."""

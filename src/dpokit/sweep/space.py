@@ -11,6 +11,7 @@ from typing import Any, Never, TypeGuard
 
 from transformers.hf_argparser import string_to_bool
 
+from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
 from dpokit.flags import FlagParser, split_kind
 from dpokit.plan.asked import find_recipe, load_defaults
@@ -102,6 +103,25 @@ class Space:
             "sampler_seed": self.sampler_seed,
         }
         return dict(json.loads(json.dumps(told, default=str)))
+
+    def check_trial(self, number: int, settings: Mapping[str, Any]) -> None:
+        """Raises SettingsError for settings of a study that this space cannot have drawn: others wrote them there."""
+        if self.search in ("grid", "listed"):
+            drawn = json.dumps(settings, sort_keys=True) in {
+                json.dumps(one, sort_keys=True, default=str) for one in self.configurations
+            }
+        else:
+            drawn = settings.keys() == self.parameters.keys() and all(
+                values.low <= settings[name] <= values.high if isinstance(values, Range) else settings[name] in values
+                for name, values in self.parameters.items()
+            )
+        if not drawn:
+            _refuse(
+                self.path,
+                f"trial {number} of the study has settings of another space",
+                "trials that this space draws",
+                "begin a search in another --output-dir",
+            )
 
 
 def load_space(path: Path) -> Space:
@@ -273,6 +293,16 @@ def _check_flags(space: Space) -> None:
         if isinstance(values, Range):
             space.parameters[name] = _settle_range(space.path, parser, name, values)
     named = {*space.settings, *space.parameters, *(name for one in space.configurations for name in one)}
+    values = [space.settings, space.configurations, *map(_describe, space.parameters.values())]
+    secrets = [name for name in sorted(named) if name.endswith(SECRET_SETTING)]
+    secrets += find_secrets(json.dumps(values, default=str))
+    if secrets:
+        _refuse(
+            space.path,
+            f"it holds a secret ({secrets[0]}), and a sweep writes its settings to files",
+            "settings without secrets",
+            "export HF_TOKEN or WANDB_API_KEY before dpokit sweep, or log in with `hf auth login`",
+        )
     if named & OWN:
         _refuse(space.path, f"it sets {', '.join(sorted(named & OWN))}", "what the sweep does not set", "remove it")
     twice = named & {"seed"} if space.seeds > 1 and "seed" not in space.settings else set()

@@ -146,7 +146,9 @@ class Worker:
         if trial is None:
             self._next_take = time.monotonic() + SIGN_SECONDS
             return False
-        settings = {**self.space.settings, **trial.user_attrs[SETTINGS]}
+        drawn = trial.user_attrs[SETTINGS]
+        self.space.check_trial(trial.number, drawn)
+        settings = {**self.space.settings, **drawn}
         self.values[trial.number] = []
         self.waiting += [
             self._build_run(trial.number, more, RunDir(self.search.folder / name), is_first=not at)

@@ -66,8 +66,8 @@ class ResumingTrainer(SavingTrainer):
             self._working_since = time.monotonic() - known[0]["working_seconds"]
         if (checkpoint / REFERENCE).exists():
             self.ref_model.load_state_dict(torch.load(checkpoint / REFERENCE, weights_only=True))
-        best = checkpoint.parent / f"checkpoint-{self.state.best_global_step}"
-        if self.state.best_global_step and best.is_dir():  # by its name in this folder, which may have been moved
+        if self.state.best_global_step:  # by its name in this folder: it may have been moved, or made by others
+            best = checkpoint.parent / f"checkpoint-{int(self.state.best_global_step)}"
             self.state.best_model_checkpoint = str(best)
         if known[0]["log_due"]:
             self.control.should_log = True

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 from transformers.integrations import WandbCallback
 
+from dpokit.credentials import SECRET_SETTING
 from dpokit.rundir import RunDir
 from dpokit.screen import say
-from dpokit.settings import SECRET, Settings
+from dpokit.settings import Settings
 
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # under which `wandb login` puts keys into ~/.netrc
 # Our line instead of wandb's many. And no waiting for ever on a server, as wandb would at a run's end, while GPUs idle.
@@ -99,7 +100,7 @@ def _without_secrets(settings: Settings) -> Iterator[None]:
     """Hides them on the command line meanwhile: wandb keeps a copy of it with the run."""
     words = sys.argv
     values = {**vars(settings.data), **vars(settings.training), **vars(settings.model)}
-    secrets = [str(value) for name, value in values.items() if name.endswith(SECRET) and value]
+    secrets = [str(value) for name, value in values.items() if name.endswith(SECRET_SETTING) and value]
     sys.argv = ["***" if any(secret in word for secret in secrets) else word for word in words]
     try:
         yield

@@ -1,0 +1,207 @@
+"""Links in a run folder: nothing is read, sent, overwritten or deleted in the place that they lead to."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from run_folders import add_evaluation, make_run, make_steps
+
+from dpokit.checkpoint.store import (
+    describe_files,
+    discard,
+    find_part,
+    list_files,
+    restore_replaced,
+    retire,
+    seal,
+    sweep_parts,
+)
+from dpokit.errors import RunFolderError
+from dpokit.model.sides import find_run
+from dpokit.release.card import write_card
+from dpokit.release.merge import merge_run
+from dpokit.release.parcel import build_parcel
+from dpokit.report.page import write_report
+from dpokit.rundir import MetricsFile, RunDir, new_folder, write_whole
+
+FILES = (
+    *("run.json", "metrics.jsonl", "data.json", "README.md", "votes.jsonl"),
+    *("model/config.json", "model/tokenizer.json", "model/model.safetensors", "figures/loss.png"),
+    *("eval/pairs.json", "eval/answers.jsonl", "report/report.html"),
+)
+FOLDERS = ("model", "adapter", "merged", "eval", "report", "figures")
+VERBS: dict[str, Callable[[RunDir], object]] = {
+    "push": build_parcel,
+    "report": lambda run: write_report([run.path]),
+    "card": lambda run: write_card(run, license="mit"),
+    "merge": merge_run,
+    "evaluate, chat, serve": lambda run: find_run(str(run.path)),
+    "train": RunDir.make,
+}
+
+
+@pytest.fixture
+def private(tmp_path) -> Path:
+    """What nobody may read or change: a folder with a key in it."""
+    folder = tmp_path / "home" / ".ssh"
+    folder.mkdir(parents=True)
+    (folder / "id_ed25519").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n-----END OPENSSH PRIVATE KEY-----\n")
+    return folder
+
+
+@pytest.fixture
+def run(tiny_gpt2, tmp_path) -> RunDir:
+    made = RunDir(make_run(tmp_path / "run", make_steps(5, every=1)))
+    add_evaluation(made.path)
+    shutil.copytree(tiny_gpt2, made.model)
+    made.card.write_text("---\nlicense: mit\n---\n\n# Tiny\n")
+    return made
+
+
+def check_untouched(private: Path) -> None:
+    assert [path.name for path in private.iterdir()] == ["id_ed25519"]
+    assert (private / "id_ed25519").read_text().startswith("-----BEGIN OPENSSH")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, run, private):
+    path = run.path / name
+    path.parent.mkdir(exist_ok=True)
+    content = path.read_bytes() if path.exists() else b"{}"
+    target = private / "id_ed25519" if name != "run.json" else private.parent / "run.json"
+    if name == "run.json":
+        target.write_bytes(content)  # a run that cannot be read stops a verb for another reason
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+    with pytest.raises(RunFolderError, match=r"is a link to .*, outside of the run folder"):
+        VERBS[verb](run)
+    check_untouched(private)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, run, private):
+    path = run.path / name
+    if path.exists():
+        path.rename(run.path / "aside")
+    path.symlink_to(private)
+    with pytest.raises(RunFolderError, match=r"is a link to .*, outside of the run folder"):
+        VERBS[verb](run)
+    check_untouched(private)
+
+
+def test_a_licence_that_is_a_link_is_not_sent(run, private):
+    run.card.write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n\n# Tiny\n")
+    (run.path / "LICENSE").symlink_to(private / "id_ed25519")
+    with pytest.raises(RunFolderError, match="LICENSE is a link"):
+        build_parcel(run)
+
+
+def test_a_copy_of_a_private_key_is_not_sent(run, private):
+    (run.model / "chat_template.jinja").write_text((private / "id_ed25519").read_text())
+    with pytest.raises(Exception, match="holds a private key"):
+        build_parcel(run)
+
+
+def test_a_link_within_the_folder_is_no_matter(run):
+    (run.path / "kept").mkdir()
+    run.data_json.rename(run.path / "kept" / "data.json")
+    run.data_json.symlink_to("kept/data.json")
+    for verb in ("push", "report", "evaluate, chat, serve", "train"):
+        VERBS[verb](run)
+
+
+# -- deleting and writing ----------------------------------------------------------------------------------------------
+
+
+def seal_step(run: RunDir, step: int) -> Path:
+    part = find_part(run, step)
+    part.mkdir()
+    (part / "weights").write_text("w")
+    facts = {"world_size": 1, "placement": "one device", "settings": {}}
+    return seal(run, step, describe_files(part, list_files(part)), facts)
+
+
+@pytest.fixture
+def foreign(tmp_path) -> Path:
+    """Another run's checkpoint, whole."""
+    run = RunDir(tmp_path / "theirs")
+    run.make()
+    run.take_possession(0)
+    return seal_step(run, 1)
+
+
+@pytest.fixture
+def own(tmp_path) -> RunDir:
+    run = RunDir(tmp_path / "ours")
+    run.make()
+    run.take_possession(0)
+    return run
+
+
+def retire_it(run: RunDir, foreign: Path) -> None:
+    (run.path / "checkpoint-1").symlink_to(foreign)
+    for step in (2, 3):
+        seal_step(run, step)
+    retire(run, limit=1, best=None)
+
+
+def replace_it(run: RunDir, foreign: Path) -> None:
+    (run.path / "checkpoint-1").symlink_to(foreign)
+    seal_step(run, 1)
+
+
+def overwrite_it(run: RunDir, foreign: Path) -> None:
+    (run.path / "checkpoint-1").symlink_to(foreign)
+    run.clear()
+
+
+def sweep_it(run: RunDir, foreign: Path) -> None:
+    (run.path / ".checkpoint-1.x.part").symlink_to(foreign)
+    sweep_parts(run)
+
+
+def restore_it(run: RunDir, foreign: Path) -> None:
+    (run.path / "checkpoint-1").mkdir()
+    (run.path / ".checkpoint-1.replaced").symlink_to(foreign)
+    restore_replaced(run)
+
+
+def renew_a_folder(run: RunDir, foreign: Path) -> None:
+    run.merged.symlink_to(foreign)
+    (run.path / ".merged.part").symlink_to(foreign)
+    with new_folder(run.merged) as part:
+        (part / "weights").write_text("new")
+
+
+DELETIONS = (retire_it, replace_it, overwrite_it, sweep_it, restore_it, renew_a_folder)
+
+
+@pytest.mark.parametrize("delete", [*DELETIONS, lambda run, foreign: discard(link(run, foreign))])
+def test_deleting_stops_at_a_link(delete, own, foreign):
+    delete(own, foreign)
+    assert sorted(path.name for path in foreign.iterdir()) == ["manifest.json", "weights"]
+    assert (foreign / "weights").read_text() == "w"
+
+
+def link(run: RunDir, foreign: Path) -> Path:
+    path = run.path / "checkpoint-7"
+    path.symlink_to(foreign)
+    return path
+
+
+def test_writing_replaces_a_link_and_leaves_its_target(tmp_path, private):
+    file = tmp_path / "run.json"
+    file.symlink_to(private / "id_ed25519")
+    write_whole(file, b"new")
+    assert not file.is_symlink()
+    check_untouched(private)
+
+
+def test_metrics_are_not_written_through_a_link(own, private):
+    own.metrics_jsonl.symlink_to(private / "id_ed25519")
+    MetricsFile(own, 0).log(1, 0.1, {"loss": 1.0})
+    assert not own.metrics_jsonl.is_symlink()
+    check_untouched(private)

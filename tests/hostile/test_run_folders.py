@@ -1,0 +1,158 @@
+"""Run folders from a stranger: they say what was trained, and grant nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from run_to_merge import build_base, build_run
+from test_cli import dpokit
+
+from dpokit.errors import RunFolderError, SettingsError
+from dpokit.flags import FlagParser
+from dpokit.model.load import load_policy
+from dpokit.rundir import RunDir
+from dpokit.settings import FROM_RUN, load_settings, read_asked
+
+# What a stranger's run.json might ask of this machine.
+GREEDY = {
+    "trust_remote_code": True,
+    "trust_checkpoint": True,
+    "hub_token": "hf_" + "a" * 30,
+    "push_to_hub": True,
+    "hub_model_id": "stranger/collects",
+    "report_to": ["wandb"],
+    "output_dir": "/etc",
+    "resume_from_checkpoint": "/tmp/checkpoint-1",
+    "deepspeed": "/tmp/own.json",
+    "fsdp": "full_shard",
+    "dataset_num_proc": 500,
+    "dataloader_num_workers": 500,
+    "torch_compile": True,
+    "attn_implementation": "stranger/kernel",
+    "optim": "adamw_bnb_8bit",
+    "overwrite_run": True,
+    "merge_after_training": True,
+    "gates": "warn",
+    "accelerator_config": "/tmp/own.json",
+    "run_name": "run",
+    "ddp_timeout": 10**9,
+}
+
+
+def record_with(**values: object) -> dict:
+    return {"settings": {name: {"value": value, "origin": "command line"} for name, value in values.items()}}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_run_folder_grants_nothing(name):
+    asked = read_asked(record_with(**{name: GREEDY[name]}))
+    assert asked.get(name) != GREEDY[name]
+    assert asked["output_dir"] == "unused"
+
+
+def test_every_flag_is_either_described_by_a_run_or_left_to_this_command_line():
+    """A new flag is taken from no run folder until somebody lists it, and nothing is listed that is no flag."""
+    flags = set(FlagParser().names()) | set(FlagParser("sft").names())
+    assert FROM_RUN - {"kind"} <= flags
+    taken = read_asked(record_with(**dict.fromkeys(flags, "x"))).keys()
+    assert taken - {"output_dir", "report_to", "use_cpu"} == FROM_RUN & flags
+    assert not {name for name in FROM_RUN if "trust" in name or "hub" in name or "dir" in name or "num_proc" in name}
+
+
+@pytest.mark.parametrize("settings", ["", [], {"beta": 0.1}, {"beta": ["x"]}, 3])
+def test_settings_of_wrong_types_are_one_message(settings):
+    with pytest.raises(RunFolderError, match=r"the settings in run\.json are damaged"):
+        read_asked({"settings": settings})
+
+
+@pytest.fixture
+def coded_run(plain_tokenizer, tmp_path) -> tuple[RunDir, Path]:
+    """A run whose model has code of its own, which it says is trusted; and the file that the code makes."""
+    base, ran = build_base(tmp_path / "base", "llama", plain_tokenizer), tmp_path / "it-ran"
+    own = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": own}))
+    (base / "own_llama.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\nclass OwnConfig(LlamaConfig):\n"
+        "    model_type = 'own_llama'\n\n\nclass OwnLlama(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    run = build_run(tmp_path, base, None, trust_remote_code=True)
+    for folder in (base, run.model):
+        code = folder / "own_llama.py"
+        code.write_text(f"open({str(ran)!r}, 'w').close()\n{code.read_text()}")
+    return run, ran
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["evaluate"], ["merge"], ["merge", "--no-proof"], ["chat", "--prompt", "Hello"]],
+    ids=lambda words: " ".join(words),
+)
+def test_code_that_a_run_trusts_is_not_run(words, coded_run):
+    (run, ran), (verb, *flags) = coded_run, words
+    done = dpokit(verb, str(run.path), *flags)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "code of its own" in done.stderr
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "merge"])
+def test_code_is_run_where_the_command_line_trusts_it(verb, coded_run):
+    run, ran = coded_run
+    done = dpokit(verb, str(run.path), "--trust_remote_code", "true")
+    assert done.returncode == 0, done.stderr
+    assert ran.exists()
+
+
+def test_an_adapter_that_names_a_module_is_refused(tiny_gpt2, plain_tokenizer, tmp_path):
+    from peft import LoraConfig
+
+    run = build_run(tmp_path, tiny_gpt2, LoraConfig(target_modules=["c_attn"]))
+    config = run.adapter / "adapter_config.json"
+    stranger = {"megatron_config": {"x": 1}, "megatron_core": "antigravity"}
+    config.write_text(json.dumps(json.loads(config.read_text()) | stranger))
+    settings = load_settings("test", {"model_name_or_path": str(run.adapter), "use_peft": True, "use_cpu": True}, [])
+    with pytest.raises(Exception, match="is for Megatron"):
+        load_policy(settings, plain_tokenizer)
+
+
+# -- a sweep's folder --------------------------------------------------------------------------------------------------
+
+SPACE = "recipe: {recipe}\nsearch: {search}\nparameters: {{learning_rate: {values}}}\n{more}"
+STRANGE = [{"trust_remote_code": True}, {"learning_rate": 1e-5, "model_name_or_path": "x"}, {"learning_rate": 7}, {}]
+
+
+@pytest.mark.parametrize("settings", STRANGE, ids=str)
+@pytest.mark.parametrize(
+    ("search", "values", "more"),
+    [
+        ("grid", "[1e-5, 2e-5]", ""),
+        ("random", "[1e-5, 2e-5]", "trials: 2"),
+        ("tpe", "{low: 1e-6, high: 1e-4}", "trials: 2"),
+    ],
+)
+def test_a_trial_that_the_space_cannot_have_drawn_is_not_started(settings, search, values, more, tmp_path):
+    pytest.importorskip("optuna")
+    from dpokit.sweep.space import load_space
+
+    path = tmp_path / "space.yaml"
+    path.write_text(SPACE.format(recipe=ROOT / "recipes" / "dpo_gpt2.py", search=search, values=values, more=more))
+    space = load_space(path)
+    space.check_trial(0, {"learning_rate": 1e-5})
+    with pytest.raises(SettingsError, match="has settings of another space"):
+        space.check_trial(0, settings)
+
+
+@pytest.mark.parametrize("text", ["--user=root", "12", "", "12_3 13_4", "x_y"])
+def test_a_file_of_a_job_that_names_none_is_no_job(text, tmp_path):
+    from dpokit.cluster.slurm import Job
+    from dpokit.sweep.slurm import Queue, QueuedRun
+
+    queue = Queue(Job(Path("recipe.py"), Path("placement.yaml")), group="g")
+    run = QueuedRun(0, {}, RunDir(tmp_path / "trial-0"), queue=queue)
+    run.job_file.write_text(text)
+    assert run.find_job() is None
+    run.job_file.write_text("12_3\n")
+    assert run.find_job() == "12_3"
