@@ -20,7 +20,19 @@ FLOORS = [
     {"train", "evaluate", "release", "serve", "cluster", "record"},
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
-    {"settings", "agreement", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
+    {
+        "settings",
+        "agreement",
+        "flags",
+        "flag_bounds",
+        "rundir",
+        "world",
+        "peers",
+        "errors",
+        "screen",
+        "placement",
+        "losses",
+    }
     | {"apikey", "credentials", "extensions"},
 ]
 LIGHT = ("report", "release.card", "release.front_matter", "cluster", "figures", "data.formats", "data.toy", "rundir")

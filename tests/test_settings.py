@@ -179,6 +179,7 @@ def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
         "train_sampling_strategy": "random",
         "model_init_kwargs": '{"dtype": "float32"}',
         "packing_strategy": "bfd",
+        "debug": "underflow_overflow",
         "dataset_kwargs": '{"skip_prepare_dataset": true}',
     }.get(name, "true")
     of_pairs = name in {field.name for kind in (DPOConfig, DataArguments) for field in dataclasses.fields(kind)}
@@ -305,7 +306,7 @@ def test_a_cpu_run_on_a_gpu_machine_is_not_given_the_gpus_precision(monkeypatch)
         ("loss_weights: [1, 5e-1]", "loss_weights", [1.0, 0.5]),
         ("lr_scheduler_kwargs: {min_lr: 1e-6}", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
         ('run_name: "-baseline"', "run_name", "-baseline"),
-        ("max_grad_norm: -1.0e-05", "max_grad_norm", -1e-5),
+        ("f_alpha_divergence_coef: -1.0e-05", "f_alpha_divergence_coef", -1e-5),
     ],
 )
 def test_a_value_in_yaml_has_its_type(text, name, value, tmp_path):

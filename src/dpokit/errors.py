@@ -83,6 +83,11 @@ _DISK_TROUBLE = {
     errno.EACCES: ("writing is not permitted", "choose a folder of yours with --output_dir"),
     errno.EPERM: ("writing is not permitted", "choose a folder of yours with --output_dir"),
     errno.EROFS: ("the file system is read-only", "choose another folder with --output_dir"),
+    errno.EEXIST: ("a file is where a folder is needed", "choose another folder with --output_dir"),
+    errno.EISDIR: ("a folder is where a file is needed", "choose another folder with --output_dir"),
+    errno.ENAMETOOLONG: ("a name in the path is too long", "choose another folder with --output_dir"),
+    errno.ELOOP: ("a link in the path leads back to itself", "choose another folder with --output_dir"),
+    errno.EIO: ("the disk failed", "look at the disk, or choose another one with --output_dir"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another folder with --output_dir"),
     errno.ENOENT: ("the folder cannot be made there", "choose another folder with --output_dir"),
 }

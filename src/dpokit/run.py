@@ -15,6 +15,7 @@ from dpokit.checkpoint.resume import MODEL, claim_folder
 from dpokit.data.columns import fingerprint_ids
 from dpokit.data.doctor import print_report
 from dpokit.data.prepare import PreparedData, prepare_data
+from dpokit.errors import SettingsError
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
 from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
 from dpokit.peers import build_on_each_machine_first, decide_on_main_process, peer_errors
@@ -35,6 +36,7 @@ from dpokit.train.callbacks import (
 )
 from dpokit.train.gates import GateCallback, Gates
 from dpokit.train.gpu import GpuCallback
+from dpokit.train.preflight import check_values
 from dpokit.train.start import check_model_path, check_quantised, check_start, check_world
 from dpokit.train.steps import StepTrainer
 from dpokit.train.supervised import AnswerTrainer
@@ -81,6 +83,7 @@ def _train(settings: Settings) -> RunDir:
         ended = decide_on_main_process(lambda: find_preempted_restart(run))
         if ended is not None:
             raise Preempted(ended)
+        decide_on_main_process(lambda: check_values(settings))
         decide_on_main_process(lambda: check_model_path(settings, gates))
         decide_on_main_process(lambda: check_wishes(settings))
         start = decide_on_main_process(lambda: claim_folder(run, settings, world_size=world_size, placement=placement))
@@ -189,10 +192,17 @@ def build_trainer(
         "processing_class": tokenizer,
         "peft_config": peft_config,
     }
-    if settings.kind == "sft":
-        trainer: StepTrainer = AnswerTrainer(**parts)
-    else:
-        trainer = build_pair_trainer(settings, {**parts, "notice": notice}, max_length)
+    try:
+        if settings.kind == "sft":
+            trainer: StepTrainer = AnswerTrainer(**parts)
+        else:
+            trainer = build_pair_trainer(settings, {**parts, "notice": notice}, max_length)
+    except (ValueError, ImportError) as error:  # TRL's own checks of settings and model together
+        raise SettingsError(
+            " ".join(str(error).split())[:500],
+            expected="settings that go together, and with this model",
+            do="change one of the settings that the first line names",
+        ) from error
     trainer.run = run
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
         trainer.remove_callback(replaced)

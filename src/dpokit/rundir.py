@@ -186,7 +186,10 @@ def find_model(name: str) -> str:
     Raises: RunFolderError for a run without one, or one that is not finished.
     """
     run = RunDir(name)
-    if not run.run_json.is_file():
+    try:
+        if not run.run_json.is_file():
+            return name
+    except OSError:  # a name that no file can have
         return name
     found, state = run.find_whole() or run.find_weights(), (run.read_run() or {}).get("state")
     if found is not None and state in (None, "finished"):

@@ -19,8 +19,9 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from dpokit.agreement import check_adapter, check_agreement, check_honoured, check_secrets
 from dpokit.credentials import HIDDEN, SECRET_SETTING
-from dpokit.errors import MachineError, RunFolderError, SettingsError
+from dpokit.errors import DpokitError, MachineError, RunFolderError, SettingsError
 from dpokit.extensions import pass_dead_locks
+from dpokit.flag_bounds import check_bounds
 from dpokit.flags import KINDS, DataArguments, FlagParser, split_kind
 from dpokit.peers import peer_errors
 from dpokit.placement import check_placement
@@ -114,6 +115,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
         values |= layer_values
         origins |= dict.fromkeys(layer_values, layer)
     check_secrets(values, origins)
+    check_bounds(values, origins)
     if values.get("model_name_or_path"):
         values["model_name_or_path"] = find_model(values["model_name_or_path"])
     machine = find_machine_settings(values)
@@ -206,9 +208,11 @@ def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(kind) if field.init}
     try:
         return kind(**{name: value for name, value in values.items() if name in known})
-    except (ValueError, TypeError, ImportError, KeyError, OSError) as error:
+    except DpokitError:
+        raise
+    except Exception as error:  # transformers and TRL check few of their values before they use them
         raise SettingsError(
-            " ".join(str(error).split()),
+            f"the settings do not fit together: {' '.join(str(error).split())[:500]}",
             expected="settings that go together",
             do="change one of the settings that the first line names",
         ) from error

@@ -28,7 +28,7 @@ def make_model(plain_tokenizer, tmp_path):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=len(plain_tokenizer) + more_rows, **size, **ends))
         if damaged:
             [word] = plain_tokenizer(" old")["input_ids"][:1]
-            model.transformer.wte.weight.data[word] = float("nan")
+            model.transformer.wte.weight.data[word] = 3e38  # a number, as loading wants it; a sum of two is none
         model.save_pretrained(tmp_path / name)
         plain_tokenizer.save_pretrained(tmp_path / name)
         return str(tmp_path / name)

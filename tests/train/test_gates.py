@@ -366,7 +366,7 @@ def test_a_mixture_whose_experts_see_no_token_passes(run, plain_tokenizer, tmp_p
 
 
 def test_a_model_with_a_weight_that_is_no_number_stops_at_the_first_step(run, defaults, tiny_gpt2, tmp_path):
-    spoilt = spoil(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(float("nan")))
+    spoilt = spoil(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(HUGE))
     with pytest.raises(GateError, match="not finite at step 1"):
         run(model_name_or_path=spoilt, save_strategy="steps", save_steps=1)
     folder = RunDir(defaults["output_dir"])
@@ -376,6 +376,7 @@ def test_a_model_with_a_weight_that_is_no_number_stops_at_the_first_step(run, de
     assert not folder.model.exists()
 
 
+HUGE = 3e38  # a number, as loading wants it; a sum of two is none any more
 RUINOUS = {"learning_rate": 1e30, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
 
@@ -426,7 +427,7 @@ def test_what_one_rank_alone_sees_stops_all_ranks_with_one_message(tiny_gpt2, tm
     """Positions that one long pair alone reaches are not finite: a single rank's loss is not."""
 
     def change(model: nn.Module) -> None:
-        model.transformer.wpe.weight[60:] = float("nan")
+        model.transformer.wpe.weight[60:] = HUGE
 
     model = spoil(tmp_path / "nan", tiny_gpt2, change)
     rows = [json.dumps({"prompt": "A?", "chosen": f" Yes {i}.", "rejected": " No."}) for i in range(15)]
@@ -543,7 +544,7 @@ def short_flags(model: Path, folder: Path) -> list[str]:
 
 
 def test_a_gate_is_one_message_without_a_traceback_and_exit_code_2(tiny_gpt2, tmp_path):
-    spoilt = spoil(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(float("nan")))
+    spoilt = spoil(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(HUGE))
     done = subprocess.run(
         [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), *short_flags(Path(spoilt), tmp_path)],
         capture_output=True,

@@ -6,17 +6,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from dpokit.errors import ModelError, SettingsError
+from dpokit.errors import DpokitError, ModelError, SettingsError
+from dpokit.model.check import (
+    ADAPTER_FILE,
+    check_adapter_config,
+    check_config,
+    check_finite,
+    check_loaded,
+    check_size,
+    check_weights_file,
+)
 from dpokit.settings import Settings
 
-ADAPTER_FILE = "adapter_model.safetensors"
+# What loading may raise though the files are right.
+NOT_OF_THE_FILES = (DpokitError, MemoryError, torch.OutOfMemoryError)
 
 
 def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -27,9 +38,17 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
     name, revision, base = model.model_name_or_path, model.model_revision, find_base(model)
     if base is not None and _find_file(model, "tokenizer_config.json") is None:
         name, revision = base, "main"
+    if name:
+        check_config(str(name), revision)
     tokenizer: PreTrainedTokenizerBase = _load(
         AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code
     )
+    if not tokenizer.encode("a", add_special_tokens=False):  # transformers builds an empty one where there is no file
+        raise ModelError(
+            f"{name}: the tokenizer has no vocabulary",
+            expected="the files of a tokenizer (tokenizer.json, or those of its kind) beside the weights",
+            do="take the whole folder of the model",
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     # The model's own limit is checked by `find_max_length`; the tokenizer's would warn about prompts yet to be cut.
@@ -65,28 +84,44 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
 def _attach_adapter(policy: PreTrainedModel, model: ModelConfig) -> PeftModel:
     """The base with the adapter that the settings name. Raises: ModelError where it is damaged or does not fit."""
     name, revision = model.model_name_or_path, model.model_revision
-    if getattr(PeftConfig.from_pretrained(name, revision=revision), "megatron_config", None):
-        raise ModelError(  # PEFT would import the module that it names
-            f"the adapter {name} is for Megatron (megatron_config)",
-            expected="an adapter of a transformers model",
-            do="use another adapter, or remove megatron_config from its adapter_config.json",
-        )
+    check_weights_file(str(name), revision, (ADAPTER_FILE,))
     try:
         file = _find_file(model, ADAPTER_FILE)
         rows = None if file is None else _find_embedding_rows(policy, file)
         if rows is not None and rows != policy.get_input_embeddings().num_embeddings:
             # Tokens were added before the adapter was trained: it brings the embedding, the base only makes room.
             policy.resize_token_embeddings(rows, mean_resizing=False)
-        return PeftModel.from_pretrained(policy, name, revision=revision, is_trainable=True)
+        adapted = PeftModel.from_pretrained(policy, name, revision=revision, is_trainable=True)
+        _check_adapter_fits(adapted, file or str(name))
+        check_finite(f"the adapter {name}", adapted)
+        return adapted
     except SafetensorError as error:
         seen, do = f"cannot be read: {error}", "take another copy of it, or merge or evaluate an older checkpoint"
-    except RuntimeError as error:
-        if "size mismatch" not in str(error):
-            raise
+    except NOT_OF_THE_FILES:
+        raise
+    except Exception as error:  # of PEFT, for whatever in the files it did not expect
         first = re.search(r"size mismatch for .*", str(error))
-        seen = f"does not fit its base {policy.name_or_path}: {first[0] if first else error}"
+        seen = f"does not fit its base {policy.name_or_path}: {first[0] if first else ' '.join(str(error).split())}"
         do = "name the base that the adapter was trained on, in base_model_name_or_path of its adapter_config.json"
     raise ModelError(f"the adapter {name} {seen[:400]}", expected="a whole adapter, on the base it belongs to", do=do)
+
+
+def _check_adapter_fits(policy: PeftModel, file: str) -> None:
+    """Raises ModelError where the file lacks a tensor of the adapter, or has one that nothing on the base takes."""
+    with safe_open(file, framework="pt") as tensors:
+        held = set(tensors.keys())
+    # PEFT would ask the Hub whether the embedding belongs to the adapter; here the file itself says so.
+    wanted = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+    for names, what in (
+        (wanted - held, "lacks tensors of the adapter"),
+        (held - wanted - set(policy.state_dict()), "holds tensors that its base has no layer for"),
+    ):
+        if names:
+            raise ModelError(
+                f"{file} {what}: {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+                expected="the adapter of adapter_config.json, on the base it was trained on",
+                do="take another copy of the adapter, or correct base_model_name_or_path in adapter_config.json",
+            )
 
 
 def _find_embedding_rows(policy: PreTrainedModel, file: str) -> int | None:
@@ -120,14 +155,18 @@ def load_frozen(settings: Settings, name: str, tokenizer: PreTrainedTokenizerBas
 def find_base(model: ModelConfig) -> str | None:
     """The base model of the adapter that `--model_name_or_path` names; None where it names a whole model.
 
-    Raises: SettingsError for an adapter without `--use_peft`.
+    Raises:
+        SettingsError: an adapter without `--use_peft`.
+        ModelError: an adapter_config.json that describes no LoRA adapter.
     """
     name, revision = model.model_name_or_path, model.model_revision
     try:
-        if not name or find_adapter_config_file(name, revision=revision) is None:
-            return None
+        file = find_adapter_config_file(name, revision=revision) if name else None
     except OSError:  # no such model: said where it is loaded
         return None
+    if file is None:
+        return None
+    check_adapter_config(str(name), file)
     base = PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path
     if not model.use_peft:
         raise SettingsError(
@@ -206,16 +245,28 @@ def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
 
 def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedModel:
     model = settings.model
-    policy: PreTrainedModel = _load(
+    name = base or model.model_name_or_path
+    # The revision of an adapter on the Hub says nothing of its base; an adapter's folder has none of its own.
+    revision = "main" if base and not Path(str(model.model_name_or_path)).is_dir() else model.model_revision
+    if name:
+        check_weights_file(name, revision)
+        check_config(name, revision)
+        check_size(name, revision)
+    policy: PreTrainedModel
+    policy, info = _load(
         AutoModelForCausalLM,
-        base or model.model_name_or_path,
-        # The revision of an adapter on the Hub says nothing of its base; an adapter's folder has none of its own.
-        revision="main" if base and not Path(str(model.model_name_or_path)).is_dir() else model.model_revision,
+        name,
+        revision=revision,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # `check_loaded` names them
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         trust_remote_code=settings.training.trust_remote_code,
         quantization_config=get_quantization_config(model),
     )
+    check_loaded(str(name), info)
+    check_finite(str(name), policy)
     for module in policy.modules():
         # On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights in place when it evaluates (0.50.2), and a
         # repacked layer passes no gradient back: each rank that evaluated and did not save since would train wrongly.
@@ -237,7 +288,9 @@ def _load(kind: Any, name: str | None, **options: Any) -> Any:
     what = "tokenizer" if kind is AutoTokenizer else "model"
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except NOT_OF_THE_FILES:
+        raise
+    except Exception as error:  # of transformers or tokenizers, for whatever in the files they did not expect
         asked = options.get("attn_implementation")
         if asked is not None and re.search("attention|attn|flash", str(error), re.I):
             raise ModelError(

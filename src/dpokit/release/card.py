@@ -211,10 +211,10 @@ def _write(run: RunDir, text: str, drawings: Sequence[Drawing]) -> None:
         write_whole(run.card, text.encode(errors="replace"))
     except OSError as error:
         trouble = find_disk_trouble(error)
-        if trouble is None and not isinstance(error, FileExistsError):
+        if trouble is None:
             raise
         raise RunFolderError(
-            trouble.seen if trouble else f"a file is where a folder is needed ({error.filename})",
+            trouble.seen,
             expected="a run folder that a card and its pictures can be written to",
             do="give it room and leave to write, or copy the folder to where you may write",
         ) from None

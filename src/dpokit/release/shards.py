@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from dpokit.checkpoint.pickles import check_pickles
 from dpokit.checkpoint.store import Checkpoint, check_origin, find_checkpoints, look_at
 from dpokit.errors import ModelError, RunFolderError
-from dpokit.model.load import ADAPTER_FILE, build_peft_config, find_base, load_tokenizer
+from dpokit.model.check import ADAPTER_FILE
+from dpokit.model.load import build_peft_config, find_base, load_tokenizer
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import say
 from dpokit.settings import Settings

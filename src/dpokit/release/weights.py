@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from trl import get_quantization_config
 
 from dpokit.errors import ModelError
-from dpokit.model.load import ADAPTER_FILE, find_base, load_frozen, load_policy, name_model
+from dpokit.model.check import ADAPTER_FILE
+from dpokit.model.load import find_base, load_frozen, load_policy, name_model
 from dpokit.screen import say
 from dpokit.settings import Settings
 
@@ -51,31 +52,9 @@ def check_adapter_file(folder: Path) -> str:
     return digest
 
 
-def check_adapter_fits(policy: PeftModel, folder: Path) -> None:
-    """Raises ModelError where the file lacks a tensor of the adapter, or has one that nothing on the base takes."""
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as tensors:
-        held = set(tensors.keys())
-    # PEFT would ask the Hub whether the embedding belongs to the adapter; here the file itself says so.
-    wanted = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
-    for names, what in (
-        (wanted - held, "lacks tensors of the adapter"),
-        (held - wanted - set(policy.state_dict()), "holds tensors that its base has no layer for"),
-    ):
-        if names:
-            raise ModelError(
-                f"{folder / ADAPTER_FILE} {what}: {min(names)}"
-                + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-                expected="the adapter of adapter_config.json, on the base it was trained on",
-                do="take another copy of the adapter, or correct base_model_name_or_path in adapter_config.json",
-            )
-
-
 def load_trained(settings: Settings, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
     """The policy as it was trained, on the run's device: quantised where it was. Raises: ModelError."""
-    policy = load_frozen(settings, str(folder), tokenizer)
-    if isinstance(policy, PeftModel):
-        check_adapter_fits(policy, folder)
-    return policy
+    return load_frozen(settings, str(folder), tokenizer)
 
 
 def load_to_merge(
@@ -91,16 +70,8 @@ def load_to_merge(
     asked = name_model(settings, str(folder))
     asked.load_in_4bit = asked.load_in_8bit = False
     policy = load_policy(replace(settings, model=asked), tokenizer).requires_grad_(False)
-    if isinstance(policy, PeftModel):
-        check_adapter_fits(policy, folder)
-        if policy.active_peft_config.is_prompt_learning:
-            raise ModelError(
-                f"an adapter of kind {policy.active_peft_config.peft_type.value} adds tokens, not weights",
-                expected="an adapter that can be merged: LoRA, rsLoRA, DoRA",
-                do="publish the adapter as it is, beside its base",
-            )
-        if dequantised:
-            _take_dequantised(policy, settings, str(find_base(asked)), tokenizer)
+    if isinstance(policy, PeftModel) and dequantised:
+        _take_dequantised(policy, settings, str(find_base(asked)), tokenizer)
     return policy
 
 

@@ -223,7 +223,8 @@ def _duration(seconds: object) -> str | None:
 
 def _find_trouble(error: OSError) -> DpokitError | None:
     trouble = find_disk_trouble(error)
-    if trouble is None and not isinstance(error, FileExistsError | IsADirectoryError):
+    if trouble is None:
         return None
-    seen = trouble.seen if trouble else f"a file is where a folder is needed ({error.filename})"
-    return RunFolderError(seen, expected="a folder that a report can be written to", do="--output with another file")
+    return RunFolderError(
+        trouble.seen, expected="a folder that a report can be written to", do="--output with another file"
+    )

@@ -7,21 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from transformers.utils import cached_file
-from trl import ModelConfig
-
 from dpokit.data.formats import Messages, UnusableError
 from dpokit.data.tokens import Renderer
-from dpokit.errors import ModelError
 from dpokit.model.generate import stream_answer
-from dpokit.model.load import find_base, name_model
 from dpokit.model.score import PairScorer
 from dpokit.model.sides import Sides, find_names, find_run, load_sides, read_defaults
 from dpokit.rundir import RunDir
 from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.settings import load_settings
 
-SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 SHOW_SECONDS = 0.03  # between two looks at an answer on its way: each decodes it from its beginning
 
 
@@ -101,8 +95,6 @@ class LocalModels:
 
     def load(self) -> None:
         """Loads both. Raises: DpokitError."""
-        for name in self.names.values():
-            _check_safetensors(name_model(self.settings, name))
         sides = load_sides(self.settings, self.run, self._what, self._base)
         self.renderer = Renderer(sides.tokenizer)
         config = sides.tuned.config.get_text_config()
@@ -200,31 +192,3 @@ class LocalModels:
         rewards = float(self.settings.training.beta) * (tuned - base).double()[:, 0]
         found = {"tuned": float(rewards[0]), "base": float(rewards[1])}
         return found if all(map(math.isfinite, found.values())) else None
-
-
-def _check_safetensors(model: ModelConfig) -> None:
-    """Raises ModelError for weights in another form: loading a pickle runs what is written in it."""
-    base = find_base(model)
-    wanted = ("adapter_model.safetensors",) if base is not None else SAFETENSORS
-    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    name, revision = model.model_name_or_path, model.model_revision
-    try:
-        found = [cached_file(name, file, revision=revision, **quiet) for file in wanted]
-    except OSError as error:
-        raise ModelError(
-            f"{name}: there is no such model: {' '.join(str(error).split())[:300]}",
-            expected="a run's folder, a model's folder, or a Hub id that this machine can reach",
-            do="correct the name",
-        ) from error
-    if not any(found):
-        raise ModelError(
-            f"{name} has no weights as safetensors ({', '.join(wanted)}) that this machine can reach",
-            expected="safetensors: other forms can hold code, and what is served must not run any",
-            do="check the name; weights in another form are converted by loading and saving them with transformers",
-        )
-    if base is not None:
-        _check_safetensors(_whole(model, base))
-
-
-def _whole(model: ModelConfig, name: str) -> ModelConfig:
-    return ModelConfig(model_name_or_path=name, model_revision=model.model_revision, use_peft=True)

@@ -1,0 +1,99 @@
+"""The range of each numeric flag: a value outside of it is refused before anything is loaded. No torch.
+
+A number that stands nowhere here need only be finite.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dpokit.errors import SettingsError
+
+MOST_PROCESSES = 1024
+MOST_SEED = 2**32 - 1  # numpy's
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A range of numbers.
+
+    Attributes:
+        least, most: its ends.
+        without_least, without_most: whether an end is no member itself.
+        besides: a number outside that has a meaning of its own.
+        why: what the flag is, where its name does not say it.
+    """
+
+    least: float = -math.inf
+    most: float = math.inf
+    without_least: bool = False
+    without_most: bool = False
+    besides: float | None = None
+    why: str = ""
+
+    def holds(self, number: float) -> bool:
+        """Whether the number is finite and in the range."""
+        if number == self.besides:
+            return True
+        above = number > self.least if self.without_least else number >= self.least
+        below = number < self.most if self.without_most else number <= self.most
+        return math.isfinite(number) and above and below
+
+    def describe(self) -> str:
+        """The range in words."""
+        words = [] if self.least == -math.inf else [f"{'above' if self.without_least else 'at least'} {self.least:g}"]
+        words += [] if self.most == math.inf else [f"{'below' if self.without_most else 'at most'} {self.most:,g}"]
+        words = words or ["finite"]
+        also = "" if self.besides is None else f", or {self.besides:g}"
+        return f"a number {' and '.join(words)}{also}" + (f" ({self.why})" if self.why else "")
+
+
+ONE_OR_MORE, ZERO_OR_MORE, POSITIVE = Bound(1), Bound(0), Bound(0, without_least=True)
+SHARE, SHARE_BELOW_1 = Bound(0, 1), Bound(0, 1, without_most=True)
+SEED, PROCESSES = Bound(0, MOST_SEED), Bound(1, MOST_PROCESSES)
+
+BOUNDS: dict[str, Bound] = {
+    **dict.fromkeys(("max_train_samples", "max_eval_samples"), ONE_OR_MORE),
+    **dict.fromkeys(("max_prompt_length", "max_completion_length", "precompute_ref_batch_size"), ONE_OR_MORE),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), ONE_OR_MORE),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "ref_model_sync_steps"), ONE_OR_MORE),
+    **dict.fromkeys(("ddp_timeout", "ddp_bucket_cap_mb", "torch_empty_cache_steps"), ONE_OR_MORE),
+    "dataloader_prefetch_factor": ONE_OR_MORE,
+    "eval_fraction": Bound(0, 1, without_least=True, without_most=True),
+    "eval_answers": Bound(0, 10_000),
+    "max_length": Bound(2, why="a token of the prompt and one of the answer"),
+    "max_steps": Bound(1, besides=-1, why="-1 counts by epochs"),
+    **dict.fromkeys(("learning_rate", "beta", "discopop_tau", "num_train_epochs", "adam_epsilon"), POSITIVE),
+    **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), POSITIVE),
+    **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay"), ZERO_OR_MORE),
+    **dict.fromkeys(("save_before_seconds", "neftune_noise_alpha", "router_aux_loss_coef"), ZERO_OR_MORE),
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "label_smoothing_factor"), SHARE_BELOW_1),
+    "label_smoothing": Bound(0, 0.5, without_most=True, why="the share of pairs whose labels are wrong"),
+    **dict.fromkeys(("ld_alpha", "ref_model_mixup_alpha"), SHARE),
+    **dict.fromkeys(("seed", "data_seed"), SEED),
+    "dataset_num_proc": PROCESSES,
+    "dataloader_num_workers": Bound(0, MOST_PROCESSES),
+    "lora_r": Bound(1, 2**14),
+    "lora_alpha": ONE_OR_MORE,
+}
+
+
+def check_bounds(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raises SettingsError for a number out of its range.
+
+    Args:
+        values: settings by name, typed.
+        origins: where each was set.
+    """
+    for name, value in values.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            bound = BOUNDS.get(name, Bound())
+            if not bound.holds(number):
+                raise SettingsError(
+                    f"{origins.get(name, 'a default')}: {name} is {number}",
+                    expected=bound.describe(),
+                    do=f"correct --{name}, or leave it out",
+                )

@@ -1,0 +1,89 @@
+"""Models and adapters that are hostile or broken: one message each, in seconds, and nothing of theirs is run."""
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from broken_models import ADAPTERS, HARMLESS, MODELS
+from peft import LoraConfig, get_peft_model
+from test_cli import dpokit
+from transformers import AutoModelForCausalLM
+
+from dpokit.errors import ModelError
+from dpokit.model.load import load_policy, load_tokenizer
+from dpokit.settings import load_settings
+
+MOST_SECONDS = 20.0  # on two busy cores; no case takes a second by itself
+
+
+@pytest.fixture
+def model(tiny_gpt2, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_gpt2, tmp_path / "model"))
+
+
+@pytest.fixture
+def adapter(model, tmp_path) -> Path:
+    lora = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), lora).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def load(folder: Path) -> None:
+    """As every verb and every recipe does."""
+    given = {"model_name_or_path": str(folder), "use_peft": True, "use_cpu": True, "output_dir": str(folder / "run")}
+    settings = load_settings("test", given, [])
+    load_policy(settings, load_tokenizer(settings.model))
+
+
+def check_refused(folder: Path, words: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(ModelError) as refusal:
+        load(folder)
+    assert words in str(refusal.value)
+    assert time.monotonic() - began < MOST_SECONDS
+    assert not (folder.parent / "it-ran").exists()
+
+
+def test_whole_ones_load(model, adapter):
+    load(model)
+    load(adapter)
+
+
+@pytest.mark.parametrize("case", [case for case in MODELS if case not in HARMLESS])
+def test_a_model_that_cannot_be_right_is_refused(case, model):
+    change, words = MODELS[case]
+    change(model)
+    check_refused(model, words)
+
+
+@pytest.mark.parametrize("case", [case for case in ADAPTERS if case not in HARMLESS])
+def test_an_adapter_that_cannot_be_right_is_refused(case, adapter):
+    change, words = ADAPTERS[case]
+    change(adapter)
+    check_refused(adapter, words)
+
+
+@pytest.mark.parametrize("case", sorted(HARMLESS))
+def test_a_harmless_oddity_is_passed_over(case, model, adapter):
+    folder, (change, _) = (model, MODELS[case]) if case in MODELS else (adapter, ADAPTERS[case])
+    change(folder)
+    load(folder)
+
+
+@pytest.mark.parametrize("case", ["weights as a pickle", "a config of 100 TB", "a tensor is missing"])
+@pytest.mark.parametrize("verb", ["evaluate", "chat", "plan", "train"])
+def test_every_verb_ends_in_one_message(verb, case, model, pairs_file):
+    MODELS[case][0](model)
+    recipe = ["recipes/dpo_gpt2.py", "--model_name_or_path", str(model), "--dataset_name", str(pairs_file)]
+    words = {
+        "evaluate": ["evaluate", str(model), "--data", str(pairs_file)],
+        "chat": ["chat", str(model), "--prompt", "Hello"],
+        "plan": ["plan", *recipe, "--use_cpu"],
+        "train": ["prepare", *recipe, "--use_cpu", "--max_length", "64", "--precompute_ref_log_probs"],
+    }[verb]
+    done = dpokit(*words)
+    assert "Traceback" not in done.stderr
+    if verb != "plan":  # which reads the config alone
+        assert done.returncode == 2, done.stderr
+        assert MODELS[case][1] in done.stderr
