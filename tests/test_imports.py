@@ -20,20 +20,8 @@ FLOORS = [
     {"train", "evaluate", "release", "serve", "cluster", "record"},
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
-    {
-        "settings",
-        "agreement",
-        "flags",
-        "flag_bounds",
-        "rundir",
-        "world",
-        "peers",
-        "errors",
-        "screen",
-        "placement",
-        "losses",
-    }
-    | {"apikey", "credentials", "extensions"},
+    {"settings", "agreement", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
+    | {"apikey", "credentials", "extensions", "flag_bounds", "interpreter"},
 ]
 LIGHT = ("report", "release.card", "release.front_matter", "cluster", "figures", "data.formats", "data.toy", "rundir")
 LIGHT += ("errors", "losses", "apikey", "credentials", "checkpoint.store", "cli")

@@ -101,7 +101,9 @@ def read_program(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
     """(`-m`, `-c` or `file`; what it names; arguments) of a Python command; None for any other."""
     if not words or words[0] != sys.executable:
         return None
-    rest = list(words[2:] if words[1:2] == ["-u"] else words[1:])
+    rest = list(words[1:])
+    while rest[:1] in (["-u"], ["-P"]):
+        rest.pop(0)
     if len(rest) > 1 and rest[0] in ("-m", "-c"):
         return rest[0], rest[1], rest[2:]
     return ("file", rest[0], rest[1:]) if rest and not rest[0].startswith("-") else None
@@ -205,10 +207,12 @@ def become(request: Mapping[str, Any]) -> Never:
     start_nested_server(request["until_ready"])
     os.close(request["until_ready"])
     random.seed()
-    settle_streams(at_once="-u" in request["words"][1:2])
+    settle_streams(at_once="-u" in request["words"][1:3])
     kind, name, arguments = read_program(request["words"]) or ("", "", [])
     sys.argv = ["-c" if kind == "-c" else name, *arguments]
     sys.path[0] = {"file": str(Path(name).parent.absolute()), "-m": request["cwd"], "-c": ""}[kind]
+    if "-P" in request["words"][1:3]:
+        sys.path.pop(0)
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place and place not in sys.path]
     code: Any = 0

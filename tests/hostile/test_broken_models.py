@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 
 import pytest
-from broken_models import ADAPTERS, HARMLESS, MODELS
+import torch
+from broken_models import ADAPTERS, HARMLESS, MODELS, retensor
 from peft import LoraConfig, get_peft_model
 from test_cli import dpokit
 from transformers import AutoModelForCausalLM
@@ -29,10 +30,10 @@ def adapter(model, tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
-def load(folder: Path) -> None:
+def load(folder: Path, **more: object) -> None:
     """As every verb and every recipe does."""
     given = {"model_name_or_path": str(folder), "use_peft": True, "use_cpu": True, "output_dir": str(folder / "run")}
-    settings = load_settings("test", given, [])
+    settings = load_settings("test", given | more, [])
     load_policy(settings, load_tokenizer(settings.model))
 
 
@@ -48,6 +49,30 @@ def check_refused(folder: Path, words: str) -> None:
 def test_whole_ones_load(model, adapter):
     load(model)
     load(adapter)
+
+
+def as_first_published(tensors: dict) -> dict:
+    """GPT-2's weights as they lie on the Hub: without the name of the model inside, with the masks of its attention."""
+    found = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    for block in (0, 1):
+        found[f"h.{block}.attn.bias"] = torch.ones(1, 1, 256, 256).tril()
+        found[f"h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
+    return found
+
+
+def test_weights_as_they_were_first_published_load(model, tiny_qwen2, tmp_path):
+    retensor("model.safetensors", as_first_published)(model)
+    load(model)
+    other = Path(shutil.copytree(tiny_qwen2, tmp_path / "qwen2"))
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    retensor("model.safetensors", lambda tensors: tensors | frequencies)(other)
+    load(other)
+
+
+def test_tensors_that_do_not_match_are_passed_over_where_gates_warn(model, capfd):
+    MODELS["a value head"][0](model)
+    load(model, gates="warn")
+    assert "no place for: v_head.summary.weight" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("case", [case for case in MODELS if case not in HARMLESS])

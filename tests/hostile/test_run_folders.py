@@ -8,9 +8,10 @@ from conftest import ROOT
 from run_to_merge import build_base, build_run
 from test_cli import dpokit
 
-from dpokit.errors import RunFolderError, SettingsError
+from dpokit.errors import ReleaseError, RunFolderError, SettingsError
 from dpokit.flags import FlagParser
 from dpokit.model.load import load_policy
+from dpokit.release.after import run_commands
 from dpokit.rundir import RunDir
 from dpokit.settings import FROM_RUN, load_settings, read_asked
 
@@ -104,6 +105,17 @@ def test_code_is_run_where_the_command_line_trusts_it(verb, coded_run):
     done = dpokit(verb, str(run.path), "--trust_remote_code", "true")
     assert done.returncode == 0, done.stderr
     assert ran.exists()
+
+
+@pytest.mark.cold
+def test_a_verb_that_follows_training_imports_nothing_from_the_working_folder(tmp_path, monkeypatch, capfd):
+    for name in ("typer", "torch", "json", "dpokit"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ReleaseError):
+        run_commands([["merge", str(tmp_path / "no run")]])
+    assert "RunFolderError" in capfd.readouterr().err
+    assert not (tmp_path / "it-ran").exists()
 
 
 def test_an_adapter_that_names_a_module_is_refused(tiny_gpt2, plain_tokenizer, tmp_path):

@@ -5,10 +5,10 @@ DeepSpeed is asked through its own command line, so that it is imported nowhere 
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from dpokit.errors import RunFolderError
+from dpokit.interpreter import PYTHON
 from dpokit.screen import say
 
 
@@ -24,7 +24,7 @@ def convert_shards(checkpoint: Path) -> None:
     shutil.rmtree(universal, ignore_errors=True)
     say(f"converting {shards} for another number of processes")
     words = ["--input_folder", str(shards), "--output_folder", str(universal), "--inject_missing_state"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *words]
+    command = [*PYTHON, "-m", "deepspeed.checkpoint.ds_to_universal", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode or not marker.exists():
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.columns import FEATURES
 from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
+from dpokit.data.template_box import check_template
 from dpokit.errors import ModelError
 
 Ids = list[int]
@@ -73,6 +74,7 @@ class Renderer:
         self.lead: str = ""
         self.tail: str = self.eos
         if self.is_chat:
+            check_template(tokenizer)
             self.lead, self.tail = self._probe_template()
         self.spaces_alone = self._probe_spaces()
         self.fast = self._find_fast()

@@ -39,6 +39,10 @@ FEW_PARAMETERS = 10**9  # so many do no harm; what of them is missing is named w
 MOST_RANK, MOST_REPLICATED = 2**14, 10_000
 # A repeated group that repeats something itself takes time without end on a name that does not match.
 NESTED_REPETITION = re.compile(r"\([^()]*[+*][^()]*\)[+*{]")
+# Buffers that earlier versions of transformers saved and that no model needs any more.
+OLD_BUFFERS = re.compile(
+    r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.(inv_freq|(cos|sin)_cached)|position_ids)$"
+)
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -144,12 +148,13 @@ def check_loaded(name: str, info: Mapping[str, Any]) -> None:
     }
     for key, what in words.items():
         names = sorted(str(found[0] if isinstance(found, tuple) else found) for found in info.get(key) or ())
+        names = [found for found in names if key != "unexpected_keys" or not OLD_BUFFERS.search(found)]
         if names:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
             raise ModelError(
                 f"{name} {what}: {names[0]}{more}",
                 expected="weights and config.json of one model, whole",
-                do="take another copy of the model",
+                do="take another copy of the model; --gates warn goes on with this one",
             )
 
 

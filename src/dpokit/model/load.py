@@ -24,6 +24,7 @@ from dpokit.model.check import (
     check_size,
     check_weights_file,
 )
+from dpokit.screen import say
 from dpokit.settings import Settings
 
 # What loading may raise though the files are right.
@@ -265,7 +266,12 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
         trust_remote_code=settings.training.trust_remote_code,
         quantization_config=get_quantization_config(model),
     )
-    check_loaded(str(name), info)
+    try:
+        check_loaded(str(name), info)
+    except ModelError as error:
+        if settings.data.gates != "warn":
+            raise
+        say(f"gates: warn: {error.seen}")
     check_finite(str(name), policy)
     for module in policy.modules():
         # On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights in place when it evaluates (0.50.2), and a

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.errors import DpokitError, MachineError, SettingsError
+from dpokit.interpreter import PYTHON
 from dpokit.plan.plan import Plan
 from dpokit.plan.target import GIB
 from dpokit.screen import quiet_dependencies, say
@@ -53,7 +54,7 @@ def check_plan(plan: Plan) -> dict[str, Any]:
         Path(folder, "job.json").write_text(json.dumps(job))
         say(f"checking: {STEPS} real steps of the longest rows, in a process of their own")
         done = subprocess.run(
-            [sys.executable, "-m", "dpokit.plan.check", folder],
+            [*PYTHON, "-m", "dpokit.plan.check", folder],
             capture_output=True,
             text=True,
             check=False,

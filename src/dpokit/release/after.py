@@ -7,11 +7,11 @@ accelerate told it of other processes; a verb begins without both. And where one
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 
 from dpokit.data.sources import load_splits
 from dpokit.errors import DataError, ReleaseError, SettingsError
+from dpokit.interpreter import PYTHON
 from dpokit.model.load import find_base
 from dpokit.release.front_matter import check_licence, is_on_disk
 from dpokit.release.hub import Target, check_target
@@ -131,7 +131,7 @@ def run_commands(commands: Sequence[Sequence[str]], *, token: str | None = None)
     environment |= {"HF_TOKEN": token} if token else {}
     for place, words in enumerate(commands):
         say(f"\n$ dpokit {shlex.join(words)}")
-        done = subprocess.run([sys.executable, "-m", "dpokit.cli", *words], env=environment, stdin=subprocess.DEVNULL)
+        done = subprocess.run([*PYTHON, "-m", "dpokit.cli", *words], env=environment, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             rest = " && ".join(f"dpokit {shlex.join(command)}" for command in commands[place:])
             raise ReleaseError(

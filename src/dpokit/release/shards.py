@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from dpokit.checkpoint.pickles import check_pickles
 from dpokit.checkpoint.store import Checkpoint, check_origin, find_checkpoints, look_at
 from dpokit.errors import ModelError, RunFolderError
+from dpokit.interpreter import PYTHON
 from dpokit.model.check import ADAPTER_FILE
 from dpokit.model.load import build_peft_config, find_base, load_tokenizer
 from dpokit.rundir import RunDir, write_json
@@ -156,7 +156,7 @@ def _has_weights(folder: Path) -> bool:
 
 def _gather_zero(folder: Path, room: Path) -> None:
     """By DeepSpeed's own program, so that it is imported nowhere here; it cannot write tied weights as safetensors."""
-    command = [sys.executable, "-m", "deepspeed.utils.zero_to_fp32", str(folder), str(room)]
+    command = [*PYTHON, "-m", "deepspeed.utils.zero_to_fp32", str(folder), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     written = sorted(room.glob("pytorch_model*.bin"))
     if done.returncode or not written:

@@ -10,7 +10,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import yaml
 
 from dpokit import errors
 from dpokit.checkpoint.preempt import choose_signals
+from dpokit.interpreter import PYTHON
 from dpokit.report.read import finite, is_lower_better
 from dpokit.rundir import RunDir
 from dpokit.sweep.space import Space
@@ -69,7 +69,7 @@ class TrialRun:
         """What trains it, the same at every start."""
         placement = [] if config_file is None else ["--config_file", str(config_file), *_find_port_words(config_file)]
         flags = ["--config", str(self.settings_file), "--output_dir", str(self.run.path), "--run_group", group]
-        return [sys.executable, "-m", "accelerate.commands.launch", *placement, str(recipe), *flags]
+        return [*PYTHON, "-m", "accelerate.commands.launch", *placement, str(recipe), *flags]
 
     def start(self, command: list[str], environment: Mapping[str, str]) -> None:
         """Starts it in a session of its own; its words go to its log."""

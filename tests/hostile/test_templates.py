@@ -1,0 +1,78 @@
+"""Chat templates that a model may bring: programs in Jinja that have no end, fail, or want out of their box."""
+
+import time
+
+import pytest
+
+from dpokit.data import template_box
+from dpokit.data.tokens import Renderer
+from dpokit.errors import ModelError
+
+ROUNDS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc")
+LOOP = ROUNDS + "{% endfor %}" * 3
+# A template, and a word of the message.
+TEMPLATES = {
+    "loops without end": (LOOP, "takes more than 3 s"),
+    "a loop without end for one kind of turn": (
+        "{% if messages[0].role == 'system' %}" + LOOP + "{% endif %}x",
+        "takes more",
+    ),
+    "a loop over a text without end": ("{% for a in 'x' * 999999999999 %}{% endfor %}", "takes more than 1 GiB"),
+    "gigabytes at once": ("{{ 'x' * 4000000000 }}", "takes more than 1 GiB"),
+    "gigabytes by parts": ("{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "takes more than 1 GiB"),
+    "gigabytes by a filter": ("{{ 'x'|center(4000000000) }}", "takes more than 1 GiB"),
+    "gigabytes by a format": ("{{ '%4000000000d' % 1 }}", "takes more than 1 GiB"),
+    "a long text": ("{{ 'x' * 1000000 }}", "makes a text of 1,000,000 letters"),
+    "doubled again and again": (
+        "{% set n = namespace(t='x') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}",
+        "takes more than 1 GiB",
+    ),
+    "a macro that calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+    "a recursive loop": ("{% for x in [messages] recursive %}{{ loop([messages]) }}{% endfor %}", "RecursionError"),
+    "a class of Python's": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    "a function's globals": ("{{ raise_exception.__globals__ }}", "leaves the assistant's answer out"),
+    "a class by a filter": ("{{ (''|attr('__class__')).x }}", "cannot be rendered: "),
+    "a list that is changed": ("{{ messages.append(1) }}", "SecurityError"),
+    "an import": ("{% import 'os' as os %}{{ os.system('true') }}", "cannot be rendered: "),
+    "an include": ("{% include '/etc/passwd' %}", "cannot be rendered: "),
+    "a base": ("{% extends '/etc/passwd' %}", "cannot be rendered: "),
+    "a tag that is none": ("{% own %}", "TemplateSyntaxError"),
+    "half a tag": ("{% if", "TemplateSyntaxError"),
+    "a filter that is none": ("{{ messages|own }}", "cannot be rendered: "),
+    "a name that is none": ("{{ own.x.y }}", "UndefinedError"),
+    "a division by nothing": ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    "a range without end": ("{% for a in range(999999999999) %}{% endfor %}", "OverflowError"),
+    "a refusal of every question": ("{{ raise_exception('no') }}", "no"),
+    "types that do not add": ("{{ 'x' + 1 }}", "TypeError"),
+    "an answer that is left out": ("{{ messages[0].content }}", "leaves the assistant's answer out"),
+}
+MOST_SECONDS = 25.0
+
+
+@pytest.mark.parametrize("case", TEMPLATES)
+def test_a_hostile_template_is_one_message(case, chat_tokenizer, monkeypatch):
+    template, words = TEMPLATES[case]
+    monkeypatch.setattr(chat_tokenizer, "chat_template", template)
+    began = time.monotonic()
+    with pytest.raises(ModelError) as refusal:
+        Renderer(chat_tokenizer)
+    assert words in str(refusal.value)
+    assert "the chat template" in refusal.value.seen
+    assert time.monotonic() - began < MOST_SECONDS
+
+
+def test_an_honest_template_renders(chat_tokenizer):
+    assert Renderer(chat_tokenizer).tail == "<|im_end|>"
+
+
+def test_a_template_may_refuse_a_system_turn(chat_tokenizer, monkeypatch):
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    monkeypatch.setattr(chat_tokenizer, "chat_template", strict + chat_tokenizer.chat_template)
+    assert Renderer(chat_tokenizer).tail == "<|im_end|>"
+
+
+def test_a_child_that_stands_still_says_nothing(chat_tokenizer, monkeypatch):
+    """It may wait for a lock that this process held when it was forked: no fault of the template."""
+    monkeypatch.setattr(template_box, "WAIT_SECONDS", 0.2)
+    monkeypatch.setattr(type(chat_tokenizer), "apply_chat_template", lambda *_, **__: time.sleep(60))
+    template_box.check_template(chat_tokenizer)
