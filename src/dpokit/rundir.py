@@ -14,6 +14,14 @@ from typing import Any
 
 from dpokit.errors import RunFolderError
 
+# What run.json holds, by its types; more is passed over.
+RECORD: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("recipe", "state", "why", "error", "placement", "model_fingerprint"), (str, type(None))),
+    **dict.fromkeys(("settings", "versions", "machine"), (dict,)),
+    **dict.fromkeys(("generations", "accepted_changes", "local"), (list,)),
+    "world_size": (int,),
+    "best": (dict, type(None)),
+}
 CARD_MARK = "made by dpokit card"  # in the head of a model card of ours and of each of its pictures
 
 
@@ -126,11 +134,11 @@ class RunDir:
             record = json.loads(self.run_json.read_text())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             record = error
-        if not isinstance(record, dict):
+        if (trouble := _find_record_trouble(record)) is not None:
             raise RunFolderError(
-                f"{self.run_json} is damaged ({record if isinstance(record, ValueError) else 'not a mapping'})",
+                f"{self.run_json} is damaged ({trouble})",
                 expected="the record that a run keeps of itself",
                 do="--overwrite_run true to begin anew here, or another --output_dir",
             )
@@ -170,6 +178,22 @@ class RunDir:
                 expected="one start of a run at a time",
                 do="nothing, if the job was requeued; else stop the other one",
             )
+
+
+def _find_record_trouble(record: object) -> str | None:
+    """Why a record is none that a run writes; None where it is one."""
+    if isinstance(record, Exception):
+        return str(record)
+    if not isinstance(record, dict):
+        return "not a mapping"
+    for name, types in RECORD.items():
+        if name in record and not isinstance(record[name], types):
+            return f"{name} is a {type(record[name]).__name__}"
+    starts = record.get("generations") or []
+    settings = record.get("settings") or {}
+    if not all(isinstance(one, dict) for one in (*starts, *settings.values())):
+        return "a start of the run, or a setting, is not a mapping"
+    return None
 
 
 def is_of_card(path: Path) -> bool:
@@ -314,9 +338,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            break
+        records.append(record)
     return records
 
 

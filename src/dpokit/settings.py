@@ -19,7 +19,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from dpokit.agreement import check_adapter, check_agreement, check_honoured, check_secrets
 from dpokit.credentials import HIDDEN, SECRET_SETTING
-from dpokit.errors import DpokitError, MachineError, RunFolderError, SettingsError
+from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.extensions import pass_dead_locks
 from dpokit.flag_bounds import check_bounds
 from dpokit.flags import KINDS, DataArguments, FlagParser, split_kind
@@ -145,20 +145,11 @@ def read_asked(record: Mapping[str, Any]) -> dict[str, Any]:
     The record is a stranger's: it grants no trust. With them, this machine's device and no tracker.
 
     Args:
-        record: run.json; {} where there is no run.
-
-    Raises: RunFolderError where the record's settings are not what a run writes.
+        record: `RunDir.read_run`; {} where there is no run.
     """
-    settings = record.get("settings", {})
-    if not isinstance(settings, Mapping) or not all(isinstance(entry, Mapping) for entry in settings.values()):
-        raise RunFolderError(
-            "the settings in run.json are damaged",
-            expected="{name: {value, origin}}",
-            do="take another copy of the run",
-        )
     asked = {
         name: entry.get("value")
-        for name, entry in settings.items()
+        for name, entry in record.get("settings", {}).items()
         if name in FROM_RUN and entry.get("origin") not in ("default", "this machine")
     }
     if not PLAIN_NAME.fullmatch(str(asked.get("attn_implementation"))):

@@ -41,6 +41,20 @@ CONTENT = {
     "model.safetensors": b"weights" * 100,
     "optimizer.pt": pickled({"moments": [0.5] * 20}),
     "global_step4/rank_0.pt": pickled({"shard": 1.0}),
+    "scheduler.pt": pickled({"last_epoch": 4}),
+    "rng_state.pth": pickled({"python": (3, (1, 2), None)}),
+    "progress_0.json": json.dumps(
+        {
+            "loss": 0.0,
+            "tokens": 9.0,
+            "logged_loss": 0.5,
+            "logged_step": 4,
+            "first_step": 0,
+            "sums": {},
+            "last_update": {},
+        }
+        | {"log_due": False, "evaluation_due": False, "working_seconds": None}
+    ).encode(),
 }
 
 
@@ -57,6 +71,7 @@ def write(run: RunDir, step: int, **facts: object) -> Path:
     for name, content in CONTENT.items():
         (part / name).parent.mkdir(parents=True, exist_ok=True)
         (part / name).write_bytes(content)
+    (part / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 9, "log_history": []}))
     return seal(run, step, describe_files(part, list_files(part)), FACTS | facts)
 
 
@@ -64,7 +79,7 @@ def test_what_was_sealed_is_whole(run):
     path = write(run, 4)
     found = look_at(path, deep=True)
     assert (found.step, found.trouble) == (4, None)
-    assert sorted(found.manifest["files"]) == sorted(CONTENT)
+    assert sorted(found.manifest["files"]) == sorted([*CONTENT, "trainer_state.json"])
     assert not find_part(run, 4).exists()
 
 
@@ -282,3 +297,68 @@ def test_verify_ends_with_1_where_nothing_can_be_used_and_with_2_where_there_is_
 def test_verify_needs_no_torch():
     code = "import sys, dpokit.checkpoint.store; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+# -- edited by hand, and sealed anew -----------------------------------------------------------------------------------
+
+
+def reseal(path: Path, **facts: object) -> None:
+    (path / "manifest.json").unlink()
+    write_manifest(path, 4, describe_files(path, list_files(path)), FACTS | facts)
+
+
+LOST = {
+    "trainer_state.json": "it has no trainer state",
+    "scheduler.pt": "it has no learning rate schedule",
+    "optimizer.pt": "it has no optimizer",
+    "rng_state.pth": "it has no random state of rank 0",
+    "progress_0.json": "it has no progress of rank 0",
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_state_that_the_manifest_itself_lacks_is_missed(name, run):
+    path = write(run, 4)
+    (path / name).unlink()
+    reseal(path)
+    assert LOST[name] in look_at(path, deep=True).trouble
+    reseal(path, weights_alone="it holds weights alone")
+    assert look_at(path, deep=True).is_whole
+
+
+def test_the_state_of_every_rank_is_missed(run):
+    path = write(run, 4)
+    reseal(path, world_size=2)
+    assert "it has no progress of rank 1" in look_at(path, deep=True).trouble
+
+
+PROGRESS = json.loads(CONTENT["progress_0.json"])
+STATE = {"global_step": 4, "max_steps": 9, "log_history": []}
+TYPES = [("progress_0.json", key, value) for key in PROGRESS for value in ("x", [1], {"x": 1})]
+TYPES += [("trainer_state.json", key, value) for key in STATE for value in ("x", {"x": 1}, None)]
+TYPES = [one for one in TYPES if not isinstance(one[2], dict) or one[1] not in ("sums", "last_update")]
+
+
+@pytest.mark.parametrize(("name", "key", "value"), TYPES)
+def test_values_of_wrong_types_are_no_state(name, key, value, run):
+    path = write(run, 4)
+    values = json.loads((path / name).read_text())
+    (path / name).write_text(json.dumps(values | {key: value}))
+    reseal(path)
+    assert f"{name} has no {key} of a kind that a run writes" in look_at(path, deep=True).trouble
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000])
+@pytest.mark.parametrize("name", ["progress_0.json", "trainer_state.json"])
+def test_a_file_of_state_that_is_none_is_missed(name, content, run):
+    path = write(run, 4)
+    (path / name).write_text(content)
+    reseal(path)
+    assert look_at(path, deep=True).trouble.startswith(f"{name} ")
+
+
+def test_a_state_of_another_step_is_missed(run):
+    path = write(run, 4)
+    (path / "trainer_state.json").write_text(json.dumps(STATE | {"global_step": 3}))
+    reseal(path)
+    assert look_at(path, deep=True).trouble == "trainer_state.json is of step 3"

@@ -8,11 +8,14 @@ from conftest import ROOT
 from run_to_merge import build_base, build_run
 from test_cli import dpokit
 
+from dpokit.cluster.status import read_status
 from dpokit.errors import ReleaseError, RunFolderError, SettingsError
 from dpokit.flags import FlagParser
 from dpokit.model.load import load_policy
+from dpokit.model.sides import find_run
 from dpokit.release.after import run_commands
-from dpokit.rundir import RunDir
+from dpokit.release.merge import merge_run
+from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings import FROM_RUN, load_settings, read_asked
 
 # What a stranger's run.json might ask of this machine.
@@ -61,10 +64,51 @@ def test_every_flag_is_either_described_by_a_run_or_left_to_this_command_line():
     assert not {name for name in FROM_RUN if "trust" in name or "hub" in name or "dir" in name or "num_proc" in name}
 
 
-@pytest.mark.parametrize("settings", ["", [], {"beta": 0.1}, {"beta": ["x"]}, 3])
-def test_settings_of_wrong_types_are_one_message(settings):
-    with pytest.raises(RunFolderError, match=r"the settings in run\.json are damaged"):
-        read_asked({"settings": settings})
+DAMAGED = {
+    "no JSON": "{",
+    "a list": "[]",
+    "a number": "3",
+    "nested without end": "[" * 100_000,
+    **{
+        f"{name} {value!r}": json.dumps({"state": "finished", name: value})
+        for name, values in {
+            "settings": ("x", [], 3, {"beta": 0.1}, {"beta": ["x"]}, {"beta": None}),
+            "generations": ("x", {}, 3, ["x"], [None]),
+            "state": ([], {}, 3, True),
+            "why": ([], 3),
+            "recipe": ([], 3),
+            "world_size": ("x", None, []),
+            "best": ("x", 3, []),
+            "versions": ("x", []),
+        }.items()
+        for value in values
+    },
+}
+READERS = {
+    "status": lambda run: read_status(run),
+    "merge": lambda run: merge_run(run),
+    "evaluate": lambda run: find_run(str(run.path)),
+    "resume": lambda run: run.take_possession(0),
+    "write": lambda run: run.write_run(state="failed"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+@pytest.mark.parametrize("reader", READERS)
+def test_a_damaged_record_is_one_message(reader, case, tmp_path):
+    run = RunDir(tmp_path)
+    run.run_json.write_text(DAMAGED[case])
+    with pytest.raises(RunFolderError, match=r"run\.json is damaged"):
+        READERS[reader](run)
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "[]", '"x"', "{}", '{"step": "x"}', '{"step": null}', '{"step": true}', "{", "[" * 10**5]
+)
+def test_a_bad_line_of_the_metrics_is_where_they_end(line, tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1, "loss": 0.5}}\n{line}\n{{"step": 3, "loss": 0.5}}\n')
+    assert [record["step"] for record in read_metrics(file)] == [1]
 
 
 @pytest.fixture

@@ -164,6 +164,13 @@ def describe_identity(
 def _match(checkpoint: Checkpoint, settings: Settings, *, world_size: int, placement: str) -> Start:
     manifest = checkpoint.manifest or {}
     then, training = manifest["settings"], settings.training
+    missing = sorted({*OTHERS} - {*then}) if isinstance(then, dict) else list(OTHERS)
+    if missing:
+        raise RunFolderError(
+            f"{checkpoint.path}: the settings in its manifest lack {', '.join(missing)}",
+            expected="the settings that its run began with",
+            do="take another copy of the checkpoint, or delete it: an older one is taken then",
+        )
     start = Start("", checkpoint.path, manifest)
     _check_placement(checkpoint, placement)
     start.universal = manifest["world_size"] != world_size and manifest["placement"].startswith("ZeRO")

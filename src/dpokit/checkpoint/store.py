@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +26,16 @@ FORMAT = 1  # of the manifest; a folder of a later one is left alone
 MANIFEST = "manifest.json"
 REPLACED = ".replaced"
 Files = dict[str, dict[str, Any]]
+NUMBER = (int, float)
+# What a resume reads in these files, by its types.
+TRAINER_STATE: dict[str, tuple[type, ...]] = {"global_step": (int,), "max_steps": (int,), "log_history": (list,)}
+PROGRESS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("loss", "tokens", "logged_loss"), NUMBER),
+    **dict.fromkeys(("logged_step", "first_step"), (int,)),
+    **dict.fromkeys(("sums", "last_update"), (dict,)),
+    **dict.fromkeys(("log_due", "evaluation_due"), (bool,)),
+    "working_seconds": (*NUMBER, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -97,7 +108,46 @@ def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: b
     if deep and (hostile := find_pickle_trouble(path)) is not None:
         return f"it must not be loaded: {hostile}"
     weights_alone: str | None = manifest.get("weights_alone")
-    return weights_alone
+    return _find_missing_state(path, step, manifest) if deep and weights_alone is None else weights_alone
+
+
+def _find_missing_state(path: Path, step: int, manifest: Mapping[str, Any]) -> str | None:
+    """What of a run's state neither the manifest nor the folder has: a resume would begin it anew without a word."""
+    names, ranks = list(manifest["files"]), range(int(manifest["world_size"]))
+    random_state = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    needed = {
+        "trainer state": ["trainer_state.json"],
+        "learning rate schedule": ["scheduler.pt"],
+        "optimizer": ["optimizer.pt", "optimizer_*/.metadata", "global_step*/*_optim_states.pt"],
+        **{
+            f"random state of rank {rank}": [name, "rng_state.pth"]
+            for rank, name in zip(ranks, random_state, strict=True)
+        },
+        **{f"progress of rank {rank}": [f"progress_{rank}.json"] for rank in ranks},
+    }
+    for what, patterns in needed.items():
+        if not any(fnmatch(name, pattern) for pattern in patterns for name in names):
+            return f"it has no {what} ({patterns[0]})"
+    for name, known in {
+        "trainer_state.json": TRAINER_STATE,
+        **{f"progress_{rank}.json": PROGRESS for rank in ranks},
+    }.items():
+        if (trouble := _find_type_trouble(path / name, known)) is not None:
+            return f"{name} {trouble}"
+    reached = json.loads((path / "trainer_state.json").read_text())["global_step"]
+    return None if reached == step else f"trainer_state.json is of step {reached}"
+
+
+def _find_type_trouble(file: Path, known: Mapping[str, tuple[type, ...]]) -> str | None:
+    try:
+        values = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        return f"cannot be read ({type(error).__name__})"
+    for name, types in known.items():
+        value = values.get(name) if isinstance(values, dict) else None
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            return f"has no {name} of a kind that a run writes"
+    return None
 
 
 def _is_inside(name: str) -> bool:

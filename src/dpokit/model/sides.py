@@ -63,7 +63,7 @@ def find_run(what: str) -> tuple[RunDir | None, dict[str, Any]]:
             )
         return None, {}
     run.check_links()
-    if "settings" not in record:
+    if not record.get("settings"):
         raise RunFolderError(
             f"{run.run_json} has no settings: the run ended before it began",
             expected="a run with weights",

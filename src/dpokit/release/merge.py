@@ -79,7 +79,7 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
         _check_options(settings, options)
         fingerprint = _check_base(run, record, settings, accept=options.accept_drift)
         with new_folder(run.merged) as part:
-            base_then = record["settings"]["model_name_or_path"]["value"]
+            base_then = record["settings"].get("model_name_or_path", {}).get("value")
             made = _fill(part, run, settings, options, base_then=base_then)
             made["model_fingerprint"] = fingerprint
             made["files"] = describe_files(part, list_files(part))
@@ -162,7 +162,7 @@ def _describe_base(settings: Settings, base: str | None) -> dict[str, Any]:
 
 def _check_run(run: RunDir) -> dict[str, Any]:
     record = run.read_run()
-    if record is None or "settings" not in record:
+    if record is None or not record.get("settings"):
         raise RunFolderError(
             f"{run.path} holds no run: {'no run.json' if record is None else 'its run.json has no settings'}",
             expected="the --output_dir of a run that was trained",
