@@ -124,7 +124,7 @@ def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(run):
     assert look_at(path.rename(run.path / "checkpoint-6"), deep=False).trouble == "its manifest is that of step 4"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "files": 3}', '{"files": {}}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "files": 3}', '{"files": {}}', "[" * 10**5])
 def test_a_manifest_that_cannot_be_read_is_trouble_and_no_crash(run, content):
     path = write(run, 4)
     (path / "manifest.json").write_text(content)
@@ -326,10 +326,17 @@ def test_state_that_the_manifest_itself_lacks_is_missed(name, run):
     assert look_at(path, deep=True).is_whole
 
 
+@pytest.mark.parametrize("processes", [0, -1, 10**9, "2", None, 1.0, True])
+def test_a_number_of_processes_that_cannot_be_is_trouble(processes, run):
+    path = write(run, 4)
+    reseal(path, world_size=processes)
+    assert look_at(path, deep=True).trouble == f"its manifest is of {processes} processes"
+
+
 def test_the_state_of_every_rank_is_missed(run):
     path = write(run, 4)
     reseal(path, world_size=2)
-    assert "it has no progress of rank 1" in look_at(path, deep=True).trouble
+    assert "it has no random state of rank 0 (rng_state_0.pth)" in look_at(path, deep=True).trouble
 
 
 PROGRESS = json.loads(CONTENT["progress_0.json"])

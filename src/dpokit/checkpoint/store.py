@@ -26,9 +26,14 @@ FORMAT = 1  # of the manifest; a folder of a later one is left alone
 MANIFEST = "manifest.json"
 REPLACED = ".replaced"
 Files = dict[str, dict[str, Any]]
+MOST_PROCESSES = 100_000
 NUMBER = (int, float)
 # What a resume reads in these files, by its types.
-TRAINER_STATE: dict[str, tuple[type, ...]] = {"global_step": (int,), "max_steps": (int,), "log_history": (list,)}
+TRAINER_STATE: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("global_step", "max_steps"), (int,)),
+    "log_history": (list,),
+    "best_global_step": (int, type(None)),
+}
 PROGRESS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("loss", "tokens", "logged_loss"), NUMBER),
     **dict.fromkeys(("logged_step", "first_step"), (int,)),
@@ -80,7 +85,7 @@ def look_at(path: Path, *, deep: bool) -> Checkpoint:
         return Checkpoint(path, step, None, "it has no manifest: it was not finished, or not written by dpokit")
     except OSError as error:
         return Checkpoint(path, step, None, f"it cannot be read ({error.strerror})", is_unreadable=True)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Checkpoint(path, step, None, f"its manifest cannot be read ({type(error).__name__})")
     return Checkpoint(path, step, manifest, trouble)
 
@@ -113,25 +118,23 @@ def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: b
 
 def _find_missing_state(path: Path, step: int, manifest: Mapping[str, Any]) -> str | None:
     """What of a run's state neither the manifest nor the folder has: a resume would begin it anew without a word."""
-    names, ranks = list(manifest["files"]), range(int(manifest["world_size"]))
-    random_state = ["rng_state.pth"] if len(ranks) == 1 else [f"rng_state_{rank}.pth" for rank in ranks]
+    names, processes = list(manifest["files"]), manifest["world_size"]
+    if type(processes) is not int or not 1 <= processes <= MOST_PROCESSES:
+        return f"its manifest is of {processes} processes"
+    random_state = "rng_state.pth" if processes == 1 else "rng_state_{}.pth"
     needed = {
         "trainer state": ["trainer_state.json"],
         "learning rate schedule": ["scheduler.pt"],
         "optimizer": ["optimizer.pt", "optimizer_*/.metadata", "global_step*/*_optim_states.pt"],
-        **{
-            f"random state of rank {rank}": [name, "rng_state.pth"]
-            for rank, name in zip(ranks, random_state, strict=True)
-        },
-        **{f"progress of rank {rank}": [f"progress_{rank}.json"] for rank in ranks},
+        **{f"random state of rank {rank}": [random_state.format(rank)] for rank in range(processes)},
+        **{f"progress of rank {rank}": [f"progress_{rank}.json"] for rank in range(processes)},
     }
     for what, patterns in needed.items():
         if not any(fnmatch(name, pattern) for pattern in patterns for name in names):
             return f"it has no {what} ({patterns[0]})"
-    for name, known in {
-        "trainer_state.json": TRAINER_STATE,
-        **{f"progress_{rank}.json": PROGRESS for rank in ranks},
-    }.items():
+    typed = {"trainer_state.json": TRAINER_STATE}
+    typed |= {f"progress_{rank}.json": PROGRESS for rank in range(processes)}
+    for name, known in typed.items():
         if (trouble := _find_type_trouble(path / name, known)) is not None:
             return f"{name} {trouble}"
     reached = json.loads((path / "trainer_state.json").read_text())["global_step"]
@@ -177,12 +180,12 @@ def check_origin(folder: Path, *, trusted: bool) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         is_ours = is_signed_here(_digest_unsigned(manifest), manifest.get("signature"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         is_ours = False
     if not is_ours:
         raise RunFolderError(
             f"{folder} holds pickles, and no signature by the key in {find_key_file()}: another user or machine wrote "
-            "it, or dpokit 0.1",
+            "it, or an earlier version of dpokit",
             expected="a checkpoint that you wrote here, or one that you trust as you trust a program",
             do="--trust_checkpoint true loads it; machines that share a folder DPOKIT_STATE share the key",
         )
