@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from broken_models import ADAPTERS, HARMLESS, MODELS, retensor
+from broken_models import ADAPTERS, HARMLESS, MODELS, edit, retensor
 from peft import LoraConfig, get_peft_model
 from test_cli import dpokit
 from transformers import AutoModelForCausalLM
 
 from dpokit.errors import ModelError
+from dpokit.model.check import check_config
 from dpokit.model.load import load_policy, load_tokenizer
 from dpokit.settings import load_settings
 
@@ -67,6 +68,14 @@ def test_weights_as_they_were_first_published_load(model, tiny_qwen2, tmp_path):
     frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     retensor("model.safetensors", lambda tensors: tensors | frequencies)(other)
     load(other)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_experts": 0}, {"intermediate_size": [64, 64]}, {"num_key_value_heads": None}], ids=str
+)
+def test_numbers_that_real_configs_hold_are_within_bounds(changes, model):
+    edit("config.json", **changes)(model)
+    check_config(str(model), None)
 
 
 def test_tensors_that_do_not_match_are_passed_over_where_gates_warn(model, capfd):

@@ -24,12 +24,15 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
 # The largest numbers that a config may hold, by the names that models give them; far above any model there is.
+LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+OF_EXPERTS = (*EXPERTS, "moe_intermediate_size")  # 0 in a model without any
 BOUNDS = {
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 10_000),
+    **dict.fromkeys(LAYERS, 10_000),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 2**20),
     **dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size"), 2**24),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads", "head_dim"), 2**16),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 2**16),
+    **dict.fromkeys(EXPERTS, 2**16),
     **dict.fromkeys(("vocab_size",), 2**28),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 2**31),
 }
@@ -102,14 +105,18 @@ def _check_bounds(name: str, described: Mapping[str, Any]) -> None:
         value = described.get(key)
         if value is None:  # the class's own
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise _bad_config(name, f"{key} is {str(value)[:60]}, not a whole number from 1 to {most:,}")
-    layers = max((described.get(key) or 1 for key in ("num_hidden_layers", "n_layer", "num_layers")), default=1)
-    experts = max(
-        (described.get(key) or 1 for key in ("num_experts", "num_local_experts", "n_routed_experts")), default=1
-    )
+        least = 0 if key in OF_EXPERTS else 1
+        # A size may differ from layer to layer.
+        for number in value if isinstance(value, list) and value and key not in LAYERS else [value]:
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
+                raise _bad_config(name, f"{key} is {str(number)[:60]}, not a whole number from {least} to {most:,}")
+    layers, experts = (max(_largest(described.get(key)) for key in keys) for keys in (LAYERS, EXPERTS))
     if layers * experts > MOST_BLOCKS:
         raise _bad_config(name, f"{layers:,} layers of {experts:,} experts")
+
+
+def _largest(value: Any) -> int:
+    return int(max(value) if isinstance(value, list) else value or 1)
 
 
 def check_size(name: str, revision: str | None) -> None:
@@ -128,6 +135,8 @@ def check_size(name: str, revision: str | None) -> None:
     try:
         with torch.device("meta"):
             parameters = sum(weight.numel() for weight in kind(config).parameters())
+    except ImportError:
+        return  # of an attention that is not installed: loading it says so
     except Exception as error:  # a constructor may fail in any way on values that it does not check
         raise _bad_config(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if parameters > max(MOST_PARAMETERS_A_BYTE * weights, FEW_PARAMETERS):
