@@ -15,6 +15,8 @@ All of them end a run with exit code 2 and one message on rank 0; anything else 
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -109,3 +111,16 @@ def find_disk_trouble(error: BaseException) -> RunFolderError | None:
             return RunFolderError(f"{trouble}{where}", expected="a folder this run can write to", do=remedy)
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+@contextmanager
+def path_errors() -> Iterator[None]:
+    """Turns a path that no file can have into the user's message: a verb was given it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR):
+            raise
+        raise RunFolderError(
+            f"{str(error.filename)[:80]}: {error.strerror}", expected="the path of a file or a folder", do="correct it"
+        ) from error

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpokit.errors import DpokitError
+from dpokit.errors import DpokitError, path_errors
 
 # By default Python's garbage collector runs every 700 new objects, which is a fifth of the time that imports take.
 GC_THRESHOLD = 100_000
@@ -34,7 +34,8 @@ def main(recipe: str, defaults: Mapping[str, Any]) -> None:
 def user_errors() -> Iterator[None]:
     """Turns an error that the user can correct into one message, shown by one rank, and exit code 2."""
     try:
-        yield
+        with path_errors():
+            yield
     except DpokitError as error:
         from dpokit.peers import speaks_for_all
 

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+import typer
 from conftest import write_pairs
+from test_cli import dpokit
 
+from dpokit.cli import app
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.flag_bounds import BOUNDS
 from dpokit.flags import KINDS, FlagParser
@@ -138,3 +141,37 @@ def test_a_run_with_an_odd_value_trains_or_says_in_one_message_why_not(name, val
         assert len(str(refusal).splitlines()) < 12
     else:
         assert json.loads(run.run_json.read_text())["state"] == "finished"
+
+
+# -- paths -------------------------------------------------------------------------------------------------------------
+
+PATHS = {"nowhere": "/nowhere/run", "a file": "/etc/hostname", "a long name": "a" * 300, "a long path": "/a" * 3000}
+VERBS = {
+    "status": ["status", "PATH"],
+    "verify": ["verify", "PATH"],
+    "report": ["report", "PATH"],
+    "merge": ["merge", "PATH"],
+    "card": ["card", "PATH", "--license", "mit"],
+    "push": ["push", "PATH", "--repo-id", "a/b", "--dry-run"],
+    "evaluate": ["evaluate", "PATH", "--data", "PATH"],
+    "chat": ["chat", "PATH", "--prompt", "Hello"],
+    "serve": ["serve", "PATH", "--port", "0"],
+    "sweep": ["sweep", "PATH"],
+    "plan": ["plan", "PATH"],
+    "prepare": ["prepare", "PATH"],
+    "submit": ["submit", "PATH"],
+}
+
+
+def test_every_verb_is_tried():
+    assert set(typer.main.get_command(app).commands) == set(VERBS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_path_that_leads_nowhere_is_one_message_and_exit_code_2(verb, path):
+    """And the verb ends, `serve` and `chat` too."""
+    done = dpokit(*(PATHS[path] if word == "PATH" else word for word in VERBS[verb]))
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr

@@ -101,6 +101,7 @@ def serve(
 
     Raises:
         SettingsError: a port that is taken, or a page for others without a password.
+        ModelError: weights that are not there; what cannot be loaded for another reason is said on the page.
         MachineError: Gradio is not installed.
     """
     credentials = address.read_credentials()
@@ -113,6 +114,8 @@ def serve(
             expected="the extra `serve`; dpokit chat needs none",
             do="pip install 'dpokit[serve]'",
         ) from error
+    if isinstance(models, LocalModels):
+        models.check_files()
     listening = _listen(address)
     desk = Desk(models, limits)
     site = Site(desk, votes, find_examples(models), Rate(limits.per_minute), find_token(models))

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 
 from dpokit.data.formats import Messages, UnusableError
 from dpokit.data.tokens import Renderer
+from dpokit.model.check import ADAPTER_FILE, WEIGHTS, check_weights_file
 from dpokit.model.generate import stream_answer
+from dpokit.model.load import find_base, name_model
 from dpokit.model.score import PairScorer
 from dpokit.model.sides import Sides, find_names, find_run, load_sides, read_defaults
 from dpokit.rundir import RunDir
@@ -92,6 +94,15 @@ class LocalModels:
         self.names: Mapping[str, str] = {"tuned": tuned} if beside is None else {"base": beside, "tuned": tuned}
         self._what, self._base = what, base
         self._sides: Sides | None = None
+
+    def check_files(self) -> None:
+        """Raises ModelError where weights are not there, or not as safetensors; nothing is loaded."""
+        for name in self.names.values():
+            asked = name_model(self.settings, name)
+            base = find_base(asked)
+            check_weights_file(name, asked.model_revision, WEIGHTS if base is None else (ADAPTER_FILE,))
+            if base is not None:
+                check_weights_file(base, "main")
 
     def load(self) -> None:
         """Loads both. Raises: DpokitError."""

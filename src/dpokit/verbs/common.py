@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import typer
 
-from dpokit.errors import DpokitError
+from dpokit.errors import DpokitError, path_errors
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -14,7 +14,8 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 def errors_without_torch() -> Iterator[None]:
     """What the user can mend in one message and exit code 2; the story's own way of it needs torch."""
     try:
-        yield
+        with path_errors():
+            yield
     except DpokitError as error:
         typer.echo(f"\n{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from None

@@ -166,9 +166,10 @@ def verify(
     from dpokit.checkpoint.store import find_checkpoints
     from dpokit.rundir import RunDir
 
-    if not run.is_dir():
-        raise typer.BadParameter(f"there is no folder {run}")
-    found = find_checkpoints(RunDir(run), deep=True)
+    with errors_without_torch():
+        if not run.is_dir():
+            raise typer.BadParameter(f"there is no folder {run}")
+        found = find_checkpoints(RunDir(run), deep=True)
     usable = [checkpoint for checkpoint in found if checkpoint.trouble is None]
     if as_json:
         told = [
