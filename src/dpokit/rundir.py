@@ -22,6 +22,7 @@ RECORD: dict[str, tuple[type, ...]] = {
     "world_size": (int,),
     "best": (dict, type(None)),
 }
+MOST_RECORD_BYTES = 2**26
 CARD_MARK = "made by dpokit card"  # in the head of a model card of ours and of each of its pictures
 
 
@@ -102,12 +103,16 @@ class RunDir:
             self.check_inside(path)
 
     def check_inside(self, path: Path) -> None:
-        """Raises RunFolderError where the path leads, by a link, out of the folder."""
+        """Raises RunFolderError where the path leads, by a link, out of the folder, or is a pipe or a device."""
         if path.is_symlink() and not path.resolve().is_relative_to(self.path.resolve()):
             raise RunFolderError(
                 f"{path} is a link to {path.readlink()}, outside of the run folder",
                 expected="the run's own files",
                 do="remove the link, or put a copy of the file in its place",
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise RunFolderError(
+                f"{path} is neither a file nor a folder", expected="the run's own files", do="remove it"
             )
 
     def make(self) -> None:
@@ -129,8 +134,18 @@ class RunDir:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def read_run(self) -> dict[str, Any] | None:
-        """run.json, or None where there is no run yet. Raises: RunFolderError where it is damaged."""
+        """run.json, or None where there is no run yet.
+
+        Raises: RunFolderError where it is damaged, or a link that leads out of the folder.
+        """
+        self.check_inside(self.run_json)
         try:
+            if not self.run_json.is_file():  # to open a pipe is to wait for who writes to it
+                if not self.run_json.exists():
+                    return None
+                raise ValueError("it is no file")
+            if self.run_json.stat().st_size > MOST_RECORD_BYTES:
+                raise ValueError(f"it has more than {MOST_RECORD_BYTES:,} bytes")
             record = json.loads(self.run_json.read_text())
         except FileNotFoundError:
             return None
@@ -155,7 +170,7 @@ class RunDir:
         record = self.read_run() or {}
         starts = record.get("generations", [])
         if starts:
-            logged = read_metrics(self.metrics_jsonl) if self.metrics_jsonl.exists() else []
+            logged = read_metrics(self.metrics_jsonl) if self.metrics_jsonl.is_file() else []
             starts[-1] |= {"ended_step": logged[-1]["step"] if logged else 0, "ended": record.get("state")}
         token = secrets.token_hex(6)
         began = datetime.now(UTC).isoformat(timespec="seconds")
@@ -308,7 +323,7 @@ class MetricsFile:
     def __init__(self, run: RunDir, after_step: int) -> None:
         run.check_possession()
         self._run, path = run, run.metrics_jsonl
-        kept = [record for record in read_metrics(path) if record["step"] <= after_step] if path.exists() else []
+        kept = [record for record in read_metrics(path) if record["step"] <= after_step] if path.is_file() else []
         write_whole(path, "".join(_line(record) for record in kept).encode())
         self.seconds_before = float(kept[-1]["seconds"]) if kept else 0.0
         self._path = path

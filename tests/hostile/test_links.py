@@ -1,5 +1,6 @@
 """Links in a run folder: nothing is read, sent, overwritten or deleted in the place that they lead to."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_a_file_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, ru
     with pytest.raises(RunFolderError, match=r"is a link to .*, outside of the run folder"):
         VERBS[verb](run)
     check_untouched(private)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_in_the_place_of_a_file_stops_every_verb_at_once(name, verb, run):
+    path = run.path / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(RunFolderError, match=r"is neither a file nor a folder|it is no file"):
+        VERBS[verb](run)
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -93,6 +93,24 @@ READERS = {
 }
 
 
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("target", ["/dev/zero", "/dev/random", "/proc/kmsg"])
+def test_a_record_that_is_a_device_is_not_read(target, reader, tmp_path):
+    run = RunDir(tmp_path)
+    run.run_json.symlink_to(target)
+    with pytest.raises(RunFolderError, match=r"is damaged|is a link to|cannot be read"):
+        READERS[reader](run)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_huge_record_is_not_read(reader, tmp_path):
+    run = RunDir(tmp_path)
+    with run.run_json.open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(RunFolderError, match=r"it has more than 67,108,864 bytes"):
+        READERS[reader](run)
+
+
 @pytest.mark.parametrize("case", DAMAGED)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_damaged_record_is_one_message(reader, case, tmp_path):

@@ -207,7 +207,7 @@ def find_final_numbers(run: RunDir) -> dict[str, Any]:
     """`final/*` of a run, read in its folder: state, step, seconds, tokens, last and best evaluation."""
     record = run.read_run() or {}
     newest: dict[str, Any] = {}
-    for logged in read_metrics(run.metrics_jsonl) if run.metrics_jsonl.exists() else ():
+    for logged in read_metrics(run.metrics_jsonl) if run.metrics_jsonl.is_file() else ():
         newest |= logged
     state, best = record.get("state"), record.get("best")
     final: dict[str, Any] = {"state": state if state in ("finished", "preempted") else "failed"}
