@@ -103,7 +103,7 @@ SLOPPY = {
     "optim": ("sgd", "lomo", "apollo_adamw", "galore_adamw", "paged_adamw_8bit", "adamw_torch_4bit", "adafactor"),
     "loss_type": ("hinge", "sft", "bco_pair"),
     "f_divergence_type": ("js_divergence", "nonsense"),
-    "report_to": ("nonsense", "all"),
+    "report_to": ("nonsense",),
     "hub_license": ("nonsense",),
     "include_for_metrics": ("inputs", "nonsense"),
     "label_names": ("nonsense",),

@@ -34,6 +34,8 @@ from dpokit.train.progress import ProgressTrainer
 
 REFERENCE = "reference.pt"  # where --sync_ref_model moves it
 FULL_BYTES = 2**20  # less is no room: torch.save does not say why it failed
+# How it says that it did; another rank may have given its space back already.
+WRITE_FAILED = ("No space left", "unexpected pos", "iostream error", "failed writing file")
 
 
 class SavingTrainer(ProgressTrainer):
@@ -266,15 +268,15 @@ def _giving_space_back(run: RunDir, part: Path) -> Iterator[None]:
     """
     try:
         yield
-    except BaseException as error:  # tokenizers, for one, raise a bare Exception
+    except BaseException as error:  # tokenizers raise a bare Exception, torch's checkpoints a BaseException
         full = shutil.disk_usage(part.parent).free < FULL_BYTES
         for file in part.rglob("*"):  # the error's traceback may hold files open, and an open file keeps its space
             with suppress(OSError):
                 os.truncate(file, 0)
         shutil.rmtree(part, ignore_errors=True)
         run.check_possession()
-        is_ours = isinstance(error, OSError | DpokitError) or not isinstance(error, Exception)
-        if (full or "No space left" in str(error)) and not is_ours:
+        of_others = not isinstance(error, OSError | DpokitError | KeyboardInterrupt | SystemExit)
+        if (full or any(words in str(error) for words in WRITE_FAILED)) and of_others:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part)) from error
         raise
 
