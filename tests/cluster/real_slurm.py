@@ -163,6 +163,7 @@ class Cluster:
 
     def _plug_in(self, node: str, pid: int) -> bool:
         """Makes the cable; False while the kernel still takes that of a former node of this name away."""
+        subprocess.run(["ip", "link", "delete", self._cable(node)], capture_output=True)  # of a former cluster, or node
         words = ["link", "add", self._cable(node), "type", "veth", "peer", "name", "eth0", "netns", str(pid)]
         return subprocess.run(["ip", *words], capture_output=True).returncode == 0
 
@@ -212,6 +213,8 @@ class Cluster:
         """Ends everything and removes its files."""
         for name in reversed(list(self._processes)):
             self._end(name)
+        for node in self.nodes:
+            subprocess.run(["ip", "link", "delete", self._cable(node)], capture_output=True)
         subprocess.run(["ip", "link", "delete", self._bridge], capture_output=True)
         shutil.rmtree(self.folder, ignore_errors=True)
 
