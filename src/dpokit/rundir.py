@@ -196,7 +196,7 @@ class RunDir:
 
 
 def _find_record_trouble(record: object) -> str | None:
-    """Why a record is none that a run writes; None where it is one."""
+    """What is wrong with a record; None where nothing is."""
     if isinstance(record, Exception):
         return str(record)
     if not isinstance(record, dict):

@@ -7,7 +7,7 @@ absurd is allocated; weights are safetensors alone; what was loaded must be all 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def check_size(name: str, revision: str | None) -> None:
 
 
 def check_loaded(name: str, info: Mapping[str, Any]) -> None:
-    """Raises ModelError where tensors were missing, left over or of another shape; a tied head is none of them.
+    """Raises ModelError where tensors were missing, left over or of another shape; a tied head may be missing.
 
     Args:
         name: of the model.
@@ -167,9 +167,14 @@ def check_loaded(name: str, info: Mapping[str, Any]) -> None:
             )
 
 
-def check_finite(name: str, model: nn.Module) -> None:
-    """Raises ModelError for a weight that is not finite. Of a weight that ZeRO-3 shards, this rank's part is read."""
-    for place, weight in model.named_parameters():
+def check_finite(name: str, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raises ModelError for a weight that is not finite. Of a weight that ZeRO-3 shards, this rank's part is read.
+
+    Args:
+        name: of the model.
+        weights: `named_parameters`, or some of them.
+    """
+    for place, weight in weights:
         values = getattr(weight, "ds_tensor", weight).detach()
         if values.is_meta or values.numel() == 0 or values.dtype not in FLOATS:
             continue

@@ -1,6 +1,7 @@
 """Tokenizer, policy and reference from a name or a folder; the folder may be an adapter's."""
 
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -94,7 +95,7 @@ def _attach_adapter(policy: PreTrainedModel, model: ModelConfig) -> PeftModel:
             policy.resize_token_embeddings(rows, mean_resizing=False)
         adapted = PeftModel.from_pretrained(policy, name, revision=revision, is_trainable=True)
         _check_adapter_fits(adapted, file or str(name))
-        check_finite(f"the adapter {name}", adapted)
+        check_finite(f"the adapter {name}", _find_brought(adapted))
         return adapted
     except SafetensorError as error:
         seen, do = f"cannot be read: {error}", "take another copy of it, or merge or evaluate an older checkpoint"
@@ -105,6 +106,15 @@ def _attach_adapter(policy: PreTrainedModel, model: ModelConfig) -> PeftModel:
         seen = f"does not fit its base {policy.name_or_path}: {first[0] if first else ' '.join(str(error).split())}"
         do = "name the base that the adapter was trained on, in base_model_name_or_path of its adapter_config.json"
     raise ModelError(f"the adapter {name} {seen[:400]}", expected="a whole adapter, on the base it belongs to", do=do)
+
+
+def _find_brought(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
+    """The weights that an adapter's file may bring: all that is trained, and the embeddings; the base is checked."""
+    ends = [end for end in (adapted.get_input_embeddings(), adapted.get_output_embeddings()) if end is not None]
+    embeddings = {id(weight) for end in ends for weight in end.parameters()}
+    for place, weight in adapted.named_parameters():
+        if weight.requires_grad or id(weight) in embeddings:
+            yield place, weight
 
 
 def _check_adapter_fits(policy: PeftModel, file: str) -> None:
@@ -272,7 +282,7 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
         if settings.data.gates != "warn":
             raise
         say(f"gates: warn: {error.seen}")
-    check_finite(str(name), policy)
+    check_finite(str(name), policy.named_parameters())
     for module in policy.modules():
         # On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights in place when it evaluates (0.50.2), and a
         # repacked layer passes no gradient back: each rank that evaluated and did not save since would train wrongly.
