@@ -12,6 +12,7 @@ REASONS = {
     "missing_text": "a prompt or an answer is missing or is no text",
     "no_answer_turn": "the conversation does not end with the assistant's answer",
     "different_prompts": "chosen and rejected answer different prompts",
+    "too_long_text": "a prompt or an answer has more than 8 million letters",
     "empty_prompt": "there is no prompt",
     "refused_by_template": "the model's chat template refuses the conversation",
     "empty_answer": "an answer has no word",

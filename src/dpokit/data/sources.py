@@ -1,33 +1,57 @@
 """Where rows come from: the Hub, a file, a folder; whole or streamed."""
 
-import gzip
+import errno
+import glob
+import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from datasets import Dataset, DownloadManager, IterableDataset, load_dataset, load_from_disk
+import pyarrow.parquet as pq
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetBuilder,
+    Features,
+    IterableDataset,
+    LargeList,
+    List,
+    Value,
+    config,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetNotFoundError
+from datasets.features import Json
 
+from dpokit.data.check_file import check_file, unpack
+from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
+from dpokit.screen import say
 
 # Only an empty cell of a CSV is none: "NA", "None" and "null" are answers.
 OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
-BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+# Builders of `datasets` that a set on the Hub may use; `cache` reads what one of them wrote earlier, without a network.
+HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "cache")
+# Errors of a path that is read; the others (ENOSPC, EROFS, ...) come from the cache that is written.
+OF_THE_DATA = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-def load_splits(name: str | None, config: str | None, *, streaming: bool) -> dict[str, Rows]:
-    """Every split of a dataset by name, rows untouched.
+def load_splits(name: str | None, config_name: str | None, *, streaming: bool) -> dict[str, Rows]:
+    """Every split of a dataset by name, rows untouched. Columns of images, audio and the like are left out, unread.
 
     Args:
         name: a Hub id, a file (JSONL, JSON, CSV, Parquet, also .gz), or a folder of such files or of `save_to_disk`.
-        config: the dataset's configuration, where it has several.
+        config_name: the dataset's configuration, where it has several.
         streaming: read rows as they are needed.
 
     Raises:
-        DataError: not there, not readable, broken, empty; it names file and line where there is one.
+        DataError: not there, not readable, broken, empty, too large; it names file and line where there is one.
     """
     if not name:
         raise DataError("no dataset was named", expected="a Hub id, a file or a folder", do="--dataset_name ID|PATH")
@@ -35,28 +59,25 @@ def load_splits(name: str | None, config: str | None, *, streaming: bool) -> dic
     if path.is_file():
         return _load_file(path, streaming=streaming)
     if path.is_dir():
-        return _load_folder(path, config, streaming=streaming)
+        return _load_folder(path, config_name, streaming=streaming)
+    if path.exists():
+        raise DataError(
+            f"--dataset_name {name} is a pipe or a device",
+            expected="a file, a folder or a Hub id",
+            do="write its rows into a file",
+        )
     if name.startswith((".", "/", "~")) or path.suffix in (*BUILDERS, ".gz"):
         raise DataError(
             f"--dataset_name {name}: there is no such file",
             expected="a file, a folder or a Hub id",
             do="correct the path (it is taken from where the command is run)",
         )
-    try:
-        return dict(load_dataset(name, config, streaming=streaming))
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
-        raise find_disk_trouble_or(
-            error,
-            f"--dataset_name {name} could not be loaded from the Hub: {' '.join(str(error).split())[:300]}",
-            "a dataset that this machine can reach, with the configuration asked for",
-            "check the name and --dataset_config; for a gated set log in with `hf auth login`; without a network "
-            "give a file or a folder",
-        ) from error
+    return _load_from_hub(name, config_name, streaming=streaming)
 
 
 def find_disk_trouble_or(error: BaseException, seen: str, expected: str, do: str) -> Exception:
     """A full disk while the cache is written is not the dataset's fault: it is said as what it is."""
-    trouble = find_disk_trouble(error) if getattr(error, "errno", None) != 2 else None
+    trouble = None if getattr(error, "errno", None) in OF_THE_DATA else find_disk_trouble(error)
     return trouble or DataError(seen, expected=expected, do=do)
 
 
@@ -73,26 +94,18 @@ def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
     return splits[split]
 
 
-def _builder(path: Path) -> str | None:
-    name = path.name.removesuffix(".gz")
-    return BUILDERS.get(Path(name).suffix.lower())
-
-
 def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
-    builder = _builder(path)
+    builder = find_builder(path)
     if builder is None:
         raise DataError(
             f"{path} is a file of an unknown kind",
             expected="one of " + ", ".join(BUILDERS) + " (each also .gz)",
             do="convert it, or rename it to what it is",
         )
-    if builder != "parquet":
-        # Checked ahead of loading: pyarrow lets some broken encodings through and names no line for the rest.
-        check_text_file(path, as_json_lines=builder == "json")
     try:
-        # datasets unpacks text files by itself, Parquet files not.
-        whole = DownloadManager().extract(str(path)) if path.name.endswith(".parquet.gz") else str(path)
-        return dict(load_dataset(builder, data_files={"train": whole}, streaming=streaming, **OPTIONS.get(builder, {})))
+        return _load_files(builder, {"train": [path]}, streaming=streaming)
+    except DataError:
+        raise
     except Exception as error:
         cause = error.__cause__ or error
         raise find_disk_trouble_or(
@@ -103,18 +116,11 @@ def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
         ) from error
 
 
-def _load_folder(path: Path, config: str | None, *, streaming: bool) -> dict[str, Rows]:
+def _load_folder(path: Path, config_name: str | None, *, streaming: bool) -> dict[str, Rows]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            saved = load_from_disk(str(path))
-            splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-            return {k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits
-        files = {file: _builder(file) for file in sorted(path.rglob("*")) if file.is_file() and _builder(file)}
-        for file, builder in files.items():
-            if builder != "parquet":
-                check_text_file(file, as_json_lines=builder == "json")
-        options = OPTIONS["csv"] if set(files.values()) == {"csv"} else {}
-        return dict(load_dataset(str(path), config, streaming=streaming, **options))
+            return _load_saved(path, streaming=streaming)
+        return _load_files(*find_files(path, config_name), streaming=streaming)
     except DataError:
         raise
     except Exception as error:
@@ -127,42 +133,131 @@ def _load_folder(path: Path, config: str | None, *, streaming: bool) -> dict[str
         ) from error
 
 
-def check_text_file(path: Path, *, as_json_lines: bool) -> None:
-    """Reads a text file once. Raises: DataError for an empty, cut-off or wrongly encoded one, naming the line."""
+def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, Rows]:
+    content = hashlib.sha256()
+    readable: dict[str, list[Path]] = {}
+    for split, files in splits.items():
+        readable[split] = [_unpack_parquet(file) if file.name.endswith(".parquet.gz") else file for file in files]
+        for file in readable[split]:
+            check_file(file, builder)
+            content.update(_hash_file(file).encode())
+    options = dict(OPTIONS.get(builder, {}))
+    if builder == "parquet":
+        first = next(file for files in readable.values() for file in files)
+        options["columns"] = _find_text_columns(Features.from_arrow_schema(pq.read_schema(first)))
+    # `datasets` knows a file that it has cached by path and time, and both may stay when the content changes: the
+    # configuration's name, which is a part of the cache's, says what the content is.
+    paths = {split: [glob.escape(str(file.absolute())) for file in files] for split, files in readable.items()}
+    return dict(load_dataset(builder, content.hexdigest()[:32], data_files=paths, streaming=streaming, **options))
 
-    def refuse(seen: str, do: str) -> DataError:
-        return DataError(f"{path}: {seen}", expected="a whole UTF-8 file with one row a line", do=do)
 
-    number, last = 0, ""
+def _unpack_parquet(packed: Path) -> Path:
+    """The unpacked copy, in the cache of `datasets`; it unpacks text files by itself, Parquet files not."""
+    folder = Path(config.EXTRACTED_DATASETS_PATH)
+    whole = folder / f"{_hash_file(packed)}.parquet"
+    if not whole.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f"{whole.name}.{os.getpid()}"
+        try:
+            unpack(packed, part)
+            part.replace(whole)
+        finally:
+            part.unlink(missing_ok=True)
+    return whole
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:
+    """A folder of `save_to_disk`. Raises: DataError where it leads out of itself."""
+
+    def refuse(file: Path, seen: str) -> DataError:
+        return DataError(
+            f"{file} {seen}",
+            expected="a folder as `save_to_disk` writes it",
+            do="save the dataset again, or name one file",
+        )
+
+    for file in folder.rglob("*"):
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise refuse(file, f"is a link that leads out of {folder}")
+        if not (file.is_file() or file.is_dir()):
+            raise refuse(file, "is no regular file")
+        if file.name in ("dataset_dict.json", "state.json"):
+            record = json.loads(file.read_text())
+            names = record.get("splits") or [entry["filename"] for entry in record["_data_files"]]
+            if outside := [name for name in names if Path(name).name != name]:
+                raise refuse(file, f"names {outside[0]}, which lies outside of its folder")
+    saved = load_from_disk(str(folder))
+    splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
+    return _drop_media({k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits)
+
+
+def _load_from_hub(name: str, config_name: str | None, *, streaming: bool) -> dict[str, Rows]:
     try:
-        for number, last in _numbered_lines(path):  # both are what an error speaks of
-            if as_json_lines and number == 1 and last.lstrip().startswith("["):
-                lines = []  # of one list, not a row a line
-                for numbered in _numbered_lines(path):
-                    number, last = numbered
-                    lines.append(last)
-                json.loads("".join(lines))
-                return
-            if as_json_lines and last.strip():
-                row: Any = json.loads(last)
-                if not isinstance(row, dict):
-                    raise refuse(f"line {number} is not an object of columns", "write one JSON object a line")
-    except UnicodeDecodeError as error:
-        raise refuse(f"line {number + 1} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise refuse(f"the gzip data is cut off or broken after line {number}", "download or pack it again") from error
-    except json.JSONDecodeError as error:
-        if number == 1 and last.strip() in ("{", ""):
-            return  # one object over several lines: left to the loader
-        at = error.lineno if error.doc != last else number  # of a whole list, or of the one line that was read
-        raise refuse(f"line {at} is broken JSON: {error}", f"mend line {at}, or delete it") from error
-    if number == 0:
-        raise refuse("the file is empty", "name another file")
+        builder = load_dataset_builder(name, config_name)
+        _check_hub_builder(name, builder)
+        if streaming:
+            return _drop_media(dict(builder.as_streaming_dataset()))
+        builder.download_and_prepare()
+        return _drop_media(dict(builder.as_dataset()))
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
+        raise find_disk_trouble_or(
+            error,
+            f"--dataset_name {name} could not be loaded from the Hub: {' '.join(str(error).split())[:300]}",
+            "a dataset that this machine can reach, with the configuration asked for",
+            "check the name and --dataset_config; for a gated set log in with `hf auth login`; without a network "
+            "give a file or a folder",
+        ) from error
 
 
-def _numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as file:
-        # Decoded line by line: a text file is decoded in blocks, and an error in one names no line.
-        for number, line in enumerate(file, start=1):
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows marks a file's beginning
+def _check_hub_builder(name: str, builder: DatasetBuilder) -> None:
+    """Raises: DataError for a set that is no text, or whose README names files that are not on the Hub."""
+    kind = type(builder).__module__.rpartition(".")[2]
+    if kind not in HUB_BUILDERS:
+        raise DataError(
+            f"--dataset_name {name} holds {kind}",
+            expected="rows of text: JSON, CSV, Parquet or Arrow files",
+            do="name a dataset of preference pairs",
+        )
+    files = [str(file) for several in (builder.config.data_files or {}).values() for file in several]
+    outside = [file for file in files if not file.startswith("hf://") or "::" in file]
+    separator = getattr(builder.config, "sep", None) or ""
+    if outside or len(separator) > 1:
+        seen = f"names {outside[0][:200]} as its file" if outside else f"has the separator {separator[:200]!r}"
+        raise DataError(
+            f"--dataset_name {name}: its README {seen}",
+            expected="files of the dataset itself, and a separator of one letter",
+            do="download the files that you want, and name one of them",
+        )
+
+
+def _drop_media(splits: Mapping[str, Rows]) -> dict[str, Rows]:
+    """The splits without columns that are no text: to decode one may open a file or an address that it names."""
+    kept: dict[str, Rows] = {}
+    for split, rows in splits.items():
+        features = rows.features
+        media = [] if features is None else sorted(set(features) - set(_find_text_columns(features)))
+        if media and isinstance(rows, IterableDataset):
+            rows = rows.decode(False)
+        kept[split] = rows.remove_columns(media) if media else rows
+    return kept
+
+
+def _find_text_columns(features: Features) -> list[str]:
+    """Columns of texts, numbers, and lists or objects of these; others are named on the screen."""
+
+    def is_text(feature: Any) -> bool:
+        if isinstance(feature, Mapping):
+            return all(is_text(part) for part in feature.values())
+        if isinstance(feature, (List, LargeList)):
+            return is_text(feature.feature)
+        return isinstance(feature, (ClassLabel, Json)) or (isinstance(feature, Value) and "binary" not in feature.dtype)
+
+    texts = [name for name, feature in features.items() if is_text(feature)]
+    if media := [f"{name} ({type(features[name]).__name__})" for name in features if name not in texts]:
+        say(f"columns that hold no text are left out: {', '.join(media)}")
+    return texts

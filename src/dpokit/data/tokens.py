@@ -15,6 +15,8 @@ from dpokit.errors import ModelError
 
 Ids = list[int]
 PROBE = "probe answer"
+# Some tokenizers end the process on gigabytes; this many letters are some 2 million tokens.
+TEXT_LETTERS = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,9 @@ class Encoder:
     def _texts(self, row: Mapping[str, Any]) -> tuple[tuple[str, str, str], str]:
         try:
             pair: Pair = self.layout.to_pair(row)
+            turns = [pair.prompt] if isinstance(pair.prompt, str) else [turn["content"] for turn in pair.prompt]
+            if max(len(text) for text in (pair.chosen, pair.rejected, *turns)) > TEXT_LETTERS:
+                raise UnusableError("too_long_text")
             prompt = self.renderer.prompt(pair.prompt)
             chosen = self.renderer.answer(pair.chosen, pair.prompt)
             rejected = self.renderer.answer(pair.rejected, pair.prompt)

@@ -9,6 +9,7 @@ from typing import Any
 from datasets import load_dataset_builder
 from transformers import PreTrainedTokenizerBase
 
+from dpokit.data.files import read_split_rows
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
 from dpokit.plan.trace import Shape
@@ -143,11 +144,16 @@ def find_rows(settings: Settings) -> int | None:
     Only the record is read, no rows.
     """
     data = settings.data
-    try:
-        splits = load_dataset_builder(data.dataset_name, data.dataset_config).info.splits or {}
-    except (OSError, ValueError, RuntimeError):
-        splits = {}
-    rows = splits[data.dataset_train_split].num_examples if data.dataset_train_split in splits else None
+    path = Path(str(data.dataset_name)).expanduser()
+    if path.exists():
+        counts = read_split_rows(path, data.dataset_config)
+    else:
+        try:
+            splits = load_dataset_builder(data.dataset_name, data.dataset_config).info.splits or {}
+        except (OSError, ValueError, RuntimeError):
+            splits = {}
+        counts = {name: split.num_examples for name, split in splits.items()}
+    rows = counts.get(data.dataset_train_split)
     if not rows:
         return data.max_train_samples
     return int(min(rows, data.max_train_samples or rows))

@@ -1,0 +1,179 @@
+"""Looks through a data file before a library reads it: whole, in the right encoding, of a size that can be read."""
+
+import gzip
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import IO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from dpokit.errors import DataError
+
+LINE_BYTES = 64 << 20  # the longest context there is, 10 million tokens, has some 40 MB
+LIST_BYTES = 1 << 30  # a JSON list is read in one piece, which takes several times its size
+FREE_BYTES = 1 << 30  # a packed file may always expand to this,
+MOST_EXPANSION = 100  # and a large one to so many times its size; text seldom packs to a fiftieth
+BATCH_ROWS = 1_000
+
+
+def check_file(path: Path, builder: str) -> None:
+    """Reads a file once.
+
+    Args:
+        builder: how it will be read: json, csv or parquet. A packed Parquet file is checked when it is unpacked.
+
+    Raises:
+        DataError: empty, cut off, wrongly encoded or too large; it names the line where there is one.
+    """
+    if builder == "parquet":
+        _check_parquet(path)
+    elif builder == "json" and _first_bytes(path) in (b"[", b"{\n", b"{\r"):
+        _check_json_document(path)
+    else:
+        _check_lines(path, as_json=builder == "json")
+
+
+def find_limit(path: Path) -> int:
+    """The most bytes that a packed file may expand to."""
+    return max(FREE_BYTES, MOST_EXPANSION * path.stat().st_size)
+
+
+def unpack(path: Path, target: Path) -> None:
+    """Unpacks a gzip file. Raises: DataError where it expands beyond its limit or is broken."""
+    try:
+        with gzip.open(path) as packed, target.open("wb") as plain:
+            limit = find_limit(path)
+            while block := packed.read(1 << 20):
+                if plain.tell() + len(block) > limit:
+                    raise _too_large(path, limit)
+                plain.write(block)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise _refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # reads bytes
+
+
+def _first_bytes(path: Path) -> bytes:
+    """The first letter of a text; with the line's end where the line has no more."""
+    try:
+        with _open(path) as file:
+            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except (EOFError, gzip.BadGzipFile):
+        return b""  # said by the check of the lines
+    return start[:1] if start[:1] != b"{" else start[:2]
+
+
+def _check_lines(path: Path, *, as_json: bool) -> None:
+    number = 0
+    try:
+        for number, line in _numbered_lines(path):
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows marks a file's beginning
+            if as_json and text.strip() and not isinstance(json.loads(text), dict):
+                raise _refuse(path, f"line {number} is not an object of columns", "write one JSON object a line")
+    except UnicodeDecodeError as error:
+        raise _refuse(path, f"line {number} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        seen = f"the gzip data is cut off or broken after line {number}"
+        raise _refuse(path, seen, "download or pack it again") from error
+    except (ValueError, RecursionError) as error:
+        raise _broken_json(path, number, error) from error
+    if number == 0:
+        raise _refuse(path, "the file is empty", "name another file")
+
+
+def _check_json_document(path: Path) -> None:
+    """A list of rows, or one object over several lines."""
+    content = b""
+    try:
+        limit = min(LIST_BYTES, find_limit(path))
+        with _open(path) as file:
+            content = file.read(limit + 1)
+        if len(content) > limit:
+            raise _too_large(path, limit, "write one JSON object a line (JSONL), which is read a part at a time")
+        json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise _refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise _refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
+    except (ValueError, RecursionError) as error:
+        raise _broken_json(path, getattr(error, "lineno", 1), error) from error
+
+
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    # Decoded line by line: a text file is decoded in blocks, and an error in one names no line.
+    limit = find_limit(path) if path.suffix == ".gz" else None
+    with _open(path) as file:
+        for number in count(1):
+            line = file.readline(LINE_BYTES + 1)
+            if not line:
+                return
+            if len(line) > LINE_BYTES:
+                seen = f"line {number} is longer than {LINE_BYTES >> 20} MiB"
+                raise _refuse(path, seen, f"mend line {number}, or delete it")
+            if limit is not None and file.tell() > limit:
+                raise _too_large(path, limit)
+            yield number, line
+
+
+def _check_parquet(path: Path) -> None:
+    limit = find_limit(path)
+    with pq.ParquetFile(path) as file:
+        record = file.metadata
+        texts, least = [], 0
+        for at in range(record.num_columns):
+            column = record.schema.column(at)
+            chunks = [record.row_group(group).column(at) for group in range(record.num_row_groups)]
+            if column.physical_type == "BYTE_ARRAY":
+                texts.append(column.path)
+            for chunk in chunks:
+                # A run of equal numbers, and a text that begins as the one before it, take no bytes in the file.
+                each = max(8, column.length or 0)
+                if "DELTA_BYTE_ARRAY" in chunk.encodings:
+                    each = max(each, chunk.total_uncompressed_size)
+                least += max(chunk.total_uncompressed_size, chunk.num_values * each)
+    if least > limit:
+        raise _too_large(path, limit)
+    # A text that is repeated stands once in the file: as a dictionary it is once in memory, too.
+    size = 0
+    with pq.ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=texts, use_threads=False):
+            for part in batch.columns:
+                size += _count_text(path, part)
+            if size > limit:
+                raise _too_large(path, limit)
+
+
+def _count_text(path: Path, array: pa.Array) -> int:
+    """Bytes of the texts in a column, each repetition counted. Raises: DataError for a very long one."""
+    if isinstance(array, pa.DictionaryArray):
+        lengths = pc.binary_length(array.dictionary)
+        longest = pc.max(lengths).as_py() or 0
+        if longest > LINE_BYTES:
+            seen = f"a row has a text of {longest:,} bytes"
+            raise _refuse(path, seen, f"leave out rows of more than {LINE_BYTES >> 20} MiB")
+        return pc.sum(pc.cast(lengths.take(array.indices), pa.int64())).as_py() or 0
+    if isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        return _count_text(path, array.flatten())
+    if isinstance(array, pa.StructArray):
+        return sum(_count_text(path, part) for part in array.flatten())
+    return int(array.nbytes)
+
+
+def _broken_json(path: Path, line: int, error: Exception) -> DataError:
+    seen = "is nested too deeply" if isinstance(error, RecursionError) else f"is broken JSON: {error}"
+    return _refuse(path, f"line {line} {seen}", f"mend line {line}, or delete it")
+
+
+def _too_large(path: Path, limit: int, do: str = "unpack it yourself, if you trust it") -> DataError:
+    return _refuse(path, f"its {path.stat().st_size:,} bytes expand to more than {limit:,}", do)
+
+
+def _refuse(path: Path, seen: str, do: str) -> DataError:
+    return DataError(f"{path}: {seen}", expected="a whole file with one row a line, or in Parquet", do=do)
