@@ -21,10 +21,10 @@ FLOORS = [
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
     {"settings", "agreement", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
-    | {"apikey", "credentials", "extensions", "flag_bounds", "interpreter"},
+    | {"apikey", "credentials", "extensions", "flag_bounds", "interpreter", "terminal", "safe_console"},
 ]
 LIGHT = ("report", "release.card", "release.front_matter", "cluster", "figures", "data.formats", "data.toy", "rundir")
-LIGHT += ("errors", "losses", "apikey", "credentials", "checkpoint.store", "cli")
+LIGHT += ("errors", "losses", "apikey", "credentials", "terminal", "checkpoint.store", "cli")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
 TRL_INSIDE = {"train/trainer.py", "train/scoring.py", "train/supervised.py"}
 TRL_INSIDE |= {"model/shared_prefix.py", "model/score.py", "plan/trace.py"}

@@ -74,7 +74,7 @@ def test_a_yaml_file_without_settings_is_refused(text, tmp_path):
 
 
 def test_a_name_that_is_set_twice_in_yaml_is_an_error_that_names_its_line(tmp_path):
-    with pytest.raises(SettingsError, match=r"beta is set twice\n.*line 3"):
+    with pytest.raises(SettingsError, match=r"beta is set twice in .*line 3"):
         load("--config", yaml_file(tmp_path, "beta: 0.1\nseed: 1\nbeta: 0.2\n"))
 
 

@@ -15,12 +15,14 @@ All of them end a run with exit code 2 and one message on rank 0; anything else 
 """
 
 import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from dpokit.credentials import hide_secrets
+from dpokit.terminal import escape_controls, one_line
 
 
 class DpokitError(Exception):
@@ -33,9 +35,10 @@ class DpokitError(Exception):
     """
 
     def __init__(self, seen: str, *, expected: str, do: str) -> None:
-        self.seen = hide_secrets(seen)  # a value that was refused, or what a server said, may hold one
-        self.expected = expected
-        self.do = hide_secrets(do)
+        # A value that was refused, or a server's answer, may hold a secret, or control characters.
+        # A library's message of several lines becomes one.
+        self.seen, self.do = (one_line(re.sub(r"\s*\n\s*", " ", hide_secrets(text))) for text in (seen, do))
+        self.expected = escape_controls(expected)
         super().__init__(f"{self.seen}\n  expected:  {expected}\n  do this:   {self.do}")
 
     def __reduce__(self) -> tuple[Any, ...]:

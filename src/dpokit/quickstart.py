@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,6 +14,7 @@ from dpokit.data.toy import Verdict, judge_answer, write_corpus
 from dpokit.model.generate import generate_answers
 from dpokit.run import train
 from dpokit.rundir import RunDir, write_json
+from dpokit.safe_console import SafeConsole
 from dpokit.screen import quiet_dependencies, say
 from dpokit.story import user_errors
 from dpokit.train.warmup import build_base
@@ -78,7 +78,7 @@ def _shares(verdicts: list[Verdict]) -> dict[str, float]:
 
 
 def _show(outcome: Mapping[str, Mapping[str, float]], prompts: list[str], answers: Mapping[str, list[str]]) -> None:
-    console = Console(highlight=False)
+    console = SafeConsole(highlight=False)
     table = Table(title=f"\n{len(prompts)} sampled answers to prompts never seen", title_justify="left", box=None)
     for name in ("model", "kind", "well-formed"):
         table.add_column(name, justify="left" if name == "model" else "right")

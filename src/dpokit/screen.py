@@ -11,6 +11,7 @@ from typing import Any, Self
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from dpokit.terminal import escape_controls
 from dpokit.world import is_main_process
 
 # (start of the message, why a user need not see it, delete when)
@@ -69,7 +70,7 @@ def quiet_dependencies() -> None:
 def say(line: str = "") -> None:
     """One line of ours on stderr, rank 0 alone; above a progress bar that is shown."""
     if is_main_process():
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(escape_controls(line), file=sys.stderr)
         sys.stderr.flush()
 
 

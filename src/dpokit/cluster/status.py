@@ -14,6 +14,7 @@ from dpokit import errors
 from dpokit.checkpoint.store import find_checkpoints
 from dpokit.errors import DpokitError, RunFolderError
 from dpokit.rundir import RunDir, read_metrics
+from dpokit.terminal import one_line
 
 # Crashes of one job that end in another start; preemptions are not counted.
 MAX_RESTARTS = 3
@@ -252,4 +253,4 @@ def describe(status: Status) -> str:
         "lost": lost,
         "next": f"{status.next}: {status.reason}",
     }
-    return "\n".join(f"{name:<22}{text}" for name, text in lines.items())
+    return "\n".join(f"{name:<22}{one_line(text)}" for name, text in lines.items())

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+
+from dpokit.safe_console import SafeConsole
 
 REASONS = {
     "missing_text": "a prompt or an answer is missing or is no text",
@@ -62,7 +63,7 @@ class Tally:
 
 def print_report(report: Mapping[str, Any]) -> None:
     """The table on screen (stderr): a line for each split, then one for each reason and finding."""
-    console = Console(stderr=True, highlight=False)
+    console = SafeConsole(stderr=True, highlight=False)
     table = Table(title="data", title_justify="left", box=None, pad_edge=False)
     for name in ("split", "format", "rows", "kept", "dropped", "prompt cut", "answer cut"):
         table.add_column(name, justify="left" if name in ("split", "format") else "right")

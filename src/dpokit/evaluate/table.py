@@ -4,9 +4,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from dpokit.safe_console import SafeConsole
 
 SHARES = {"accuracy", "ranking_accuracy", "ranking_accuracy_per_token"}
 TITLES = {
@@ -26,7 +27,7 @@ TITLES = {
 
 def print_evaluation(record: Mapping[str, Any]) -> None:
     """Base beside tuned with 95 % intervals, the groups, the verdict; on stdout, in 80 columns."""
-    console = Console(file=sys.stdout, highlight=False)
+    console = SafeConsole(file=sys.stdout, highlight=False)
     base, tuned = record.get("base", {}), record["tuned"]
     console.print(f"{record['data']['pairs']:,} held-out pairs of {escape(record['data']['name'])}, 95 % intervals")
     table = Table(box=None, padding=(0, 1, 0, 0))

@@ -3,13 +3,13 @@
 import sys
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from dpokit.plan.placements import PARTS
 from dpokit.plan.plan import SOURCES, Plan, describe_method
 from dpokit.plan.target import GIB
+from dpokit.safe_console import SafeConsole
 
 SHORT = {"arithmetic": "arith.", "measured + traced": "meas.", "assumed": "assum."}
 LEGEND = {
@@ -22,7 +22,7 @@ HEADS = {"gradients": "grads", "optimizer": "optim.", "reference": "ref.", "acti
 
 def print_plan(plan: Plan, check: dict[str, Any] | None) -> None:
     """Everything in some twenty lines on stdout, at any width from 80 columns."""
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    console = SafeConsole(file=sys.stdout, highlight=False, soft_wrap=False)
     settings = plan.asked.settings
     numbers = plan.blueprint
     trained = 100 * numbers.trained_parameters / (numbers.parameters + numbers.adapter_parameters)

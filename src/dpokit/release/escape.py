@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 from markupsafe import Markup
 
+from dpokit.terminal import CONTROLS
+
 # What begins or is markup anywhere in a line of Markdown, HTML, or what sites add to them (mentions, mathematics).
 # An entity is never markup in any of them, so that one way of writing serves for a line, a cell and a block of HTML.
 SIGNS = re.compile(
@@ -12,11 +14,6 @@ SIGNS = re.compile(
     r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])"  # inside a word it is no markup: learning_rate
     r"|:(?=//)|(?<=www)\.|(?<=WWW)\."  # bare addresses become links
     r"|^(?:-{2,}|=+$|[-+](?=\s|$)|\d+[.)](?=\s|$))"  # at the head of a line: lists, rules, headings
-)
-# Characters that turn the reading direction of what follows, and those that no reader sees or that end a line.
-UNSEEN = re.compile(
-    r"[\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
-    r"\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f]"
 )
 LINE_ENDS = re.compile(r"\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]")
 LONG_WORD = re.compile(r"(\S{48})(?=\S)")  # nobody can break it, and a table would grow as wide
@@ -37,7 +34,7 @@ def escape_lines(text: str) -> Markup:
 
 
 def _escape_line(text: str) -> str:
-    text = UNSEEN.sub(lambda found: f"<U+{ord(found[0]):04X}>", text.replace(BREAK, "?"))
+    text = CONTROLS.sub(lambda found: f"<U+{ord(found[0]):04X}>", text.replace(BREAK, "?"))
     text = LONG_WORD.sub(rf"\1{BREAK}", text)
     return SIGNS.sub(lambda found: "".join(f"&#{ord(sign)};" for sign in found[0]), text).replace(BREAK, "<wbr>")
 

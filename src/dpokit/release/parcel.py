@@ -222,9 +222,9 @@ def _check_private(parcel: Parcel) -> None:
     finder = LeakFinder([parcel.run.path])
     found = [f"{file.source}{where} holds {what}" for file in parcel.files for where, what in _find_leaks(file, finder)]
     if found:
-        more = f"\n  and {len(found) - SHOWN_LEAKS} more" if len(found) > SHOWN_LEAKS else ""
+        more = f"; and {len(found) - SHOWN_LEAKS} more" if len(found) > SHOWN_LEAKS else ""
         raise HubError(
-            "\n  ".join(found[:SHOWN_LEAKS]) + more,
+            "; ".join(found[:SHOWN_LEAKS]) + more,
             expected="files without tokens, local paths and user names",
             do="remove it there (a token that was written to a file should be revoked); nothing was sent",
         )

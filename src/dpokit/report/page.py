@@ -19,6 +19,7 @@ from dpokit.report.curves import build_figures, explain_figures, letter
 from dpokit.report.read import EVAL_LOSS, Run, load_runs, mapping
 from dpokit.report.verdict import check_metric, find_judgement, judge, judge_several, sort_runs
 from dpokit.rundir import RunDir, write_whole
+from dpokit.terminal import escape_controls
 
 SIGNATURE = "dpokit report"  # in every file of ours, so that no other is overwritten
 MOST_SAMPLES = 20
@@ -132,6 +133,7 @@ def render(page: dict[str, Any]) -> str:
     folder = files("dpokit.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable
+    environment.finalize = lambda value: escape_controls(value) if type(value) is str else value
     template = environment.from_string((folder / "page.html").read_text())
     style = (folder / "page.css").read_text().replace("LIGHT;", css(0)).replace("DARK;", css(1))
     return template.render(page, style=Markup(style), signature=SIGNATURE)
@@ -210,7 +212,7 @@ def _show(value: object) -> str:
 
 def _breakable(name: str) -> Markup:
     """A long name that may be broken after a slash or an underscore; `join` escapes the parts."""
-    return Markup("<wbr>").join(re.split(r"(?<=[/_])", name))
+    return Markup("<wbr>").join(re.split(r"(?<=[/_])", escape_controls(name)))
 
 
 def _duration(seconds: object) -> str | None:

@@ -11,6 +11,7 @@ from dpokit.errors import SettingsError
 from dpokit.serve.failures import LOST, describe, revive_device
 from dpokit.serve.limits import Limits, RefusedError, Sampling, read_question
 from dpokit.serve.models import Models, Reply
+from dpokit.terminal import escape_controls
 
 HELP = "Enter asks. {}/new begins anew, /end ends."
 CHOICE = "/base or /tuned sets which answer the conversation goes on with (now {}); "
@@ -104,7 +105,9 @@ def talk(models: Models, sampling: Sampling, *, limits: Limits, lines: TextIO, s
 
 def describe_here(failure: Exception) -> str:
     """A failure in words; what a failed call holds is given back."""
-    return describe(failure, hint=" ".join(str(failure).split())[:300]) if revive_device(failure) else LOST
+    if not revive_device(failure):
+        return LOST
+    return escape_controls(describe(failure, hint=" ".join(str(failure).split())[:300]))
 
 
 class _Progress:
@@ -117,7 +120,7 @@ class _Progress:
         if self._screen is None:
             return
         width = shutil.get_terminal_size().columns - 1
-        shown = f"{side}: {' '.join(clean(reply.text).split())}"
+        shown = f"{side}: {' '.join(escape_controls(reply.text).split())}"
         shown = shown if len(shown) <= width else f"{side}: ...{shown[len(side) + 5 - width :]}"
         print(f"\r\033[K{shown[:width]}", end="", file=self._screen, flush=True)
 
@@ -144,13 +147,9 @@ def _column(side: str, answer: dict[str, Any]) -> list[str]:
     notes += ["ended by the model" if answer["ended"] else "cut at the limit"]
     if answer["reward"] is not None:
         notes += [f"implicit reward {answer['reward']:+.3f}"]
-    return [f"{side}: {clean(answer['model'])}", *clean(answer["text"]).splitlines(), f"({', '.join(notes)})"]
+    model, text = (escape_controls(answer[name]) for name in ("model", "text"))
+    return [f"{side}: {model}", *text.splitlines(), f"({', '.join(notes)})"]
 
 
 def _wrap(lines: Sequence[str], width: int) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, width) or [""]]
-
-
-def clean(text: str) -> str:
-    """Without control characters: a model's words must not move the cursor or colour the screen."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else " " for letter in text)

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from dpokit.errors import DpokitError
 from dpokit.serve.limits import RefusedError
+from dpokit.terminal import echo
 
 LOST = "The device of the models is lost, by a CUDA error that only a new process mends: restart dpokit."
 
@@ -29,7 +30,7 @@ def tell(error: Exception) -> None:
         if isinstance(error, DpokitError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
-            traceback.print_exception(error, file=sys.stderr)
+            echo("".join(traceback.format_exception(error)), err=True)
 
 
 def revive_device(error: Exception) -> bool:

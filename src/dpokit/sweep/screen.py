@@ -1,19 +1,19 @@
 """A search on the screen: a table that is drawn anew, and what was found at the end."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from dpokit.rundir import RunDir
+from dpokit.safe_console import SafeConsole
 from dpokit.sweep.outcome import describe_setting, describe_state, describe_values, rank
 from dpokit.sweep.space import Space
 from dpokit.sweep.study import Search
 from dpokit.sweep.trial import follow
+from dpokit.terminal import echo
 
 MOST_ROWS = 40
 
@@ -24,7 +24,7 @@ class Screen:
     def __init__(self, space: Space, search: Search) -> None:
         self.space = space
         self.search = search
-        self.console = Console(stderr=True, highlight=False)
+        self.console = SafeConsole(stderr=True, highlight=False)
         self.live: Live | None = None
         self._said: dict[int, str] = {}
 
@@ -48,7 +48,7 @@ class Screen:
             if self._said.get(one.number) != one.state and one.state != "waiting":
                 self._said[one.number] = one.state
                 value = f", {self.space.metric} {describe_values(one.values)}" if one.value is not None else ""
-                print(f"trial {one.number}: {describe_state(one.record())}{value}", file=sys.stderr, flush=True)
+                echo(f"trial {one.number}: {describe_state(one.record())}{value}", err=True)
 
 
 def build_table(space: Space, search: Search) -> Table:
@@ -89,9 +89,9 @@ def watch(
 
 def print_outcome(outcome: Mapping[str, Any]) -> None:
     """The end of a search, on stdout."""
-    print(outcome["verdict"])
+    echo(outcome["verdict"])
     for name, share in outcome["importances"].items():
-        print(f"  {name}: {share:.0%} of what made trials differ")
+        echo(f"  {name}: {share:.0%} of what made trials differ")
     for name in ("best", "report"):
         if outcome[name] is not None:
-            print(f"{name}: {outcome[name]}")
+            echo(f"{name}: {outcome[name]}")

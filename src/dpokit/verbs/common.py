@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import typer
 
 from dpokit.errors import DpokitError, path_errors
+from dpokit.terminal import echo
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -17,5 +18,5 @@ def errors_without_torch() -> Iterator[None]:
         with path_errors():
             yield
     except DpokitError as error:
-        typer.echo(f"\n{type(error).__name__}: {error}", err=True)
+        echo(f"\n{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from None

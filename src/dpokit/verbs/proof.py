@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, errors_without_torch
 
 app = typer.Typer()
@@ -58,7 +59,7 @@ def evaluate(
     if not is_main_process():
         return
     if as_json:
-        typer.echo(json.dumps(record, indent=2))
+        echo(json.dumps(record, indent=2))
     else:
         print_evaluation(record)
 
@@ -79,4 +80,4 @@ def report(
 
     with errors_without_torch():
         written = write_report(runs, output=output, metric=metric)
-    typer.echo(json.dumps(written.record(), indent=2) if as_json else written.report)
+    echo(json.dumps(written.record(), indent=2) if as_json else one_line(written.report))

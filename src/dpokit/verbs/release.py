@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, errors_without_torch
 
 app = typer.Typer()
@@ -49,7 +50,7 @@ def merge(
         with user_errors():
             options = MergeOptions(dtype, max_shard_size, dequantized_base, accept_drift, limit, checkpoint, proof)
             record = merge_run(RunDir(run), options, argv=context.args)
-    typer.echo(json.dumps(record, indent=2) if as_json else describe(record))
+    echo(json.dumps(record, indent=2) if as_json else describe(record))
 
 
 @app.command()
@@ -84,7 +85,7 @@ def card(
             contact=contact,
             weights=weights,
         )
-    typer.echo(written)
+    echo(one_line(written))
 
 
 @app.command()
@@ -115,4 +116,4 @@ def push(
 
         target = Target(repo_id, public=public, revision=revision, message=commit_message)
         outcome = push_run(run, target, what=what, base_model=base_model, license=license, dry_run=dry_run, yes=yes)
-    typer.echo(json.dumps(outcome.record(), indent=2) if as_json else outcome.describe())
+    echo(json.dumps(outcome.record(), indent=2) if as_json else outcome.describe())

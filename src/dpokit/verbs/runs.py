@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, errors_without_torch
 
 app = typer.Typer()
@@ -43,7 +44,7 @@ def plan(
             made = build_plan(load_asked(recipe, context.args, gpus))
             checked = check_plan(made) if check else None
     if as_json:
-        typer.echo(json.dumps(made.record() | {"check": checked}, indent=2))
+        echo(json.dumps(made.record() | {"check": checked}, indent=2))
     else:
         print_plan(made, checked)
 
@@ -67,7 +68,7 @@ def prepare(
             path = find_recipe(recipe)
             record = prepare_run(str(path), load_defaults(path), context.args)
     if as_json:
-        typer.echo(json.dumps(record, indent=2))
+        echo(json.dumps(record, indent=2))
 
 
 @app.command(context_settings=PASS_ON)
@@ -152,7 +153,7 @@ def status(
         if not as_json:
             check_run(folder)
         found = read_status(folder, max_restarts=max_restarts, attempt=None if since is None else find_attempt(since))
-    typer.echo(json.dumps(found.record(), indent=2) if as_json else describe(found))
+    echo(json.dumps(found.record(), indent=2) if as_json else describe(found))
 
 
 @app.command()
@@ -175,11 +176,13 @@ def verify(
         told = [
             {"checkpoint": c.path.name, "step": c.step, "usable": c.trouble is None, "why": c.trouble} for c in found
         ]
-        typer.echo(json.dumps(told, indent=2))
+        echo(json.dumps(told, indent=2))
     else:
         for checkpoint in found:
-            typer.echo(f"{checkpoint.path.name}: {checkpoint.trouble or 'whole'}")
-        typer.echo(
-            f"a resume begins at step {usable[0].step}" if usable else f"{run} holds no checkpoint that can be used"
+            echo(f"{checkpoint.path.name}: {one_line(checkpoint.trouble or 'whole')}")
+        echo(
+            f"a resume begins at step {usable[0].step}"
+            if usable
+            else f"{one_line(run)} holds no checkpoint that can be used"
         )
     raise typer.Exit(0 if usable else 1)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from dpokit.terminal import echo
+
 app = typer.Typer()
 
 
@@ -70,7 +72,7 @@ def sweep(
     if outcome is None:
         raise typer.Exit(75)
     if as_json:
-        typer.echo(json.dumps(outcome, indent=2))
+        echo(json.dumps(outcome, indent=2))
     else:
         from dpokit.sweep.screen import print_outcome
 

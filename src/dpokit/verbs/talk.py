@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dpokit.errors import DpokitError
+from dpokit.terminal import echo
 from dpokit.verbs.common import PASS_ON
 
 app = typer.Typer()
@@ -125,9 +126,9 @@ def chat(
             except DpokitError:
                 raise
             except Exception as failure:
-                typer.echo(describe_here(failure), err=True)
+                echo(describe_here(failure), err=True)
                 raise typer.Exit(1) from None
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        echo(json.dumps(found, indent=2))
     else:
         print_answers(found, stdout)
