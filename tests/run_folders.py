@@ -118,6 +118,7 @@ def add_evaluation(
     tuned |= {"accuracy": v(0.68), "margin": v(1.41, 0.1), "kl_per_token": v(0.021, 0.003)}
     pairs = {
         "format": 1,
+        "end": "t0",
         "data": {"name": "Anthropic/hh-rlhf, split test", "pairs": 2312, "fingerprint": "ab12"},
         "beta": 0.1,
         "base": base,
@@ -149,6 +150,11 @@ def add_evaluation(
     ]
     (evaluation / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
     side = {"mean_tokens": 41.2, "repetition": 0.12, "distinct_2": 0.71, "ended": 0.4}
-    numbers = {"base": side, "tuned": side | {"ended": 0.9}, "judge": {"wins": 61, "ties": 9, "losses": 30}}
+    numbers = {
+        "end": "t0",
+        "base": side,
+        "tuned": side | {"ended": 0.9},
+        "judge": {"wins": 61, "ties": 9, "losses": 30},
+    }
     numbers["judge"]["win_rate"] = v(0.66, 0.09)
     (evaluation / "answers.json").write_text(json.dumps(numbers))

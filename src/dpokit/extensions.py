@@ -16,6 +16,7 @@ from dpokit.screen import say
 
 # No single file of DeepSpeed's takes a compiler so long, and while it works on one nothing in the folder changes.
 DEAD_AFTER_SECONDS = 300.0
+LONG_DEAD_SECONDS = 86_400.0  # by the times of files, which another machine's clock may have set
 
 
 def pass_dead_locks(dead_after_seconds: float = DEAD_AFTER_SECONDS) -> None:
@@ -27,8 +28,12 @@ def pass_dead_locks(dead_after_seconds: float = DEAD_AFTER_SECONDS) -> None:
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.glob("**/lock")):
         told = False
-        while (idle := _find_idle_seconds(lock)) is not None and not _is_held(lock):
-            if idle >= dead_after_seconds:
+        changes, since = None, time.monotonic()
+        while (found := _find_changes(lock)) is not None and not _is_held(lock):
+            if found != changes:
+                changes, since = found, time.monotonic()
+            age = time.time() - max(found) / 1e9
+            if time.monotonic() - since >= dead_after_seconds or age >= LONG_DEAD_SECONDS:
                 lock.unlink(missing_ok=True)
                 say(f"removed {lock}: the process that compiled there was killed")
                 break
@@ -41,16 +46,16 @@ def pass_dead_locks(dead_after_seconds: float = DEAD_AFTER_SECONDS) -> None:
             time.sleep(0.5)
 
 
-def _find_idle_seconds(lock: Path) -> float | None:
-    """For how long nothing has changed in the lock's folder; None once the lock is gone."""
+def _find_changes(lock: Path) -> list[int] | None:
+    """When each file of the lock's folder last changed, in nanoseconds since 1970; None once the lock is gone."""
     changes = []
-    for file in (lock, *lock.parent.iterdir()):
+    for file in (lock, *sorted(lock.parent.iterdir())):
         try:
-            changes.append(file.stat().st_mtime)
+            changes.append(file.stat().st_mtime_ns)
         except FileNotFoundError:
             if file == lock:
                 return None
-    return time.time() - max(changes)
+    return changes
 
 
 def _is_held(lock: Path) -> bool:

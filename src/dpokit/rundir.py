@@ -77,8 +77,27 @@ class RunDir:
         return self.merged if merged else self.model if self.model.is_dir() else None
 
     def is_merge_old(self) -> bool:
-        """Whether there is a merged/, older than the final weights: the run was trained on since."""
-        return self.merged.is_dir() and is_older(self.merged, self.find_weights())
+        """Whether there is a merged/ of an earlier end: the run was trained on since."""
+        return self.is_outdated(self.merge_json)
+
+    def find_end(self) -> str | None:
+        """The token of the start that wrote the final weights; None for a run that is not finished."""
+        record = self.read_run() or {}
+        starts = record.get("generations") or [{}]
+        return starts[-1].get("token") if record.get("state") == "finished" else None
+
+    def is_outdated(self, made: Path) -> bool:
+        """Whether a JSON record speaks of the weights of an earlier end, by the `end` in it.
+
+        Times of files say nothing: a copy has its own. A record without `end` is taken for the present one's.
+        """
+        try:
+            record = json.loads(made.read_text()) if made.is_file() else {}
+        except (OSError, ValueError, RecursionError):
+            return False  # said by whoever reads it for what it holds
+        if not isinstance(record, dict) or "end" not in record:
+            return False
+        return self.find_end() not in (None, record["end"])
 
     def own_files(self) -> list[Path]:
         """What a run of ours left here; files of others are never listed, so they are never deleted."""
@@ -220,7 +239,7 @@ def is_of_card(path: Path) -> bool:
 def find_model(name: str) -> str:
     """The trained model of the run folder that `name` is: `merged`, `model` or `adapter`; any other name as it is.
 
-    A merge that is older than the weights is passed over: the run was trained on since.
+    A merge of an earlier end is passed over: the run was trained on since.
 
     Raises: RunFolderError for a run without one, or one that is not finished.
     """
@@ -244,19 +263,6 @@ def find_model(name: str) -> str:
         expected="a finished run, a model's folder or a Hub id",
         do="let that run finish" + (f", or {other}" if other else ""),
     )
-
-
-def is_older(made: Path, weights: Path | None) -> bool:
-    """Whether a file, or a folder of weights, was made before the newest of the weights: the run was trained on since.
-
-    False where either holds no weights.
-    """
-    times = [
-        [file.stat().st_mtime for file in (folder.glob("*.safetensors") if folder.is_dir() else [folder])]
-        for folder in (made, weights)
-        if folder is not None
-    ]
-    return len(times) == 2 and all(times) and max(times[0]) < max(times[1])
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -29,13 +29,13 @@ def make_run(folder: Path, model: Path, *, adapter: bool = False, merged: bool =
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
     (folder / "README.md").write_text(CARD)
-    (folder / "run.json").write_text('{"state": "finished"}')
+    (folder / "run.json").write_text('{"state": "finished", "generations": [{"token": "t0"}]}')
     if adapter:
         write_adapter(run.adapter, model)
     if merged or not adapter:
-        shutil.copytree(model, run.merged if merged else run.model, copy_function=shutil.copy)  # the newer one
+        shutil.copytree(model, run.merged if merged else run.model, copy_function=shutil.copy)
     if merged:
-        run.merge_json.write_text('{"mean_drift": 1e-06, "largest_drift": 1e-05}\n')
+        run.merge_json.write_text('{"end": "t0", "mean_drift": 1e-06, "largest_drift": 1e-05}\n')
     return run
 
 

@@ -1,7 +1,6 @@
 """What of a run goes up, and when nothing does: an old merge, a run that goes on, a card of something else."""
 
 import json
-import os
 
 import pytest
 from pushing import REPO, make_run
@@ -24,21 +23,23 @@ def look(run, repo_id=REPO, **options):
 
 
 def train_on(run):
-    """The adapter becomes newer than what was merged."""
-    os.utime(run.merged / "model.safetensors", (1, 1))
+    """A later start ends with another adapter."""
+    run.take_possession(0)
+    run.write_run(state="finished")
+    run.token = ""
 
 
 @pytest.mark.parametrize("what", [None, "merged", "both"])
 @pytest.mark.parametrize("licence", [None, "mit"])
-def test_a_merge_that_is_older_than_the_weights_is_not_sent(run, what, licence):
+def test_a_merge_of_an_earlier_end_is_not_sent(run, what, licence):
     train_on(run)
-    with pytest.raises(HubError, match="merged is older than adapter/") as error:
+    with pytest.raises(HubError, match="merged is of an earlier end") as error:
         look(run, what=what, license=licence)
     assert error.value.do == f"delete {run.merged} and run dpokit merge {run.path}; or --what adapter"
     assert {folder.name for folder in look(run, what="adapter").folders} == {"adapter"}
 
 
-def test_a_card_tells_of_the_adapter_where_the_merge_is_older(run):
+def test_a_card_tells_of_the_adapter_where_the_merge_is_of_an_earlier_end(run):
     run.card.unlink()
     assert "library_name: transformers" in write_card(run, license="mit").read_text()
     train_on(run)

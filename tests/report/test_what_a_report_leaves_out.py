@@ -1,7 +1,6 @@
 """What a report says of files that speak of other weights or other data, or hold what nobody writes."""
 
 import json
-import os
 
 import pytest
 from run_folders import add_evaluation, make_run, make_steps
@@ -11,29 +10,21 @@ from dpokit.report.page import write_report
 from dpokit.report.read import load_run
 
 
-def add_weights(folder, *, seconds_later: int) -> None:
-    """Final weights, written so long after the evaluation."""
-    weights = folder / "model" / "model.safetensors"
-    weights.parent.mkdir(exist_ok=True)
-    weights.write_bytes(b"")
-    evaluated = (folder / "eval" / "pairs.json").stat().st_mtime
-    os.utime(weights, (evaluated + seconds_later,) * 2)
-
-
 def test_an_evaluation_of_weights_that_were_trained_on_since_is_no_verdict(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(20, every=5))
     add_evaluation(folder)
-    add_weights(folder, seconds_later=-60)
     told = write_report([folder]).verdict
     assert told.startswith("The tuned model is better")
     assert load_run(folder, name="run").notes == []
-    add_weights(folder, seconds_later=60)
+    record = json.loads((folder / "run.json").read_text())
+    record["generations"].append(record["generations"][-1] | {"token": "t1"})
+    (folder / "run.json").write_text(json.dumps(record))
     written = write_report([folder])
     assert "evaluation loss" in written.verdict
     page = written.report.read_text()
     assert told not in page
-    assert "eval/pairs.json is older than the weights" in page
-    assert "eval/answers.jsonl is older than the weights" in page
+    assert "eval/pairs.json is of an earlier end" in page
+    assert "eval/answers.json is of an earlier end" in page
     run = load_run(folder, name="run")
     assert (run.pairs, run.answers, run.answer_numbers) == (None, [], None)
 

@@ -82,12 +82,11 @@ def test_a_job_is_not_taken_for_lost_before_slurm_was_reached(queued, squeue):
     assert not queued.is_running()
 
 
-def test_a_run_that_waited_long_for_its_nodes_is_not_silent_when_it_gets_them(queued, squeue):
+def test_a_run_that_waited_long_for_its_nodes_is_not_silent_when_it_gets_them(queued, squeue, monkeypatch):
+    now = time.monotonic()
+    for state, hours, silent_hours in (("PENDING", 3, 0), ("RUNNING", 4, 1), ("RUNNING", 6, 3)):
+        squeue.write_text(f"12_0 {state}\n")
+        monkeypatch.setattr(time, "monotonic", lambda hours=hours: now + hours * HOUR)
+        assert queued.count_silent_seconds() == silent_hours * HOUR
     queued.log.touch()
-    long_ago = time.time() - 3 * HOUR
-    os.utime(queued.log, (long_ago, long_ago))
-    queued.began = long_ago
-    squeue.write_text("12_0 PENDING\n")
-    assert time.time() - queued.last_sign() < HOUR
-    squeue.write_text("12_0 RUNNING\n")
-    assert time.time() - queued.last_sign() < HOUR
+    assert queued.count_silent_seconds() == 0

@@ -1,7 +1,6 @@
 """Supervised training on the chosen answers: the same steps, folder and resume; and DPO goes on from its run."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -182,14 +181,14 @@ def test_of_a_run_folder_the_merged_model_is_taken_before_the_adapter(tmp_path):
         assert find_model(str(run.path)) == str(folder)
 
 
-def test_a_merge_that_is_older_than_the_weights_is_passed_over(tmp_path):
+def test_a_merge_of_an_earlier_end_is_passed_over(tmp_path):
     run = RunDir(tmp_path / "run")
-    for at, folder in enumerate((run.merged, run.adapter)):
+    for folder in (run.merged, run.adapter):
         folder.mkdir(parents=True)
-        (folder / "x.safetensors").touch()
-        os.utime(folder / "x.safetensors", (at, at))
-    (run.path / "run.json").write_text("{}")
-    assert find_model(str(run.path)) == str(run.adapter)
+    for end, found in (("t0", run.merged), ("t1", run.adapter)):
+        run.run_json.write_text(json.dumps({"state": "finished", "generations": [{"token": end}]}))
+        run.merge_json.write_text('{"end": "t0"}')
+        assert find_model(str(run.path)) == str(found)
 
 
 @pytest.mark.parametrize("state", ["running", "preempted", "failed"])

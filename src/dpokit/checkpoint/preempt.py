@@ -72,7 +72,7 @@ class Notice:
                     expected="a Slurm job with a time limit (SLURM_JOB_ID, and squeue at hand)",
                     do="submit with --time, or remove --save_before_seconds",
                 )
-            self.due = limit - save_before_seconds
+            self.due = time.monotonic() + limit - save_before_seconds - time.time()  # whoever sets the clock later
 
     def note(self, number: int, _: object = None) -> None:
         """The signal handler."""
@@ -80,7 +80,7 @@ class Notice:
 
     def is_given(self) -> bool:
         """Whether this process was told to end; to be asked at step boundaries."""
-        if self.due is not None and time.time() >= self.due:
+        if self.due is not None and time.monotonic() >= self.due:
             self.why = self.why or "the job's time limit is near"
         return self.why is not None
 

@@ -90,6 +90,7 @@ def write_answers(
     tuned: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     sampling: Sampling,
+    end: str | None = None,
 ) -> dict[str, Any]:
     """Samples both models' answers and writes answers.jsonl and answers.json; returns what the second holds.
 
@@ -108,6 +109,7 @@ def write_answers(
         tuned: the model with the tuned weights or adapter.
         tokenizer: of both.
         sampling: how.
+        end: the token of the start that wrote the tuned weights (`RunDir.find_end`); kept in answers.json.
 
     Raises:
         DataError: no prompts.
@@ -124,6 +126,7 @@ def write_answers(
     of_tuned = _sample(tuned, tokenizer, fitting, sampling=sampling, name="tuned")
     cut = sum(len(short) < len(ids) for short, ids in zip(fitting, encoded, strict=True))
     outcome = {
+        "end": end,
         "settings": asdict(sampling) | {"prompts": len(prompts), "cut_prompts": cut},
         "base": count_answers(of_base),
         "tuned": count_answers(of_tuned),

@@ -83,7 +83,7 @@ def evaluate_model(
     with peer_errors(subject.settings.training.ddp_timeout):
         record = evaluate_pairs(subject, limit=limit)
         if subject.run is not None:
-            path = subject.run.pairs_json
+            path, record["end"] = subject.run.pairs_json, subject.run.find_end()
             decide_on_main_process(lambda: _write(path, record))
             say(str(path))
         if answers:
@@ -96,7 +96,13 @@ def evaluate_model(
 def _answer(subject: Subject, folder: Path, number: int, sampling: Sampling, judge: Judge | None) -> dict[str, Any]:
     prompts = build_prompts(subject.held_out.pairs, subject.tokenizer, limit=number)
     outcome = write_answers(
-        folder, prompts, base=subject.base, tuned=subject.tuned, tokenizer=subject.tokenizer, sampling=sampling
+        folder,
+        prompts,
+        base=subject.base,
+        tuned=subject.tuned,
+        tokenizer=subject.tokenizer,
+        sampling=sampling,
+        end=None if subject.run is None else subject.run.find_end(),
     )
     found: dict[str, Any] = {"answers": outcome}
     if judge is not None:

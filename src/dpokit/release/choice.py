@@ -37,7 +37,7 @@ def choose(run: RunDir, what: str | None) -> What:
         )
     if weights is not None and run.is_merge_old() and what != "adapter":
         raise HubError(
-            f"{run.merged} is older than {weights.name}/: the run was trained on since",
+            f"{run.merged} is of an earlier end: the run was trained on since",
             expected="a merge of what it ended with",
             do=f"delete {run.merged} and run dpokit merge {run.path}" + ("; or --what adapter" if adapter else ""),
         )

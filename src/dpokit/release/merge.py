@@ -81,7 +81,7 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
         with new_folder(run.merged) as part:
             base_then = record["settings"].get("model_name_or_path", {}).get("value")
             made = _fill(part, run, settings, options, base_then=base_then)
-            made["model_fingerprint"] = fingerprint
+            made |= {"model_fingerprint": fingerprint, "end": run.find_end()}
             made["files"] = describe_files(part, list_files(part))
             write_json(part / run.merge_json.name, made)
         sync_folder(run.path)

@@ -9,7 +9,7 @@ from typing import Any
 
 from dpokit.errors import RunFolderError
 from dpokit.report.votes import is_between
-from dpokit.rundir import RunDir, is_older
+from dpokit.rundir import RunDir
 
 PAIRS_FORMAT = 1
 EVAL_LOSS = "eval_loss"
@@ -123,7 +123,7 @@ def load_run(path: Path, *, name: str) -> Run:
     again = f"dpokit evaluate {path}"
     stale = _is_stale(folder.pairs_json, folder, notes, do="dpokit evaluate RUN")
     pairs = None if stale else read_object(folder.pairs_json, do=again)
-    of_others = _is_stale(folder.answers_jsonl, folder, notes, do="dpokit evaluate RUN --answers 50")
+    of_others = _is_stale(folder.answers_json, folder, notes, do="dpokit evaluate RUN --answers 50")
     if pairs is not None and pairs.get("format") != PAIRS_FORMAT:
         notes.append(f"eval/pairs.json has format {pairs.get('format')}, which this version does not know: left out")
         pairs = None
@@ -150,10 +150,10 @@ def load_run(path: Path, *, name: str) -> Run:
 
 def _is_stale(path: Path, folder: RunDir, notes: list[str], *, do: str) -> bool:
     """Whether what an evaluation left speaks of other weights than those that are here now, which is then noted."""
-    stale = path.is_file() and is_older(path, folder.find_weights())
+    stale = folder.is_outdated(path)
     if stale:
         notes.append(
-            f"eval/{path.name} is older than the weights, which were trained on since: left out ({do} makes it anew)"
+            f"eval/{path.name} is of an earlier end, and the run was trained on: left out ({do} makes it anew)"
         )
     return stale
 
@@ -191,7 +191,7 @@ def read_object(path: Path, *, do: str) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(content)
-    except ValueError as error:  # bytes that are no UTF-8 are one, too
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are one, too
         raise RunFolderError(f"{path} is damaged: {error}", expected="one JSON object", do=do) from None
     if not isinstance(record, dict):
         raise RunFolderError(f"{path} is damaged: it holds no mapping", expected="one JSON object", do=do)

@@ -123,12 +123,12 @@ class QueuedRun(TrialRun):
         job = self.find_job()
         return self.queue.holds(self) or (job is not None and self.queue.find_state(job) is not None)
 
-    def last_sign(self) -> float:
+    def count_silent_seconds(self) -> float:
         """A run that waits for nodes is no silent one, and has its time anew when it gets them."""
         job = self.find_job()
         if job is None or self.queue.find_state(job) != "RUNNING":
-            self.began = time.time()
-        return max(super().last_sign(), self.began)
+            self.start_listening()
+        return super().count_silent_seconds()
 
     def ask_to_save(self) -> None:
         """Nothing: the job goes on while nobody looks."""

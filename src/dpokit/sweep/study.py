@@ -76,8 +76,9 @@ class Search:
         self.folder = folder
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-        self.worker = f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+        self.worker = f"{socket.gethostname()}:{os.getpid()}:{find_start(os.getpid())}"
         self._sign = folder / "workers" / f"{socket.gethostname()}-{os.getpid()}"
+        self._signs: dict[str, tuple[bytes, float]] = {}  # of workers on other hosts, and since when they are the same
         self.url = storage or f"sqlite:///{folder.absolute() / 'study.db'}"
         try:
             (folder / "workers").mkdir(parents=True, exist_ok=True)
@@ -212,7 +213,7 @@ class Search:
 
     def give_sign(self) -> None:
         """Tells workers on other hosts that this one lives; called every few seconds."""
-        write_json(self._sign, {"worker": self.worker})
+        write_json(self._sign, {"worker": self.worker, "beat": time.monotonic_ns()})
 
     def leave(self) -> None:
         """No sign any more: others may take over what this worker had."""
@@ -221,16 +222,30 @@ class Search:
     def _is_alive(self, worker: str | None) -> bool:
         if worker is None:  # killed between being given a trial and saying so
             return False
-        host, pid, began = worker.split(":")
-        sign = self.folder / "workers" / f"{host}-{pid}"
-        if not sign.is_file():
-            return False
-        if host != socket.gethostname():
-            return time.time() - sign.stat().st_mtime < SILENT_SECONDS
+        host, pid, start = worker.split(":")
         try:
-            return abs(psutil.Process(int(pid)).create_time() - float(began)) < 1
-        except psutil.Error:
+            sign = (self.folder / "workers" / f"{host}-{pid}").read_bytes()
+            if host == socket.gethostname():
+                return find_start(int(pid)) == start
+        except (OSError, psutil.Error):
             return False
+        # Another host's clock may be wrong: this worker watches whether the sign changes.
+        before, since = self._signs.get(worker, (b"", 0.0))
+        if sign != before:
+            since = time.monotonic()
+            self._signs[worker] = sign, since
+        return time.monotonic() - since < SILENT_SECONDS
+
+
+def find_start(pid: int) -> str:
+    """When a process began: in ticks since the machine did (Linux), which setting the clock leaves as they are.
+
+    Raises: psutil.NoSuchProcess.
+    """
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]  # proc(5): field 22
+    except OSError:
+        return f"{psutil.Process(pid).create_time():.0f}"
 
 
 def _build_distributions(space: Space) -> dict[str, BaseDistribution]:

@@ -41,7 +41,6 @@ class TrialRun:
         run: its folder.
         is_first: of the trial's seeds, the one whose evaluations may prune the trial.
         process: of the launcher, where this worker started it.
-        began: from when on it may be silent, by `time.time`: its start, or when this worker began to look after it.
         told: evaluations that the study was told of.
         slot: which share of the machine's devices it has.
     """
@@ -51,9 +50,10 @@ class TrialRun:
     run: RunDir
     is_first: bool = True
     process: subprocess.Popen[bytes] | None = None
-    began: float = field(default_factory=time.time)
     told: int = 0
     slot: int = 0
+    _sign: tuple[Any, ...] = ()
+    _sign_seen: float = field(default_factory=time.monotonic)
 
     restarts_itself = False  # whether something else starts it again after a crash
 
@@ -149,16 +149,27 @@ class TrialRun:
 
     # -- what its files say ----------------------------------------------------------------------------------------
 
-    def last_sign(self) -> float:
-        """When one of its files last changed, by `time.time`; 0 before any."""
+    def count_silent_seconds(self) -> float:
+        """For how long this worker has seen none of its files change.
+
+        By a clock that nobody sets and that stands still while the machine is suspended.
+        """
         files = [self.log, self.run.run_json, self.run.metrics_jsonl, self.run.data_json, *self.run.checkpoints()]
-        times = []
+        sign: list[Any] = []
         for path in files:
             try:
-                times.append(path.stat().st_mtime)
+                found = path.stat()
             except OSError:
                 continue
-        return max(times, default=0.0)
+            sign.append((path.name, found.st_mtime_ns, found.st_size))
+        if tuple(sign) != self._sign:
+            self._sign = tuple(sign)
+            self.start_listening()
+        return time.monotonic() - self._sign_seen
+
+    def start_listening(self) -> None:
+        """Counts its silence from now on: it was just started, or could not write before."""
+        self._sign_seen = time.monotonic()
 
     def read_mistake(self) -> str | None:
         """A mistake of the user that its last start ended with; None where the log shows none."""

@@ -180,7 +180,7 @@ class Worker:
         self.active.append(one)
         if one.is_running() or self._read_run(one).get("state") == "finished":
             return
-        one.began = time.time()
+        one.start_listening()
         group = self.search.study.study_name
         command = one.command(self.space.recipe, config_file=self.space.config_file, group=group)
         one.start(command, self.devices[one.slot])
@@ -194,7 +194,7 @@ class Worker:
         elif hopeless:
             why = f"pruned: worse than the median of the others at evaluation {one.told}"
             self._give_up(one, TrialState.PRUNED, why)
-        elif time.time() - max(one.last_sign(), one.began) > self.timeout_seconds:
+        elif one.count_silent_seconds() > self.timeout_seconds:
             self._give_up(one, TrialState.FAIL, f"it wrote nothing for {self.timeout_seconds:g} s, and was ended")
 
     def _report(self, one: TrialRun) -> bool:

@@ -1,0 +1,129 @@
+"""Clocks that are set, machines that sleep, copies without the times of their files: nothing is decided by them."""
+
+import json
+import os
+import shutil
+import socket
+import time
+
+import pytest
+from run_folders import add_evaluation, make_run, make_steps
+
+from dpokit.checkpoint.preempt import Notice
+from dpokit.extensions import pass_dead_locks
+from dpokit.report.read import load_run
+from dpokit.rundir import RunDir
+from dpokit.sweep.trial import TrialRun
+
+HOUR = 3600.0
+# A clock set while something runs, in seconds.
+STEPS = {"an hour ahead": HOUR, "an hour back": -HOUR, "to 1970": -time.time(), "ten years ahead": 10 * 8766 * HOUR}
+
+
+@pytest.fixture(params=STEPS)
+def set_clock(request, monkeypatch):
+    """Sets the clock of this process, as an operator or a time server does that of a machine."""
+    real = time.time
+    return lambda: monkeypatch.setattr(time, "time", lambda: real() + STEPS[request.param])
+
+
+def set_times(folder, *, reverse: bool) -> None:
+    """Times as a copy or an archive leaves them, in one order or the other."""
+    for at, path in enumerate(sorted(folder.rglob("*"), reverse=reverse)):
+        os.utime(path, (at, at))
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    """A copy of a finished run that was evaluated and merged."""
+    folder = make_run(tmp_path / "run", make_steps(6, every=3))
+    add_evaluation(folder)
+    run = RunDir(shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile))
+    for made in (run.model, run.merged):
+        made.mkdir()
+        (made / "model.safetensors").touch()
+    run.merge_json.write_text(json.dumps({"end": run.find_end()}))
+    return run
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_copy_keeps_its_merge_and_its_evaluation(reverse, run):
+    set_times(run.path, reverse=reverse)
+    assert run.find_whole() == run.merged
+    assert load_run(run.path, name="run").notes == []
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_copy_of_a_run_that_was_trained_on_has_an_outdated_merge(reverse, run):
+    run.take_possession(6)
+    run.write_run(state="finished")
+    set_times(run.path, reverse=reverse)
+    assert run.find_whole() == run.model
+    notes = load_run(run.path, name="run").notes
+    assert [note.split()[0] for note in notes] == ["eval/pairs.json", "eval/answers.json"]
+
+
+def test_a_trial_is_silent_by_a_clock_that_nobody_sets(set_clock, tmp_path):
+    trial = TrialRun(0, {}, RunDir(tmp_path / "trial-0"))
+    trial.log.touch()
+    assert trial.count_silent_seconds() < HOUR / 2
+    set_clock()
+    assert trial.count_silent_seconds() < HOUR / 2
+    os.utime(trial.log, (0, 0))
+    assert trial.count_silent_seconds() < HOUR / 2
+
+
+def test_a_time_limit_is_kept_whoever_sets_the_clock(set_clock, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 2 * HOUR)))
+    notice = Notice(0, save_before_seconds=60)
+    set_clock()
+    assert not notice.is_given()
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 2 * HOUR)
+    assert notice.is_given()
+
+
+@pytest.mark.parametrize("seconds", [-HOUR, HOUR / 2, HOUR])
+def test_a_lock_with_the_time_of_another_clock_is_waited_for(seconds, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "answer" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    os.utime(lock, (time.time() - seconds,) * 2)
+    began = time.monotonic()
+    pass_dead_locks(dead_after_seconds=1.0)
+    assert time.monotonic() - began >= 1.0
+    assert not lock.exists()
+
+
+@pytest.fixture
+def search(tmp_path):
+    pytest.importorskip("optuna")
+    from dpokit.sweep.space import load_space
+    from dpokit.sweep.study import Search
+
+    space = tmp_path / "space.yaml"
+    space.write_text("recipe: dpo_gpt2\nparameters: {beta: [0.1, 0.2]}\n")
+    return Search(load_space(space), tmp_path / "sweep", storage=None, name="own")
+
+
+def test_a_worker_of_this_machine_is_known_whoever_sets_the_clock(search, set_clock):
+    set_clock()
+    assert search._is_alive(search.worker)
+    host, pid, start = search.worker.split(":")
+    assert not search._is_alive(f"{host}:{pid}:{int(start) + 1}")
+
+
+def test_a_worker_of_another_host_lives_while_its_sign_changes(search, set_clock, monkeypatch):
+    worker = f"not-{socket.gethostname()}:12:34"
+    sign = search.folder / "workers" / f"not-{socket.gethostname()}-12"
+    assert not search._is_alive(worker)
+    now = time.monotonic()
+    alive = []
+    for minutes, beat in ((0, 1), (1, 1), (2.5, 2), (4, 2), (5, 2)):
+        sign.write_text(json.dumps({"beat": beat}))
+        os.utime(sign, (0, 0))
+        monkeypatch.setattr(time, "monotonic", lambda minutes=minutes: now + 60 * minutes)
+        alive.append(search._is_alive(worker))
+        set_clock()
+    assert alive == [True, True, True, True, False]
