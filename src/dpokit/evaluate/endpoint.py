@@ -1,10 +1,8 @@
 """A chat-completions endpoint, asked with care: bounded requests and waits, and a key that nobody sees. No torch."""
 
-import json
 import random
-import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -13,13 +11,25 @@ from types import TracebackType
 from typing import Any
 
 import httpx
+from anyio.from_thread import start_blocking_portal
 
 from dpokit.apikey import ApiKey, check_url
+from dpokit.bounded_http import (
+    EXCERPT_BYTES,
+    ReplyError,
+    build_client,
+    make_printable,
+    mend_halves,
+    post,
+    read_count,
+    read_json,
+    read_text,
+)
 from dpokit.errors import JudgeError
 
 TRIES = 5
 MOST_WAIT_SECONDS = 60.0
-MOST_REPLY_BYTES = 2**22
+MOST_REPLY_BYTES = 2**20
 # What a server says to this one request (too long, against its rules), not to all of them.
 REFUSALS = (400, 413, 422)
 
@@ -43,11 +53,12 @@ class Reply:
 class _Response:
     status: int
     headers: httpx.Headers
-    text: str
+    body: bytes = b""
+    excerpt: str = ""
 
 
 class Endpoint:
-    """`{url}/chat/completions`, which any number of threads may ask.
+    """`{url}/chat/completions`, which any number of threads may ask inside of its context.
 
     Args:
         url: as OpenAI's clients take it, mostly with /v1 at its end.
@@ -77,13 +88,23 @@ class Endpoint:
         self._key, self._most, self._first_wait = api_key, max_requests, first_wait_seconds
         self._timeout = timeout_seconds
         self._stopped, self._lock = Event(), Lock()
-        self._client = httpx.Client(timeout=timeout_seconds, headers=api_key.headers())
+        self._resources = ExitStack()
+        self._client = build_client(
+            self.url,
+            api_key,
+            tls=httpx.create_ssl_context(),
+            silence_seconds=timeout_seconds,
+            connect_seconds=timeout_seconds,
+        )
 
     def __enter__(self) -> "Endpoint":
+        # One event loop beside the threads: only there can a request be given up in the middle of anything.
+        self._portal = self._resources.enter_context(start_blocking_portal())
+        self._resources.callback(self._portal.call, self._client.aclose)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._client.close()
+        self._resources.__exit__(kind, error, at)
 
     def stop(self) -> None:
         """No further request is sent, and no try is waited for any more."""
@@ -104,13 +125,18 @@ class Endpoint:
                 return None
             asked_seconds = None
             try:
-                response = self._post(body)
+                response = self._portal.call(self._post, body)
             except httpx.ConnectError as error:
                 raise self._error(f"cannot be reached ({error})", "check the URL, and that the server runs") from None
             except httpx.TimeoutException:
                 seen = f"gave no reply within {self._timeout:g} s"
+            except ReplyError as error:
+                raise self._error(f"does not reply as chat/completions do: it {error}", "check the URL") from None
             except httpx.RequestError as error:
-                seen = f"broke off its reply ({type(error).__name__}: {error})"
+                words = self._key.hide(make_printable(f"{type(error).__name__}: {error}"))[
+                    :200
+                ]  # it may repeat what came
+                seen = f"broke off its reply ({words})"
             else:
                 if response.status != 429 and response.status < 500:
                     return self._read(response, str(body.get("model")))
@@ -130,18 +156,13 @@ class Endpoint:
             self.sent += 1
             return True
 
-    def _post(self, body: Mapping[str, Any]) -> _Response:
-        # The client's own time-out is for each piece of a reply, so a server that drips would never meet it.
-        end = time.monotonic() + self._timeout
-        data = b""
-        with self._client.stream("POST", f"{self.url}/chat/completions", json=body) as response:
-            for piece in response.iter_bytes():
-                data += piece
-                if time.monotonic() > end:
-                    raise httpx.ReadTimeout("the reply is not whole")
-                if len(data) > MOST_REPLY_BYTES:
-                    raise httpx.ReadError(f"more than {MOST_REPLY_BYTES:,} bytes")
-        return _Response(response.status_code, response.headers, data.decode(errors="replace"))
+    async def _post(self, body: Mapping[str, Any]) -> _Response:
+        url = f"{self.url}/chat/completions"
+        bounds: Any = {"most_seconds": self._timeout, "most_bytes": MOST_REPLY_BYTES}
+        async with post(self._client, url, body, **bounds) as reply:
+            if 200 <= reply.status < 300:
+                return _Response(reply.status, reply.headers, await reply.read())
+            return _Response(reply.status, reply.headers, excerpt=await reply.read_excerpt())
 
     def _find_wait(self, past: int, asked_seconds: float | None) -> float:
         # Threads that were turned away together do not come back together.
@@ -160,15 +181,16 @@ class Endpoint:
         if not 200 <= status < 300:
             raise self._error(f"answers {words}", "check the URL, and the account behind the key")
         try:
-            record = json.loads(response.text)
-            text = record["choices"][0]["message"].get("content") or ""
-            tokens = (record.get("usage") or {}).get("total_tokens") or 0
-            return Reply(self._key.hide(str(text)), int(tokens))
+            record = read_json(response.body)
+            text = mend_halves(read_text(record["choices"][0]["message"].get("content")))
+            tokens = read_count((record.get("usage") or {}).get("total_tokens"))
+            return Reply(self._key.hide(text), tokens)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise self._error(f"does not reply as chat/completions do: {words}", "check the URL") from None
 
     def _words(self, response: _Response) -> str:
-        return f"{response.status} {self._key.hide(' '.join(response.text.split()))[:300]}"
+        excerpt = response.excerpt or make_printable(response.body[:EXCERPT_BYTES].decode(errors="replace"))
+        return f"{response.status} {self._key.hide(excerpt)[:300]}"
 
     def _error(self, seen: str, do: str) -> JudgeError:
         return JudgeError(

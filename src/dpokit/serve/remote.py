@@ -1,21 +1,31 @@
 """Models that an OpenAI-compatible server keeps: its answers, streamed. No torch."""
 
 import asyncio
-import ipaddress
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
 from dpokit.apikey import ApiKey, check_url
+from dpokit.bounded_http import (
+    ReplyError,
+    build_client,
+    make_printable,
+    mend_halves,
+    post,
+    read_count,
+    read_json,
+    read_text,
+)
 from dpokit.data.formats import Messages
 from dpokit.rundir import RunDir
 from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.serve.models import Reply
 
-TIMEOUT = httpx.Timeout(120.0, connect=5.0)  # seconds of silence, and for a connection
+SILENCE_SECONDS, CONNECT_SECONDS = 120.0, 5.0
+ANSWER_SECONDS = 1800.0  # of an answer from its question to its end, however slowly it comes
+MOST_ANSWER_BYTES = 2**24  # of its stream: some 300 a token
 LOOK_SECONDS = 0.1  # between two looks at whether an answer was stopped
 MOST_LETTERS = 2**20
 COUNTED = {"stream_options": {"include_usage": True}}
@@ -23,19 +33,29 @@ COUNTED = {"stream_options": {"include_usage": True}}
 
 @dataclass
 class _Heard:
-    """What has come of an answer so far."""
+    """What has come of an answer so far.
+
+    Attributes:
+        began: an event brought a choice, as every chat completion has one.
+    """
 
     text: str = ""
     tokens: int = 0
     ended: bool = False
+    began: bool = False
+    _half: str = ""
 
     def add(self, event: Mapping[str, Any]) -> bool:
         """Takes an event of the stream; whether it brought text."""
-        self.tokens = int((event.get("usage") or {}).get("completion_tokens") or self.tokens)
-        piece = ""
-        for choice in event.get("choices", [])[:1]:
-            piece = (choice.get("delta") or {}).get("content") or ""
+        self.tokens = read_count((event.get("usage") or {}).get("completion_tokens")) or self.tokens
+        piece = self._half
+        for choice in (event.get("choices") or [])[:1]:
+            self.began = True
+            piece += read_text((choice.get("delta") or {}).get("content"))
             self.ended = self.ended or choice.get("finish_reason") == "stop"
+        # Servers that count in UTF-16 may send the halves of a character in two events.
+        self._half = piece[-1:] if "\ud800" <= piece[-1:] <= "\udbff" else ""
+        piece = mend_halves(piece.removesuffix(self._half))
         self.text += piece
         return bool(piece)
 
@@ -64,9 +84,7 @@ class RemoteModels:
         self.url, self._key = check_url(url), api_key
         self.names: Mapping[str, str] = {"tuned": tuned} if base is None else {"base": base, "tuned": tuned}
         self.run: RunDir | None = None
-        self._tls = httpx.create_ssl_context()  # once: it takes longer than a request
-        # A proxy of the environment is for the way out; few of them know what stands on this machine.
-        self._obeys_environment = not _is_loopback(httpx.URL(self.url).host)
+        self._tls = httpx.create_ssl_context()
 
     def load(self) -> None:
         """Nothing: the server has them, and may be started later."""
@@ -105,7 +123,10 @@ class RemoteModels:
         try:
             asyncio.run(_until(is_over, self._listen(body, heard, on_text=on_text, is_over=is_over)))
         except httpx.HTTPError as error:
-            raise self._refusal(f"cannot be reached, or broke off ({type(error).__name__})") from None
+            words = make_printable(f"{type(error).__name__}: {error}")  # it may repeat what came
+            raise self._refusal(f"cannot be reached, or broke off ({self._key.hide(words)[:200]})") from None
+        except ReplyError as error:
+            raise self._refusal(f"does not stream as chat/completions do: it {error}") from None
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise self._refusal("does not stream as chat/completions do") from None
         return heard.reply()
@@ -118,21 +139,26 @@ class RemoteModels:
         on_text: Callable[[Reply], None],
         is_over: Callable[[], bool],
     ) -> None:
-        options: Any = {"timeout": TIMEOUT, "verify": self._tls, "trust_env": self._obeys_environment}
-        async with httpx.AsyncClient(headers=self._key.headers(), **options) as client:
+        limits: Any = {"silence_seconds": SILENCE_SECONDS, "connect_seconds": CONNECT_SECONDS}
+        async with build_client(self.url, self._key, tls=self._tls, **limits) as client:
             for more in (COUNTED, {}):
                 url = f"{self.url}/chat/completions"
-                async with client.stream("POST", url, json={**body, **more}) as response:
-                    if response.status_code in (400, 422) and more:
+                bounds: Any = {"most_seconds": ANSWER_SECONDS, "most_bytes": MOST_ANSWER_BYTES}
+                async with post(client, url, {**body, **more}, **bounds) as reply:
+                    if reply.status in (400, 422) and more:
                         continue  # a server that does not know the option says so thus
-                    if response.status_code != 200:
-                        words = " ".join((await response.aread()).decode(errors="replace").split())[:200]
-                        raise self._refusal(f"answers {response.status_code}: {words}")
-                    async for event in _read_events(response.aiter_lines()):
-                        if heard.add(event):
+                    if reply.status != 200:
+                        words = self._key.hide(await reply.read_excerpt())[:200]
+                        raise self._refusal(f"answers {reply.status}: {words}")
+                    async for data in reply.read_events():
+                        if data.strip() == "[DONE]":
+                            break
+                        if heard.add(_read_event(data)):
                             on_text(heard.reply())
                         if is_over():
                             return
+                if not heard.began:
+                    raise ValueError("no event is one of a chat completion")
                 return
 
     def _refusal(self, seen: str) -> RefusedError:
@@ -151,22 +177,8 @@ async def _until(is_over: Callable[[], bool], work: Coroutine[Any, Any, None]) -
         task.result()
 
 
-async def _read_events(lines: AsyncIterator[str]) -> AsyncIterator[Mapping[str, Any]]:
-    """The events of a stream (server-sent, as OpenAI's)."""
-    async for line in lines:
-        if not line.startswith("data:"):
-            continue
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
-            return
-        event = json.loads(data)
-        if event.get("error"):
-            raise RefusedError("The server of the models broke off with an error; its log says more.")
-        yield event
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _read_event(data: str) -> Mapping[str, Any]:
+    event: Mapping[str, Any] = read_json(data)
+    if event.get("error"):
+        raise RefusedError("The server of the models broke off with an error; its log says more.")
+    return event
