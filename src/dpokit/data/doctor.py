@@ -16,6 +16,7 @@ REASONS = {
     "too_long_text": "a prompt or an answer has more than 8 million letters",
     "empty_prompt": "there is no prompt",
     "refused_by_template": "the model's chat template refuses the conversation",
+    "control_word": "a message holds a character that the model takes for a command",
     "empty_answer": "an answer has no word",
     "tie": "somebody who voted found both answers alike",
     "both_bad": "somebody who voted found both answers bad",

@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.columns import FEATURES
+from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
-from dpokit.data.template_box import check_template
+from dpokit.data.template_box import PROBES, check_template
 from dpokit.errors import ModelError
 
 Ids = list[int]
@@ -80,6 +81,7 @@ class Renderer:
             self.lead, self.tail = self._probe_template()
         self.spaces_alone = self._probe_spaces()
         self.fast = self._find_fast()
+        self.control_words = ControlWords(tokenizer)
 
     def _probe_template(self) -> tuple[str, str]:
         """What the template puts before an answer (a think block, say) and after it, up to what ends the turn."""
@@ -100,8 +102,10 @@ class Renderer:
         ends = [(after.index(t), t) for t in self.tokenizer.get_added_vocab() if t in after]
         return lead, after[: min(ends)[0]] + min(ends)[1] if ends else self.eos
 
-    def _apply(self, messages: Messages, *, open_turn: bool) -> str:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn)
+    def _apply(self, messages: Messages, *, open_turn: bool, template: str | None = None) -> str:
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=open_turn
+        )
         return str(text)
 
     def _probe_spaces(self) -> bool:
@@ -127,13 +131,17 @@ class Renderer:
         same = [[one.ids for one in fast.encode_batch_fast([text], add_special_tokens=s)] for s in (False, True)]
         return fast if same == usual else None
 
-    def prompt(self, prompt: str | Messages) -> str:
-        """The prompt's text, ready for the answer. Raises: UnusableError for none, or one the template refuses."""
+    def prompt(self, prompt: str | Messages, template: str | None = None) -> str:
+        """The prompt's text, ready for the answer; by this chat template, if any, in place of the tokenizer's.
+
+        Raises: UnusableError for none, or one the template refuses.
+        """
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise UnusableError("empty_prompt")
         if self.is_chat:
             try:
-                return self._apply(parse_transcript(prompt) if isinstance(prompt, str) else prompt, open_turn=True)
+                messages = parse_transcript(prompt) if isinstance(prompt, str) else prompt
+                return self._apply(messages, open_turn=True, template=template)
             except TemplateError as error:  # no system turn, say, or two questions in a row
                 raise UnusableError("refused_by_template") from error
         return prompt if isinstance(prompt, str) else render_transcript(prompt)
@@ -148,6 +156,41 @@ class Renderer:
             row[:-1] if row[-1:] == end and not text.endswith(self.eos) else row
             for row, text in zip(ids, texts, strict=True)
         ]
+
+    def encode_messages(self, messages: Messages) -> Ids:
+        """Token ids of a conversation, open for the answer; control words in its messages stay text.
+
+        Raises: UnusableError as `prompt` and `ControlWords.split`.
+        """
+        marked = self.control_words.mark(messages)
+        if marked is None:
+            return self.encode_prompts([self.prompt(messages)])[0]
+        messages, mark = marked
+        first, *others = self.prompt(messages, self._mark_template(mark)).split(mark)
+        return [*self.encode_prompts([first])[0], *chain.from_iterable(self._continue(others))]
+
+    def _mark_template(self, mark: str) -> str | None:
+        """The template for messages with marks; None for the tokenizer's own, where the other is not like it."""
+        template = self.control_words.mark_template(mark)
+        for probe in PROBES if template is not None else ():
+            try:
+                if self._apply(probe, open_turn=True, template=template) != self._apply(probe, open_turn=True):
+                    return None
+            except TemplateError:  # no system turn, say
+                continue
+        return template
+
+    def _continue(self, texts: list[str]) -> list[Ids]:
+        """Ids of each text as it follows another: without a BOS, and without the space that some write before a text.
+
+        Those that do write it before a newline, too, whose tokens are taken off again.
+        """
+        alone = [self.encode([letter])[0] for letter in "ab"]
+        if self.tokenizer.decode(alone[0] + alone[1]) == "ab":
+            return self.encode(texts)
+        newline = self.encode(["\n"])[0]
+        rows = zip(self.encode(["\n" + text for text in texts]), self.encode(texts), strict=True)
+        return [row[len(newline) :] if row[: len(newline)] == newline else plain for row, plain in rows]
 
     def answer(self, answer: str, prompt: str | Messages) -> str:
         """The answer's text with its end, EOS exactly once. Raises: UnusableError for one without a word."""

@@ -28,6 +28,10 @@ Z_95 = 1.959963984540054
 _VERDICT = re.compile(
     r"[\W_]*(?:(?:the|better|final|answer|verdict|winner|is|it|s|a(?=[\W_]+tie))[\W_]+)*(A|B|TIE)[\W_]*", re.I
 )
+# How words begin that steer a model in some family's chat template: ChatML, Llama, Mistral, Gemma, DeepSeek and so on.
+_CONTROL_WORD = re.compile(
+    r"<(?=[|\uff5c]|/?s>|/?think>|(?:bos|eos|start_of_turn|end_of_turn)>)|\[(?=/?(?:INST|SYSTEM_PROMPT)\])"
+)
 _THOUGHTS = re.compile(r"\A\s*<think>.*?</think>", re.S)
 
 
@@ -148,6 +152,8 @@ def _build_requests(record: Mapping[str, Any], model: str, max_reply_tokens: int
     for first, second in ((tuned, base), (base, tuned)):
         # JSON, because no text can end its own string and pass for the other answer.
         shown = json.dumps({"prompt": prompt, "A": first, "B": second}, ensure_ascii=False)
+        # Nor can one end its turn, on servers that take such words out of any message for their tokens.
+        shown = _CONTROL_WORD.sub(lambda word: f"\\u{ord(word[0]):04x}", shown)
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": shown}]
         requests.append({"model": model, "messages": messages, "temperature": 0, "max_tokens": max_reply_tokens})
     return requests

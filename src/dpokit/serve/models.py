@@ -174,11 +174,13 @@ class LocalModels:
     def encode(self, messages: Messages) -> list[int]:
         """The conversation as training would have it: by the model's template, else as an HH transcript.
 
-        Raises: RefusedError where the template refuses it.
+        Control words in its messages stay text. Raises: RefusedError where the template refuses it.
         """
         try:
-            return self.renderer.encode_prompts([self.renderer.prompt(messages)])[0]
+            return self.renderer.encode_messages(messages)
         except UnusableError as error:
+            if str(error) == "control_word":
+                raise RefusedError("The conversation holds a character that this model takes for a command.") from error
             raise RefusedError("The model's chat template refuses this conversation: begin a new one.") from error
 
     def _decode(self, ids: Sequence[int]) -> str:
