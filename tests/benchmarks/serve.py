@@ -1,6 +1,6 @@
 """How soon a page of `dpokit serve` can be used, how soon a token is seen, and 20 users at once for a minute.
 
-    PYTHONPATH=tests:tests/serve python tests/benchmarks/serve.py runs/quickstart [--seconds 60] [--users 20]
+    PYTHONPATH=tests python tests/benchmarks/serve.py runs/quickstart [--seconds 60] [--users 20]
 
 In a real Chromium (Debian's). The run may be any with held-out questions, such as the quickstart's.
 """

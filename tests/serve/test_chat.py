@@ -5,12 +5,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from served import make_run
+from served import AILING, make_run
 from test_cli import dpokit
 
 from dpokit.rundir import RunDir
@@ -139,7 +138,7 @@ def test_a_failure_ends_neither_the_conversation_nor_its_turn(models, monkeypatc
 
 
 def test_one_prompt_that_fails_is_told_in_words_with_exit_code_1(run):
-    program = [sys.executable, str(Path(__file__).with_name("ailing.py"))]
+    program = [sys.executable, *AILING]
     words = ["chat", str(run.path), "--prompt", "Why?", "--use_cpu"]
     environment = os.environ | {"AILING_ANSWER": "2", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([*program, *words], capture_output=True, text=True, env=environment, check=False)

@@ -6,14 +6,13 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from asking import SETTINGS, Asker, read_text
 from conftest import ROOT
-from served import make_run, serve
+from served import AILING, make_run, serve
 
 from dpokit.report.votes import read_votes
 from dpokit.rundir import RunDir
@@ -21,7 +20,6 @@ from dpokit.serve.votes import append_vote
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("gradio")
-AILING = (str(Path(__file__).with_name("ailing.py")),)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from debian import install, skip_because
-from served import make_run, serve
+from served import AILING, make_run, serve
 
 from dpokit.report.votes import read_votes
 from dpokit.rundir import RunDir
@@ -23,7 +23,6 @@ FLAGS = (
 )
 PATIENCE_MS = 60_000
 expect.set_options(timeout=PATIENCE_MS)
-AILING = (str(Path(__file__).with_name("ailing.py")),)
 # Where screenshots are kept to be looked at; none are made without it.
 SCREENSHOTS = os.environ.get("DPOKIT_SCREENSHOTS")
 HOSTILE = (

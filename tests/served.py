@@ -15,6 +15,8 @@ from conftest import ROOT, write_pairs
 from dpokit.run import train
 from dpokit.rundir import RunDir
 
+AILING = (str(Path(__file__).with_name("ailing.py")),)  # a program for `serve`
+
 
 def make_run(folder: Path, model: Path, **changes) -> RunDir:
     """A run of a few steps, with held-out pairs."""

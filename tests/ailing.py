@@ -1,6 +1,7 @@
 """dpokit with a model that takes its time over each token, and has no memory left for one of its answers.
 
-AILING_SECONDS: of each step. AILING_ANSWER: which answer finds no memory, counted from 1.
+AILING_SECONDS: of each step. AILING_ANSWER: which answer finds no memory, counted from 1. AILING_PATIENCE: seconds that
+the page's server waits for a request, a reader and a session's stream, instead of its own.
 """
 
 import os
@@ -14,6 +15,7 @@ from dpokit.cli import main
 
 SECONDS = float(os.environ.get("AILING_SECONDS", "0"))
 ANSWER = int(os.environ.get("AILING_ANSWER", "0"))
+PATIENCE = float(os.environ.get("AILING_PATIENCE", "0"))
 generate, forward = GPT2LMHeadModel.generate, GPT2LMHeadModel.forward
 begun = 0
 
@@ -33,6 +35,11 @@ def slow_forward(self, *args, **kwargs):
 
 
 GPT2LMHeadModel.generate, GPT2LMHeadModel.forward = ailing_generate, slow_forward
+
+if PATIENCE:
+    from dpokit.serve import connections, sessions
+
+    connections.REQUEST_SECONDS = connections.WRITE_SECONDS = sessions.UNREAD_SECONDS = PATIENCE
 
 if __name__ == "__main__":
     main()
