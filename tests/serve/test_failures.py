@@ -1,11 +1,13 @@
 """What a failure leaves behind: nothing of what the models held when they failed."""
 
 import gc
+import logging
 import weakref
 
 import pytest
 from test_talk import QUESTION, Desk, Gated, ask, wait
 
+from dpokit.serve import failures
 from dpokit.serve.chat import answer_once, describe_here
 from dpokit.serve.limits import Limits, Sampling
 
@@ -49,3 +51,15 @@ def test_a_failed_answer_in_the_terminal_holds_nothing_once_it_is_described(mode
         assert "ran out of memory" in describe_here(failure)
         assert [held() for held in models.held] == [None]
     assert models.held
+
+
+def test_a_message_is_written_once_a_minute_with_the_number_of_the_others(monkeypatch, caplog):
+    log = logging.getLogger("test_failures")
+    log.addFilter(failures.OnceAMinute())
+    for number in range(1000):
+        log.warning("No room for %s.", number)
+        log.warning("Another.")
+    assert caplog.messages == ["No room for 0.", "Another."]
+    monkeypatch.setattr(failures, "REPEAT_SECONDS", 0.0)
+    log.warning("No room for %s.", "many")
+    assert caplog.messages[2:] == ["No room for many. (999 more times since this was last written)"]

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from dpokit.errors import RunFolderError, SettingsError
-from dpokit.serve.app import PASSWORD_VARIABLE, Address, find_votes
-from dpokit.serve.guard import MOST_BODY_BYTES, Credentials, Guard
+from dpokit.serve.app import PASSWORD_VARIABLE, Address, find_votes, read_proxies
+from dpokit.serve.guard import MOST_AT_ONCE, MOST_BODY_BYTES, Credentials, Guard
 
 HOSTS = {"127.0.0.1", "localhost"}
 
@@ -21,7 +21,18 @@ async def page(scope, receive, send):
     await send({"type": "http.response.body", "body": b"page" + body})
 
 
-def ask(method, path, *, headers=None, hosts=HOSTS, credentials=None, guard=None, body=b"{}", client=("10.0.0.1", 5)):
+def ask(
+    method,
+    path,
+    *,
+    headers=None,
+    hosts=HOSTS,
+    credentials=None,
+    guard=None,
+    body=b"{}",
+    client=("10.0.0.1", 5),
+    query=b"",
+):
     """Status and headers of the answer; the body comes in two parts."""
     guard = guard or Guard(page, hosts=hosts, credentials=credentials, per_minute=1)
     given = {
@@ -30,7 +41,7 @@ def ask(method, path, *, headers=None, hosts=HOSTS, credentials=None, guard=None
         **(headers or {}),
     }
     packed = [(name.encode(), value.encode()) for name, value in given.items() if value is not None]
-    scope = {"type": "http", "method": method, "path": path, "headers": packed, "client": client}
+    scope = {"type": "http", "method": method, "path": path, "headers": packed, "client": client, "query_string": query}
     sent = []
     parts = [
         {"type": "http.request", "body": body[:1], "more_body": True},
@@ -58,13 +69,22 @@ def ask(method, path, *, headers=None, hosts=HOSTS, credentials=None, guard=None
         ("GET", "/theme.css"),
         ("GET", "/assets/index-B2x_3.js"),
         ("GET", "/static/fonts/Mono/Mono-Bold.woff2"),
-        ("GET", "/gradio_api/queue/data"),
         ("GET", "/gradio_api/heartbeat/abc123"),
         ("POST", "/gradio_api/queue/join"),
     ],
 )
 def test_what_the_page_needs_is_let_through_with_its_policy(method, path):
     status, headers = ask(method, path)
+    assert status == 200
+    assert "default-src 'self'" in headers["content-security-policy"]
+
+
+def test_a_session_that_has_asked_is_let_through_to_its_stream():
+    guard = Guard(page, hosts=HOSTS, credentials=None, per_minute=1)
+    stream = {"guard": guard, "query": b"session_hash=abc"}
+    assert ask("GET", "/gradio_api/queue/data", **stream)[0] == 404
+    assert ask("POST", "/gradio_api/queue/join", guard=guard, body=b'{"session_hash": "abc"}')[0] == 200
+    status, headers = ask("GET", "/gradio_api/queue/data", **stream)
     assert status == 200
     assert "default-src 'self'" in headers["content-security-policy"]
 
@@ -203,6 +223,22 @@ def test_a_page_has_the_names_that_it_prints_and_any_where_a_password_is_asked_f
 def test_a_proxy_that_keeps_the_name_may_post():
     headers = {"host": "page.example", "origin": "https://page.example"}
     assert ask("POST", "/gradio_api/queue/join", headers=headers, hosts=None)[0] == 200
+
+
+def test_an_address_has_so_many_requests_at_once():
+    guard = Guard(page, hosts=HOSTS, credentials=None, per_minute=1)
+    guard._at_once["10.0.0.1"] = MOST_AT_ONCE
+    assert ask("GET", "/", guard=guard)[0] == 429
+    assert ask("GET", "/", guard=guard, client=("10.0.0.2", 5))[0] == 200
+    assert list(guard._at_once) == ["10.0.0.1"], "who has gone is not remembered"
+
+
+@pytest.mark.parametrize("text", ["*", "proxy.example", "10.0.0.1,", "10.0.0.0/99", "10.0.0.1;10.0.0.2"])
+def test_a_proxy_is_named_by_its_address(text):
+    with pytest.raises(SettingsError, match="--forwarded-allow-ips"):
+        read_proxies(text)
+    assert read_proxies(None) == ()
+    assert [str(network) for network in read_proxies("127.0.0.1, 10.0.0.7/8")] == ["127.0.0.1/32", "10.0.0.0/8"]
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "my.server"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpokit.serve.limits import Limits, Rate, RefusedError, Sampling, read_question, read_sampling
+from dpokit.serve.limits import Limits, Rate, RefusedError, Sampling, find_party, read_question, read_sampling
 
 LIMITS = Limits(prompt_characters=20, new_tokens=64)
 
@@ -72,3 +72,18 @@ def test_the_memory_of_addresses_is_bounded():
     for number in range(12_000):
         rate.allows(f"address {number}")
     assert len(rate._seen) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("address", "party"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2:ffff::1", "2001:db8:1:2::/64"),
+        ("", ""),
+        ("unknown" * 100, ("unknown" * 100)[:64]),
+    ],
+)
+def test_addresses_that_one_has_whole_count_as_one(address, party):
+    assert find_party(address) == party

@@ -115,6 +115,20 @@ def test_a_question_that_waits_gives_its_place_back_at_once(desk, monkeypatch):
     assert states == ["done", "stopped", "stopped", "done", "done", "done"]
 
 
+def test_addresses_take_turns_and_none_takes_every_place(desk):
+    desk.limits = Limits(waiting=8)
+    first = wait(desk.ask(QUESTION, SAMPLING, order=("base",), session="a", address="a"), ("answering",))
+    sessions = iter("bcdefghij")
+    many = [desk.ask(QUESTION, SAMPLING, order=("base",), session=next(sessions), address="a") for _ in range(6)]
+    with pytest.raises(RefusedError, match="All is busy now, with 6 questions waiting"):
+        desk.ask(QUESTION, SAMPLING, order=("base",), session=next(sessions), address="a")
+    others = [desk.ask(QUESTION, SAMPLING, order=("base",), session=next(sessions), address="b") for _ in range(2)]
+    assert [desk.count_before(job) for job in others] == [1, 3]
+    assert [desk.count_before(job) for job in many] == [2, 4, 5, 6, 7, 8]
+    desk.models.open.set()
+    assert {wait(job).state for job in (first, *many, *others)} == {"done"}
+
+
 def test_a_page_that_begins_something_else_may_ask_at_once(desk):
     first = wait(ask(desk), ("answering",))
     desk.leave(first)

@@ -1,6 +1,7 @@
 """`dpokit serve`: from names to a page that answers, until it is told to end."""
 
 import ipaddress
+import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.model.load import load_tokenizer, name_model
 from dpokit.rundir import RunDir
 from dpokit.screen import say
+from dpokit.serve.failures import OnceAMinute
 from dpokit.serve.guard import Credentials, Guard
-from dpokit.serve.limits import Limits, Rate, Sampling
+from dpokit.serve.limits import Limits, Network, Rate, Sampling
 from dpokit.serve.models import LocalModels, Models
 from dpokit.serve.remote import RemoteModels
 from dpokit.serve.talk import Desk
@@ -26,6 +28,7 @@ from dpokit.serve.votes import check_votes
 PASSWORD_VARIABLE = "DPOKIT_SERVE_PASSWORD"
 EXAMPLES = 24
 USER = "dpokit"
+SEND_BYTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Address:
 
     Attributes:
         auth: USER:PASSWORD, or USER with the password in the environment; None asks for neither.
+        proxies: whose X-Forwarded-For counts.
     """
 
     host: str = "127.0.0.1"
     port: int = 7860
     auth: str | None = None
+    proxies: tuple[Network, ...] = ()
 
     @property
     def is_local(self) -> bool:
@@ -119,11 +124,14 @@ def serve(
     listening = _listen(address)
     desk = Desk(models, limits)
     site = Site(desk, votes, find_examples(models), Rate(limits.per_minute), find_token(models))
+    application, forms = build_application(site, defaults=sampling)
     guard = Guard(
-        build_application(site, defaults=sampling),
+        application,
         hosts=address.find_hosts(credentials),
         credentials=credentials,
         per_minute=limits.per_minute,
+        forms=forms,
+        sessions=site.sessions,
     )
     desk.open()
     try:
@@ -136,6 +144,8 @@ def _run(guard: Guard, listening: socket.socket, address: Address, on_ready: Cal
     """Serves until a signal ends it."""
     import uvicorn  # comes with Gradio
 
+    from dpokit.serve.connections import Connections, build_protocol
+
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
@@ -143,13 +153,17 @@ def _run(guard: Guard, listening: socket.socket, address: Address, on_ready: Cal
 
     config = uvicorn.Config(
         guard,
-        limit_concurrency=512,
+        http=build_protocol(Connections(address.proxies)),
+        ws="none",
         timeout_graceful_shutdown=3,
         log_level="warning",
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=bool(address.proxies),
+        forwarded_allow_ips=[str(network) for network in address.proxies],
     )
+    for name in ("uvicorn.error", "asyncio"):
+        logging.getLogger(name).addFilter(OnceAMinute())
     with suppress(KeyboardInterrupt):
         Server(config).run(sockets=[listening])
 
@@ -160,6 +174,8 @@ def _listen(address: Address) -> socket.socket:
     listening = socket.socket(kind, socket.SOCK_STREAM)
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it: the system holds little for one who reads nothing, and that is soon noticed.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         listening.bind((address.host, address.port))
         listening.listen()  # from now on nobody else gets the port
     except (OSError, OverflowError, TypeError, UnicodeError) as error:  # the last two: no name of a host
@@ -170,6 +186,18 @@ def _listen(address: Address) -> socket.socket:
             do="--port 0 for any free one, or end what listens there",
         ) from error
     return listening
+
+
+def read_proxies(text: str | None) -> tuple[Network, ...]:
+    """Addresses and networks with commas between them. Raises: SettingsError for anything else, `*` too."""
+    try:
+        return tuple(ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",")) if text else ()
+    except ValueError as error:
+        raise SettingsError(
+            f"--forwarded-allow-ips {text}: {error}",
+            expected="addresses or networks of proxies, with commas between them",
+            do="name the proxy: --forwarded-allow-ips 127.0.0.1",
+        ) from error
 
 
 def build_models(

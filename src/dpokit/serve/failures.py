@@ -1,6 +1,8 @@
 """What is said of a failure, and what is left of the device after one."""
 
+import logging
 import sys
+import time
 import traceback
 from contextlib import suppress
 
@@ -8,6 +10,7 @@ from dpokit.errors import DpokitError
 from dpokit.serve.limits import RefusedError
 from dpokit.terminal import echo
 
+REPEAT_SECONDS = 60.0
 LOST = "The device of the models is lost, by a CUDA error that only a new process mends: restart dpokit."
 
 
@@ -31,6 +34,26 @@ def tell(error: Exception) -> None:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
             echo("".join(traceback.format_exception(error)), err=True)
+
+
+class OnceAMinute(logging.Filter):
+    """Writes each message once in REPEAT_SECONDS: who sends nonsense cannot fill the disk with what is said of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._written: dict[str, tuple[float, int]] = {}  # when, and how often it was left out since; by message
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written; the next one tells how many were not."""
+        message, now = str(record.msg), time.monotonic()  # without its values, so that these are few
+        written, left_out = self._written.get(message, (-REPEAT_SECONDS, 0))
+        if now - written < REPEAT_SECONDS:
+            self._written[message] = written, left_out + 1
+            return False
+        self._written[message] = now, 0
+        if left_out:
+            record.msg = f"{message.rstrip()} ({left_out:,} more times since this was last written)"
+        return True
 
 
 def revive_device(error: Exception) -> bool:

@@ -1,9 +1,10 @@
 """What one question may ask for, and how often: checked here, whatever the page allows. No torch."""
 
+import ipaddress
 import math
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 MOST_SEED = 2**31 - 1
 MOST_TEMPERATURE = 2.0
 MOST_ADDRESSES = 10_000  # whose last minute is remembered
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class RefusedError(Exception):
@@ -86,6 +88,28 @@ def _whole(value: Any, name: str, low: int, high: int) -> int:
     if found != int(found):
         raise RefusedError(f"{name.capitalize()} is {found:g}; it is a whole number.")
     return int(found)
+
+
+def find_party(address: str) -> str:
+    """Who counts as one: an IPv4 address, or an IPv6 network of 64 bits, which one household or host has whole."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address[:64]
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    if found.ipv4_mapped is not None:
+        return str(found.ipv4_mapped)
+    return str(ipaddress.ip_network((int(found), 64), strict=False))
+
+
+def is_within(address: str, networks: Iterable[Network]) -> bool:
+    """Whether the address belongs to one of the networks; no name of a host does."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return any(found in network for network in networks)
 
 
 class Rate:

@@ -1,8 +1,10 @@
 """The page: a question, two answers, a vote. Gradio draws it; who may ask what is decided in `talk` and `limits`."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -12,8 +14,10 @@ from fastapi import FastAPI
 from dpokit.data.formats import Messages
 from dpokit.errors import DpokitError
 from dpokit.report.votes import is_between, read_votes
-from dpokit.serve.limits import RefusedError, Sampling, read_question, read_sampling
+from dpokit.serve.forms import Forms
+from dpokit.serve.limits import RefusedError, Sampling, find_party, read_question, read_sampling
 from dpokit.serve.parts import Parts, Site
+from dpokit.serve.sessions import MOST_SESSIONS
 from dpokit.serve.show import (
     BLIND_NAMES,
     PLACES,
@@ -32,13 +36,19 @@ LEAVING_SECONDS = 2.0  # that a new conversation waits, at most, for the last wo
 Update = dict[Any, Any]
 
 
-def build_application(site: Site, *, defaults: Sampling) -> FastAPI:
-    """The page and its routes: no analytics, no run history, no uploads, fonts of the reader's own machine."""
+def build_application(site: Site, *, defaults: Sampling) -> tuple[FastAPI, Forms]:
+    """The page and its routes, and the bodies that its functions take.
+
+    No analytics, no run history, no uploads, fonts of the reader's own machine.
+    """
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"  # else a table of 10,000 is counted after every event
     with gr.Blocks(title="dpokit: base beside tuned", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         Page(site, defaults)
-    blocks.state_session_capacity = 1000
+    blocks.state_session_capacity = MOST_SESSIONS
     blocks.queue(max_size=256, default_concurrency_limit=None, api_open=False)
-    return gr.mount_gradio_app(
+    site.sessions.forget = partial(_forget, blocks)
+    forms = Forms({number: len(function.inputs) for number, function in blocks.fns.items()})
+    application = gr.mount_gradio_app(
         FastAPI(openapi_url=None, docs_url=None, redoc_url=None),
         blocks,
         path="/",
@@ -51,6 +61,17 @@ def build_application(site: Site, *, defaults: Sampling) -> FastAPI:
         css=(files("dpokit.serve") / "page.css").read_text(),
         theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     )
+    return application, forms
+
+
+async def _forget(blocks: gr.Blocks, session: str) -> None:
+    """Drops what Gradio keeps of a session: it keeps what was told to one that nobody reads."""
+    queue = blocks._queue
+    await queue.clean_events(session_hash=session)
+    queue.pending_event_ids_session.pop(session, None)
+    queue.pending_messages_per_session.pop(session, None)
+    blocks.state_holder.session_data.pop(session, None)
+    blocks.state_holder.time_last_used.pop(session, None)
 
 
 class Page(Parts):
@@ -64,7 +85,8 @@ class Page(Parts):
         self.all = [self.conversation, self.status, self.past, *self.answers, *self.notes, self.ask, self.stop]
         self.all += [*self.buttons, self.question, self.goes_on, self.tally, self.timer]
         asked = [self.question, *self.settings, self.blind, self.goes_on, self.conversation]
-        hidden = {"outputs": self.all, "show_progress": "hidden", "api_visibility": "private"}
+        # Values come as they were sent: they are checked here, and told in words.
+        hidden = {"outputs": self.all, "show_progress": "hidden", "api_visibility": "private", "preprocess": False}
         gr.on([self.ask.click, self.question.submit], self._ask, asked, concurrency_limit=None, **hidden)
         self.stop.click(self._stop, None, **hidden | {"outputs": None})
         self.anew.click(self._begin_anew, [self.conversation], **hidden)
@@ -129,11 +151,13 @@ class Page(Parts):
             sampling = read_sampling(temperature, top_p, max_new_tokens, seed, limits=limits)
             conversation.goes_on_with = PLACES.index(goes_on) if goes_on in PLACES else 1
             messages = conversation.next_messages(text, limits)
-            if not self.site.rate.allows(request.client.host if request.client else ""):
+            address = find_party(request.client.host if request.client else "")
+            if not self.site.rate.allows(address):
                 raise RefusedError(f"More than {limits.per_minute} questions in a minute: please wait a little.")
             is_blind = bool(blind) and self.site.takes_votes
             order = draw_order(self.site.sides, blind=is_blind)
-            job = desk.ask(messages, sampling, order=order, session=str(request.session_hash))
+            session = str(request.session_hash)
+            job = desk.ask(messages, sampling, order=order, session=session, address=address)
         except RefusedError as refusal:
             yield {self.status: show_status(str(refusal), "trouble")}
             return
@@ -149,17 +173,21 @@ class Page(Parts):
                 **self._clear_answers(exchange),
                 **self._open_votes(exchange),
             }
-            async for update in self._follow(exchange):
+            async for update in self._follow(exchange, session):
                 yield update
             if job.left:
                 yield {self.stop: gr.skip()}  # Gradio sends the last update once more at the end
         finally:
             exchange.is_followed = False
+            if job.state not in OVER:  # the page is gone, or reads nothing
+                desk.leave(job)
 
-    async def _follow(self, exchange: Exchange) -> AsyncIterator[Update]:
-        """What there is of the answers, until they are over or left."""
+    async def _follow(self, exchange: Exchange, session: str) -> AsyncIterator[Update]:
+        """What there is of the answers, until they are over or left, or nobody reads them."""
         job, seen, state, told = exchange.job, -1, "", 0.0
         while job.state not in OVER and not job.left:
+            if not self.site.sessions.is_read(session):
+                return
             now, version, current, update = time.monotonic(), job.look(), job.state, Update()
             if version != seen:
                 update |= self._show_answers(exchange)

@@ -1,13 +1,14 @@
 """What all pages share, and the parts that Gradio draws."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gradio as gr
 
 from dpokit.data.formats import Messages
 from dpokit.serve.limits import MOST_SEED, MOST_TEMPERATURE, Rate, Sampling
+from dpokit.serve.sessions import Sessions
 from dpokit.serve.show import PLACES, name_side, show_facts, show_status
 from dpokit.serve.talk import Desk
 from dpokit.serve.votes import CHOICES
@@ -25,6 +26,7 @@ class Site:
         examples: conversations up to a held-out question.
         rate: of questions, by address.
         run_token: of the run that is talked to; kept with each vote.
+        sessions: of the pages that are open.
     """
 
     desk: Desk
@@ -32,6 +34,7 @@ class Site:
     examples: Sequence[Messages]
     rate: Rate
     run_token: str | None = None
+    sessions: Sessions = field(default_factory=Sessions)
 
     @property
     def sides(self) -> tuple[str, ...]:

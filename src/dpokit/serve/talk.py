@@ -2,7 +2,7 @@
 
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
 from typing import Any
@@ -27,6 +27,7 @@ class Job:
         messages: the conversation up to the question.
         order: the sides that answer, in the order in which they are shown.
         session: whose it is.
+        address: where it comes from.
         state: waiting, answering, done, stopped, failed.
         replies: by side.
         rewards: by side; None until both are there, and where they cannot be known.
@@ -49,6 +50,7 @@ class Job:
     version: int = 0
     stop: bool = False
     left: bool = False
+    address: str = ""
     looked: float = field(default_factory=time.monotonic)
 
     def look(self) -> int:
@@ -88,8 +90,13 @@ class Desk:
                 job.stop = True
             self._changed.notify_all()
 
-    def ask(self, messages: Messages, sampling: Sampling, *, order: tuple[str, ...], session: str) -> Job:
-        """Takes the question. Raises: RefusedError where too many wait, or the models are not there."""
+    def ask(
+        self, messages: Messages, sampling: Sampling, *, order: tuple[str, ...], session: str, address: str = ""
+    ) -> Job:
+        """Takes the question. Raises: RefusedError where too many wait, or the models are not there.
+
+        One address may have three of four places where questions wait, and addresses take turns.
+        """
         if self.state == "failed":
             raise RefusedError(self.trouble)
         with self._changed:
@@ -98,12 +105,24 @@ class Desk:
             own = [job for job in (*self._waiting, *self._current) if job.session == session and not job.left]
             if any(job.state not in OVER for job in own):
                 raise RefusedError("Your last question is still being answered: stop it, or wait.")
-            if len(self._waiting) >= self.limits.waiting:
+            share = self.limits.waiting if not address else max(1, self.limits.waiting * 3 // 4)
+            of_address = sum(job.address == address for job in self._waiting)
+            if len(self._waiting) >= self.limits.waiting or of_address >= share:
                 raise RefusedError(BUSY.format(waiting=len(self._waiting)))
-            job = Job(messages, sampling, order, session)
-            self._waiting.append(job)
+            job = Job(messages, sampling, order, session, address=address)
+            self._waiting.insert(self._find_place(address), job)
             self._changed.notify()
         return job
+
+    def _find_place(self, address: str) -> int:
+        """Where the next question of an address waits: its third, say, stands before the fourth of any other."""
+        turns = Counter(job.address for job in self._current)
+        turn = turns[address] + sum(job.address == address for job in self._waiting)
+        for place, job in enumerate(self._waiting):
+            if turns[job.address] > turn:
+                return place
+            turns[job.address] += 1
+        return len(self._waiting)
 
     def stop(self, session: str) -> bool:
         """Ends the session's question where it is; False where there is none."""

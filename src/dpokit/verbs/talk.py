@@ -40,6 +40,9 @@ def serve(
     auth: Annotated[
         str | None, typer.Option(metavar="USER[:PASSWORD]", help="The password better in DPOKIT_SERVE_PASSWORD.")
     ] = None,
+    forwarded_allow_ips: Annotated[
+        str | None, typer.Option(metavar="IPS", help="Proxies, by address or network, whose X-Forwarded-For counts.")
+    ] = None,
     votes: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Without it RUN/votes.jsonl; ./votes.jsonl of named models.")
     ] = None,
@@ -58,12 +61,12 @@ def serve(
         from dpokit.story import user_errors
 
         quiet_dependencies()
-        from dpokit.serve.app import Address, build_models, find_votes
+        from dpokit.serve.app import Address, build_models, find_votes, read_proxies
         from dpokit.serve.app import serve as serve_page
         from dpokit.serve.limits import Limits, Sampling
 
         with user_errors():
-            address = Address(host, port, auth)
+            address = Address(host, port, auth, read_proxies(forwarded_allow_ips))
             address.read_credentials()
             remote = (endpoint, endpoint_model, endpoint_base, endpoint_key)
             models = build_models(what, base, context.args, remote=remote)
