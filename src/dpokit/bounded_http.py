@@ -8,12 +8,15 @@ import zlib
 from codecs import BOM_UTF8
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from ssl import SSLContext
 from typing import Any
 
 import httpx
 
 from dpokit.apikey import ApiKey
+from dpokit.terminal import one_line
 
 # Of a line, of an event, and of JSON that is read as a whole: as objects of Python it takes some 30 times as much.
 MOST_JSON_BYTES = 2**20
@@ -60,7 +63,7 @@ class BoundedReply:
                     body += piece
                     if len(body) > EXCERPT_BYTES:
                         break
-        return make_printable(body.decode(errors="replace"))
+        return one_line(body.decode(errors="replace"))
 
     async def read_events(self) -> AsyncIterator[str]:
         """The data of each server-sent event (WHATWG HTML, 9.2.6), and of a last one that no blank line ends.
@@ -130,7 +133,7 @@ class _Unpacking:
         names = headers.get_list("content-encoding", split_commas=True)
         encodings = [name for name in map(str.lower, map(str.strip, names)) if name not in ("", "identity")]
         if encodings and (len(encodings) > 1 or encodings[0] not in _ENCODINGS):
-            shown = make_printable(", ".join(encodings)[:60])
+            shown = one_line(", ".join(encodings)[:60])
             raise ReplyError(f"compresses its reply ({shown}), which it was asked not to")
         self._inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS + 32) if encodings else None  # + 32: gzip or zlib
 
@@ -189,9 +192,19 @@ async def post(
         raise httpx.ReadTimeout(f"gave no whole reply within {most_seconds:g} s") from None
 
 
-def make_printable(text: str) -> str:
-    """One line for a message, without what moves the cursor or colours the screen."""
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+def read_retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds of Retry-After, which may be a number or a date (RFC 9110, 10.2.3); None where there is none.
+
+    A date is held against the server's own clock, where it tells it.
+    """
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    with suppress(ValueError, TypeError):
+        until = parsedate_to_datetime(value)
+        now = headers.get("date")
+        return max(0.0, (until - (parsedate_to_datetime(now) if now else datetime.now(UTC))).total_seconds())
+    return None
 
 
 def read_json(data: bytes | str) -> Any:

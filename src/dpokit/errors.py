@@ -15,7 +15,6 @@ All of them end a run with exit code 2 and one message on rank 0; anything else 
 """
 
 import errno
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,8 +35,7 @@ class DpokitError(Exception):
 
     def __init__(self, seen: str, *, expected: str, do: str) -> None:
         # A value that was refused, or a server's answer, may hold a secret, or control characters.
-        # A library's message of several lines becomes one.
-        self.seen, self.do = (one_line(re.sub(r"\s*\n\s*", " ", hide_secrets(text))) for text in (seen, do))
+        self.seen, self.do = one_line(hide_secrets(seen)), one_line(hide_secrets(do))
         self.expected = escape_controls(expected)
         super().__init__(f"{self.seen}\n  expected:  {expected}\n  do this:   {self.do}")
 

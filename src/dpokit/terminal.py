@@ -13,8 +13,8 @@ def escape_controls(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """The same in one line, so that a name or a value cannot forge a line of ours."""
-    return CONTROLS.sub(_escape, str(text))
+    """The same in one line, so that a name or a value cannot forge a line of ours; a space for each line end."""
+    return CONTROLS.sub(_escape, re.sub(r"\s*[\r\n]\s*", " ", str(text)))
 
 
 def _escape(found: re.Match[str]) -> str:

@@ -9,6 +9,7 @@ import time
 import pytest
 from run_folders import add_evaluation, make_run, make_steps
 
+from dpokit.bounded_http import read_retry_after
 from dpokit.checkpoint.preempt import Notice
 from dpokit.extensions import pass_dead_locks
 from dpokit.report.read import load_run
@@ -127,3 +128,24 @@ def test_a_worker_of_another_host_lives_while_its_sign_changes(search, set_clock
         alive.append(search._is_alive(worker))
         set_clock()
     assert alive == [True, True, True, True, False]
+
+
+WAITS = {
+    "seconds": ({"retry-after": "7"}, 7.0),
+    "a date by the server's clock": (
+        {"retry-after": "Tue, 01 Jan 1980 00:01:00 GMT", "date": "Tue, 01 Jan 1980 00:00:30 GMT"},
+        30.0,
+    ),
+    "a date that is over": ({"retry-after": "Tue, 01 Jan 1980 00:00:00 GMT"}, 0.0),
+    "a date alone, ahead": ({"retry-after": "Tue, 01 Jan 2999 00:00:00 GMT", "date": "no date"}, None),
+    "no end": ({"retry-after": "inf"}, None),
+    "less than nothing": ({"retry-after": "-5"}, None),
+    "no number": ({"retry-after": "soon"}, None),
+    "nothing": ({}, None),
+}
+
+
+@pytest.mark.parametrize("case", WAITS)
+def test_a_server_that_asks_to_wait_is_read_by_its_own_clock(case):
+    headers, seconds = WAITS[case]
+    assert read_retry_after(headers) == seconds

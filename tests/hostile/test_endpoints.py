@@ -357,14 +357,14 @@ def test_a_status_is_one_message_with_the_servers_words(status, client):
     found = ask(client, lambda: says(OWN_WORDS, status=f"{status} Own"))
     assert found.startswith("refused: ")
     if status not in NO_WORDS:
-        assert re.search(rf"{status}:? no \[2J \*\*\*", found)
+        assert re.search(rf"{status}:? no \\x1b\[2J\\x07 \*\*\*", found)
 
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("status", [302, 400, 401, 418, 500])
 def test_a_refusal_without_end_is_told_by_its_beginning(status, body, client):
     found = ask(client, lambda: set_status(BODIES[body](), status))
-    assert re.search(rf"{status}:? no \[2J \*\*\*", found)
+    assert re.search(rf"{status}:? no \\x1b\[2J\\x07 \*\*\*", found)
 
 
 @pytest.mark.parametrize("status", REDIRECTS)

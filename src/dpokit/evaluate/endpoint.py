@@ -2,10 +2,8 @@
 
 import random
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from threading import Event, Lock
 from types import TracebackType
 from typing import Any
@@ -18,14 +16,15 @@ from dpokit.bounded_http import (
     EXCERPT_BYTES,
     ReplyError,
     build_client,
-    make_printable,
     mend_halves,
     post,
     read_count,
     read_json,
+    read_retry_after,
     read_text,
 )
 from dpokit.errors import JudgeError
+from dpokit.terminal import one_line
 
 TRIES = 5
 MOST_WAIT_SECONDS = 60.0
@@ -133,15 +132,13 @@ class Endpoint:
             except ReplyError as error:
                 raise self._error(f"does not reply as chat/completions do: it {error}", "check the URL") from None
             except httpx.RequestError as error:
-                words = self._key.hide(make_printable(f"{type(error).__name__}: {error}"))[
-                    :200
-                ]  # it may repeat what came
+                words = self._key.hide(one_line(f"{type(error).__name__}: {error}"))[:200]  # it may repeat what came
                 seen = f"broke off its reply ({words})"
             else:
                 if response.status != 429 and response.status < 500:
                     return self._read(response, str(body.get("model")))
                 seen = f"answers {self._words(response)}"
-                asked_seconds = _read_wait(response)
+                asked_seconds = read_retry_after(response.headers)
             if past < TRIES - 1:
                 self._stopped.wait(self._find_wait(past, asked_seconds))
         raise self._error(
@@ -189,7 +186,7 @@ class Endpoint:
             raise self._error(f"does not reply as chat/completions do: {words}", "check the URL") from None
 
     def _words(self, response: _Response) -> str:
-        excerpt = response.excerpt or make_printable(response.body[:EXCERPT_BYTES].decode(errors="replace"))
+        excerpt = response.excerpt or one_line(response.body[:EXCERPT_BYTES].decode(errors="replace"))
         return f"{response.status} {self._key.hide(excerpt)[:300]}"
 
     def _error(self, seen: str, do: str) -> JudgeError:
@@ -198,14 +195,3 @@ class Endpoint:
             expected="an OpenAI-compatible endpoint, as https://api.openai.com/v1",
             do=do,
         )
-
-
-def _read_wait(response: _Response) -> float | None:
-    """Seconds of Retry-After, which may be a number or a date (RFC 9110, 10.2.3); None where there is none."""
-    value = response.headers.get("retry-after", "")
-    with suppress(ValueError):
-        seconds = float(value)
-        return seconds if 0 <= seconds < float("inf") else None
-    with suppress(ValueError, TypeError):
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    return None

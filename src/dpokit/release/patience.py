@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from json import JSONDecodeError
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
 
+from dpokit.bounded_http import read_retry_after
 from dpokit.errors import HubError
 from dpokit.screen import say
 
@@ -138,7 +138,7 @@ def find_failure(error: BaseException) -> Failure | None:
 def _read_response(response: httpx2.Response) -> Failure:
     request = response.request
     limit = parse_ratelimit_headers(response.headers)
-    asked = _read_wait(response.headers.get("retry-after", ""))
+    asked = read_retry_after(response.headers)
     if asked is None and limit is not None and limit.remaining == 0:
         asked = float(limit.reset_in_seconds)
     return _read_status(response.status_code, f"{request.method} {request.url.path}", asked)
@@ -147,16 +147,6 @@ def _read_response(response: httpx2.Response) -> Failure:
 def _read_status(status: int, where: str, asked_seconds: float | None = None) -> Failure:
     passes = status in TOO_EARLY or status >= 500
     return Failure(f"answered {status} to {where}", status, passes, asked_seconds)
-
-
-def _read_wait(value: str) -> float | None:
-    """Seconds of Retry-After, which may be a number or a date (RFC 9110, 10.2.3); None where there is none."""
-    if re.fullmatch(r"\d+(\.\d+)?", value.strip()):
-        return float(value)
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None
 
 
 def plain(error: BaseException) -> str:

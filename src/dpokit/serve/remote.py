@@ -11,7 +11,6 @@ from dpokit.apikey import ApiKey, check_url
 from dpokit.bounded_http import (
     ReplyError,
     build_client,
-    make_printable,
     mend_halves,
     post,
     read_count,
@@ -22,6 +21,7 @@ from dpokit.data.formats import Messages
 from dpokit.rundir import RunDir
 from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.serve.models import Reply
+from dpokit.terminal import one_line
 
 SILENCE_SECONDS, CONNECT_SECONDS = 120.0, 5.0
 ANSWER_SECONDS = 1800.0  # of an answer from its question to its end, however slowly it comes
@@ -123,7 +123,7 @@ class RemoteModels:
         try:
             asyncio.run(_until(is_over, self._listen(body, heard, on_text=on_text, is_over=is_over)))
         except httpx.HTTPError as error:
-            words = make_printable(f"{type(error).__name__}: {error}")  # it may repeat what came
+            words = one_line(f"{type(error).__name__}: {error}")  # it may repeat what came
             raise self._refusal(f"cannot be reached, or broke off ({self._key.hide(words)[:200]})") from None
         except ReplyError as error:
             raise self._refusal(f"does not stream as chat/completions do: it {error}") from None
