@@ -5,7 +5,7 @@
 A small GPT-2 is first taught to answer small requests, as often kindly as curtly. DPO then teaches it to be kind.
 """
 
-from dpokit.quickstart import main
+from dpokit.story import main
 
 DEFAULTS = {
     "output_dir": "runs/dpo_quickstart",
@@ -42,4 +42,4 @@ DEFAULTS = {
 }
 
 if __name__ == "__main__":
-    main(__file__, DEFAULTS)
+    main(__file__, DEFAULTS, program="dpokit.quickstart")

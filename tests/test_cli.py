@@ -11,8 +11,8 @@ import typer
 from conftest import ROOT
 from run_folders import make_run, make_steps
 
-from dpokit.cli import app
 from dpokit.flags import FlagParser
+from dpokit.verbs.app import app
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft"}
 
@@ -27,7 +27,7 @@ def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
 @pytest.mark.cold
 def test_help_needs_no_torch(words):
     code = (
-        "import sys, dpokit.cli as cli\n"
+        "import sys, dpokit.verbs.app as cli\n"
         "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as ended:\n    assert ended.code == 0, ended.code\n"
         f"print('heavy:', sorted({HEAVY | {'matplotlib'}!r} & set(sys.modules)))"
     )
@@ -42,7 +42,7 @@ def test_help_needs_no_torch(words):
 def test_a_verb_that_reads_a_run_needs_no_torch(verb, tmp_path):
     make_run(tmp_path / "run", make_steps(5, every=1))
     code = (
-        "import sys, dpokit.cli as cli\n"
+        "import sys, dpokit.verbs.app as cli\n"
         "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as ended:\n    print(ended.code)\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)))"
     )

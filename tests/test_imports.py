@@ -21,7 +21,8 @@ FLOORS = [
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
     {"settings", "agreement", "flags", "rundir", "world", "peers", "errors", "screen", "placement", "losses"}
-    | {"apikey", "bounded_http", "credentials", "extensions", "flag_bounds", "interpreter", "terminal", "safe_console"},
+    | {"apikey", "bounded_http", "credentials", "extensions", "flag_bounds", "interpreter", "interrupts"}
+    | {"terminal", "safe_console"},
 ]
 LIGHT = ("report", "release.card", "release.front_matter", "cluster", "figures", "data.formats", "data.toy", "rundir")
 LIGHT += ("errors", "losses", "apikey", "credentials", "terminal", "checkpoint.store", "cli")

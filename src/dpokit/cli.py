@@ -2,27 +2,17 @@
 
 import gc
 
-import typer
-
+from dpokit.interrupts import ending_on_signals
 from dpokit.story import GC_THRESHOLD
-from dpokit.verbs import proof, release, runs, search, talk
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    # Training flags have underscores: a verb's own options are known by either spelling.
-    context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
-    help="Preference training (DPO) on one to many GPUs. A verb's own --help says more.",
-)
-for room in (runs, proof, release, search, talk):  # the order in which --help lists them
-    app.add_typer(room.app)
 
 
 def main() -> None:
     """The console script."""
-    gc.set_threshold(GC_THRESHOLD)
-    app()
+    with ending_on_signals():
+        gc.set_threshold(GC_THRESHOLD)
+        from dpokit.verbs.app import app
+
+        app()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ All of them end a run with exit code 2 and one message on rank 0; anything else 
 """
 
 import errno
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -99,19 +101,26 @@ _DISK_TROUBLE = {
 def find_disk_trouble(error: BaseException) -> RunFolderError | None:
     """The user's view of an operating-system error on writing; None where it is something else.
 
-    Libraries wrap `OSError` in errors of their own (safetensors even loses the number), so causes and texts are read.
+    Libraries wrap `OSError` in errors of their own, and some lose the number, so causes and texts are read.
     """
     seen: BaseException | None = error
     while seen is not None:
         number = seen.errno if isinstance(seen, OSError) else None
-        if number is None and "os error 28" in str(seen).lower():  # safetensors' words for ENOSPC
-            number = errno.ENOSPC
+        number = number or _read_number(str(seen))
         if number in _DISK_TROUBLE:
             trouble, remedy = _DISK_TROUBLE[number]
             where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
             return RunFolderError(f"{trouble}{where}", expected="a folder this run can write to", do=remedy)
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def _read_number(text: str) -> int | None:
+    """Of Rust's `os error 28` (safetensors, tokenizers) and torch's `strerror: No space left on device`."""
+    if told := re.search(r"os error (\d+)", text, re.I):
+        return int(told[1])
+    _, _, words = text.partition("strerror: ")
+    return next((number for number in _DISK_TROUBLE if words.startswith(os.strerror(number))), None)
 
 
 @contextmanager

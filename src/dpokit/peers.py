@@ -15,6 +15,7 @@ from accelerate import PartialState
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from dpokit.errors import DpokitError, MachineError
+from dpokit.interrupts import Interrupted, Preempted
 from dpokit.world import is_main_process
 
 T = TypeVar("T")
@@ -49,7 +50,8 @@ AFTERMATH_SECONDS = 2.0  # how long the ranks that are left wait for each other'
 def peer_errors(timeout_seconds: int, where: Callable[[], str] = str) -> Iterator[None]:
     """Turns what is raised when another process is gone or silent, or memory runs out, into a MachineError.
 
-    What ends this process is told to the others, who meet its consequence only.
+    Into Interrupted, where a signal ended the other one. What ends this process is told to the others, who meet its
+    consequence only.
 
     Args:
         timeout_seconds: the collective time-out in force (`--ddp_timeout`), for the message.
@@ -72,24 +74,32 @@ def peer_errors(timeout_seconds: int, where: Callable[[], str] = str) -> Iterato
                 "or let `dpokit plan` find a placement that fits",
             ) from error
         raise
+    except Preempted as end:
+        _tell_cause(end.why, "dpokit/preempted")
+        raise
     except Exception as error:
         _tell_cause(f"rank {rank}{where()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise
 
 
-def _tell_cause(text: str) -> None:
+def _tell_cause(text: str, key: str = "dpokit/cause") -> None:
     with suppress(RuntimeError):
         if dist.is_initialized():
-            _get_default_store().compare_set("dpokit/cause", "", text)
+            _get_default_store().compare_set(key, "", text)
 
 
 def _find_gone() -> tuple[list[int], str]:
-    """Which ranks give no sign any more, and what the first of them said; the store may be gone, too."""
+    """Which ranks give no sign any more, and what the first of them said; the store may be gone, too.
+
+    Raises: Interrupted where a signal ended one.
+    """
     try:
         store, world = _get_default_store(), dist.get_world_size()
         store.set(f"dpokit/left/{dist.get_rank()}", "")
         time.sleep(AFTERMATH_SECONDS)
         gone = [rank for rank in range(world) if not store.check([f"dpokit/left/{rank}"])]
+        if store.check(["dpokit/preempted"]):
+            raise Interrupted(store.get("dpokit/preempted").decode())
         cause = store.get("dpokit/cause").decode() if store.check(["dpokit/cause"]) else ""
     except RuntimeError:
         return [0], ""  # which keeps the store

@@ -1,8 +1,7 @@
 """The quickstart: a world small enough to judge exactly. Corpus and base model, then an ordinary run, then proof."""
 
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.data.toy import Verdict, judge_answer, write_corpus
 from dpokit.model.generate import generate_answers
-from dpokit.run import train
+from dpokit.run import train as train_recipe
 from dpokit.rundir import RunDir, write_json
 from dpokit.safe_console import SafeConsole
 from dpokit.screen import quiet_dependencies, say
-from dpokit.story import user_errors
 from dpokit.train.warmup import build_base
 from dpokit.world import is_main_process
 
@@ -26,15 +24,14 @@ SEED = 0
 MOST_NEW_TOKENS = 60
 
 
-def main(recipe: str, defaults: Mapping[str, Any]) -> None:
-    """What the quickstart's main guard calls: builds base and corpus where they are missing, trains, judges."""
+def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> None:
+    """Builds base and corpus where they are missing, trains, judges; arguments as for `dpokit.run.train`."""
     quiet_dependencies()
-    with user_errors():
-        if is_main_process():
-            build_world(Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
-        run = train(recipe, defaults, sys.argv[1:])
-        if is_main_process():
-            judge(run, Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
+    if is_main_process():
+        build_world(Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
+    run = train_recipe(recipe, defaults, argv)
+    if is_main_process():
+        judge(run, Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
 
 
 def build_world(corpus: Path, base: Path) -> None:

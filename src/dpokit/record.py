@@ -1,5 +1,6 @@
 """What run.json says of a run: its settings and machine when it begins, and how it ended."""
 
+import errno
 import math
 import os
 import time
@@ -12,15 +13,16 @@ from typing import Any
 
 from transformers import Trainer
 
-from dpokit.checkpoint.preempt import Preempted
 from dpokit.credentials import hide_secrets
 from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
+from dpokit.interrupts import Preempted, find_interruption
 from dpokit.rundir import RunDir
 from dpokit.screen import say
 from dpokit.settings import Settings
 from dpokit.world import find_machine, is_main_process
 
 SPACE_SECONDS = 10.0
+RESERVE = ".reserve"
 RESERVE_BYTES = 2**16  # space that a run holds on its disk, for the record of its end should the disk be full then
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
@@ -33,7 +35,7 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
         if is_main_process():
             run.write_run(**changes)
 
-    reserve = run.path / ".reserve"
+    reserve = run.path / RESERVE
 
     def record_end(**changes: Any) -> None:
         reserve.unlink(missing_ok=True)
@@ -56,23 +58,35 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
         )
         yield
         record_end(state="finished")
-    except Preempted as end:
-        try:
-            record_end(state="preempted", why=end.why)
-        except OSError as error:
-            raise find_disk_trouble(error) or error from error
-        raise
     except BaseException as error:
-        trouble = error if isinstance(error, DpokitError) else find_disk_trouble(error)
+        end = error if isinstance(error, Preempted) else find_interruption(error)
+        if end is not None:
+            try:
+                record_end(state="preempted", why=end.why)
+            except OSError as disk:
+                raise find_disk_trouble(disk) or disk from disk
+            raise end from None
+        trouble = error if isinstance(error, DpokitError) else run.find_loss() or find_disk_trouble(error)
         why = str(trouble or hide_secrets("".join(traceback.format_exception_only(error)).strip()))
         kind = type(trouble or error).__name__
         try:
             _record_patiently(lambda: record_end(state="failed", why=why, error=kind))
         except (OSError, RunFolderError):
-            say(f"{run.run_json} could not be brought up to date")
+            if not isinstance(trouble, RunFolderError):  # else it says so itself
+                say(f"{run.run_json} could not be brought up to date")
         if trouble is not None and trouble is not error:
             raise trouble from error
         raise
+
+
+def record_preemption(run: RunDir, why: str) -> None:
+    """Writes to run.json that a signal ended this start, if it has the folder and has not finished.
+
+    Raises: OSError, RunFolderError.
+    """
+    if run.token and is_main_process() and (run.read_run() or {}).get("state") != "finished":
+        (run.path / RESERVE).unlink(missing_ok=True)
+        run.write_run(state="preempted", why=why, error=None)
 
 
 def _record_patiently(write: Callable[[], None]) -> None:
@@ -81,8 +95,8 @@ def _record_patiently(write: Callable[[], None]) -> None:
     while True:
         try:
             return write()
-        except OSError:
-            if time.monotonic() > end:
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > end:
                 raise
             time.sleep(0.5)
 

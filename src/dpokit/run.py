@@ -10,17 +10,18 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from dpokit.checkpoint.preempt import Notice, Preempted, choose_signals, find_preempted_restart
+from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
 from dpokit.checkpoint.resume import MODEL, claim_folder
 from dpokit.data.columns import fingerprint_ids
 from dpokit.data.doctor import print_report
 from dpokit.data.prepare import PreparedData, prepare_data
 from dpokit.errors import SettingsError
+from dpokit.interrupts import Preempted, recording
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
 from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
 from dpokit.peers import build_on_each_machine_first, decide_on_main_process, peer_errors
 from dpokit.placement import find_asked_placement
-from dpokit.record import find_kept_evaluation, keep_record
+from dpokit.record import find_kept_evaluation, keep_record, record_preemption
 from dpokit.release.after import check_wishes, find_commands, run_commands
 from dpokit.rundir import RunDir, write_json
 from dpokit.screen import hide_progress, quiet_dependencies, say
@@ -60,14 +61,18 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     settings = load_settings(recipe, defaults, argv)
     if settings.training.disable_tqdm:
         hide_progress()
-    run = _train(settings)
+    run = RunDir(settings.training.output_dir)
+    with recording(lambda why: record_preemption(run, why)):
+        asked_to_end = _train(run, settings)
     clear_device_cache(garbage_collection=True)  # what follows is other programs
     if is_main_process():
-        run_commands(list(find_commands(run, settings)), token=settings.training.hub_token)
+        commands = list(find_commands(run, settings))
+        run_commands(commands, token=settings.training.hub_token, asked_to_end=asked_to_end)
     return run
 
 
-def _train(settings: Settings) -> RunDir:
+def _train(run: RunDir, settings: Settings) -> str | None:
+    """Returns the signal that came too late to cut the run short, if any."""
     training = settings.training
     gates = Gates(settings.data.gates)
     world_size = check_world(gates)
@@ -76,9 +81,9 @@ def _train(settings: Settings) -> RunDir:
     if settings.origins.get("hub_token") == "command line":
         say("--hub_token on a command line is seen by every user of this machine; the variable HF_TOKEN is not")
     set_up_trackers(settings)
-    run = RunDir(training.output_dir)
     signals = choose_signals(settings.data.preempt_signal)
     notice = Notice(PartialState().process_index, settings.data.save_before_seconds)
+    notice.asked_at_boundaries = False
     with peer_errors(training.ddp_timeout):
         ended = decide_on_main_process(lambda: find_preempted_restart(run))
         if ended is not None:
@@ -95,6 +100,7 @@ def _train(settings: Settings) -> RunDir:
         keep_record(run, settings, world_size),
         peer_errors(training.ddp_timeout),
     ):
+        tracker.begin()
         trainer, data = build_trainer(run, settings, gates, notice)
         identity, accepted = decide_on_main_process(lambda: check_start(start, settings, data.fingerprint, world_size))
         for name, (before, now) in accepted.items():
@@ -130,7 +136,7 @@ def _train(settings: Settings) -> RunDir:
     kept = "" if best is None else f" (eval loss {best['value']:.4f}, of step {best['step']})"
     say(f"\nthe tuned model is in {run.adapter if settings.model.use_peft else run.model}{kept}")
     trainer.end()
-    return run
+    return notice.why
 
 
 def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
@@ -192,6 +198,8 @@ def build_trainer(
         "processing_class": tokenizer,
         "peft_config": peft_config,
     }
+    if notice is not None:
+        notice.asked_at_boundaries = True  # the first is the end of the reference's first part, or of the first step
     try:
         if settings.kind == "sft":
             trainer: StepTrainer = AnswerTrainer(**parts)

@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -195,15 +196,27 @@ class RunDir:
         began = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"token": token, "host": socket.gethostname(), "began": began, "resumed_step": resumed_step}
         starts.append(start | {"job": os.environ.get("SLURM_JOB_ID"), "launcher": os.getppid()})
+        self.token = token  # first: a signal may come between the two, and its record needs it
         write_json(self.run_json, {**record, "generations": starts})
-        self.token = token
         return token
 
     def check_possession(self) -> None:
-        """Raises RunFolderError where a later start of the run has taken the folder over."""
+        """Raises RunFolderError where a later start of the run has taken the folder over, or where it is gone."""
         self._check_possession(self.read_run() or {})
 
+    def find_loss(self) -> RunFolderError | None:
+        """The error to raise if the folder was deleted, moved or replaced since this start took possession of it."""
+        if not self.token or self.run_json.is_file():
+            return None
+        return RunFolderError(
+            f"{self.path} was deleted, moved or replaced while the run wrote to it: it has no run.json any more",
+            expected="the run folder, untouched until the run has ended",
+            do="move it back, and the same command goes on; where it is lost, the command begins anew",
+        )
+
     def _check_possession(self, record: dict[str, Any]) -> None:
+        if (loss := self.find_loss()) is not None:
+            raise loss
         owner = record.get("generations", [{}])[-1]
         if self.token and owner.get("token") != self.token:
             raise RunFolderError(
@@ -272,7 +285,7 @@ def write_json(path: Path, record: Any) -> None:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Writes so that a reader, or a machine that loses power, sees the old file or the new one whole."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
+    part = path.with_name(f".{path.name}.part-{threading.get_native_id()}")
     part.unlink(missing_ok=True)
     try:
         with part.open("xb") as file:  # not through a link that waits under this name

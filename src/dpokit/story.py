@@ -5,36 +5,39 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from dpokit.errors import DpokitError, path_errors
+from dpokit.interrupts import ending_on_signals, working
 
 # By default Python's garbage collector runs every 700 new objects, which is a fifth of the time that imports take.
 GC_THRESHOLD = 100_000
 
 
-def main(recipe: str, defaults: Mapping[str, Any]) -> None:
+def main(recipe: str, defaults: Mapping[str, Any], program: str = "dpokit.run") -> None:
     """Trains with the recipe's defaults and the flags of the command line.
 
-    `kind` in the defaults is `dpo` (if it is missing) or `sft`.
+    `kind` in the defaults is `dpo` (if it is missing) or `sft`; `program` is the module whose `train` is called.
 
-    An error that the user can correct ends in one message on rank 0 and exit code 2; any other keeps its traceback.
+    An error that the user can correct ends in one message on rank 0 and exit code 2; a signal in one line and exit code
+    75; any other error keeps its traceback.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{Path(recipe).stem}: importing torch, transformers and TRL", file=sys.stderr, flush=True)
-    gc.set_threshold(GC_THRESHOLD)
-    from dpokit.run import train
-
-    with user_errors():
-        train(recipe, defaults, sys.argv[1:])
+    with ending_on_signals():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{Path(recipe).stem}: importing torch, transformers and TRL", file=sys.stderr, flush=True)
+        gc.set_threshold(GC_THRESHOLD)
+        train = import_module(program).train
+        with user_errors():
+            train(recipe, defaults, sys.argv[1:])
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turns an error that the user can correct into one message, shown by one rank, and exit code 2."""
     try:
-        with path_errors():
+        with working(), path_errors():
             yield
     except DpokitError as error:
         from dpokit.peers import speaks_for_all

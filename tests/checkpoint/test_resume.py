@@ -12,11 +12,11 @@ from compare_runs import check_same, interrupt, read_steps
 from conftest import write_pairs
 from transformers import AutoModelForCausalLM
 
-from dpokit.checkpoint.preempt import Preempted
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.checkpoint.store import find_checkpoints, write_manifest
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.flags import KINDS
+from dpokit.interrupts import Preempted
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings import load_settings

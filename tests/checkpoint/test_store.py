@@ -24,9 +24,9 @@ from dpokit.checkpoint.store import (
     sweep_parts,
     write_manifest,
 )
-from dpokit.cli import app
 from dpokit.errors import RunFolderError
 from dpokit.rundir import MetricsFile, RunDir, read_metrics
+from dpokit.verbs.app import app
 
 FACTS = {"world_size": 1, "placement": "one device", "settings": {}}
 

@@ -12,11 +12,11 @@ import typer
 from conftest import ROOT
 from test_cli import dpokit
 
-from dpokit.cli import app
 from dpokit.cluster.command import facts
 from dpokit.cluster.slurm import Job, check_job, find_body, parse_seconds, render_job, submit_text
 from dpokit.errors import DpokitError, MachineError, RunFolderError, SettingsError
 from dpokit.rundir import RunDir
+from dpokit.verbs.app import app
 
 RECIPE, CONFIGS = Path("recipes/dpo_gpt2.py"), Path("accelerate_configs")
 

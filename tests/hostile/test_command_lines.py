@@ -8,12 +8,12 @@ import typer
 from conftest import write_pairs
 from test_cli import dpokit
 
-from dpokit.cli import app
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.flag_bounds import BOUNDS
 from dpokit.flags import KINDS, FlagParser
 from dpokit.run import train
 from dpokit.settings import load_settings
+from dpokit.verbs.app import app
 
 NUMBERS = ("-1", "0", "1", "-7", "0.5", "1e-300", "1e308", "-1e308", "nan", "inf", "-inf", "9" * 20, "1e400")
 WORDS = ("", " ", "x", "-", "--", "null", "{}", "[", '{"x": 1}', "a=b", "\u00b2", "\u0663", "a" * 300, "/nowhere", "\n")

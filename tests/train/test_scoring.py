@@ -10,7 +10,7 @@ import torch
 from conftest import write_pairs
 from safetensors.torch import load_file, save_file
 
-from dpokit.checkpoint.preempt import Preempted
+from dpokit.interrupts import Preempted
 from dpokit.model import reference
 from dpokit.model.reference import ReferenceCache
 from dpokit.run import prepare, train

@@ -1,10 +1,10 @@
 """A scheduler wants the machine back: noted on any rank, agreed by all at the next boundary, saved, said.
 
-A boundary is the end of a step, of a batch of an evaluation, or of a part of the reference that is kept.
+A boundary is the end of a step, of a batch of an evaluation, or of a part of the reference that is kept. Before the
+first one there is nothing to save: a signal ends the process as it does elsewhere (interrupts.py).
 
-The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names. A known time limit counts as one, too,
-`--save_before_seconds` ahead of it. The process ends with code 75 (EX_TEMPFAIL), never with 0: a run that was cut short
-must not look completed.
+The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names, and Ctrl-C; once more, Ctrl-C ends the
+process without a save. A known time limit counts as one, too, `--save_before_seconds` ahead of it.
 """
 
 import os
@@ -17,19 +17,11 @@ from contextlib import contextmanager
 from datetime import datetime
 
 from dpokit.errors import SettingsError
+from dpokit.interrupts import REPEAT_SECONDS, Interrupted, Preempted, end_now, interrupt, name_signal, write_line
 from dpokit.rundir import RunDir
 
-EXIT_CODE = 75
 SIGNALS = ("SIGTERM", "SIGUSR1")
 NAMES = sorted(name.name for name in signal.Signals if name.name not in ("SIGKILL", "SIGSTOP"))
-
-
-class Preempted(SystemExit):
-    """The run was asked to end, and its state is saved."""
-
-    def __init__(self, why: str) -> None:
-        super().__init__(EXIT_CODE)
-        self.why = why
 
 
 class EvaluationCut(Preempted):
@@ -57,6 +49,9 @@ class Notice:
         rank: of this process, for the line.
         save_before_seconds: how long before a known time limit to save; None to ignore it.
 
+    Attributes:
+        asked_at_boundaries: whether somebody will ask `is_given`; before, a signal raises Interrupted.
+
     Raises: SettingsError where a time limit is to be kept and none is known.
     """
 
@@ -64,6 +59,9 @@ class Notice:
         self.rank = rank
         self.why: str | None = None
         self.due: float | None = None
+        self.asked_at_boundaries = True
+        self._since = 0.0
+        self._names: tuple[str, ...] = ()
         if save_before_seconds is not None:
             limit = find_time_limit()
             if limit is None:
@@ -76,7 +74,16 @@ class Notice:
 
     def note(self, number: int, _: object = None) -> None:
         """The signal handler."""
-        self.why = self.why or f"{signal.Signals(number).name} on rank {self.rank}"
+        name = signal.Signals(number).name
+        again, self.why = self.why, self.why or f"{name} on rank {self.rank}"
+        if not self.asked_at_boundaries:
+            interrupt(name_signal(number))
+        if again is None:
+            self._since = time.monotonic()
+            if name == "SIGINT" and os.isatty(2):
+                write_line("SIGINT: saving at the end of this step (once more: ending now)")
+        elif name == "SIGINT" and name not in self._names and time.monotonic() - self._since > REPEAT_SECONDS:
+            end_now(Interrupted(self.why))
 
     def is_given(self) -> bool:
         """Whether this process was told to end; to be asked at step boundaries."""
@@ -86,13 +93,15 @@ class Notice:
 
     @contextmanager
     def heard(self, names: tuple[str, ...] = SIGNALS) -> Iterator[None]:
-        """Notes these signals meanwhile, instead of dying of them."""
-        before = {name: signal.signal(getattr(signal, name), self.note) for name in names}
+        """Notes these signals and Ctrl-C meanwhile, instead of dying of them."""
+        self._names = names
+        heard = {*names} | ({"SIGINT"} if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else set())
+        before = {name: signal.signal(getattr(signal, name), self.note) for name in sorted(heard)}
         try:
             yield
         finally:
             for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
+                signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
 
 
 def choose_signals(asked: str | None) -> tuple[str, ...]:

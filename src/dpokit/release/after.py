@@ -7,11 +7,12 @@ accelerate told it of other processes; a verb begins without both. And where one
 import os
 import shlex
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from dpokit.data.sources import load_splits
 from dpokit.errors import DataError, ReleaseError, SettingsError
 from dpokit.interpreter import PYTHON
+from dpokit.interrupts import Interrupted
 from dpokit.model.load import find_base
 from dpokit.release.front_matter import check_licence, is_on_disk
 from dpokit.release.hub import Target, check_target
@@ -118,24 +119,46 @@ def find_commands(run: RunDir, settings: Settings) -> Iterator[list[str]]:
         yield [*words, *find_target(settings).flags(), "--yes"]
 
 
-def run_commands(commands: Sequence[Sequence[str]], *, token: str | None = None) -> None:
+def run_commands(
+    commands: Sequence[Sequence[str]], *, token: str | None = None, asked_to_end: str | None = None
+) -> None:
     """Runs the verbs one after the other. On one process alone, once the others are let go.
 
     Args:
         commands: of `find_commands`.
         token: of the Hub, where it was given as a flag; the verbs read it from their environment.
+        asked_to_end: the signal that came while the run ended by itself: none of the verbs is begun.
 
-    Raises: ReleaseError: one ended early; what it said stands on the screen.
+    Raises:
+        ReleaseError: one ended early; what it said stands on the screen.
+        Interrupted: a signal came; the verb that was running has ended.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
     environment |= {"HF_TOKEN": token} if token else {}
     for place, words in enumerate(commands):
-        say(f"\n$ dpokit {shlex.join(words)}")
-        done = subprocess.run([*PYTHON, "-m", "dpokit.cli", *words], env=environment, stdin=subprocess.DEVNULL)
-        if done.returncode != 0:
-            rest = " && ".join(f"dpokit {shlex.join(command)}" for command in commands[place:])
+        rest = " && ".join(f"dpokit {shlex.join(command)}" for command in commands[place:])
+        try:
+            if asked_to_end is not None:
+                raise Interrupted(asked_to_end)
+            say(f"\n$ dpokit {shlex.join(words)}")
+            code = _run_verb([*PYTHON, "-m", "dpokit.cli", *words], environment)
+        except Interrupted as end:
+            end.advice = f"the run itself is finished, its weights are kept; to go on: {rest}"
+            raise
+        if code != 0:
             raise ReleaseError(
-                f"dpokit {words[0]} ended with {done.returncode}; the run itself is finished, its weights are kept",
+                f"dpokit {words[0]} ended with {code}; the run itself is finished, its weights are kept",
                 expected="what its own message says",
                 do=f"mend that, then: {rest}",
             )
+
+
+def _run_verb(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """A verb's exit code. Interrupted, it asks the verb to end, too, and waits for that."""
+    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except Interrupted:
+            process.terminate()  # Ctrl-C in a terminal has reached it already
+            process.wait()
+            raise

@@ -10,6 +10,7 @@ from optuna.trial import TrialState
 
 from dpokit.cluster.status import is_users_mistake
 from dpokit.errors import DpokitError, SettingsError
+from dpokit.interrupts import SIGNALS
 from dpokit.report.read import finite
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.screen import say
@@ -113,7 +114,7 @@ class Worker:
         def leave(*_: object) -> None:
             self.leaving += 1
 
-        before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, leave) for number in SIGNALS}
         try:
             yield
         except BaseException:

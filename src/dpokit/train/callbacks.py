@@ -8,7 +8,8 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dpokit.checkpoint.preempt import EvaluationCut, Notice, Preempted
+from dpokit.checkpoint.preempt import EvaluationCut, Notice
+from dpokit.interrupts import Preempted
 from dpokit.placement import find_placement
 from dpokit.rundir import MetricsFile, RunDir
 from dpokit.screen import is_progress_hidden, say, track_progress

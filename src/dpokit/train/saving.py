@@ -67,7 +67,7 @@ class SavingTrainer(ProgressTrainer):
         step, part = self.state.global_step, find_part(self.run, self.state.global_step)
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            part.mkdir()  # a run folder that was deleted is not made again
         self.accelerator.wait_for_everyone()
         self.store_flos()
         if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step == step:

@@ -12,8 +12,9 @@ from datasets import Dataset
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
-from dpokit.checkpoint.preempt import Notice, Preempted
+from dpokit.checkpoint.preempt import Notice
 from dpokit.data.columns import fingerprint_ids
+from dpokit.interrupts import Preempted
 from dpokit.model.reference import ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
 from dpokit.model.score import TOLERANCE_16_BIT, TOLERANCE_FP32, find_mismatch, find_obstacle, share_prefix
 from dpokit.model.shared_prefix import SharedPrefix

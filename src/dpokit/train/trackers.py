@@ -82,13 +82,11 @@ def check_tracker(name: str) -> None:
 
 @contextmanager
 def track_run(run: RunDir, settings: Settings) -> Iterator["TrackerCallback"]:
-    """The trackers of a run, from before its data is read until run.json holds its outcome.
+    """The trackers of a run, until run.json holds its outcome.
 
     Yields the callback that the trainer needs, in place of those in `REPLACED`.
     """
     tracker = TrackerCallback(run, settings)
-    if is_main_process() and "wandb" in settings.training.report_to:
-        tracker.start("wandb")
     try:
         yield tracker
     finally:
@@ -112,6 +110,11 @@ class TrackerCallback(TrainerCallback):
         except Exception as error:  # whatever it is: the training weighs more than its tracker
             self.on.pop(name, None)
             say(f"{name}: {first_line(error)}; the run goes on without it (metrics.jsonl has every number)")
+
+    def begin(self) -> None:
+        """Opens the run where it is shown before its data is read."""
+        if is_main_process() and "wandb" in self.settings.training.report_to:
+            self.start("wandb")
 
     def start(self, name: str, after_step: int = 0) -> None:
         """Opens the run there. `after_step`: where a resumed run goes on, else 0."""

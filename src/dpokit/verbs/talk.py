@@ -2,7 +2,7 @@
 
 import json
 import sys
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from dpokit.errors import DpokitError
+from dpokit.interrupts import left_to_python
 from dpokit.terminal import echo
 from dpokit.verbs.common import PASS_ON
 
@@ -70,16 +71,17 @@ def serve(
             address.read_credentials()
             remote = (endpoint, endpoint_model, endpoint_base, endpoint_key)
             models = build_models(what, base, context.args, remote=remote)
-            serve_page(
-                models,
-                address=address,
-                votes=find_votes(models.run, votes),
-                limits=Limits(
-                    max_prompt_characters, new_tokens=max_new_tokens, waiting=max_waiting, per_minute=per_minute
-                ),
-                sampling=Sampling(),
-                on_ready=lambda url: typer.echo(url, file=stdout),
-            )
+            with left_to_python():  # a signal is how a server is ended
+                serve_page(
+                    models,
+                    address=address,
+                    votes=find_votes(models.run, votes),
+                    limits=Limits(
+                        max_prompt_characters, new_tokens=max_new_tokens, waiting=max_waiting, per_minute=per_minute
+                    ),
+                    sampling=Sampling(),
+                    on_ready=lambda url: typer.echo(url, file=stdout),
+                )
 
 
 @app.command(context_settings=PASS_ON)
@@ -122,7 +124,8 @@ def chat(
             models.load()
             sampling, limits = Sampling(temperature, top_p, max_new_tokens, seed), Limits()
             if prompt is None:
-                talk(models, sampling, limits=limits, lines=sys.stdin, screen=stdout)
+                with left_to_python(), suppress(KeyboardInterrupt):  # at the prompt it ends the talk
+                    talk(models, sampling, limits=limits, lines=sys.stdin, screen=stdout)
                 return
             try:
                 found = ask_one(models, prompt, sampling, limits)

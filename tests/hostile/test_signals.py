@@ -1,0 +1,432 @@
+"""A signal at any moment: one line, exit code 75, the right state in run.json, and the next start goes on.
+
+Real processes get real signals. A moment is recognised from outside: a line of output, or a file that appears.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+from compare_runs import check_same
+from conftest import ROOT, find_free_port, write_pairs
+from soak.faults import make_flags
+from soak.lives import LIFE_SECONDS, Lives, kill_tree
+
+from dpokit.checkpoint.store import find_checkpoints
+from dpokit.interrupts import SIGNALS
+from dpokit.rundir import RunDir
+
+OURS = re.compile(r"^(interrupted by SIG\w+.*|SIG\w+ on rank \d: saving step .*|SIG\w+ on rank \d: ending.*)$", re.M)
+SIGINT, SIGTERM, SIGUSR1 = SIGNALS
+
+# -- the mechanism, in programs without torch --------------------------------------------------------------------------
+
+BEGIN = """
+import atexit, os, signal, sys, tempfile, time
+from dpokit import interrupts
+from dpokit.interrupts import ending_on_signals, left_to_python, recording, working
+def wait(): time.sleep(60)
+def ready(): print("ready", flush=True)
+"""
+# name: (program, signals, seconds between them, exit code)
+PROGRAMS = {
+    "importing": ("with ending_on_signals():\n ready(); wait()", [SIGINT], 0, 75),
+    "working": ("with ending_on_signals(), working():\n ready(); wait()", [SIGTERM], 0, 75),
+    "five at once": ("with ending_on_signals(), working():\n ready(); wait()", [SIGINT, SIGTERM, SIGUSR1] * 2, 0, 75),
+    "caught by a library": (
+        "interrupts.GRACE_SECONDS = 0.3\nwith ending_on_signals(), working():\n ready()\n"
+        " try: wait()\n except BaseException: pass\n wait()",
+        [SIGTERM],
+        0,
+        75,
+    ),
+    "caught, and Ctrl-C again": (
+        "with ending_on_signals(), working():\n ready()\n try: wait()\n except BaseException: pass\n wait()",
+        [SIGINT, SIGINT],
+        1.5,
+        75,
+    ),
+    "lost in a finalizer": (
+        "class Slow:\n def __del__(self): ready(); wait()\nwith ending_on_signals(), working():\n Slow(); wait()",
+        [SIGINT],
+        0,
+        75,
+    ),
+    "followed by another error": (
+        "with ending_on_signals(), working():\n ready()\n try: wait()\n finally: raise TimeoutError('pool')",
+        [SIGTERM],
+        0,
+        75,
+    ),
+    "of a library with its own handler": (
+        "with ending_on_signals(), working():\n ready(); signal.signal(2, signal.default_int_handler); ready(); wait()",
+        [SIGINT],
+        0.2,
+        75,
+    ),
+    "ignored from the beginning": (
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nwith ending_on_signals(), working():\n ready(); time.sleep(1)",
+        [SIGTERM],
+        0,
+        0,
+    ),
+    "after the work": (
+        "def end(): ready(); time.sleep(0.5)\natexit.register(end)\nwith ending_on_signals(): pass",
+        [SIGINT, SIGTERM],
+        0.1,
+        0,
+    ),
+    "ended by the user, at a prompt": (
+        "with ending_on_signals(), working():\n try:\n  with left_to_python(): ready(); wait()\n"
+        " except KeyboardInterrupt: pass",
+        [SIGINT],
+        0,
+        0,
+    ),
+}
+
+
+@pytest.mark.cold
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_signal_ends_a_program_with_one_line(name, tmp_path):
+    program, signals, seconds, code = PROGRAMS[name]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-c", BEGIN + program], **pipes, env=environment, cwd=tmp_path)
+    assert process.stdout.readline() == "ready\n"
+    for number in signals:
+        time.sleep(seconds)
+        if process.poll() is None:
+            process.send_signal(number)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code, stderr
+    assert stderr.count("\n") == (1 if code else 0), stderr
+    assert bool(OURS.search(stderr)) == bool(code)
+
+
+@pytest.mark.cold
+@pytest.mark.parametrize("working", [True, False])
+def test_a_record_is_written_and_what_is_half_made_removed(working, tmp_path):
+    program = (
+        "with ending_on_signals(), recording(lambda why: open('why', 'w').write(why)):\n"
+        f" with {'working()' if working else 'tempfile.TemporaryDirectory(dir=os.getcwd())'}:\n"
+        "  with tempfile.TemporaryDirectory(prefix='half', dir=os.getcwd()):\n   ready(); wait()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", BEGIN + program]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(SIGTERM)
+    process.communicate(timeout=30)
+    assert (tmp_path / "why").read_text() == "SIGTERM"
+    assert bool(list(tmp_path.glob("half*"))) is not working
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def build_lives(folder: Path, name: str, *more: str, config: str | None = None, steps: int = 12) -> Lives:
+    flags = [*make_flags(folder, list(more)), "--max_steps", str(steps)]
+    return Lives(RunDir(folder / name), flags, config, folder / f"{name}.cache")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder with model, pairs, and a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("signals")
+    build_lives(folder, "whole", "--precompute_ref_log_probs").finish()
+    began = time.monotonic()  # the first start waited for the server of warm processes
+    build_lives(folder, "again", "--precompute_ref_log_probs").finish()
+    (folder / "seconds").write_text(str(time.monotonic() - began))
+    return folder
+
+
+Moment = Callable[[Lives], object]
+MOMENTS: dict[str, Moment] = {
+    "importing": lambda lives: "importing torch" in lives.last_log(),
+    "claimed": lambda lives: lives.run.run_json.exists(),
+    "prepared": lambda lives: lives.run.data_json.exists(),
+    "reference": lambda lives: list(lives.cache.rglob("*.safetensors")),
+    "training": lambda lives: lives.last_step() > 0,
+    "saving": lambda lives: list(lives.run.path.glob(".checkpoint-*.part")),
+    "evaluating": lambda lives: lives.last_step() == 8,
+    "final weights": lambda lives: list(lives.run.path.glob(".model.part")) or lives.run.model.exists(),
+    "merging": lambda lives: list(lives.run.path.glob(".merged.part")),
+}
+
+
+@contextmanager
+def until(lives: Lives, moment: Moment) -> Iterator[subprocess.Popen]:
+    with lives.living() as process:
+        end = time.monotonic() + LIFE_SECONDS
+        while process.poll() is None and not moment(lives):
+            assert time.monotonic() < end, lives.last_log()[-3000:]
+            time.sleep(0.0005)
+        yield process
+
+
+def check_end(lives: Lives, code: int, *, lines: int = 1) -> None:
+    """After an interrupted life. `lines`: of ours, at most, that speak of a signal."""
+    log = lives.last_log()
+    assert code in (0, 75), log[-3000:]
+    assert "Traceback" not in log
+    assert "Exception ignored" not in log
+    assert len(OURS.findall(log)) <= lines, log
+    record = json.loads(lives.run.run_json.read_text()) if lives.run.run_json.exists() else {}
+    assert record.get("state") in ((None, "preempted") if code else ("finished",)) or "to go on: dpokit" in log
+    assert not [found for found in find_checkpoints(lives.run, deep=True) if found.trouble]
+
+
+def go_on(lives: Lives, world: Path) -> None:
+    """The next start, which must end as the whole run did."""
+    if (lives.run.read_run() or {}).get("state") != "finished":
+        lives.finish()
+    check_same(lives.run, RunDir(world / "whole"))
+    assert not [path for path in lives.run.path.iterdir() if path.name.startswith(".")]
+
+
+# Moments and signals. A warm process (tests/warm.py) has its imports behind it, so those are interrupted in a cold one.
+TABLE = [
+    ("prepared", [SIGINT]),
+    ("importing", [SIGINT]),
+    ("importing", [SIGTERM]),
+    ("claimed", [SIGTERM, SIGTERM, SIGINT]),
+    ("reference", [SIGUSR1]),
+    ("training", [SIGINT]),
+    ("training", [SIGINT, SIGTERM, SIGINT]),
+    ("evaluating", [SIGINT]),
+    ("saving", [SIGINT]),
+    ("final weights", [SIGINT, SIGTERM]),
+]
+
+
+@pytest.mark.parametrize(
+    ("moment", "signals"),
+    [
+        pytest.param(*row, marks=[pytest.mark.slow] * bool(at) + [pytest.mark.cold] * (row[0] == "importing"))
+        for at, row in enumerate(TABLE)
+    ],
+)
+def test_a_signal_at_a_moment_of_a_run_costs_nothing(moment, signals, world):
+    lives = build_lives(world, f"{moment}-{len(signals)}-{signals[0].name}", "--precompute_ref_log_probs")
+    with until(lives, MOMENTS[moment]) as process:
+        for number in signals:
+            process.send_signal(number)
+        code = process.wait(timeout=60)
+    check_end(lives, code)
+    assert code == 75 or moment in ("final weights", "evaluating", "saving")
+    if lives.run.run_json.exists() and code:
+        assert lives.run.read_run()["why"].startswith("SIG")
+    go_on(lives, world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_signal_at_a_random_moment_of_a_run_costs_nothing(seed, world):
+    chance = random.Random(seed)
+    lives = build_lives(world, f"random-{seed}", "--precompute_ref_log_probs")
+    due = time.monotonic() + chance.uniform(0.1, 1.0) * float((world / "seconds").read_text())
+    # A warm process has the interpreter's start behind it, and needs the first lines of the recipe to hear signals.
+    with until(lives, lambda lives: time.monotonic() > due and MOMENTS["importing"](lives)) as process:
+        process.send_signal(chance.choice(SIGNALS))
+        code = process.wait(timeout=60)
+    check_end(lives, code)
+    go_on(lives, world)
+
+
+@pytest.mark.slow
+def test_ctrl_c_again_ends_a_run_that_is_still_saving(world):
+    pairs = write_pairs(world / "many.jsonl", 8000)
+    one_long_step = ["--gradient_accumulation_steps", "6000", "--per_device_train_batch_size", "1"]
+    lives = build_lives(world, "long step", "--dataset_name", str(pairs), *one_long_step)
+    with until(lives, lambda lives: lives.run.metrics_jsonl.exists()) as process:
+        process.send_signal(SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None, lives.last_log()[-3000:]
+        process.send_signal(SIGINT)
+        code = process.wait(timeout=30)
+    check_end(lives, code)
+    assert code == 75
+    assert lives.run.read_run()["state"] == "preempted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [SIGINT, SIGTERM], ids=lambda number: number.name)
+def test_a_signal_while_a_verb_follows_the_run_names_what_is_left(number, world):
+    lives = build_lives(world, f"merging-{number.name}", "--merge_after_training", "true")
+    with until(lives, MOMENTS["merging"]) as process:
+        process.send_signal(number)
+        assert process.wait(timeout=60) == 75
+    check_end(lives, 75, lines=2)
+    assert lives.run.read_run()["state"] == "finished"
+    assert f"to go on: dpokit merge {lives.run.path}\n" in lives.last_log()
+    assert not lives.run.merged.exists()
+    again = subprocess.run([sys.executable, "-m", "dpokit.cli", "merge", str(lives.run.path)], capture_output=True)
+    assert again.returncode == 0, again.stderr.decode()
+    assert lives.run.merge_json.exists()
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["prepared", "training"])
+@pytest.mark.parametrize("to", ["terminal", "launcher"])
+def test_a_signal_ends_all_ranks_with_one_line(moment, to, world):
+    lives = build_lives(world, f"two-{moment}-{to}", config="ddp_cpu", steps=200)
+    with until(lives, MOMENTS[moment]) as launcher:
+        for pid in [launcher.pid, *children(launcher.pid)] if to == "terminal" else [launcher.pid]:
+            os.kill(pid, SIGINT if to == "terminal" else SIGTERM)
+        assert launcher.wait(timeout=90) != 0
+        assert not children(launcher.pid)
+    assert lives.run.read_run()["state"] == "preempted", lives.last_log()[-3000:]
+    assert len(OURS.findall(lives.last_log())) == 1, lives.last_log()[-3000:]
+
+
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [int(word) for word in found.split()]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_before_the_first_step_ends_the_other_as_preempted(world):
+    """Without a launcher's agent, which would end the other one."""
+    lives = build_lives(world, "one of two", steps=200)
+    words = [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), *lives.flags, "--use_cpu", "--ddp_timeout", "30"]
+    places = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port()}
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            name: str(value) for name, value in (places | {"RANK": rank, "LOCAL_RANK": rank}).items()
+        }
+        words_here = [*words, "--output_dir", str(lives.run.path)]
+        ranks.append(subprocess.Popen(words_here, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        while not lives.run.run_json.exists():
+            assert all(process.poll() is None for process in ranks)
+            time.sleep(0.001)
+        ranks[1].send_signal(SIGTERM)
+        said = [process.communicate(timeout=90)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            kill_tree(process.pid)
+    assert [process.returncode for process in ranks] == [75, 75], said
+    assert len(OURS.findall("".join(said))) == 1, said
+    assert lives.run.read_run()["state"] == "preempted"
+
+
+# -- verbs -------------------------------------------------------------------------------------------------------------
+
+# words behind `dpokit`, RUN for a finished run; whether it needs torch
+VERBS = {
+    "evaluate": ["evaluate", "RUN", "--answers", "4", "--max-new-tokens", "32"],
+    "merge": ["merge", "RUN"],
+    "report": ["report", "RUN"],
+    "verify": ["verify", "RUN"],
+    "push": ["push", "RUN", "--repo-id", "me/model", "--license", "mit", "--dry-run"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_signal_at_a_random_moment_of_a_verb_leaves_nothing_half_made(verb, world, tmp_path):
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(world / "whole", run.path)
+    words = [sys.executable, "-m", "dpokit.cli", *[str(run.path) if word == "RUN" else word for word in VERBS[verb]]]
+    before = set(run.path.rglob("*"))
+    began = time.monotonic()
+    whole = subprocess.run(words, capture_output=True, text=True)
+    seconds = time.monotonic() - began
+    assert whole.returncode == 0, whole.stderr
+    made = set(run.path.rglob("*")) - before
+    chance = random.Random(verb)
+    for number in (SIGINT, SIGTERM, SIGINT):
+        for path in made:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        time.sleep(chance.uniform(0.3, 0.9) * seconds)
+        process.send_signal(number) if process.poll() is None else None
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode in (0, 75), stderr
+        assert "Traceback" not in stderr
+        assert len(OURS.findall(stderr)) == (1 if process.returncode else 0), stderr
+        left = set(run.path.rglob("*")) - before
+        assert left <= made, left - made
+    for path in made:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert subprocess.run(words, capture_output=True, text=True).returncode == 0
+
+
+# -- the run folder goes away ------------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    while path.exists():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def move(path: Path) -> None:
+    path.rename(path.with_name(f"{path.name}.moved"))
+
+
+def replace_by_file(path: Path) -> None:
+    move(path)
+    path.write_text("not a folder")
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """The folder, mounted on itself without the right to write; skips where nothing can be mounted."""
+    if os.geteuid() != 0 or subprocess.run(["mount", "--bind", str(path), str(path)], check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", str(path)], check=True)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+GONE = "was deleted, moved or replaced while the run wrote to it"
+LOSSES = {
+    "removed": (remove, GONE),
+    "moved": (move, GONE),
+    "a file": (replace_by_file, GONE),
+    "read-only": (read_only, "the file system is read-only"),
+}
+
+
+@pytest.mark.parametrize(
+    ("loss", "moment"),
+    [
+        ("removed", "training"),
+        *(
+            pytest.param(loss, moment, marks=pytest.mark.slow)
+            for loss, moment in [
+                *[("removed", "prepared"), ("removed", "saving"), ("removed", "evaluating")],
+                *[("moved", "training"), ("moved", "saving"), ("a file", "training"), ("a file", "saving")],
+                *[("read-only", "prepared"), ("read-only", "training"), ("read-only", "saving")],
+            ]
+        ),
+    ],
+)
+def test_a_run_folder_that_goes_away_ends_the_run_in_one_message(loss, moment, world):
+    act, words = LOSSES[loss]
+    lives = build_lives(world, f"gone-{loss}-{moment}", steps=200)
+    with until(lives, MOMENTS[moment]) as process, act(lives.run.path) or nullcontext():
+        assert process.wait(timeout=60) == 2, lives.last_log()[-3000:]
+    log = lives.last_log()
+    assert "Traceback" not in log
+    assert log.count("RunFolderError") == 1, log
+    assert words in log
+    assert "brought up to date" not in log
+    if loss == "removed":
+        assert not lives.run.path.exists(), "what was deleted is not made again"
