@@ -80,11 +80,11 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
 
 
 def record_preemption(run: RunDir, why: str) -> None:
-    """Writes to run.json that a signal ended this start, if it has the folder and has not finished.
+    """Writes to run.json that a signal ended this start, if it has the folder and has neither finished nor failed.
 
     Raises: OSError, RunFolderError.
     """
-    if run.token and is_main_process() and (run.read_run() or {}).get("state") != "finished":
+    if run.token and is_main_process() and (run.read_run() or {}).get("state") not in ("finished", "failed"):
         (run.path / RESERVE).unlink(missing_ok=True)
         run.write_run(state="preempted", why=why, error=None)
 

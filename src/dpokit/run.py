@@ -83,7 +83,9 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     set_up_trackers(settings)
     signals = choose_signals(settings.data.preempt_signal)
     notice = Notice(PartialState().process_index, settings.data.save_before_seconds)
-    notice.asked_at_boundaries = False
+    # When one of several processes has failed, the launcher signals the others: that is no preemption, so they wait for
+    # what their next collective says. A process that is alone has nothing to save before its first step.
+    notice.asked_at_boundaries = PartialState().num_processes > 1
     with peer_errors(training.ddp_timeout):
         ended = decide_on_main_process(lambda: find_preempted_restart(run))
         if ended is not None:

@@ -1,7 +1,7 @@
 """A scheduler wants the machine back: noted on any rank, agreed by all at the next boundary, saved, said.
 
 A boundary is the end of a step, of a batch of an evaluation, or of a part of the reference that is kept. Before the
-first one there is nothing to save: a signal ends the process as it does elsewhere (interrupts.py).
+first one a process that is alone has nothing to save: a signal ends it as it does elsewhere (interrupts.py).
 
 The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names, and Ctrl-C; once more, Ctrl-C ends the
 process without a save. A known time limit counts as one, too, `--save_before_seconds` ahead of it.
