@@ -9,7 +9,7 @@ import pytest
 from run_folders import make_run, make_steps
 from typer.testing import CliRunner
 
-from dpokit.cli import app
+from dpokit.verbs.app import app
 from dpokit.errors import DataError
 from dpokit.safe_console import SafeConsole
 from dpokit.screen import say
