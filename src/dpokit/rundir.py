@@ -24,6 +24,10 @@ RECORD: dict[str, tuple[type, ...]] = {
     "best": (dict, type(None)),
 }
 MOST_RECORD_BYTES = 2**26
+# Of a file that is read into memory; a tokenizer has some 30 MB, the metrics of a million steps some 500.
+MOST_FILE_BYTES = {".jsonl": 2**31}
+OTHER_FILE_BYTES = 2**28
+NOT_READ = (".safetensors", ".png")  # as a whole
 CARD_MARK = "made by dpokit card"  # in the head of a model card of ours and of each of its pictures
 
 
@@ -93,7 +97,7 @@ class RunDir:
         Times of files say nothing: a copy has its own. A record without `end` is taken for the present one's.
         """
         try:
-            record = json.loads(made.read_text()) if made.is_file() else {}
+            record = read_record(made) if made.is_file() else {}
         except (OSError, ValueError, RecursionError):
             return False  # said by whoever reads it for what it holds
         if not isinstance(record, dict) or "end" not in record:
@@ -134,6 +138,11 @@ class RunDir:
             raise RunFolderError(
                 f"{path} is neither a file nor a folder", expected="the run's own files", do="remove it"
             )
+        most = MOST_FILE_BYTES.get(path.suffix, OTHER_FILE_BYTES)
+        if path.suffix not in NOT_READ and path.is_file() and path.stat().st_size > most:
+            raise RunFolderError(
+                f"{path} has {path.stat().st_size:,} bytes", expected=f"at most {most:,} of such a file", do="remove it"
+            )
 
     def make(self) -> None:
         """Makes the folder.
@@ -164,9 +173,7 @@ class RunDir:
                 if not self.run_json.exists():
                     return None
                 raise ValueError("it is no file")
-            if self.run_json.stat().st_size > MOST_RECORD_BYTES:
-                raise ValueError(f"it has more than {MOST_RECORD_BYTES:,} bytes")
-            record = json.loads(self.run_json.read_text())
+            record = read_record(self.run_json)
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:
@@ -278,6 +285,15 @@ def find_model(name: str) -> str:
     )
 
 
+def read_record(path: Path) -> Any:
+    """A file's JSON. Raises: OSError; ValueError or RecursionError for what is none, or has more bytes than any has."""
+    with path.open("rb") as file:
+        content = file.read(MOST_RECORD_BYTES + 1)
+    if len(content) > MOST_RECORD_BYTES:
+        raise ValueError(f"it has more than {MOST_RECORD_BYTES:,} bytes")
+    return json.loads(content)
+
+
 def write_json(path: Path, record: Any) -> None:
     """Writes JSON as `write_whole`."""
     write_whole(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
@@ -370,14 +386,15 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl up to a line that was torn by a crash, or damaged."""
     records = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            break
-        records.append(record)
+    with path.open("rb") as file:
+        while line := file.readline(MOST_RECORD_BYTES):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
+                break
+            records.append(record)
     return records
 
 

@@ -458,6 +458,17 @@ def test_a_set_on_the_hub_has_rows_of_text_and_files_of_its_own(case, folder):
         sources._check_hub_builder("own/set", build(folder))
 
 
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("case", ["zeros after a row", "a list without end", "one text in all rows", "zeros in a CSV"])
+def test_a_file_of_a_set_on_the_hub_that_bursts_is_refused(case, tmp_path):
+    """Fetched from this machine: what is fetched is checked in either case."""
+    name, make, words = BOMBS[case]
+    make(tmp_path / name)
+    kind = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}[name.split(".")[1]]
+    with pytest.raises(DataError, match=words):
+        sources._check_downloads(load_dataset_builder(kind, data_files=str(tmp_path / name)))
+
+
 def test_a_file_that_keeps_its_time_is_read_anew(tmp_path):
     """A copy or an archive may set the time of its files; `datasets` looks at nothing else."""
     file = tmp_path / "a.jsonl"

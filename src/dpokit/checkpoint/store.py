@@ -20,7 +20,7 @@ from typing import Any
 from dpokit.checkpoint.origin import find_key_file, is_signed_here, sign
 from dpokit.checkpoint.pickles import find_pickle_trouble, needs_trust
 from dpokit.errors import RunFolderError
-from dpokit.rundir import RunDir, remove_tree, sync_folder, write_json
+from dpokit.rundir import RunDir, read_record, remove_tree, sync_folder, write_json
 
 FORMAT = 1  # of the manifest; a folder of a later one is left alone
 MANIFEST = "manifest.json"
@@ -79,7 +79,7 @@ def look_at(path: Path, *, deep: bool) -> Checkpoint:
     """What a folder holds, against its manifest."""
     step = int(path.name.rpartition("-")[2])
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = read_record(path / MANIFEST)
         trouble = _find_trouble(path, step, manifest, deep=deep)
     except FileNotFoundError:
         return Checkpoint(path, step, None, "it has no manifest: it was not finished, or not written by dpokit")
@@ -137,13 +137,13 @@ def _find_missing_state(path: Path, step: int, manifest: Mapping[str, Any]) -> s
     for name, known in typed.items():
         if (trouble := _find_type_trouble(path / name, known)) is not None:
             return f"{name} {trouble}"
-    reached = json.loads((path / "trainer_state.json").read_text())["global_step"]
+    reached = read_record(path / "trainer_state.json")["global_step"]
     return None if reached == step else f"trainer_state.json is of step {reached}"
 
 
 def _find_type_trouble(file: Path, known: Mapping[str, tuple[type, ...]]) -> str | None:
     try:
-        values = json.loads(file.read_text())
+        values = read_record(file)
     except (ValueError, RecursionError) as error:
         return f"cannot be read ({type(error).__name__})"
     for name, types in known.items():
@@ -178,7 +178,7 @@ def check_origin(folder: Path, *, trusted: bool) -> None:
     if trusted or not needs_trust(folder):
         return
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = read_record(folder / MANIFEST)
         is_ours = is_signed_here(_digest_unsigned(manifest), manifest.get("signature"))
     except (OSError, ValueError, AttributeError, RecursionError):
         is_ours = False

@@ -14,6 +14,8 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetBuilder,
+    DownloadConfig,
+    DownloadManager,
     Features,
     IterableDataset,
     LargeList,
@@ -202,6 +204,7 @@ def _load_from_hub(name: str, config_name: str | None, *, streaming: bool) -> di
         _check_hub_builder(name, builder)
         if streaming:
             return _drop_media(dict(builder.as_streaming_dataset()))
+        _check_downloads(builder)
         builder.download_and_prepare()
         return _drop_media(dict(builder.as_dataset()))
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
@@ -233,6 +236,16 @@ def _check_hub_builder(name: str, builder: DatasetBuilder) -> None:
             expected="files of the dataset itself, and a separator of one letter",
             do="download the files that you want, and name one of them",
         )
+
+
+def _check_downloads(builder: DatasetBuilder) -> None:
+    """Fetches the files of a set, as its builder will find them in the cache. Raises: DataError as `check_file`."""
+    kind = type(builder).__module__.rpartition(".")[2]
+    downloads = DownloadManager(download_config=DownloadConfig(token=builder.token))
+    for several in (builder.config.data_files or {}).values() if kind in set(BUILDERS.values()) else ():
+        for file in map(Path, downloads.download(list(several))):
+            if find_builder(file) == kind:  # else it is packed in another way, which `datasets` knows
+                check_file(file, kind)
 
 
 def _drop_media(splits: Mapping[str, Rows]) -> dict[str, Rows]:

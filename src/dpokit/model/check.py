@@ -4,7 +4,6 @@ The files may come from anybody. A config is held against bounds and against the
 absurd is allocated; weights are safetensors alone; what was loaded must be all that the files hold, and finite.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import cached_file
 
 from dpokit.errors import ModelError
+from dpokit.rundir import OTHER_FILE_BYTES, read_record
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -46,6 +46,7 @@ NESTED_REPETITION = re.compile(r"\([^()]*[+*][^()]*\)[+*{]")
 OLD_BUFFERS = re.compile(
     r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.(inv_freq|(cos|sin)_cached)|position_ids)$"
 )
+WHOLE_FILES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # read in one piece
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -72,10 +73,17 @@ def check_weights_file(name: str, revision: str | None, wanted: tuple[str, ...] 
 
 
 def check_config(name: str, revision: str | None) -> None:
-    """Raises ModelError for a config.json with numbers that no model has.
+    """Raises ModelError for a config.json with numbers that no model has, and for a huge file beside it.
 
     A config that cannot be read at all is left to transformers, which says why.
     """
+    for file in sorted(Path(name).iterdir()) if Path(name).is_dir() else ():
+        if file.suffix in WHOLE_FILES and file.is_file() and file.stat().st_size > OTHER_FILE_BYTES:
+            raise ModelError(
+                f"{file} has {file.stat().st_size:,} bytes",
+                expected=f"at most {OTHER_FILE_BYTES:,} of a file that is no weights",
+                do="take another copy of the model",
+            )
     described = _read_config(name, revision)
     if not isinstance(described, dict):
         raise _bad_config(name, f"a {type(described).__name__}, not a mapping")
@@ -87,7 +95,7 @@ def check_config(name: str, revision: str | None) -> None:
 def _read_config(name: str, revision: str | None) -> Any:
     try:
         file = cached_file(name, "config.json", revision=revision, **QUIET)
-        return json.loads(Path(file).read_bytes()) if file else {}
+        return read_record(Path(file)) if file else {}
     except (OSError, ValueError, RecursionError):
         return {}
 
@@ -197,7 +205,7 @@ def check_adapter_config(name: str, file: str) -> None:
         file: its adapter_config.json.
     """
     try:
-        described = json.loads(Path(file).read_bytes())
+        described = read_record(Path(file))
     except (OSError, ValueError, RecursionError) as error:
         raise _bad_adapter(name, f"it cannot be read ({type(error).__name__})") from error
     if not isinstance(described, dict):
