@@ -326,14 +326,30 @@ def test_a_signal_to_one_rank_before_the_first_step_ends_the_other_as_preempted(
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
 
-# words behind `dpokit`, RUN for a finished run; whether it needs torch
+DDP = ROOT / "accelerate_configs" / "ddp_cpu.yaml"
+# words behind `dpokit`; RUN stands for a finished run, FLAGS for those of its training
 VERBS = {
     "evaluate": ["evaluate", "RUN", "--answers", "4", "--max-new-tokens", "32"],
     "merge": ["merge", "RUN"],
     "report": ["report", "RUN"],
     "verify": ["verify", "RUN"],
     "push": ["push", "RUN", "--repo-id", "me/model", "--license", "mit", "--dry-run"],
+    "plan": ["plan", "dpo_gpt2", "FLAGS"],
+    "prepare": ["prepare", "dpo_gpt2", "FLAGS"],
+    "submit": [
+        "submit",
+        "dpo_gpt2",
+        "--config-file",
+        str(ROOT / "accelerate_configs/ddp_cpu.yaml"),
+        "--dry-run",
+        "FLAGS",
+    ],
 }
+
+
+def find_words(verb: str, run: RunDir, world: Path) -> list[str]:
+    places = {"RUN": [str(run.path)], "FLAGS": [*build_lives(world, "flags").flags, "--use_cpu"]}
+    return [sys.executable, "-m", "dpokit.cli", *[each for word in VERBS[verb] for each in places.get(word, [word])]]
 
 
 @pytest.mark.slow
@@ -341,7 +357,7 @@ VERBS = {
 def test_a_signal_at_a_random_moment_of_a_verb_leaves_nothing_half_made(verb, world, tmp_path):
     run = RunDir(tmp_path / "run")
     shutil.copytree(world / "whole", run.path)
-    words = [sys.executable, "-m", "dpokit.cli", *[str(run.path) if word == "RUN" else word for word in VERBS[verb]]]
+    words = find_words(verb, run, world)
     before = set(run.path.rglob("*"))
     began = time.monotonic()
     whole = subprocess.run(words, capture_output=True, text=True)
@@ -430,3 +446,25 @@ def test_a_run_folder_that_goes_away_ends_the_run_in_one_message(loss, moment, w
     assert "brought up to date" not in log
     if loss == "removed":
         assert not lives.run.path.exists(), "what was deleted is not made again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["evaluate", "merge", "report", "verify"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_run_folder_that_goes_away_under_a_verb_is_one_message(share, verb, world, tmp_path):
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(world / "whole", run.path)
+    words = find_words(verb, run, world)
+    began = time.monotonic()
+    assert subprocess.run(words, capture_output=True, text=True).returncode == 0
+    seconds = time.monotonic() - began
+    remove(run.path)
+    shutil.copytree(world / "whole", run.path)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(share * seconds)
+    remove(run.path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 1, 2), err
+    assert "Traceback" not in err
+    assert process.returncode != 2 or err.count("\n  expected:") == 1, err
+    assert process.returncode != 1 or verb == "verify", out

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -302,15 +303,18 @@ def test_a_card_that_the_hub_does_not_take_is_said_before_weights_are_sent(hub, 
 
 
 @pytest.mark.parametrize(
-    ("point", "xet"),
+    ("point", "xet", "end"),
     [
-        ("PUT /_lfs", False),
-        ("/commit/", True),
-        pytest.param("/commit/", False, marks=pytest.mark.slow),
-        pytest.param("xet-write-token", True, marks=pytest.mark.slow),
+        ("PUT /_lfs", False, "SIGKILL"),
+        ("PUT /_lfs", False, "SIGTERM"),
+        ("/commit/", True, "SIGKILL"),
+        ("/commit/", True, "SIGINT"),
+        pytest.param("/commit/", False, "SIGKILL", marks=pytest.mark.slow),
+        pytest.param("xet-write-token", True, "SIGKILL", marks=pytest.mark.slow),
+        pytest.param("xet-write-token", True, "SIGTERM", marks=pytest.mark.slow),
     ],
 )
-def test_a_client_that_is_killed_half_way_goes_on_from_there(hub, tmp_path, tiny_gpt2, point, xet):
+def test_a_client_that_is_ended_half_way_goes_on_from_there(hub, tmp_path, tiny_gpt2, point, xet, end):
     run = make_run(tmp_path / "run", tiny_gpt2)
     shards = shard(run.model)
     hub.faults.append(Fault(point, hold=threading.Event()))
@@ -320,8 +324,11 @@ def test_a_client_that_is_killed_half_way_goes_on_from_there(hub, tmp_path, tiny
     large = 0 if xet else shards + 1  # the picture is one, too
     arrived = large - 1 if point.startswith("PUT") else large
     wait_until(lambda: hub.count_blobs() == arrived + 1)  # beside .gitattributes
-    client.kill()
-    client.communicate()
+    client.send_signal(signal.Signals[end])
+    _, err = client.communicate(timeout=60)
+    if end != "SIGKILL":
+        assert client.returncode == 75
+        assert [line for line in err.splitlines() if "interrupt" in line.lower()] == err.splitlines()[-1:], err
     hub.faults[0].hold.set()
     assert set(hub.files(REPO)) == {".gitattributes"}
     assert hash_tree(run.path) == before
