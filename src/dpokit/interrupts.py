@@ -1,7 +1,8 @@
 """SIGINT, SIGTERM and SIGUSR1 end a program with one line on stderr and exit code 75, whatever it does. No torch.
 
 While a program imports, a signal ends it at once. While it works (`working`) the signal raises Interrupted, so that
-half-made files and processes it started are removed. Training saves first: see checkpoint/preempt.py.
+half-made files and processes it started are removed. Training saves first: see checkpoint/preempt.py. Where a library
+keeps the main thread, the program ends without clean-up after GRACE_SECONDS.
 
 A signal that was ignored when the program began stays ignored, as under nohup and in launch/train.sbatch.
 """
@@ -74,6 +75,10 @@ def ending_on_signals() -> Iterator[None]:
     _program.pid = os.getpid()
     for number in handlers:
         signal.signal(number, _handle)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    _thread.start_new_thread(_watch, (reader,))
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     hook = sys.unraisablehook
 
     def find_lost(lost: Any) -> None:
@@ -96,6 +101,8 @@ def ending_on_signals() -> Iterator[None]:
     finally:
         for number, before in handlers.items():
             signal.signal(number, before)
+        signal.set_wakeup_fd(-1)
+        os.close(writer)
         if _program.interrupted is None:  # else it must still end soon
             _program.pid = 0
         sys.unraisablehook = hook
@@ -192,6 +199,35 @@ def _handle(number: int, _: object = None) -> None:
 def _end_late(end: Interrupted) -> None:
     time.sleep(GRACE_SECONDS)
     end_now(end)
+
+
+def _watch(reader: int) -> None:
+    """Ends the program where its main thread is in a library's code, an upload say, and does not get to the handler.
+
+    Args:
+        reader: where the system writes the number of each signal that comes.
+    """
+    while received := os.read(reader, 1):
+        if _is_unheard(received[0]):
+            time.sleep(GRACE_SECONDS)
+        if _is_unheard(received[0]):
+            end_now(Interrupted(name_signal(received[0])))
+    os.close(reader)
+
+
+def _is_unheard(number: int) -> bool:
+    is_ours = number in SIGNALS and signal.getsignal(number) is _handle
+    return is_ours and _program.pid == os.getpid() and _program.interrupted is None
+
+
+def _leave_to_parent() -> None:
+    """A forked helper gets signals of its own, which are not told to the parent."""
+    if _program.pid:
+        with suppress(ValueError):  # not the main thread, which has none
+            signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _record(end: Preempted) -> None:

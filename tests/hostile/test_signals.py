@@ -67,6 +67,22 @@ PROGRAMS = {
         0,
         75,
     ),
+    "in a library's code": (
+        "import ctypes\nlib, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)\n"
+        "interrupts.GRACE_SECONDS = 0.3\nwith ending_on_signals(), working():\n"
+        " lib.pthread_mutex_lock(mutex); ready(); lib.pthread_mutex_lock(mutex)",
+        [SIGTERM],
+        0.2,
+        75,
+    ),
+    "in a helper of its own": (
+        "interrupts.GRACE_SECONDS = 0.3\nwith ending_on_signals(), working():\n pid = os.fork()\n"
+        " if not pid: ready(); wait()\n"
+        " time.sleep(0.5); os.kill(pid, signal.SIGTERM); assert os.waitpid(pid, 0)[1] >> 8 == 75; time.sleep(1)",
+        [],
+        0,
+        0,
+    ),
     "of a library with its own handler": (
         "with ending_on_signals(), working():\n ready(); signal.signal(2, signal.default_int_handler); ready(); wait()",
         [SIGINT],
