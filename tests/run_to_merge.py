@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.model.reference import hash_weights
 from dpokit.rundir import RunDir
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 
 ATTENTION = {
     "gpt2": ["c_attn", "c_proj"],

@@ -11,7 +11,7 @@ import typer
 from conftest import ROOT
 from run_folders import make_run, make_steps
 
-from dpokit.flags import FlagParser
+from dpokit.settings.flags import FlagParser
 from dpokit.verbs.app import app
 
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft"}

@@ -12,7 +12,7 @@ import yaml
 from conftest import ROOT
 
 from dpokit.run import train
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 PRESETS = sorted((ROOT / "recipes" / "presets").glob("*.yaml"))

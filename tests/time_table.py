@@ -16,7 +16,7 @@ BUDGET = Path(__file__).with_name("time_budget.toml")
 
 
 def find_package(name: str) -> str:
-    """`data` of tests/data/test_toy.py::test_any; of a file that stands in no package its name without `test_`."""
+    """`data` of tests/data/test_any.py::test_it; of a file that stands in no package its name without `test_`."""
     parts = name.partition("::")[0].split("/")
     return parts[-2] if len(parts) > 2 else parts[-1].removeprefix("test_").removesuffix(".py")
 

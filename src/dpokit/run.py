@@ -10,22 +10,23 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
+from dpokit.after_training import check_wishes, find_commands, run_commands
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
 from dpokit.checkpoint.resume import MODEL, claim_folder
+from dpokit.console import hide_progress, quiet_dependencies, say
 from dpokit.data.columns import fingerprint_ids
-from dpokit.data.doctor import print_report
 from dpokit.data.prepare import PreparedData, prepare_data
+from dpokit.data.tally import print_report
+from dpokit.distributed.coordination import build_on_each_machine_first, decide_on_main_process, peer_errors
+from dpokit.distributed.placement import find_asked_placement
+from dpokit.distributed.processes import is_main_process
 from dpokit.errors import SettingsError
 from dpokit.interrupts import Preempted, recording
 from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
 from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
-from dpokit.peers import build_on_each_machine_first, decide_on_main_process, peer_errors
-from dpokit.placement import find_asked_placement
-from dpokit.record import find_kept_evaluation, keep_record, record_preemption
-from dpokit.release.after import check_wishes, find_commands, run_commands
+from dpokit.run_state import find_kept_evaluation, keep_record, record_preemption
 from dpokit.rundir import RunDir, write_json
-from dpokit.screen import hide_progress, quiet_dependencies, say
-from dpokit.settings import Settings, load_settings
+from dpokit.settings.load import Settings, load_settings
 from dpokit.train.alarms import AlarmCallback
 from dpokit.train.callbacks import (
     EpochCallback,
@@ -35,15 +36,14 @@ from dpokit.train.callbacks import (
     ResumeCallback,
     ScreenCallback,
 )
+from dpokit.train.dpo_trainer import PairTrainer
 from dpokit.train.gates import GateCallback, Gates
-from dpokit.train.gpu import GpuCallback
-from dpokit.train.preflight import check_values
-from dpokit.train.start import check_model_path, check_quantised, check_start, check_world
+from dpokit.train.gpu_metrics import GpuCallback
+from dpokit.train.preflight import check_model_path, check_quantised, check_start, check_world
+from dpokit.train.sft_trainer import AnswerTrainer
 from dpokit.train.steps import StepTrainer
-from dpokit.train.supervised import AnswerTrainer
 from dpokit.train.trackers import REPLACED, set_up_trackers, track_run
-from dpokit.train.trainer import PairTrainer
-from dpokit.world import is_main_process
+from dpokit.train.value_checks import check_values
 
 
 def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunDir:

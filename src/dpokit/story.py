@@ -40,7 +40,7 @@ def user_errors() -> Iterator[None]:
         with working(), path_errors():
             yield
     except DpokitError as error:
-        from dpokit.peers import speaks_for_all
+        from dpokit.distributed.coordination import speaks_for_all
 
         if speaks_for_all():
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)

@@ -44,11 +44,11 @@ def write_rows(path: Path, lengths: list[list[int]]) -> None:
 
 def run_case(folder: Path, case: str) -> None:
     """One process of two."""
+    from dpokit.distributed.processes import is_main_process
     from dpokit.run import build_trainer
     from dpokit.rundir import RunDir
-    from dpokit.settings import load_settings
+    from dpokit.settings.load import load_settings
     from dpokit.train.gates import Gates
-    from dpokit.world import is_main_process
 
     defaults = {
         "model_name_or_path": str(folder / "model"),

@@ -63,8 +63,8 @@ def run_stock(folder: Path) -> dict[str, float]:
 
 def run_ours(folder: Path) -> dict[str, float]:
     """`dpokit evaluate`, from loaded models on."""
+    from dpokit.evaluate.inputs import load_subject
     from dpokit.evaluate.pairs import evaluate_pairs
-    from dpokit.evaluate.subject import load_subject
 
     argv = ["--max_length", str(MAX_LENGTH)]
     subject = load_subject(

@@ -27,7 +27,7 @@ GB = 1e9
 LAYERS = {"float32": 13, "bfloat16": 34}  # which give 1 GB each, with a vocabulary of 50,257
 WORKER = """
 import json, sys, time
-from dpokit.release.merge import MergeOptions, merge_run
+from dpokit.merge.merge import MergeOptions, merge_run
 from dpokit.rundir import RunDir
 print("idle", flush=True)
 sys.stdin.readline()
@@ -40,7 +40,7 @@ sys.stdin.readline()
 
 def build_run(folder: Path, dtype: str) -> tuple[Path, float]:
     """A run folder with base and adapter, as training leaves them; and the base's bytes."""
-    from dpokit.settings import load_settings
+    from dpokit.settings.load import load_settings
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     torch.manual_seed(0)

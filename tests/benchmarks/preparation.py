@@ -57,7 +57,7 @@ def run_ours(folder: Path, processes: int) -> Iterator[int]:
 
     from dpokit.data.prepare import prepare_data
     from dpokit.data.sources import load_splits
-    from dpokit.flags import DataArguments
+    from dpokit.settings.flags import DataArguments
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     asked = DataArguments(dataset_name=str(folder / "train.jsonl"))

@@ -29,7 +29,7 @@ WATCH = """() => { window.seen = null; const box = document.querySelector("#answ
 # The real server, which also says when the first token of each question was there.
 TELLING = """
 import sys
-from dpokit.serve import talk
+from dpokit.serve import question_queue as talk
 answer = talk.Desk._answer
 def tell(desk, job):
     answer(desk, job)

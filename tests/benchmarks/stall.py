@@ -21,7 +21,7 @@ from dpokit.checkpoint.resume import claim_folder
 from dpokit.checkpoint.store import find_checkpoints
 from dpokit.run import build_trainer
 from dpokit.rundir import RunDir
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 from dpokit.train.gates import Gates
 
 SAVES = 5  # of each kind

@@ -102,7 +102,7 @@ def run_case(case: str, folder: Path, steps: int) -> dict[str, object]:
     else:
         from dpokit.run import build_trainer
         from dpokit.rundir import RunDir
-        from dpokit.settings import load_settings
+        from dpokit.settings.load import load_settings
         from dpokit.train.gates import Gates
 
         places = {"model_name_or_path": str(folder / "model"), "dataset_name": str(folder / "data")}

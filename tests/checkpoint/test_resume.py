@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.checkpoint.store import find_checkpoints, write_manifest
 from dpokit.errors import RunFolderError, SettingsError
-from dpokit.flags import KINDS
 from dpokit.interrupts import Preempted
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings import load_settings
+from dpokit.settings.flags import KINDS
+from dpokit.settings.load import load_settings
 from dpokit.train.callbacks import PreemptCallback
 
 # Pairs of options, so that each meets each of the others once or more.

@@ -6,8 +6,8 @@ from itertools import permutations
 import pytest
 from conftest import ROOT
 
-from dpokit.data.doctor import REASONS
 from dpokit.data.formats import FORMATS, UnusableError, find_format, parse_transcript, render_transcript
+from dpokit.data.tally import REASONS
 from dpokit.errors import DataError
 
 HH = "\n\nHuman: Why?\n\nAssistant:"

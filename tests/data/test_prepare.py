@@ -10,10 +10,10 @@ from datasets import Dataset, DatasetDict, load_dataset
 from test_tokens import DUMPS, encode
 from transformers import AutoTokenizer
 
-from dpokit.data.doctor import print_report
 from dpokit.data.prepare import prepare_data
+from dpokit.data.tally import print_report
 from dpokit.errors import DataError
-from dpokit.flags import DataArguments
+from dpokit.settings.flags import DataArguments
 
 LINE = json.dumps({"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}) + "\n"
 

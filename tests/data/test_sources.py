@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict
 from dpokit.data.prepare import prepare_data
 from dpokit.data.sources import get_split, load_splits
 from dpokit.errors import DataError
-from dpokit.flags import DataArguments
+from dpokit.settings.flags import DataArguments
 
 ROWS = [{"prompt": f"Number {i} is", "chosen": " é one.", "rejected": f" row {i}."} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.evaluate.answers import Prompt, Sampling, build_prompts, write_answers
-from dpokit.flags import DataArguments
 from dpokit.model.generate import Answer, count_answers, generate_answers
+from dpokit.settings.flags import DataArguments
 
 PROMPTS = [Prompt(f"\n\nHuman: How do I bake {'good ' * i}bread?\n\nAssistant:", " Mix flour.") for i in range(5)]
 SAMPLING = Sampling(max_new_tokens=12, temperature=1.0, top_p=1.0, seed=3, batch_size=2)
@@ -196,7 +196,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpokit.errors import DpokitError
 from dpokit.evaluate.answers import Prompt, Sampling, write_answers
-from dpokit.world import join_world
+from dpokit.distributed.processes import join_world
 
 base, tuned, prompts, folder = map(Path, sys.argv[1:])
 join_world(60, on_cpu=True)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.evaluate.command import evaluate_model
+from dpokit.evaluate.inputs import load_subject
 from dpokit.evaluate.pairs import DRIFT_TOKENS, find_drift_pairs
-from dpokit.evaluate.subject import load_subject
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
 

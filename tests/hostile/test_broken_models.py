@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dpokit.errors import ModelError
 from dpokit.model.check import check_config
 from dpokit.model.load import load_policy, load_tokenizer
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 
 MOST_SECONDS = 20.0  # on two busy cores; no case takes a second by itself
 

@@ -11,10 +11,10 @@ from run_folders import add_evaluation, make_run, make_steps
 
 from dpokit.bounded_http import read_retry_after
 from dpokit.checkpoint.preempt import Notice
-from dpokit.extensions import pass_dead_locks
 from dpokit.report.read import load_run
 from dpokit.rundir import RunDir
 from dpokit.sweep.trial import TrialRun
+from dpokit.torch_build_locks import pass_dead_locks
 
 HOUR = 3600.0
 # A clock set while something runs, in seconds.

@@ -9,10 +9,10 @@ from conftest import write_pairs
 from test_cli import dpokit
 
 from dpokit.errors import DpokitError, MachineError, SettingsError
-from dpokit.flag_bounds import BOUNDS
-from dpokit.flags import KINDS, FlagParser
 from dpokit.run import train
-from dpokit.settings import load_settings
+from dpokit.settings.bounds import BOUNDS
+from dpokit.settings.flags import KINDS, FlagParser
+from dpokit.settings.load import load_settings
 from dpokit.verbs.app import app
 
 NUMBERS = ("-1", "0", "1", "-7", "0.5", "1e-300", "1e308", "-1e308", "nan", "inf", "-inf", "9" * 20, "1e400")

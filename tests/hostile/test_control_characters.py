@@ -9,9 +9,9 @@ import pytest
 from run_folders import make_run, make_steps
 from typer.testing import CliRunner
 
+from dpokit.console import say
 from dpokit.errors import DataError
 from dpokit.safe_console import SafeConsole
-from dpokit.screen import say
 from dpokit.serve.chat import describe_here, print_answers
 from dpokit.serve.failures import tell
 from dpokit.terminal import CONTROLS, echo, escape_controls, one_line

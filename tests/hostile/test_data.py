@@ -21,7 +21,7 @@ from dpokit.data.files import read_split_rows
 from dpokit.data.prepare import prepare_data
 from dpokit.data.sources import load_splits
 from dpokit.errors import DataError
-from dpokit.flags import DataArguments
+from dpokit.settings.flags import DataArguments
 
 MIB = 1 << 20
 ROWS = [{"prompt": f"Number {i} is", "chosen": " one.", "rejected": f" row {i}."} for i in range(5)]

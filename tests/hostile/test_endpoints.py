@@ -20,8 +20,8 @@ from dpokit.errors import JudgeError
 from dpokit.evaluate import endpoint
 from dpokit.evaluate.endpoint import Endpoint
 from dpokit.serve import remote
-from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.serve.remote import RemoteModels
+from dpokit.serve.request_limits import RefusedError, Sampling
 
 SECRET = "sk-0123456789"
 KEY = ApiKey("KEY", SECRET)

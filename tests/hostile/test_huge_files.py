@@ -7,17 +7,17 @@ import time
 import pytest
 from run_folders import add_evaluation, make_run, make_steps
 
+from dpokit.card.card import write_card
 from dpokit.checkpoint.store import describe_files, find_checkpoints, find_part, list_files, seal
 from dpokit.cluster.status import read_status
 from dpokit.errors import DpokitError
+from dpokit.merge.merge import merge_run
+from dpokit.model.base_and_tuned import find_run
 from dpokit.model.load import load_tokenizer
-from dpokit.model.sides import find_run
-from dpokit.release.card import write_card
-from dpokit.release.merge import merge_run
-from dpokit.release.parcel import build_parcel
+from dpokit.push.bundle import build_parcel
 from dpokit.report.page import write_report
 from dpokit.rundir import RunDir
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 
 HUGE = 2**40
 MOST_SECONDS = 20.0

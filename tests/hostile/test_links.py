@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from run_folders import add_evaluation, make_run, make_steps
 
+from dpokit.card.card import write_card
 from dpokit.checkpoint.store import (
     describe_files,
     discard,
@@ -19,10 +20,9 @@ from dpokit.checkpoint.store import (
     sweep_parts,
 )
 from dpokit.errors import RunFolderError
-from dpokit.model.sides import find_run
-from dpokit.release.card import write_card
-from dpokit.release.merge import merge_run
-from dpokit.release.parcel import build_parcel
+from dpokit.merge.merge import merge_run
+from dpokit.model.base_and_tuned import find_run
+from dpokit.push.bundle import build_parcel
 from dpokit.report.page import write_report
 from dpokit.rundir import MetricsFile, RunDir, new_folder, write_whole
 

@@ -8,15 +8,15 @@ from conftest import ROOT
 from run_to_merge import build_base, build_run
 from test_cli import dpokit
 
+from dpokit.after_training import run_commands
 from dpokit.cluster.status import read_status
 from dpokit.errors import ReleaseError, RunFolderError, SettingsError
-from dpokit.flags import FlagParser
+from dpokit.merge.merge import merge_run
+from dpokit.model.base_and_tuned import find_run
 from dpokit.model.load import load_policy
-from dpokit.model.sides import find_run
-from dpokit.release.after import run_commands
-from dpokit.release.merge import merge_run
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings import FROM_RUN, load_settings, read_asked
+from dpokit.settings.flags import FlagParser
+from dpokit.settings.load import FROM_RUN, load_settings, read_asked
 
 # What a stranger's run.json might ask of this machine.
 GREEDY = {

@@ -9,12 +9,12 @@ import yaml
 from conftest import ROOT, write_pairs
 from run_folders import make_run, make_steps
 
+from dpokit.card.card import write_card
 from dpokit.cluster.slurm import Job, render_job
 from dpokit.credentials import find_secrets, hide_secrets
 from dpokit.errors import DataError, SettingsError
-from dpokit.release.card import write_card
 from dpokit.rundir import RunDir
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 
 SECRET = "s3cr3t" + "A" * 24
 # How a text may carry it.

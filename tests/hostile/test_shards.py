@@ -14,7 +14,7 @@ from test_launch import launch
 
 from dpokit.checkpoint.store import MANIFEST, describe_files, list_files, look_at, write_manifest
 from dpokit.errors import RunFolderError
-from dpokit.release.merge import MergeOptions, merge_run
+from dpokit.merge.merge import MergeOptions, merge_run
 from dpokit.rundir import RunDir
 
 pytestmark = pytest.mark.slow

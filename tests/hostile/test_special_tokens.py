@@ -13,8 +13,8 @@ from dpokit.apikey import ApiKey
 from dpokit.data.formats import Messages, UnusableError
 from dpokit.data.tokens import Renderer
 from dpokit.evaluate.judge import judge_answers
-from dpokit.serve.limits import RefusedError
 from dpokit.serve.models import LocalModels
+from dpokit.serve.request_limits import RefusedError
 
 QUESTION = "How do I bake bread?"
 

@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 
-from dpokit.data.toy import all_requests, write_corpus
 from dpokit.model.generate import Answer, encode_prompt, generate_answers, stream_answer
-from dpokit.train.warmup import build_base
+from dpokit.quickstart.base_model import build_base
+from dpokit.quickstart.grammar import all_requests, write_corpus
 
 PROMPTS = [request.prompt for request in all_requests()[::450]]
 

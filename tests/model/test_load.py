@@ -12,7 +12,7 @@ from dpokit.errors import ModelError, SettingsError
 from dpokit.model.load import build_peft_config, load_policy, load_tokenizer
 from dpokit.run import train
 from dpokit.rundir import read_metrics
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from conftest import ROOT
 
 def ask(folder: Path, recipe: str, gpus: str | None, *flags: str):
     """What `load_asked` makes of a recipe's name, flags and GPUs, with an output folder of the test's own."""
-    from dpokit.plan.asked import load_asked
+    from dpokit.plan.request import load_asked
 
     return load_asked(str(ROOT / "recipes" / f"{recipe}.py"), [*flags, "--output_dir", str(folder / "run")], gpus)
 

@@ -11,9 +11,9 @@ import torch
 from conftest import ROOT
 from planning import ask, write_llama_8b
 
+from dpokit.plan.allocator import find_heap
 from dpokit.plan.blueprint import build_blueprint, fill_with_fakes, list_tensors, load_config
-from dpokit.plan.heap import find_heap
-from dpokit.plan.ledger import Ledger
+from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.trace import Shape, trace_step
 
 
@@ -59,7 +59,7 @@ def test_a_heap_that_is_asked_grows_by_what_is_asked_and_no_memory_is_used():
     if find_heap() is None:
         pytest.skip("not glibc")
     code = (
-        "import psutil; from dpokit.plan.heap import find_heap\n"
+        "import psutil; from dpokit.plan.allocator import find_heap\n"
         "heap, before = find_heap(), psutil.Process().memory_info().rss\n"
         "for key in range(4): heap.add(key, 2**28)\n"
         "heap.drop(0); heap.add(5, 2**27)\n"

@@ -10,11 +10,11 @@ from test_cli import dpokit
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.rundir import RunDir
 from dpokit.serve.app import PASSWORD_VARIABLE, Address, _listen, find_votes
-from dpokit.serve.limits import Limits, Rate, Sampling
 from dpokit.serve.models import LocalModels
 from dpokit.serve.page import Page
-from dpokit.serve.parts import Site
-from dpokit.serve.talk import Desk
+from dpokit.serve.question_queue import Desk
+from dpokit.serve.request_limits import Limits, Rate, Sampling
+from dpokit.serve.widgets import Site
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from test_cli import dpokit
 
 from dpokit.rundir import RunDir
 from dpokit.serve.chat import print_answers, talk
-from dpokit.serve.limits import Limits, Sampling
 from dpokit.serve.models import LocalModels
+from dpokit.serve.request_limits import Limits, Sampling
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=24, seed=2)
 

@@ -5,11 +5,11 @@ import logging
 import weakref
 
 import pytest
-from test_talk import QUESTION, Desk, Gated, ask, wait
+from test_question_queue import QUESTION, Desk, Gated, ask, wait
 
 from dpokit.serve import failures
 from dpokit.serve.chat import answer_once, describe_here
-from dpokit.serve.limits import Limits, Sampling
+from dpokit.serve.request_limits import Limits, Sampling
 
 
 class Held:

@@ -10,8 +10,8 @@ import pytest
 from dpokit.apikey import ApiKey
 from dpokit.errors import JudgeError
 from dpokit.evaluate.endpoint import Endpoint
-from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.serve.remote import RemoteModels
+from dpokit.serve.request_limits import RefusedError, Sampling
 
 KEY = ApiKey("KEY")
 QUESTION = [{"role": "user", "content": "Why?"}]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpokit.errors import ModelError, RunFolderError, SettingsError
 from dpokit.model.generate import generate_answers
 from dpokit.rundir import RunDir
-from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.serve.models import LocalModels, Reply
+from dpokit.serve.request_limits import RefusedError, Sampling
 
 QUESTION = [{"role": "user", "content": "How do I bake bread?"}]
 RENDERED = "\n\nHuman: How do I bake bread?\n\nAssistant:"

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.apikey import ApiKey
 from dpokit.errors import SettingsError
-from dpokit.release.template import SERVE, write_template
+from dpokit.merge.hh_chat_template import SERVE, write_template
 from dpokit.serve.app import build_models
-from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.serve.models import LocalModels
 from dpokit.serve.remote import RemoteModels
+from dpokit.serve.request_limits import RefusedError, Sampling
 
 SECRET = "sk-0123456789"
 QUESTION = [{"role": "user", "content": "Why?"}]

@@ -12,9 +12,9 @@ from conftest import ROOT
 
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import RunFolderError
-from dpokit.flags import DataArguments
 from dpokit.report.votes import count_votes, find_wilson, is_between, read_votes
 from dpokit.serve.votes import HEAD, append_vote, build_vote, check_votes
+from dpokit.settings.flags import DataArguments
 
 PROMPT = [{"role": "user", "content": "How do I bake bread?"}]
 NAMES = {"base": "gpt2", "tuned": "runs/mine"}

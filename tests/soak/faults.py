@@ -28,7 +28,7 @@ from dpokit.checkpoint.store import find_checkpoints
 from dpokit.rundir import RunDir
 
 STEPS, SAVE_STEPS = 60, 4
-SUITE = ("test_faults.py", "test_lost_processes.py", "test_peers.py", "checkpoint", "cluster")
+SUITE = ("test_faults.py", "test_lost_processes.py", "distributed/test_coordination.py", "checkpoint", "cluster")
 # (placement's config, flags): each placement with two or three options. All pairs: tests/checkpoint/test_resume.py.
 CASES = {
     "one": (None, ["--gradient_accumulation_steps", "2", "--precompute_ref_log_probs"]),

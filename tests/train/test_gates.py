@@ -13,14 +13,14 @@ from conftest import ROOT, write_pairs
 from test_launch import TWO, launch
 from torch import nn
 
-from dpokit.agreement import LOSS_TYPES
 from dpokit.checkpoint.resume import claim_folder
 from dpokit.errors import GateError
 from dpokit.run import build_trainer, train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings import load_settings
+from dpokit.settings.checks import LOSS_TYPES
+from dpokit.settings.load import load_settings
+from dpokit.train.dpo_trainer import PairTrainer
 from dpokit.train.gates import LN_2_LOSSES, GateCallback, Gates, find_dead_modules
-from dpokit.train.trainer import PairTrainer
 
 LN_2 = math.log(2)
 LORA = {"use_peft": True, "lora_r": 4}

@@ -20,7 +20,7 @@ import pytest
 from dpokit.errors import DataError, SettingsError
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings import load_settings
+from dpokit.settings.load import load_settings
 from dpokit.train.trackers import set_up_trackers, track_run
 
 _TRACKIO = tempfile.TemporaryDirectory(prefix="dpokit-test-trackio-")  # trackio reads the variable at import

@@ -16,10 +16,10 @@ from dpokit.checkpoint.store import (
     sweep_parts,
 )
 from dpokit.checkpoint.universal import convert_shards
+from dpokit.console import say
 from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.rundir import RunDir
-from dpokit.screen import say
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 
 IDENTITY = ("model_name_or_path", "dataset_name")
 

@@ -7,9 +7,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from dpokit.console import say
 from dpokit.errors import RunFolderError
 from dpokit.interpreter import PYTHON
-from dpokit.screen import say
 
 
 def convert_shards(checkpoint: Path) -> None:

@@ -12,14 +12,14 @@ from datasets import Dataset, IterableDataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers import PreTrainedTokenizerBase
 
+from dpokit.console import has_bars, say
 from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
-from dpokit.data.doctor import Tally
 from dpokit.data.formats import Format, Messages, find_format, parse_transcript
 from dpokit.data.sources import Rows, get_split, load_splits
+from dpokit.data.tally import Tally
 from dpokit.data.tokens import Encoder, Limits, Renderer
 from dpokit.errors import DataError
-from dpokit.flags import DataArguments
-from dpokit.screen import has_bars, say
+from dpokit.settings.flags import DataArguments
 
 SAMPLE_ROWS = 32
 STREAM_BUFFER_ROWS = 10_000

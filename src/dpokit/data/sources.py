@@ -29,10 +29,10 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Json
 
+from dpokit.console import say
 from dpokit.data.check_file import check_file, unpack
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
-from dpokit.screen import say
 
 # Only an empty cell of a CSV is none: "NA", "None" and "null" are answers.
 OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}

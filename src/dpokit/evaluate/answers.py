@@ -15,11 +15,11 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpokit.console import track_progress
+from dpokit.distributed.coordination import decide_on_main_process
 from dpokit.errors import DataError, ModelError, SettingsError, find_disk_trouble
 from dpokit.model.generate import Answer, count_answers, encode_prompt, generate_answers
-from dpokit.peers import decide_on_main_process
 from dpokit.rundir import sync_folder, write_json
-from dpokit.screen import track_progress
 
 
 @dataclass(frozen=True)

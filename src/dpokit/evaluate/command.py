@@ -8,15 +8,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpokit.apikey import check_url, read_api_key
+from dpokit.console import quiet_dependencies, say
+from dpokit.distributed.coordination import decide_on_main_process, peer_errors
 from dpokit.errors import SettingsError, find_disk_trouble
 from dpokit.evaluate.answers import Sampling, build_prompts, find_room, write_answers
+from dpokit.evaluate.inputs import Subject, load_subject
 from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
-from dpokit.evaluate.subject import Subject, load_subject
 from dpokit.model.reference import find_cache_folder
-from dpokit.peers import decide_on_main_process, peer_errors
 from dpokit.rundir import write_json
-from dpokit.screen import quiet_dependencies, say
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.apikey import ApiKey
+from dpokit.console import track_progress
 from dpokit.errors import JudgeError, SettingsError, find_disk_trouble
 from dpokit.evaluate.endpoint import Endpoint, Reply
 from dpokit.rundir import write_json
-from dpokit.screen import track_progress
 
 INSTRUCTION = (
     "You compare two answers of assistants to the last message of a conversation. You are given JSON with the "

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dpokit.evaluate.numbers import Value, find_intervals, find_p_value
-from dpokit.losses import LN_2
+from dpokit.evaluate.intervals import Value, find_intervals, find_p_value
+from dpokit.untrained_loss import LN_2
 
 LENGTH_BANDS = 4
 LEAST_PAIRS = 10  # below them a bootstrap's interval is far too narrow

@@ -9,12 +9,12 @@ from accelerate import PartialState
 from accelerate.utils import reduce
 from trl import DPOConfig
 
+from dpokit.console import track_progress
 from dpokit.data.columns import fingerprint_ids, hash_prompts, read_column
 from dpokit.errors import ModelError
+from dpokit.evaluate.inputs import Subject
 from dpokit.evaluate.measures import Scores, compare, describe, describe_groups, judge, name_bands, name_gap
-from dpokit.evaluate.subject import Subject
 from dpokit.model.score import PairScorer
-from dpokit.screen import track_progress
 
 FORMAT = 1
 BATCH_PAIRS = 8

@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from dpokit.console import say
 from dpokit.errors import DpokitError, ModelError, SettingsError
 from dpokit.model.check import (
     ADAPTER_FILE,
@@ -25,8 +26,7 @@ from dpokit.model.check import (
     check_size,
     check_weights_file,
 )
-from dpokit.screen import say
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 
 # What loading may raise though the files are right.
 NOT_OF_THE_FILES = (DpokitError, MemoryError, torch.OutOfMemoryError)

@@ -19,11 +19,11 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 from trl import DPOConfig, get_quantization_config
 
+from dpokit.console import say
+from dpokit.distributed.placement import find_precompute_trouble
 from dpokit.errors import find_disk_trouble
 from dpokit.model.load import find_base
-from dpokit.placement import find_precompute_trouble
-from dpokit.screen import say
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 
 PART_PAIRS = 256  # what an interruption costs at most
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")

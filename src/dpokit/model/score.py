@@ -11,8 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dpokit.console import say
 from dpokit.model.shared_prefix import NAME, SharedPrefix
-from dpokit.screen import say
 
 # TRL's head scores answer positions alone where it has Triton kernels, and every position elsewhere, so that shapes
 # stay the same for compilers of other devices (trl/trainer/utils.py, `add_fused_lm_head`, 1.16). On a CPU nothing is

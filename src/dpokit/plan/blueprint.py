@@ -11,7 +11,7 @@ from trl import get_quantization_config
 
 from dpokit.errors import ModelError
 from dpokit.model.load import build_peft_config, find_base
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dpokit.console import quiet_dependencies, say
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.interpreter import PYTHON
 from dpokit.plan.plan import Plan
 from dpokit.plan.target import GIB
-from dpokit.screen import quiet_dependencies, say
 
 STEPS = 2
 MICRO_BATCHES = 2  # a second one meets the gradients of the first
@@ -101,9 +101,9 @@ def run_check(folder: Path) -> None:
 
     from dpokit.model.load import build_peft_config, load_policy, load_reference, load_tokenizer
     from dpokit.model.reference import decide_reference
-    from dpokit.plan.asked import load_defaults
-    from dpokit.settings import load_settings
-    from dpokit.train.trainer import PairTrainer
+    from dpokit.plan.request import load_defaults
+    from dpokit.settings.load import load_settings
+    from dpokit.train.dpo_trainer import PairTrainer
 
     prefer_to_be_killed()
     job = json.loads((folder / "job.json").read_text())

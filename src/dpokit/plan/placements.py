@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
+from dpokit.distributed.placement import check_placement
 from dpokit.errors import SettingsError
-from dpokit.placement import check_placement
 from dpokit.plan.blueprint import Blueprint
-from dpokit.plan.optimizers import count_state_bytes
+from dpokit.plan.optimizer_memory import count_state_bytes
 from dpokit.plan.target import GIB, Target
 from dpokit.plan.trace import Traced
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 
 PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "other")
 ONE_DEVICE, DDP, ZERO2, ZERO3, FSDP2, OFFLOAD = (
@@ -52,7 +52,7 @@ class Room:
     """What one device needs under a placement, in bytes by part.
 
     Attributes:
-        placement: in the words of `dpokit.placement`.
+        placement: in the words of `dpokit.distributed.placement`.
         parts: bytes by `PARTS`.
         host: bytes of the machine's own memory, for offloaded states.
         fits: whether device and, where it is known, host have as much.

@@ -8,11 +8,12 @@ import psutil
 import torch
 from datasets.utils.logging import disable_progress_bar
 
+from dpokit.console import say
 from dpokit.errors import SettingsError
 from dpokit.model.load import find_max_length, load_tokenizer
-from dpokit.plan.asked import Asked
+from dpokit.plan.allocator import find_heap
 from dpokit.plan.blueprint import Blueprint, build_blueprint, find_dtype, load_config
-from dpokit.plan.heap import find_heap
+from dpokit.plan.lengths import Data, Row, Steps, count_steps, find_worst, load_data
 from dpokit.plan.placements import (
     CONFIGS,
     CONTEXT_GIB,
@@ -24,11 +25,10 @@ from dpokit.plan.placements import (
     Room,
     list_rooms,
 )
-from dpokit.plan.rows import Data, Row, Steps, count_steps, find_worst, load_data
+from dpokit.plan.request import Asked
 from dpokit.plan.target import GIB
 from dpokit.plan.trace import Shape, Traced, trace_step
-from dpokit.screen import say
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 
 # How each part of a row is known.
 SOURCES = {

@@ -17,12 +17,12 @@ from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer puts 
 
 from dpokit.model.score import find_obstacle
 from dpokit.model.shared_prefix import NAME, Packed
+from dpokit.plan.allocator import ShadowHeap
 from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
-from dpokit.plan.head import TILE_VOCABULARY, GpuHead
-from dpokit.plan.heap import ShadowHeap
-from dpokit.plan.ledger import Ledger
-from dpokit.plan.optimizers import count_state_bytes
-from dpokit.settings import Settings
+from dpokit.plan.lm_head_memory import TILE_VOCABULARY, GpuHead
+from dpokit.plan.memory_ledger import Ledger
+from dpokit.plan.optimizer_memory import count_state_bytes
+from dpokit.settings.load import Settings
 
 HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks the policy's head for
 

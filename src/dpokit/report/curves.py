@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpokit.figures import MOST_RAW_LINES, Figure, Line, is_wide
-from dpokit.losses import LN_2, find_untrained_loss
 from dpokit.report.read import Run
+from dpokit.untrained_loss import LN_2, find_untrained_loss
 
 # key, title, metrics with their labels (`eval_` is put before each for the evaluations)
 FIGURES: Sequence[tuple[str, str, dict[str, str]]] = (

@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.apikey import read_api_key
+from dpokit.console import say
 from dpokit.data.formats import Messages, parse_transcript
 from dpokit.data.prepare import prepare_held_out
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.model.load import load_tokenizer, name_model
 from dpokit.rundir import RunDir
-from dpokit.screen import say
 from dpokit.serve.failures import OnceAMinute
 from dpokit.serve.guard import Credentials, Guard
-from dpokit.serve.limits import Limits, Network, Rate, Sampling
 from dpokit.serve.models import LocalModels, Models
+from dpokit.serve.question_queue import Desk
 from dpokit.serve.remote import RemoteModels
-from dpokit.serve.talk import Desk
+from dpokit.serve.request_limits import Limits, Network, Rate, Sampling
 from dpokit.serve.votes import check_votes
 
 PASSWORD_VARIABLE = "DPOKIT_SERVE_PASSWORD"
@@ -112,7 +112,7 @@ def serve(
     credentials = address.read_credentials()
     try:
         from dpokit.serve.page import build_application
-        from dpokit.serve.parts import Site
+        from dpokit.serve.widgets import Site
     except ImportError as error:
         raise MachineError(
             f"the page needs Gradio, which cannot be imported ({error})",

@@ -9,8 +9,8 @@ from typing import Any, TextIO
 from dpokit.data.formats import Messages
 from dpokit.errors import SettingsError
 from dpokit.serve.failures import LOST, describe, revive_device
-from dpokit.serve.limits import Limits, RefusedError, Sampling, read_question
 from dpokit.serve.models import Models, Reply
+from dpokit.serve.request_limits import Limits, RefusedError, Sampling, read_question
 from dpokit.terminal import escape_controls
 
 HELP = "Enter asks. {}/new begins anew, /end ends."

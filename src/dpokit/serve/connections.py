@@ -8,7 +8,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dpokit.serve.limits import Network, find_party, is_within
+from dpokit.serve.request_limits import Network, find_party, is_within
 
 MOST = 512  # of everybody
 PER_ADDRESS = 256  # 32 browsers behind one address, which open up to six each while the page is loaded

@@ -7,7 +7,7 @@ import traceback
 from contextlib import suppress
 
 from dpokit.errors import DpokitError
-from dpokit.serve.limits import RefusedError
+from dpokit.serve.request_limits import RefusedError
 from dpokit.terminal import echo
 
 REPEAT_SECONDS = 60.0

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dpokit.serve.forms import CANCEL, JOIN, NAME, RESET, Forms, is_name
-from dpokit.serve.limits import Rate, find_party
+from dpokit.serve.request_limits import Rate, find_party
 from dpokit.serve.sessions import STREAMS, Session, Sessions
 
 Scope = MutableMapping[str, Any]

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 from dpokit.data.formats import Messages, UnusableError
 from dpokit.data.tokens import Renderer
+from dpokit.model.base_and_tuned import Sides, find_names, find_run, load_sides, read_defaults
 from dpokit.model.check import ADAPTER_FILE, WEIGHTS, check_weights_file
 from dpokit.model.generate import stream_answer
 from dpokit.model.load import find_base, name_model
 from dpokit.model.score import PairScorer
-from dpokit.model.sides import Sides, find_names, find_run, load_sides, read_defaults
 from dpokit.rundir import RunDir
-from dpokit.serve.limits import RefusedError, Sampling
-from dpokit.settings import load_settings
+from dpokit.serve.request_limits import RefusedError, Sampling
+from dpokit.settings.load import load_settings
 
 SHOW_SECONDS = 0.03  # between two looks at an answer on its way: each decodes it from its beginning
 

@@ -15,10 +15,7 @@ from dpokit.data.formats import Messages
 from dpokit.errors import DpokitError
 from dpokit.report.votes import is_between, read_votes
 from dpokit.serve.forms import Forms
-from dpokit.serve.limits import RefusedError, Sampling, find_party, read_question, read_sampling
-from dpokit.serve.parts import Parts, Site
-from dpokit.serve.sessions import MOST_SESSIONS
-from dpokit.serve.show import (
+from dpokit.serve.markup import (
     BLIND_NAMES,
     PLACES,
     name_side,
@@ -27,8 +24,11 @@ from dpokit.serve.show import (
     show_status,
     show_votes,
 )
-from dpokit.serve.talk import OVER, Conversation, Exchange, draw_order
+from dpokit.serve.question_queue import OVER, Conversation, Exchange, draw_order
+from dpokit.serve.request_limits import RefusedError, Sampling, find_party, read_question, read_sampling
+from dpokit.serve.sessions import MOST_SESSIONS
 from dpokit.serve.votes import CHOICES, append_vote, build_vote
+from dpokit.serve.widgets import Parts, Site
 
 LOOK_SECONDS = 0.02  # between two looks at what the models have
 WAITING_SECONDS = 1.0  # between two words to one who waits: also how a closed page is noticed

@@ -19,8 +19,8 @@ from dpokit.bounded_http import (
 )
 from dpokit.data.formats import Messages
 from dpokit.rundir import RunDir
-from dpokit.serve.limits import RefusedError, Sampling
 from dpokit.serve.models import Reply
+from dpokit.serve.request_limits import RefusedError, Sampling
 from dpokit.terminal import one_line
 
 SILENCE_SECONDS, CONNECT_SECONDS = 120.0, 5.0

@@ -43,8 +43,8 @@ def sweep(
         raise MachineError(
             "Optuna is not installed", expected="the extra for searches", do="pip install 'dpokit[sweep]'"
         )
-    from dpokit.sweep.outcome import write_outcome
-    from dpokit.sweep.screen import Screen, watch
+    from dpokit.sweep.live_table import Screen, watch
+    from dpokit.sweep.ranking import write_outcome
     from dpokit.sweep.study import Search
     from dpokit.sweep.worker import Worker
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from dpokit.cluster.slurm import Job, check_job, render_job, submit_text
-from dpokit.screen import say
+from dpokit.console import say
 from dpokit.sweep.trial import TrialRun
 
 LOOK_SECONDS = 5.0  # between two questions to Slurm

@@ -13,9 +13,9 @@ from transformers.hf_argparser import string_to_bool
 
 from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
-from dpokit.flags import FlagParser, split_kind
-from dpokit.plan.asked import find_recipe, load_defaults
-from dpokit.settings import read_yaml
+from dpokit.plan.request import find_recipe, load_defaults
+from dpokit.settings.flags import FlagParser, split_kind
+from dpokit.settings.load import read_yaml
 
 SEARCHES = ("grid", "listed", "random", "tpe")
 KEYS = {

@@ -9,11 +9,11 @@ from typing import Any
 from optuna.trial import TrialState
 
 from dpokit.cluster.status import is_users_mistake
+from dpokit.console import say
 from dpokit.errors import DpokitError, SettingsError
 from dpokit.interrupts import SIGNALS
 from dpokit.report.read import finite
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.screen import say
 from dpokit.sweep.devices import share_devices
 from dpokit.sweep.slurm import Queue, QueuedRun
 from dpokit.sweep.space import Space

@@ -8,12 +8,12 @@ from datasets import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig
 
-from dpokit.losses import find_untrained_loss
+from dpokit.console import say
+from dpokit.distributed.placement import find_placement
 from dpokit.model.generate import count_answers, generate_answers
-from dpokit.placement import find_placement
 from dpokit.rundir import RunDir
-from dpokit.screen import say
 from dpokit.train.steps import StepTrainer
+from dpokit.untrained_loss import find_untrained_loss
 
 ANSWER_TOKENS = 48  # of a sampled answer, at temperature 1
 MORE_REPETITION = 0.25  # the share of repeated 4-grams that is too many above the base's

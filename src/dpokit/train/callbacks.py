@@ -9,10 +9,10 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dpokit.checkpoint.preempt import EvaluationCut, Notice
+from dpokit.console import is_progress_hidden, say, track_progress
+from dpokit.distributed.placement import find_placement
 from dpokit.interrupts import Preempted
-from dpokit.placement import find_placement
 from dpokit.rundir import MetricsFile, RunDir
-from dpokit.screen import is_progress_hidden, say, track_progress
 from dpokit.train.saving import describe_run
 from dpokit.train.steps import StepTrainer
 

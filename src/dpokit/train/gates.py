@@ -17,13 +17,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig
 
+from dpokit.console import say
+from dpokit.distributed.coordination import decide_on_main_process
+from dpokit.distributed.placement import find_asked_placement, find_placement
 from dpokit.errors import GateError
-from dpokit.losses import LN_2, LN_2_LOSSES
 from dpokit.model.score import find_dropout
-from dpokit.peers import decide_on_main_process
-from dpokit.placement import find_asked_placement, find_placement
-from dpokit.screen import say
 from dpokit.train.steps import StepTrainer
+from dpokit.untrained_loss import LN_2, LN_2_LOSSES
 
 # How far policy and reference may be apart before the first update, as a share of the log-probs. Measured, 2 and 8
 # layers: 0 wherever both are computed in the same batch, in every precision. Reference computed ahead in other batches:

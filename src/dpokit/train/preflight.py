@@ -1,100 +1,152 @@
-"""Settings that only other libraries can judge, tried on a stand-in of two weights before anything is loaded."""
+"""Gates before the first step: processes that each train alone, a checkpoint as model, a layer not in 4 bit."""
 
-import inspect
-from collections.abc import Callable
+import json
+import math
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend
+from accelerate import PartialState
+from peft import PeftModel
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from transformers import Trainer, get_scheduler
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizers_utils import should_convert_module
+from trl import ModelConfig
 
-from dpokit.errors import SettingsError
-from dpokit.settings import Settings
+from dpokit.checkpoint.resume import Start, compare, describe_identity
+from dpokit.distributed.processes import check_world_size
+from dpokit.errors import MachineError
+from dpokit.model.reference import hash_weights
+from dpokit.settings.load import Settings
+from dpokit.train.gates import Gates, list_places
 
-COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
-TIMES = ("runtime", "samples_per_second", "steps_per_second")
-OF_ANSWERS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss", *TIMES)
-OF_PAIRS = (
-    *("logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected"),
-    *("rewards/accuracies", "rewards/chosen", "rewards/margins", "rewards/rejected"),
-)
-STEPS = 10  # of the schedule that is tried
+# What a run makes and leaves in its folder; a base model may lie there, too.
+RESULTS = ("model", "adapter", "merged")
 
+# Below this share of the weights, what is no linear layer (routers, small convolutions) may stay in 16 bit.
+SMALL_SHARE = 0.01
 
-def check_values(settings: Settings) -> None:
-    """Raises SettingsError, which names the flag, for a value that training could not begin or end with."""
-    training = settings.training
-    _check_compilation(training)
-    _check_checkpointing(training.gradient_checkpointing_kwargs)
-    if training.load_best_model_at_end:
-        check_metric(training.metric_for_best_model, settings.kind)
-    _try("--optim, --optim_args", lambda: _build_optimizer(training))
-    _try("--lr_scheduler_type, --lr_scheduler_kwargs", lambda: _step_schedule(training))
+# An adapter that the run goes on with stays in 16 bit or more.
+OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save)(\.|$)")
 
 
-def _try(flags: str, attempt: Callable[[], object]) -> None:
+def check_world(gates: Gates) -> int:
+    """The number of processes that train together; trips where it is not the number that was asked for."""
     try:
-        attempt()
-    except Exception as error:  # of whatever library
-        raise SettingsError(
-            f"{flags}: {' '.join(str(error).split())[:300]}",
-            expected="values that transformers and the optimizer take, and the packages that they need",
-            do=f"correct {flags}, or leave them out",
-        ) from error
+        return check_world_size()
+    except MachineError as error:
+        gates.trip(error.seen, expected=error.expected, do=error.do)
+        return PartialState().num_processes
 
 
-def _build_optimizer(training: Any) -> None:
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(training, nn.Linear(1, 1))
-    if kind.__module__.startswith("torch.optim"):  # others may want a GPU
-        kind(nn.Linear(1, 1).parameters(), **options)
+def check_start(
+    start: Start, settings: Settings, data_fingerprint: str | None, world_size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a later resume must match, and the changes that this one was allowed, each `[then, now]`. Rank 0.
 
+    Pairs and model are compared here, as they are not known before.
 
-def _step_schedule(training: Any) -> None:
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=training.learning_rate)
-    options = training.lr_scheduler_kwargs
-    name = training.lr_scheduler_type
-    schedule = get_scheduler(name, optimizer, 1, STEPS, scheduler_specific_kwargs=options)
-    optimizer.step()
-    steps: list[Any] = [1.0] if "metrics" in inspect.signature(schedule.step).parameters else []
-    for _ in range(STEPS):
-        schedule.step(*steps)
-
-
-def _check_compilation(training: Any) -> None:
-    backends = [backend.value.lower() for backend in DynamoBackend]
-    for flag, value, known in (
-        ("torch_compile_backend", training.torch_compile_backend, backends),
-        ("torch_compile_mode", training.torch_compile_mode, COMPILE_MODES),
-    ):
-        if value is not None and value.lower() not in known:
-            raise SettingsError(f"{flag} is {value}", expected=" or ".join(known), do=f"correct --{flag}")
-
-
-def _check_checkpointing(options: Any) -> None:
-    known = {name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")}
-    known.add("preserve_rng_state")
-    unknown = sorted(set(options or {}) - known)
-    if unknown:
-        raise SettingsError(
-            f"gradient_checkpointing_kwargs has {', '.join(unknown)}",
-            expected=f"some of: {', '.join(sorted(known))}",
-            do="correct --gradient_checkpointing_kwargs",
-        )
-
-
-def check_metric(name: str | None, kind: str) -> None:
-    """Raises SettingsError for a metric that no evaluation of this kind of recipe has.
-
-    Args:
-        name: of `--metric_for_best_model`, with `eval_` or without.
-        kind: `dpo` or `sft`.
+    Raises: RunFolderError where a resumed run would meet other pairs, or begin with another model.
     """
-    known = (*OF_ANSWERS, *OF_PAIRS) if kind == "dpo" else OF_ANSWERS
-    if name is not None and name.removeprefix("eval_") not in known:
-        raise SettingsError(
-            f"metric_for_best_model is {name}, which no evaluation has",
-            expected=", ".join(f"eval_{one}" for one in known if one not in TIMES),
-            do="correct --metric_for_best_model",
+    model = settings.model
+    weights = hash_weights(str(model.model_name_or_path), model.model_revision)
+    identity = describe_identity(settings, world_size=world_size, data_fingerprint=data_fingerprint, model=weights)
+    changed = compare(start.manifest["settings"], identity, settings) if start.checkpoint is not None else {}
+    return identity, changed
+
+
+def check_model_path(settings: Settings, gates: Gates) -> None:
+    """Trips where the model is what an earlier run made of the same pairs: it would become its own reference.
+
+    Such are a checkpoint of a preference run, and `model`, `adapter` or `merged` of a run folder. With other pairs a
+    tuned model is a legitimate start (iterative DPO), and what supervised training made always is. Rank 0.
+
+    Raises: GateError.
+    """
+    if settings.kind != "dpo" or not settings.model.model_name_or_path:
+        return
+    if not Path(settings.model.model_name_or_path).is_dir():
+        return
+    folder = Path(settings.model.model_name_or_path).resolve()
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    if not is_checkpoint and folder.name not in RESULTS:
+        return
+    history = _read_json(folder / "trainer_state.json").get("log_history", [])
+    preference_run = is_checkpoint and any("rewards/margins" in record for record in history)
+    then = {
+        name: entry.get("value") for name, entry in _read_json(folder.parent / "run.json").get("settings", {}).items()
+    }
+    if then.get("kind") == "sft" or not (_are_same_pairs(settings, then) if then else preference_run):
+        return
+    what = (
+        f"a checkpoint of a preference run{' on the same pairs' if then else ''}"
+        if is_checkpoint
+        else (f"what the run in {folder.parent} made of the same pairs")
+    )
+    base = then.get("model_name_or_path") or "THE_MODEL_THAT_RUN_BEGAN_WITH"
+    resume = f"--resume_from_checkpoint {folder if is_checkpoint else 'auto'}"
+    gates.trip(
+        f"--model_name_or_path {folder} is {what}: it would become its own reference, and the margin begin at 0 again",
+        expected="the model which that run began with, or one tuned on other pairs",
+        do=f"to go on with that run: --model_name_or_path {base} --output_dir {folder.parent} {resume}",
+    )
+
+
+def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
+    now = settings.data
+    if (now.dataset_config, now.dataset_train_split) != (then.get("dataset_config"), then.get("dataset_train_split")):
+        return False
+    a, b = (str(name or "") for name in (now.dataset_name, then.get("dataset_name")))
+    return bool(a) and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def check_quantised(policy: PreTrainedModel | PeftModel, model: ModelConfig, gates: Gates) -> None:
+    """Trips where a weight asked for in 4 or 8 bit is not. Embeddings and what the model's own quantisation names stay.
+
+    transformers converts plain linear layers alone: subclasses of them, and the experts of a mixture kept as one
+    parameter, stay in 16 bit without a word; and a checkpoint with a quantisation of its own keeps that.
+
+    Raises: GateError.
+    """
+    bits = 4 if model.load_in_4bit else 8 if model.load_in_8bit else None
+    if bits is None:
+        return
+    policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    skipped = getattr(getattr(policy, "hf_quantizer", None), "modules_to_not_convert", None) or []
+    sizes: dict[str, int] = {}
+    linear, other = [], []
+    for place, module in policy.named_modules():
+        if isinstance(module, nn.Embedding) or module is policy.get_output_embeddings() or OF_ADAPTER.search(place):
+            continue
+        for name, weight in module.named_parameters(place, recurse=False):
+            if weight.ndim < 2:
+                continue
+            state = getattr(weight, "quant_state", None)  # bitsandbytes' 4-bit weights are packed, their shape is here
+            sizes[name] = weight.numel() if state is None else math.prod(state.shape)
+            if (weight.dtype == torch.int8) if bits == 8 else (state is not None):
+                continue
+            if not isinstance(module, (nn.Linear, Conv1D)):
+                other.append(name)
+            elif should_convert_module(place, skipped):
+                linear.append(name)
+    total = sum(sizes.values())
+    if sum(sizes[name] for name in other) > SMALL_SHARE * total:
+        linear += other
+    if linear:
+        share = sum(sizes[name] for name in linear) / total
+        gates.trip(
+            f"{share:.0%} of the weights outside the embeddings are not in {bits} bit: {list_places(linear)}",
+            expected=f"every layer in {bits} bit, as --load_in_{bits}bit asks",
+            do=f"drop --load_in_{bits}bit and train the adapter on the model in 16 bit, or choose a model whose layers "
+            "bitsandbytes can convert",
         )

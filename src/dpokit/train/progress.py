@@ -7,7 +7,7 @@ import torch
 from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy
 
-from dpokit.train.sums import Sums
+from dpokit.train.metric_sums import Sums
 
 
 class ProgressTrainer(Trainer):

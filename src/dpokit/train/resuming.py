@@ -15,8 +15,8 @@ import torch
 
 from dpokit.checkpoint.preempt import EvaluationCut
 from dpokit.checkpoint.store import look_at
-from dpokit.peers import decide_on_main_process
-from dpokit.screen import say
+from dpokit.console import say
+from dpokit.distributed.coordination import decide_on_main_process
 from dpokit.train.saving import REFERENCE, SavingTrainer
 
 

@@ -26,8 +26,8 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from dpokit.checkpoint.store import describe_files, find_part, list_files, retire, seal
+from dpokit.distributed.placement import find_placement
 from dpokit.errors import DpokitError, ModelError
-from dpokit.placement import find_placement
 from dpokit.rundir import RunDir, new_folder
 from dpokit.train.copies import Copier, available_bytes
 from dpokit.train.progress import ProgressTrainer

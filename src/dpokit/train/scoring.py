@@ -13,12 +13,12 @@ from trl import DPOTrainer
 from trl.models import prepare_deepspeed
 
 from dpokit.checkpoint.preempt import Notice
+from dpokit.console import say, track_progress
 from dpokit.data.columns import fingerprint_ids
 from dpokit.interrupts import Preempted
 from dpokit.model.reference import ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
 from dpokit.model.score import TOLERANCE_16_BIT, TOLERANCE_FP32, find_mismatch, find_obstacle, share_prefix
 from dpokit.model.shared_prefix import SharedPrefix
-from dpokit.screen import say, track_progress
 from dpokit.train.batches import Batches
 
 Batch = dict[str, Any]

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from dpokit.data.columns import IDS, count_tokens
-from dpokit.placement import shard_on_cpu
+from dpokit.distributed.placement import shard_on_cpu
 from dpokit.train.batches import Batches, Rows
+from dpokit.train.metric_sums import Sums
 from dpokit.train.resuming import ResumingTrainer
-from dpokit.train.sums import Sums
 
 Batch = dict[str, Any]
 

@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 
 from transformers.integrations import WandbCallback
 
+from dpokit.console import say
 from dpokit.credentials import SECRET_SETTING
 from dpokit.rundir import RunDir
-from dpokit.screen import say
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 
 HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # under which `wandb login` puts keys into ~/.netrc
 # Our line instead of wandb's many. And no waiting for ever on a server, as wandb would at a run's end, while GPUs idle.

@@ -22,12 +22,12 @@ from transformers.integrations import (
     rewrite_logs,
 )
 
+from dpokit.console import say
+from dpokit.distributed.processes import is_main_process
 from dpokit.errors import SettingsError
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.screen import say
-from dpokit.settings import Settings
+from dpokit.settings.load import Settings
 from dpokit.train.tracker_wandb import Wandb, first_line, has_key, is_switched_off
-from dpokit.world import is_main_process
 
 PACKAGES = {"azure_ml": ("azureml", "azureml-mlflow"), "flyte": ("flytekit", "flytekit")}  # module, pip's name
 # The trainer's own, which may end a run (wandb's, when wandb's background process is gone); TrackerCallback stands in.

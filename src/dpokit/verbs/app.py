@@ -2,7 +2,9 @@
 
 import typer
 
-from dpokit.verbs import proof, release, runs, search, talk
+from dpokit.verbs import evaluation as proof
+from dpokit.verbs import publish as release
+from dpokit.verbs import runs, search, talk
 
 app = typer.Typer(
     add_completion=False,

@@ -31,13 +31,13 @@ def plan(
     Every other flag is a training flag and goes over the recipe's own: dpokit plan recipes/dpo_qlora.py --lora_r 32.
     """
     with redirect_stdout(sys.stderr):  # what libraries print is no answer
-        from dpokit.screen import quiet_dependencies
+        from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
 
         quiet_dependencies()
-        from dpokit.plan.asked import load_asked
         from dpokit.plan.check import check_plan
         from dpokit.plan.plan import build_plan
+        from dpokit.plan.request import load_asked
         from dpokit.plan.table import print_plan
 
         with user_errors():
@@ -60,7 +60,7 @@ def prepare(
     Every other flag is a training flag; give those of the run: dpokit prepare recipes/dpo_gpt2.py --max_length 512.
     """
     with redirect_stdout(sys.stderr):
-        from dpokit.plan.asked import find_recipe, load_defaults
+        from dpokit.plan.request import find_recipe, load_defaults
         from dpokit.run import prepare as prepare_run
         from dpokit.story import user_errors
 
@@ -100,11 +100,11 @@ def submit(
     """
     with redirect_stdout(sys.stderr):
         from dpokit.cluster.slurm import Job, check_job, render_job, submit_text
-        from dpokit.screen import quiet_dependencies
+        from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
 
         quiet_dependencies()
-        from dpokit.plan.asked import find_recipe, load_asked
+        from dpokit.plan.request import find_recipe, load_asked
 
         with user_errors():
             job = Job(

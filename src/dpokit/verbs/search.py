@@ -46,7 +46,7 @@ def sweep(
     """
     with redirect_stdout(sys.stderr):
         from dpokit.cluster.slurm import Job
-        from dpokit.screen import quiet_dependencies
+        from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
         from dpokit.sweep.command import sweep as search
 
@@ -74,7 +74,7 @@ def sweep(
     if as_json:
         echo(json.dumps(outcome, indent=2))
     else:
-        from dpokit.sweep.screen import print_outcome
+        from dpokit.sweep.live_table import print_outcome
 
         print_outcome(outcome)
     raise typer.Exit(0 if outcome["best"] else 1)

@@ -58,13 +58,13 @@ def serve(
     """
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):
-        from dpokit.screen import quiet_dependencies
+        from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
 
         quiet_dependencies()
         from dpokit.serve.app import Address, build_models, find_votes, read_proxies
         from dpokit.serve.app import serve as serve_page
-        from dpokit.serve.limits import Limits, Sampling
+        from dpokit.serve.request_limits import Limits, Sampling
 
         with user_errors():
             address = Address(host, port, auth, read_proxies(forwarded_allow_ips))
@@ -108,13 +108,13 @@ def chat(
     if as_json and prompt is None:
         raise typer.BadParameter("--json goes with --prompt TEXT")
     with redirect_stdout(sys.stderr):
-        from dpokit.screen import quiet_dependencies
+        from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
 
         quiet_dependencies()
         from dpokit.serve.app import build_models
         from dpokit.serve.chat import ask_one, describe_here, print_answers, talk
-        from dpokit.serve.limits import Limits, Sampling
+        from dpokit.serve.request_limits import Limits, Sampling
 
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused as a question is

@@ -1,0 +1,305 @@
+"""The model card, from the run folder alone: what the model is, how it was made, and what it reached. No torch."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from dpokit.card.citations import list_citations
+from dpokit.card.escape import Mask, escape
+from dpokit.card.facts import list_training, local_names, show_settings
+from dpokit.card.front_matter import check_front_matter, check_hub_id, check_languages, check_licence, is_hub_id
+from dpokit.card.limits import list_limits
+from dpokit.card.origin import Lineage, Source, Weights, build_front_matter, find_lineage, is_supervised
+from dpokit.card.samples import show_sample
+from dpokit.card.usage import build_usage
+from dpokit.credentials import find_secrets
+from dpokit.data.tally import REASONS
+from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
+from dpokit.figures import Drawing, draw
+from dpokit.report import tables
+from dpokit.report.curves import build_figures, explain_figures
+from dpokit.report.page import find_samples, list_alarms
+from dpokit.report.read import Run, load_run, mapping, read_object
+from dpokit.report.tables import Table, interval
+from dpokit.report.verdict import find_judgement, judge
+from dpokit.rundir import CARD_MARK, RunDir, is_of_card, write_whole
+
+FIRST_FIGURES = ("loss", "margins", "accuracies", "rewards", "logps", "grad_norm")
+FIRST_ROWS = ("accuracy", "margin", "loss", "kl_per_token")
+MOST_SAMPLES = 5
+MERGE = {
+    "pairs": "held-out pairs scored before and after",
+    "mean_drift": "mean change of a token's log-prob",
+    "largest_drift": "largest change of a token's log-prob",
+    "accuracy_before": "reward accuracy, adapter on its base",
+    "accuracy_after": "reward accuracy, merged",
+    "dtype": "precision of the merged weights",
+}
+
+
+@dataclass(frozen=True)
+class Publisher:
+    """What the folder cannot know.
+
+    Attributes:
+        license, license_name, license_link: the last two for `other`.
+        language: codes of ISO 639.
+        repo_id: where the model goes; None shows the folder's name.
+        contact: whom to ask.
+    """
+
+    license: str
+    license_name: str | None = None
+    license_link: str | None = None
+    language: Sequence[str] = ()
+    repo_id: str | None = None
+    contact: str | None = None
+
+    def licence(self) -> dict[str, str | None]:
+        return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
+
+
+def write_card(
+    run: RunDir,
+    *,
+    license: str,
+    license_name: str | None = None,
+    license_link: str | None = None,
+    language: Sequence[str] = (),
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    contact: str | None = None,
+    weights: Weights | None = None,
+) -> Path:
+    """Writes RUN/README.md and its pictures in RUN/figures/; returns the card's path.
+
+    Args:
+        license: one that the Hub knows; or `other`, with `license_name` and `license_link`.
+        language: of the data, codes of ISO 639.
+        repo_id: USER/NAME, where the model goes; without it the folder's name is shown.
+        base_model: its id on the Hub, where the run was given a folder.
+        contact: whom to ask.
+        weights: what is published: "model", "adapter", or "both"; None for the whole model where there is one.
+
+    Raises:
+        SettingsError: no licence, or one that the Hub does not know; a name or a language that it would not take.
+        RunFolderError: a folder without a run, a damaged file, a card of others or one that was edited in the way, a
+            disk that refuses.
+    """
+    run.check_links()
+    for flag, text in {"license-link": license_link, "contact": contact}.items():
+        for kind in find_secrets(text or ""):
+            raise SettingsError(
+                f"--{flag} holds {kind}", expected="what everybody may read", do=f"correct --{flag}: the card shows it"
+            )
+    check_licence(license, name=license_name, link=license_link)
+    check_languages(language)
+    for flag, name in (("repo-id", repo_id), ("base-model", base_model)):
+        if name is not None:
+            check_hub_id(name, flag)
+    publisher = Publisher(license, license_name, license_link, tuple(language), repo_id, contact)
+    told = load_run(run.path, name=run.path.resolve().name)
+    lineage = find_lineage(run, told, weights=weights, base_model=base_model)
+    drawings = [draw(figure, software=CARD_MARK) for figure in build_figures([told])]
+    told = replace(told, path=Path("RUN"))  # which the verdict may name
+    title = repo_id.rpartition("/")[2] if repo_id else told.name
+    head = build_front_matter(told, lineage, model_name=title, language=language, licence=publisher.licence())
+    text = sign(f"---\n{head}\n---\n\n{render(build_card(run, told, lineage, publisher, drawings, title=title), told)}")
+    check_front_matter(text)
+    _write(run, text, drawings)
+    return run.card
+
+
+def build_card(
+    folder: RunDir, run: Run, lineage: Lineage, publisher: Publisher, drawings: Sequence[Drawing], *, title: str
+) -> dict[str, Any]:
+    """What the template shows, as plain values; what is Markdown or HTML of ours is Markup."""
+    samples, sample_count = find_samples(run)
+    below = [tables.list_answers(run), tables.list_evaluations(run)]
+    judged = find_judgement(run) is not None
+    settings = [show_settings(run, table) for table in tables.list_settings(run)]
+    usage, usage_note = build_usage(folder, run, lineage, publisher.repo_id)
+    return {
+        "title": title,
+        "intro": _introduce(run, lineage),
+        "verdict": judge(run),
+        "alarms": [text.removeprefix("alarm ") for text in list_alarms(run)],
+        "notes": run.notes,
+        "usage": usage,
+        "usage_note": usage_note,
+        "origin": _list_origin(run, lineage),
+        "data": _list_data(run),
+        "supervised": is_supervised(run),
+        "pairs": _order_pairs(tables.list_pairs(run)),
+        "more": [replace(table, folded=True) for table in below if table is not None],
+        "merge": None if lineage.is_adapter or folder.find_whole() != folder.merged else _find_merge(folder),
+        "samples": [show_sample(sample) for sample in samples[:MOST_SAMPLES]],
+        "sample_count": sample_count,
+        "figures": [one for one in drawings if one.figure.key in FIRST_FIGURES],
+        "more_figures": [one for one in drawings if one.figure.key not in FIRST_FIGURES],
+        "explanation": explain_figures([run]),
+        "facts": list_training(run),
+        "settings": settings,
+        "limits": list_limits(run, lineage, language=publisher.language, is_evaluated=judged),
+        "licence": _show_licence(publisher),
+        "contact": publisher.contact,
+        "citations": [Markup(entry) for entry in _list_citations(run, lineage)],
+    }
+
+
+def render(card: dict[str, Any], run: Run) -> str:
+    """The card's text: every value is masked and escaped, but for Markup."""
+    given = [run.setting(name) for name in ("dataset_name", "model_name_or_path", "output_dir", "deepspeed")]
+    given.append(str(mapping((run.pairs or {}).get("data")).get("name")).rpartition(", split ")[0])
+    local = local_names(run)
+    mask = Mask(name for name in given if isinstance(name, str) and (name in local or not is_hub_id(name)))
+
+    def show(value: object) -> Markup:
+        return value if isinstance(value, Markup) else escape(mask(str(value)))
+
+    environment = Environment(
+        autoescape=True, finalize=show, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = environment.from_string((files("dpokit.card") / "card.md").read_text()).render(card)
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+
+
+def sign(text: str) -> str:
+    """The card with a line for YAML's eyes only, by which our own card is known, and whether somebody edited it."""
+    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
+    return text.replace("---\n", f"---\n# {CARD_MARK}, {digest}: once edited, it is not overwritten\n", 1)
+
+
+def check_ours(path: Path) -> None:
+    """Raises RunFolderError where a file is in the way that is no card of ours, or one that was edited since."""
+    if not path.exists():
+        return
+    if not path.is_file() or not is_of_card(path):
+        raise RunFolderError(
+            f"{path} is there, and was not written by dpokit card",
+            expected="a free name, or an older card to be replaced",
+            do=f"move it away (mv {path.name} {path.stem}.mine{path.suffix})",
+        )
+    text = path.read_bytes().decode(errors="replace") if path.suffix == ".md" else ""
+    if text and sign(re.sub(rf"^# {CARD_MARK}, .*\n", "", text, count=1, flags=re.MULTILINE)) != text:
+        raise RunFolderError(
+            f"{path} was edited since dpokit card wrote it",
+            expected="a card as it was written: an edited one is not overwritten",
+            do=f"keep it as it is, or move it away first (mv {path.name} {path.stem}.mine{path.suffix})",
+        )
+
+
+def _write(run: RunDir, text: str, drawings: Sequence[Drawing]) -> None:
+    pictures = {run.figures / f"{drawing.figure.key}.png": drawing.png for drawing in drawings}
+    try:
+        for path in (run.card, *pictures):
+            check_ours(path)
+        for old in run.own_card():
+            if old != run.card and old not in pictures:
+                old.unlink()
+        if pictures:
+            run.figures.mkdir(exist_ok=True)
+        for path, png in pictures.items():
+            write_whole(path, png)
+        write_whole(run.card, text.encode(errors="replace"))
+    except OSError as error:
+        trouble = find_disk_trouble(error)
+        if trouble is None:
+            raise
+        raise RunFolderError(
+            trouble.seen,
+            expected="a run folder that a card and its pictures can be written to",
+            do="give it room and leave to write, or copy the folder to where you may write",
+        ) from None
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def _introduce(run: Run, lineage: Lineage) -> Markup:
+    train = mapping((run.data or {}).get("train"))
+    kept = train.get("kept")
+    pairs = Markup(f"{kept:,} preference pairs" if isinstance(kept, int) else "preference pairs")
+    if lineage.datasets:
+        pairs += Markup(" of {}").format(_link(lineage.datasets[0], "datasets/"))
+    kind = "A LoRA adapter for" if lineage.is_adapter else "A version of"
+    base = "a model that is not known" if lineage.base is None else _link(lineage.base)
+    how = " (through a LoRA adapter, merged)" if run.setting("use_peft") and not lineage.is_adapter else ""
+    tuned = "tuned with Direct Preference Optimization (DPO)"
+    if is_supervised(run):
+        tuned, pairs = "fine-tuned (SFT)", Markup("the chosen answers of ") + pairs
+    return Markup("{} {}, {}{} on {}.").format(kind, base, tuned, how, pairs)
+
+
+def _link(source: Source, kind: str = "") -> Markup:
+    """A name on the Hub with its address; one of a machine as plain text."""
+    if source.on_hub:
+        return Markup("[{0}](https://huggingface.co/{1}{0})").format(escape(source.name), kind)
+    return Markup("{} (local, not on the Hub)").format(escape(source.name))
+
+
+def _list_origin(run: Run, lineage: Lineage) -> list[tuple[str, object]]:
+    relation = "adapter" if lineage.is_adapter else "finetune"
+    rows: list[tuple[str, object]] = [("relation to the base", relation)]
+    if lineage.base is not None:
+        rows.insert(0, ("base model", _link(lineage.base)))
+    if lineage.continued is not None:
+        rows.append(("adapter that was trained further", _link(lineage.continued)))
+    rows += [("trained on", _link(source, "datasets/")) for source in lineage.datasets]
+    if lineage.measured_on is not None:
+        rows.append(("measured on", _link(lineage.measured_on[0], "datasets/")))
+    fingerprint = (run.data or {}).get("fingerprint") or run.record.get("data_fingerprint")
+    if fingerprint:
+        rows.append(("fingerprint of the tokenised pairs", fingerprint))
+    return rows
+
+
+def _list_data(run: Run) -> list[Table]:
+    found = tables.list_data(run)
+    if len(found) < 2:
+        return found
+    dropped = found[1]
+    rows = [[*row, REASONS.get(row[1], "")] for row in dropped.rows]
+    return [found[0], replace(dropped, head=[*dropped.head, "meaning"], rows=rows)]
+
+
+def _order_pairs(found: Sequence[Table]) -> list[Table]:
+    """What the model was trained for comes first; the groups of pairs are folded."""
+    if not found:
+        return []
+    rows = sorted(found[0].rows, key=lambda row: FIRST_ROWS.index(row[0]) if row[0] in FIRST_ROWS else len(FIRST_ROWS))
+    return [replace(found[0], rows=rows), *(replace(table, folded=True) for table in found[1:])]
+
+
+def _find_merge(folder: RunDir) -> Table | None:
+    do = "dpokit merge RUN, after its merged/ was moved away"
+    record = read_object(folder.merge_json, do=do)
+    if record is None:
+        return None
+    rows = [[words, interval(record[name])] for name, words in MERGE.items() if record.get(name) is not None]
+    return Table("What merging changed", ["", "value"], rows) if rows else None
+
+
+def _list_citations(run: Run, lineage: Lineage) -> list[str]:
+    losses = run.setting("loss_type") or []
+    losses = [losses] if isinstance(losses, str) else losses
+    return list_citations(
+        None if is_supervised(run) else losses,
+        [source.name for source in lineage.datasets],
+        weighted=bool(run.setting("use_weighting")),
+    )
+
+
+def _show_licence(publisher: Publisher) -> Markup:
+    if publisher.license != "other":
+        return escape(publisher.license)
+    link = publisher.license_link or ""
+    address = Markup('<a href="{}">{}</a>').format(link, escape(link)) if link.startswith("http") else escape(link)
+    return Markup("{} ({})").format(escape(publisher.license_name), address)

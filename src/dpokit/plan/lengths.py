@@ -1,0 +1,239 @@
+"""How many pairs, steps and tokens a run has, and its longest rows; of local data exactly, of the Hub's by a sample."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset_builder
+from transformers import PreTrainedTokenizerBase
+
+from dpokit.data.files import read_split_rows
+from dpokit.data.prepare import prepare_data
+from dpokit.errors import DataError
+from dpokit.plan.trace import Shape
+from dpokit.settings.load import Settings
+from dpokit.train.batches import Batches
+
+SAMPLE_PAIRS = 500
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Length:
+    """Tokens of one pair's parts."""
+
+    prompt: int
+    chosen: int
+    rejected: int
+
+    @property
+    def row_tokens(self) -> int:
+        """The longer of its two rows."""
+        return self.prompt + max(self.chosen, self.rejected)
+
+    @property
+    def needed_tokens(self) -> int:
+        """Each once: what is computed where prompts are shared."""
+        return self.prompt + self.chosen + self.rejected
+
+    @property
+    def tokens(self) -> int:
+        """Both rows: the prompt is computed with each answer."""
+        return 2 * self.prompt + self.chosen + self.rejected
+
+
+@dataclass(frozen=True)
+class Data:
+    """Pairs of a run.
+
+    Attributes:
+        train, evaluation: lengths of the pairs looked at; empty where the data was not reached.
+        train_pairs: how many there are; None where nobody knows.
+        how: `exact`, `estimated from N pairs`, or why nothing is known.
+        longest: token ids of the longest pairs, longest first, as many as a micro-batch has; empty as above.
+    """
+
+    train: Sequence[Length]
+    evaluation: Sequence[Length]
+    train_pairs: int | None
+    how: str
+    longest: list[Row]
+
+    @property
+    def exact(self) -> bool:
+        return self.how == "exact"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a run amounts to; None where the number of pairs is not known."""
+
+    pairs: int | None
+    global_batch_pairs: int
+    steps_per_epoch: int | None
+    total_steps: int | None
+    tokens_per_epoch: int | None
+    padding_share: float | None  # None where nothing is padded, or nobody knows
+    longest_row_tokens: int | None
+    how: str
+
+    def record(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Data:
+    """Local data whole, as the run will prepare it; a Hub dataset's size, and a sample streamed from it.
+
+    A Hub dataset that cannot be reached is no error: the plan says so and goes on without.
+
+    Raises: DataError for local data that cannot be used.
+    """
+    name = settings.data.dataset_name
+    evaluates = settings.training.eval_strategy != "no"
+    if name and Path(name).expanduser().exists() and not settings.data.dataset_streaming:
+        prepared = prepare_data(
+            settings.data,
+            tokenizer,
+            max_length=max_length,
+            with_eval=evaluates,
+            processes=settings.training.dataset_num_proc,
+        )
+        train = _lengths(prepared.train)
+        held_out = [] if prepared.eval is None else _lengths(prepared.eval)
+        return Data(train, held_out, len(train), "exact", _longest(prepared.train, train, settings))
+    try:
+        return sample_data(settings, tokenizer, max_length=max_length)
+    except DataError as error:
+        if not name:
+            raise
+        return Data([], [], None, f"the data could not be looked at: {error.seen}", [])
+
+
+def sample_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Data:
+    """Lengths of the first pairs, streamed; the number of rows by the dataset's own record.
+
+    Raises: DataError where it cannot be reached or read.
+    """
+    data = settings.data
+    first = min(data.max_train_samples or SAMPLE_PAIRS, SAMPLE_PAIRS)
+    changes: dict[str, Any] = {"dataset_streaming": True, "max_train_samples": first, "eval_fraction": None}
+    sampled = replace(data, **changes)
+    try:
+        prepared = prepare_data(sampled, tokenizer, max_length=max_length, with_eval=False)
+        pairs = list(prepared.train)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{data.dataset_name} could not be streamed: {' '.join(str(error).split())[:200]}",
+            expected="a dataset that this machine can reach",
+            do="check the name and the network",
+        ) from error
+    lengths = _lengths(pairs)
+    rows = find_rows(settings)
+    kept_share = len(lengths) / max(prepared.tallies["train"].rows, 1)
+    held_out = (data.eval_fraction or 0.0) if settings.training.eval_strategy != "no" else 0.0
+    train_pairs = None if rows is None else round(rows * kept_share * (1 - held_out))
+    return Data(lengths, [], train_pairs, f"estimated from {len(lengths)} pairs", _longest(pairs, lengths, settings))
+
+
+def find_rows(settings: Settings) -> int | None:
+    """Rows of the training split, or as many as `--max_train_samples` takes; None where the dataset's record has none.
+
+    Only the record is read, no rows.
+    """
+    data = settings.data
+    path = Path(str(data.dataset_name)).expanduser()
+    if path.exists():
+        counts = read_split_rows(path, data.dataset_config)
+    else:
+        try:
+            splits = load_dataset_builder(data.dataset_name, data.dataset_config).info.splits or {}
+        except (OSError, ValueError, RuntimeError):
+            splits = {}
+        counts = {name: split.num_examples for name, split in splits.items()}
+    rows = counts.get(data.dataset_train_split)
+    if not rows:
+        return data.max_train_samples
+    return int(min(rows, data.max_train_samples or rows))
+
+
+def _lengths(pairs: Any) -> list[Length]:
+    return [Length(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+
+
+def _longest(pairs: Any, lengths: Sequence[Length], settings: Settings) -> list[Row]:
+    shared = settings.data.shared_prefix
+    order = sorted(range(len(lengths)), key=lambda i: -(lengths[i].needed_tokens if shared else lengths[i].row_tokens))
+    most = max(settings.training.per_device_train_batch_size, settings.training.per_device_eval_batch_size)
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [{name: list(pairs[i][name]) for name in names} for i in order[:most]]
+
+
+def find_worst(lengths: Sequence[Length], settings: Settings, *, pairs: int, max_length: int | None) -> Shape:
+    """The largest micro-batch: as many of the longest pairs as fit; without data, rows of `max_length` tokens.
+
+    Args:
+        pairs: of one device in one micro-batch.
+        max_length: the most tokens of a row.
+    """
+    if not lengths:
+        tokens = max_length or 1024
+        return Shape(pairs, tokens, 2 * pairs * (tokens - 1), ((1, tokens - 1, tokens - 1),) * pairs)
+    longest = max(length.row_tokens for length in lengths)
+    multiple = settings.training.pad_to_multiple_of
+    if isinstance(multiple, int) and multiple:
+        longest = math.ceil(longest / multiple) * multiple
+    if settings.data.shared_prefix:
+        most = sorted(lengths, key=lambda length: -length.needed_tokens)[:pairs]
+        parts = tuple((length.prompt, length.chosen, length.rejected) for length in most)
+        return Shape(len(most), longest, sum(length.chosen + length.rejected for length in most), parts)
+    answers = sorted((length.chosen + length.rejected for length in lengths), reverse=True)[:pairs]
+    return Shape(min(pairs, len(lengths)), longest, sum(answers))
+
+
+def count_steps(data: Data, settings: Settings, *, devices: int) -> Steps:
+    """Steps and tokens of a run on so many devices; the first epoch's own batches tell how much of them is padding."""
+    training = settings.training
+    per_device, micro_batches = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    batch = per_device * micro_batches * devices
+    pairs = data.train_pairs
+    per_epoch = None
+    if pairs:
+        whole = pairs // batch
+        per_epoch = whole if training.dataloader_drop_last and whole else math.ceil(pairs / batch)
+    total = training.max_steps if training.max_steps > 0 else None
+    if total is None and per_epoch is not None:
+        total = math.ceil(training.num_train_epochs * per_epoch)
+    looked_at = len(data.train)
+    shared = settings.data.shared_prefix
+    tokens = sum(length.needed_tokens if shared else length.tokens for length in data.train)
+    padding = None if shared or not looked_at else _padding_share(data.train, settings, devices=devices)
+    return Steps(
+        pairs=pairs,
+        global_batch_pairs=batch,
+        steps_per_epoch=per_epoch,
+        total_steps=total,
+        tokens_per_epoch=round(tokens / looked_at * pairs) if looked_at and pairs else None,
+        padding_share=padding,
+        longest_row_tokens=max((length.row_tokens for length in data.train), default=None),
+        how=data.how,
+    )
+
+
+def _padding_share(lengths: Sequence[Length], settings: Settings, *, devices: int) -> float:
+    training = settings.training
+    batches = Batches(
+        len(lengths),
+        per_device=training.per_device_train_batch_size,
+        world_size=devices,
+        micro_batches=training.gradient_accumulation_steps,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+    )
+    tokens = padded = 0
+    for batch in batches:
+        met = [lengths[i] for i in batch if i >= 0]
+        tokens += sum(length.tokens for length in met)
+        padded += 2 * len(met) * max((length.row_tokens for length in met), default=0)
+    return 1 - tokens / padded

@@ -1,0 +1,80 @@
+"""Who holds memory at each moment of a step: every storage that an operation makes, from its birth to its end."""
+
+import weakref
+from collections import Counter
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpokit.plan.allocator import ShadowHeap
+
+KINDS = ("weights", "reference", "gradients", "optimizer", "activations", "logits")
+
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of all tensors alive while it is entered, by kind; made for fake tensors, which hold none.
+
+    Attributes:
+        kind: what a new tensor counts as, until it is told otherwise.
+        by_kind: bytes alive now.
+        peak_bytes: the most bytes alive at once; `at_peak` is `by_kind` of that moment.
+        moments: `{gradients: (activations, logits)}` in bytes: for each size of the gradients, the most that lived
+            beside them. Placements that shard gradients find their own peak here.
+    """
+
+    def __init__(self, heap: ShadowHeap | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
+        self.kind = "activations"
+        self.by_kind: Counter[str] = Counter()
+        self.peak_bytes = 0
+        self.at_peak: dict[str, int] = {}
+        self.moments: dict[int, tuple[int, int]] = {}
+        self._total = 0
+        self._heap = heap
+        self._live: dict[int, tuple[int, str, Any]] = {}
+
+    def hold(self, tensor: torch.Tensor, kind: str) -> None:
+        """Counts a tensor made outside. Weights are mapped from their file and take no part in the heap."""
+        self._add(tensor, kind, in_heap=False)
+
+    def relabel(self, tensor: torch.Tensor, kind: str) -> None:
+        """Says what a tensor has become: a gradient, once it is a parameter's own."""
+        key = tensor.untyped_storage()._cdata
+        size, old, reference = self._live[key]
+        self.by_kind[old] -= size
+        self.by_kind[kind] += size
+        self._live[key] = (size, kind, reference)
+
+    def _add(self, tensor: torch.Tensor, kind: str, *, in_heap: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        size = storage.nbytes()
+        if key in self._live or size == 0:
+            return
+        self._live[key] = (size, kind, weakref.ref(storage, partial(self._drop, key)))
+        self._total += size
+        self.by_kind[kind] += size
+        if in_heap and self._heap is not None:
+            self._heap.add(key, size)
+        if self._total > self.peak_bytes:
+            self.peak_bytes, self.at_peak = self._total, dict(self.by_kind)
+        beside = (self.by_kind["activations"], self.by_kind["logits"])
+        if sum(beside) > sum(self.moments.get(self.by_kind["gradients"], (0, 0))):
+            self.moments[self.by_kind["gradients"]] = beside
+
+    def _drop(self, key: int, _: Any) -> None:
+        size, kind, _ = self._live.pop(key)
+        self._total -= size
+        self.by_kind[kind] -= size
+        if self._heap is not None:
+            self._heap.drop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf, self.kind, in_heap=True)
+        return result

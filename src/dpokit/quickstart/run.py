@@ -1,0 +1,99 @@
+"""The quickstart: a world small enough to judge exactly. Corpus and base model, then an ordinary run, then proof."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpokit.console import quiet_dependencies, say
+from dpokit.distributed.processes import is_main_process
+from dpokit.model.generate import generate_answers
+from dpokit.quickstart.base_model import build_base
+from dpokit.quickstart.grammar import Verdict, judge_answer, write_corpus
+from dpokit.run import train as train_recipe
+from dpokit.rundir import RunDir, write_json
+from dpokit.safe_console import SafeConsole
+
+TRAIN_PAIRS, EVAL_PAIRS = 4200, 400
+SEED = 0
+# The longest answer of the grammar has 30-odd tokens; a broken one may run on and is then cut.
+MOST_NEW_TOKENS = 60
+
+
+def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> None:
+    """Builds base and corpus where they are missing, trains, judges; arguments as for `dpokit.run.train`."""
+    quiet_dependencies()
+    if is_main_process():
+        build_world(Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
+    run = train_recipe(recipe, defaults, argv)
+    if is_main_process():
+        judge(run, Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
+
+
+def build_world(corpus: Path, base: Path) -> None:
+    """Writes the corpus and warms up the base model; what is there already is kept."""
+    if base.exists():
+        return
+    write_corpus(corpus, train_pairs=TRAIN_PAIRS, eval_pairs=EVAL_PAIRS, seed=SEED)
+    say(f"a corpus of {TRAIN_PAIRS:,} prompts, each with a kind and a curt answer: {corpus}")
+    build_base(base, corpus=corpus / "train.jsonl", seed=SEED)
+
+
+def judge(run: RunDir, corpus: Path, base: Path) -> dict[str, dict[str, float]]:
+    """Samples answers to unseen prompts from base and tuned, judges them, shows and writes the outcome."""
+    prompts = [json.loads(line)["prompt"] for line in (corpus / "test.jsonl").read_text().splitlines()]
+    tuned = run.adapter if run.adapter.exists() else run.model
+    answers = {name: _sample(folder, prompts) for name, folder in (("base", base), ("tuned", tuned))}
+    verdicts = {
+        name: [judge_answer(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+        for name, texts in answers.items()
+    }
+    outcome = {name: _shares(found) for name, found in verdicts.items()}
+    write_json(run.path / "quickstart.json", {"prompts": len(prompts), **outcome})
+    _show(outcome, prompts, answers)
+    return outcome
+
+
+def _sample(folder: Path, prompts: list[str]) -> list[str]:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    answers = generate_answers(
+        model, tokenizer, prompts, max_new_tokens=MOST_NEW_TOKENS, temperature=1.0, seed=SEED, batch_size=100
+    )
+    return [answer.text for answer in answers]
+
+
+def _shares(verdicts: list[Verdict]) -> dict[str, float]:
+    return {
+        "kind": sum(verdict.kind for verdict in verdicts) / len(verdicts),
+        "well_formed": sum(verdict.well_formed for verdict in verdicts) / len(verdicts),
+    }
+
+
+def _show(outcome: Mapping[str, Mapping[str, float]], prompts: list[str], answers: Mapping[str, list[str]]) -> None:
+    console = SafeConsole(highlight=False)
+    table = Table(title=f"\n{len(prompts)} sampled answers to prompts never seen", title_justify="left", box=None)
+    for name in ("model", "kind", "well-formed"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for name, shares in outcome.items():
+        table.add_row(name, f"{shares['kind']:.1%}", f"{shares['well_formed']:.1%}")
+    console.print(table)
+    console.print()
+    # Prompts whose base answer is curt show the difference; the share of those is in the table above.
+    base = answers["base"]
+    shown = [i for i, prompt in enumerate(prompts) if not judge_answer(prompt, base[i]).kind][:4]
+    for i in shown:
+        asked = prompts[i].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+        console.print(f"[bold]{escape(asked)}[/bold]")
+        for name, texts in answers.items():
+            console.print(f"  {name:<6}{escape(texts[i])}")
+    console.print(
+        "\nWhat next:\n"
+        "  accelerate launch recipes/dpo_gpt2.py             GPT-2 on Anthropic's HH preferences\n"
+        "  accelerate launch recipes/dpo_gpt2.py --help      every setting\n"
+        "  accelerate launch recipes/dpo_gpt2.py --dataset_name pairs.jsonl --eval_fraction 0.05   your own pairs"
+    )

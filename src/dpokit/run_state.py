@@ -1,0 +1,115 @@
+"""What run.json says of a run: its settings and machine when it begins, and how it ended."""
+
+import errno
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from dpokit.console import say
+from dpokit.credentials import hide_secrets
+from dpokit.distributed.processes import find_machine, is_main_process
+from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
+from dpokit.interrupts import Preempted, find_interruption
+from dpokit.rundir import RunDir
+from dpokit.settings.load import Settings
+
+SPACE_SECONDS = 10.0
+RESERVE = ".reserve"
+RESERVE_BYTES = 2**16  # space that a run holds on its disk, for the record of its end should the disk be full then
+PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+
+
+@contextmanager
+def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[None]:
+    """run.json around a run: running, then finished, or failed and why. Disk trouble becomes the user's message."""
+
+    def record(**changes: Any) -> None:
+        if is_main_process():
+            run.write_run(**changes)
+
+    reserve = run.path / RESERVE
+
+    def record_end(**changes: Any) -> None:
+        reserve.unlink(missing_ok=True)
+        record(**changes)
+
+    try:
+        if is_main_process():
+            reserve.unlink(missing_ok=True)
+            reserve.write_bytes(os.urandom(RESERVE_BYTES))
+        record(
+            recipe=settings.recipe,
+            state="running",
+            why=None,
+            error=None,
+            world_size=world_size,
+            versions={name: version(name) for name in PACKAGES},
+            settings=settings.record(),
+            machine=find_machine(on_cpu=settings.training.use_cpu),
+            local=find_local(settings),
+        )
+        yield
+        record_end(state="finished")
+    except BaseException as error:
+        end = error if isinstance(error, Preempted) else find_interruption(error)
+        if end is not None:
+            try:
+                record_end(state="preempted", why=end.why)
+            except OSError as disk:
+                raise find_disk_trouble(disk) or disk from disk
+            raise end from None
+        trouble = error if isinstance(error, DpokitError) else run.find_loss() or find_disk_trouble(error)
+        why = str(trouble or hide_secrets("".join(traceback.format_exception_only(error)).strip()))
+        kind = type(trouble or error).__name__
+        try:
+            _record_patiently(lambda: record_end(state="failed", why=why, error=kind))
+        except (OSError, RunFolderError):
+            if not isinstance(trouble, RunFolderError):  # else it says so itself
+                say(f"{run.run_json} could not be brought up to date")
+        if trouble is not None and trouble is not error:
+            raise trouble from error
+        raise
+
+
+def record_preemption(run: RunDir, why: str) -> None:
+    """Writes to run.json that a signal ended this start, if it has the folder and has neither finished nor failed.
+
+    Raises: OSError, RunFolderError.
+    """
+    if run.token and is_main_process() and (run.read_run() or {}).get("state") not in ("finished", "failed"):
+        (run.path / RESERVE).unlink(missing_ok=True)
+        run.write_run(state="preempted", why=why, error=None)
+
+
+def _record_patiently(write: Callable[[], None]) -> None:
+    """On a full disk other ranks may still hold the space of a save that they are giving up. Raises: OSError."""
+    end = time.monotonic() + SPACE_SECONDS
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT) or time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
+def find_local(settings: Settings) -> list[str]:
+    """Which of model and data are files of this machine: a card must not take their names for those of the Hub."""
+    names = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
+    return [flag for flag, name in names.items() if name and Path(name).expanduser().exists()]
+
+
+def find_kept_evaluation(trainer: Trainer) -> dict[str, Any] | None:
+    """The evaluation whose weights were kept: step and eval loss; None where the last weights were."""
+    state = trainer.state
+    if not trainer.args.load_best_model_at_end or state.best_metric is None or not math.isfinite(state.best_metric):
+        return None
+    return {"step": state.best_global_step, "metric": trainer.args.metric_for_best_model, "value": state.best_metric}

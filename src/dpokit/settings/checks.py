@@ -1,0 +1,126 @@
+"""Which settings are honoured here, and which go together."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, Never
+
+from trl import DPOConfig, ModelConfig, SFTConfig
+
+from dpokit.credentials import SECRET_SETTING, find_secrets
+from dpokit.errors import SettingsError
+from dpokit.settings.flags import DataArguments
+
+# Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
+NOT_HONOURED = {
+    "padding_free": "TRL warns and pads all the same",
+    "truncation_mode": "prompts keep their end and answers their start: --max_prompt_length, --max_completion_length",
+    "pad_token": "TRL retires it; the tokenizer's own padding token is used, or its EOS",
+    "ignore_bias_buffers": "it mends models of 2023 that transformers no longer has",
+    **dict.fromkeys(
+        ("train_sampling_strategy", "shuffle_dataset"),
+        "rows are met in a seeded random order, which a resume can repeat",
+    ),
+    "debug": "transformers' search for overflows fails on attention masks; gates and alarms name values that are not "
+    "finite",
+    "auto_find_batch_size": "it changes the global batch in the middle of a run; lower per_device_train_batch_size "
+    "and raise gradient_accumulation_steps instead",
+    "hub_strategy": "the model goes up once, at the end of the run",
+    "hub_always_push": "the model goes up once, at the end of the run",
+    "model_init_kwargs": "it would be read for the reference alone; use --dtype, --attn_implementation, "
+    "--model_revision",
+    "enable_jit_checkpoint": "it saves the wrong random state, and a preempted job looks completed",
+    **dict.fromkeys(("packing", "packing_strategy", "eval_packing"), "each answer is a row of its own"),
+    "assistant_only_loss": "the chosen answer alone is learnt already; --completion_only_loss false adds its prompt",
+    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "the chosen answers of preference pairs are trained on"),
+    **dict.fromkeys(("chat_template_path", "eos_token"), "the tokenizer's own is used; set it in the model's folder"),
+}
+
+# TRL looks at these only when it computes the first loss.
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+LOSS_TYPES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+
+
+def check_honoured(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raises SettingsError for a flag that parses but would do nothing here, or not what it says."""
+    for name in NOT_HONOURED:
+        if values.get(name):
+            raise SettingsError(
+                f"{origins[name]} sets {name}, which has no effect here",
+                expected="settings that are honoured",
+                do=f"remove it: {NOT_HONOURED[name]}",
+            )
+
+
+def check_secrets(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """Raises SettingsError for a secret in a setting that run.json, trackers and the model card show."""
+    for name, value in values.items():
+        if name.endswith(SECRET_SETTING):
+            continue
+        for kind in find_secrets(str(value)):
+            raise SettingsError(
+                f"{origins[name]} sets {name}, whose value holds {kind}",
+                expected="settings without secrets: they are written to run.json and shown",
+                do="give the secret by a variable (HF_TOKEN, WANDB_API_KEY) or `hf auth login`; a file behind a login "
+                "is best downloaded first",
+            )
+
+
+def check_agreement(data: DataArguments, training: DPOConfig | SFTConfig) -> None:
+    """Raises SettingsError for values that cannot be, or that cannot be together."""
+
+    def refuse(seen: str, expected: str, do: str) -> Never:
+        raise SettingsError(seen, expected=expected, do=do)
+
+    of_pairs = isinstance(training, DPOConfig)
+    unknown = sorted(set(training.loss_type) - set(LOSS_TYPES)) if of_pairs else []
+    if unknown:
+        refuse(f"loss_type {', '.join(unknown)} is unknown", ", ".join(LOSS_TYPES), "correct --loss_type")
+    if of_pairs and training.f_divergence_type not in DIVERGENCES:
+        refuse(
+            f"f_divergence_type is {training.f_divergence_type}", ", ".join(DIVERGENCES), "correct --f_divergence_type"
+        )
+    if data.dataset_streaming and training.max_steps <= 0:
+        refuse("a streamed dataset has no known length", "max_steps", "--max_steps 1000")
+    if data.dataset_streaming and data.eval_fraction is not None:
+        refuse(
+            "eval_fraction cannot be taken of a stream, whose length nobody knows",
+            "a test split, or no streaming",
+            "--dataset_test_split NAME --max_eval_samples 1000, or --dataset_streaming false",
+        )
+    if data.dataset_streaming and training.eval_strategy != "no" and data.max_eval_samples is None:
+        refuse("a streamed evaluation split has no known end", "max_eval_samples", "--max_eval_samples 1000")
+    if data.dataset_streaming and of_pairs and training.precompute_ref_log_probs:
+        refuse("a streamed dataset cannot be gone through ahead of the run", "one of the two", "drop either flag")
+    if training.dataloader_num_workers and data.dataset_streaming:
+        refuse("a stream is read once, in order, by one worker", "0 workers", "--dataloader_num_workers 0")
+
+
+def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
+    """Raises SettingsError where LoRA or quantisation is asked for, but not `use_peft`."""
+    if model.use_peft:
+        for name in model.lora_target_modules or []:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise SettingsError(
+                    f"lora_target_modules has {name}, which is no regular expression ({error})",
+                    expected="names of layers, or a regular expression of them",
+                    do="correct --lora_target_modules",
+                ) from error
+        return
+    asked = [name for name in origins if name.startswith("lora_") or name in ("use_dora", "use_rslora")]
+    if any(origins[name] == "command line" for name in asked):
+        raise SettingsError(
+            f"{', '.join(asked)} is set, but use_peft is not: the whole model would be trained",
+            expected="--use_peft with LoRA's settings",
+            do="add --use_peft, or remove the LoRA settings",
+        )
+    if model.load_in_4bit or model.load_in_8bit:
+        raise SettingsError(
+            "a quantised model cannot be trained as a whole",
+            expected="--use_peft with --load_in_4bit or --load_in_8bit",
+            do="add --use_peft, or load the model in 16 or 32 bit",
+        )

@@ -1,0 +1,100 @@
+"""Settings that only other libraries can judge, tried on a stand-in of two weights before anything is loaded."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import DynamoBackend
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, get_scheduler
+
+from dpokit.errors import SettingsError
+from dpokit.settings.load import Settings
+
+COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
+TIMES = ("runtime", "samples_per_second", "steps_per_second")
+OF_ANSWERS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss", *TIMES)
+OF_PAIRS = (
+    *("logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected"),
+    *("rewards/accuracies", "rewards/chosen", "rewards/margins", "rewards/rejected"),
+)
+STEPS = 10  # of the schedule that is tried
+
+
+def check_values(settings: Settings) -> None:
+    """Raises SettingsError, which names the flag, for a value that training could not begin or end with."""
+    training = settings.training
+    _check_compilation(training)
+    _check_checkpointing(training.gradient_checkpointing_kwargs)
+    if training.load_best_model_at_end:
+        check_metric(training.metric_for_best_model, settings.kind)
+    _try("--optim, --optim_args", lambda: _build_optimizer(training))
+    _try("--lr_scheduler_type, --lr_scheduler_kwargs", lambda: _step_schedule(training))
+
+
+def _try(flags: str, attempt: Callable[[], object]) -> None:
+    try:
+        attempt()
+    except Exception as error:  # of whatever library
+        raise SettingsError(
+            f"{flags}: {' '.join(str(error).split())[:300]}",
+            expected="values that transformers and the optimizer take, and the packages that they need",
+            do=f"correct {flags}, or leave them out",
+        ) from error
+
+
+def _build_optimizer(training: Any) -> None:
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(training, nn.Linear(1, 1))
+    if kind.__module__.startswith("torch.optim"):  # others may want a GPU
+        kind(nn.Linear(1, 1).parameters(), **options)
+
+
+def _step_schedule(training: Any) -> None:
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=training.learning_rate)
+    options = training.lr_scheduler_kwargs
+    name = training.lr_scheduler_type
+    schedule = get_scheduler(name, optimizer, 1, STEPS, scheduler_specific_kwargs=options)
+    optimizer.step()
+    steps: list[Any] = [1.0] if "metrics" in inspect.signature(schedule.step).parameters else []
+    for _ in range(STEPS):
+        schedule.step(*steps)
+
+
+def _check_compilation(training: Any) -> None:
+    backends = [backend.value.lower() for backend in DynamoBackend]
+    for flag, value, known in (
+        ("torch_compile_backend", training.torch_compile_backend, backends),
+        ("torch_compile_mode", training.torch_compile_mode, COMPILE_MODES),
+    ):
+        if value is not None and value.lower() not in known:
+            raise SettingsError(f"{flag} is {value}", expected=" or ".join(known), do=f"correct --{flag}")
+
+
+def _check_checkpointing(options: Any) -> None:
+    known = {name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")}
+    known.add("preserve_rng_state")
+    unknown = sorted(set(options or {}) - known)
+    if unknown:
+        raise SettingsError(
+            f"gradient_checkpointing_kwargs has {', '.join(unknown)}",
+            expected=f"some of: {', '.join(sorted(known))}",
+            do="correct --gradient_checkpointing_kwargs",
+        )
+
+
+def check_metric(name: str | None, kind: str) -> None:
+    """Raises SettingsError for a metric that no evaluation of this kind of recipe has.
+
+    Args:
+        name: of `--metric_for_best_model`, with `eval_` or without.
+        kind: `dpo` or `sft`.
+    """
+    known = (*OF_ANSWERS, *OF_PAIRS) if kind == "dpo" else OF_ANSWERS
+    if name is not None and name.removeprefix("eval_") not in known:
+        raise SettingsError(
+            f"metric_for_best_model is {name}, which no evaluation has",
+            expected=", ".join(f"eval_{one}" for one in known if one not in TIMES),
+            do="correct --metric_for_best_model",
+        )

@@ -1,0 +1,83 @@
+"""Verbs that say what a run is worth: evaluate, report."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dpokit.terminal import echo, one_line
+from dpokit.verbs.common import PASS_ON, errors_without_torch
+
+app = typer.Typer()
+
+
+@app.command(context_settings=PASS_ON)
+def evaluate(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model's folder, or a Hub id.")],
+    base: Annotated[str | None, typer.Option(help="What it is compared with; without it the run's own base.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out pairs: Hub id, file or folder; else the run's.")] = None,
+    split: Annotated[str | None, typer.Option(help="Which split of it.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first so many pairs.")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Held-out prompts that both models answer.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
+    judge: Annotated[str | None, typer.Option(metavar="URL", help="OpenAI-compatible: https://.../v1.")] = None,
+    judge_model: Annotated[str, typer.Option(help="Which model compares the answers.")] = "",
+    judge_key: Annotated[str, typer.Option(help="The environment variable with its key.")] = "OPENAI_API_KEY",
+    judge_limit: Annotated[int, typer.Option(min=1, help="Most answers it compares, by two requests each.")] = 100,
+    judge_max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of its reply, thoughts included.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="The whole record, on stdout.")] = False,
+) -> None:
+    """Base beside tuned on held-out pairs, with intervals, and their answers; a run's folder keeps it under eval/.
+
+    Every other flag is a training flag, over the run's own: --beta 0.3, --max_length 512. On several devices:
+    accelerate launch -m dpokit.cli evaluate RUN.
+    """
+    with redirect_stdout(sys.stderr):
+        from dpokit.distributed.processes import is_main_process
+        from dpokit.evaluate.answers import Sampling
+        from dpokit.evaluate.command import Judge, evaluate_model
+        from dpokit.evaluate.table import print_evaluation
+        from dpokit.story import user_errors
+
+        with user_errors():
+            record = evaluate_model(
+                what,
+                base=base,
+                data=data,
+                split=split,
+                limit=limit,
+                argv=context.args,
+                answers=answers,
+                sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature),
+                judge=Judge(judge, judge_model, judge_key, judge_limit, judge_max_tokens) if judge else None,
+            )
+    if not is_main_process():
+        return
+    if as_json:
+        echo(json.dumps(record, indent=2))
+    else:
+        print_evaluation(record)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run folders; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Without it RUN/report/report.html; for several ./report.html.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What runs are sorted by; without it the lowest eval_loss.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="{report, pngs, verdict} on stdout.")] = False,
+) -> None:
+    """Curves, evaluations, samples, data and settings in one HTML file, with a PNG of each figure beside it."""
+    from dpokit.report.page import write_report
+
+    with errors_without_torch():
+        written = write_report(runs, output=output, metric=metric)
+    echo(json.dumps(written.record(), indent=2) if as_json else one_line(written.report))

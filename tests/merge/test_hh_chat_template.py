@@ -1,0 +1,85 @@
+"""The HH form as a chat template beside a merged model: servers render by it as dpokit does without one."""
+
+import copy
+import json
+
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer
+
+from dpokit.data.formats import find_format, render_transcript
+from dpokit.data.tokens import Encoder, Limits, Renderer
+from dpokit.merge.hh_chat_template import JINJA, SERVE, write_template
+
+QUESTION = {"role": "user", "content": "Why is the sky blue?"}
+CONVERSATIONS = [
+    [QUESTION],
+    [
+        QUESTION,
+        {"role": "assistant", "content": "  It scatters.\n\nMuch. "},
+        {"role": "user", "content": "\n\nMore?\n"},
+    ],
+    [{"role": "system", "content": "Be brief."}, QUESTION],
+    [
+        QUESTION,
+        {"role": "tool result", "content": "{{ 'blue' }} {% raw %}"},
+        {"role": "user", "content": "\u00e4 \u4f60 '\""},
+    ],
+]
+ROWS = [
+    [{"chosen": "\n\nHuman:  Why?  \n\nAssistant: So.", "rejected": "\n\nHuman:  Why?  \n\nAssistant: No."}],
+    [{"prompt": " A plain beginning", "chosen": " goes on. ", "rejected": " ends."}],
+    [
+        {
+            "prompt": [QUESTION],
+            "chosen": [{"role": "assistant", "content": "So."}],
+            "rejected": [QUESTION | {"role": "assistant"}],
+        }
+    ],
+]
+
+
+@pytest.fixture(params=[False, True], ids=["no BOS", "BOS"])
+def tokenizer(request, plain_tokenizer):
+    """Without a chat template; one that opens no text, and one that opens each with a BOS."""
+    made = copy.deepcopy(plain_tokenizer)
+    if request.param:
+        made.add_special_tokens({"bos_token": "<s>"})
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", made.bos_token_id)]
+        )
+    return made
+
+
+@pytest.mark.parametrize("messages", CONVERSATIONS)
+def test_a_server_meets_the_tokens_that_dpokit_gives_the_model(messages, tokenizer, tmp_path):
+    write_template(tmp_path, tokenizer)
+    renderer = Renderer(tokenizer)
+    text = renderer.prompt(messages)
+    ids = renderer.encode_prompts([text])[0]
+    options = json.loads((tmp_path / SERVE).read_text())
+    assert options == {"chat_template": (tmp_path / JINJA).read_text()}
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    assert rendered.removeprefix("<s>") == text == render_transcript(messages)
+    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+    assert found["input_ids"] == ids
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_a_next_run_on_the_folder_renders_as_before(rows, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    write_template(tmp_path, tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template is None
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    before, after = (
+        Encoder(Renderer(one), find_format(rows, "test"), Limits())(columns, range(len(rows)))
+        for one in (tokenizer, again)
+    )
+    assert before == after
+    assert before["dropped"] == [""]
+
+
+def test_a_tokenizer_with_a_template_of_its_own_gets_no_other(chat_tokenizer, tmp_path):
+    write_template(tmp_path, chat_tokenizer)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,75 @@
+"""Compilations of torch that were killed, by the real thing: a compiler, a baton, a lock that is left."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from torch.utils.file_baton import FileBaton
+
+from dpokit.torch_build_locks import pass_dead_locks
+
+COMPILE = """
+import sys
+from torch.utils.cpp_extension import load
+
+from dpokit.torch_build_locks import pass_dead_locks
+
+pass_dead_locks(dead_after_seconds=0)
+load("answer", [sys.argv[1]], is_python_module=False)
+print("compiled")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where torch compiles, and nothing else does."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    made = tmp_path / "answer"
+    made.mkdir()
+    return made
+
+
+def test_a_compilation_that_was_killed_does_not_hold_up_the_next(folder, tmp_path):
+    source, endless = tmp_path / "answer.cpp", tmp_path / "endless"
+    source.write_text("int answer() { return 42; }\n")
+    endless.write_text('#!/bin/sh\ncase "$*" in *answer.cpp*) touch compiling; exec sleep 600;; esac\nexec c++ "$@"\n')
+    endless.chmod(0o755)
+    command = [sys.executable, "-c", COMPILE, str(source)]
+
+    killed = subprocess.Popen(command, env={**os.environ, "CXX": str(endless)})
+    deadline = time.monotonic() + 300
+    while not (folder / "compiling").exists():
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    for process in [killed, *psutil.Process(killed.pid).children(recursive=True)]:
+        process.kill()
+    killed.wait()
+    assert (folder / "lock").exists(), "torch has learnt to remove it: so can dpokit.torch_build_locks"
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
+    assert f"removed {folder / 'lock'}" in done.stderr
+    assert not (folder / "lock").exists()
+
+
+def test_a_lock_that_a_process_of_this_machine_holds_is_left_to_torch(folder):
+    baton = FileBaton(folder / "lock")
+    assert baton.try_acquire()
+    pass_dead_locks(dead_after_seconds=0)
+    baton.release()  # an error, were it gone
+
+
+def test_a_young_lock_that_nobody_here_holds_is_waited_for(folder, capfd):
+    (folder / "lock").touch()
+    far_away = threading.Timer(1.0, (folder / "lock").unlink)
+    far_away.start()
+    pass_dead_locks()
+    assert not (folder / "lock").exists()
+    far_away.join(5)
+    assert not far_away.is_alive()
+    said = capfd.readouterr().err
+    assert said.count("waiting up to 300 s") == 1 and "removed" not in said

@@ -1,0 +1,52 @@
+"""The GPU's numbers in a log."""
+
+import itertools
+import time
+
+import pynvml
+import pytest
+import torch
+
+from dpokit.train.gpu_metrics import Sampler, read_gpu
+
+
+def wait_for(holds) -> None:
+    end = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_log_says_the_mean_and_of_memory_the_most():
+    watts, memory = iter([100.0, 300.0]), iter([3.0, 2.0])
+    sampler = Sampler(lambda: {"gpu_power_watts": next(watts), "gpu_memory_gib": next(memory)}, every_seconds=0.01)
+    wait_for(lambda: not sampler._thread.is_alive())  # the third reading failed
+    assert sampler.take() == {"gpu_power_watts": 200.0, "gpu_memory_gib": 3.0}
+    assert sampler.take() == {}
+    sampler.stop()
+
+
+def test_each_log_begins_anew():
+    counter = itertools.count()
+    sampler = Sampler(lambda: {"gpu_power_watts": float(next(counter))}, every_seconds=0.005)
+    wait_for(lambda: next(counter) > 10)
+    first = sampler.take()["gpu_power_watts"]
+    seen = next(counter)
+    wait_for(lambda: next(counter) > seen + 10)
+    sampler.stop()
+    assert sampler.take()["gpu_power_watts"] > max(first, seen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_read():
+    with pytest.raises(pynvml.NVMLError):
+        read_gpu(torch.device("cuda:0"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_draws_power_and_holds_memory():
+    held = torch.zeros(2**28, device="cuda")
+    reading = read_gpu(torch.device("cuda:0"))
+    assert reading["gpu_power_watts"] > 1
+    assert reading["gpu_memory_gib"] > held.nbytes / 2**30
+    assert 0 <= reading["gpu_utilisation_percent"] <= 100
