@@ -13,11 +13,9 @@ from markupsafe import Markup
 
 from dpokit.card.citations import list_citations
 from dpokit.card.escape import Mask, escape
-from dpokit.card.facts import list_training, local_names, show_settings
 from dpokit.card.front_matter import check_front_matter, check_hub_id, check_languages, check_licence, is_hub_id
-from dpokit.card.limits import list_limits
 from dpokit.card.origin import Lineage, Source, Weights, build_front_matter, find_lineage, is_supervised
-from dpokit.card.samples import show_sample
+from dpokit.card.sections import list_limits, list_training, local_names, show_sample, show_settings
 from dpokit.card.usage import build_usage
 from dpokit.credentials import find_secrets
 from dpokit.data.tally import REASONS

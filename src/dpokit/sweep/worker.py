@@ -1,11 +1,13 @@
 """Starts the runs of a search, watches them, and settles each: measured, pruned, failed, or started once more."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from optuna.trial import TrialState
 
 from dpokit.cluster.status import is_users_mistake
@@ -14,7 +16,6 @@ from dpokit.errors import DpokitError, SettingsError
 from dpokit.interrupts import SIGNALS
 from dpokit.report.read import finite
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.sweep.devices import share_devices
 from dpokit.sweep.slurm import Queue, QueuedRun
 from dpokit.sweep.space import Space
 from dpokit.sweep.study import SETTINGS, Search
@@ -287,3 +288,21 @@ class Worker:
 
 def _find_kind(one: TrialRun) -> str:
     return repr(sorted((name, value) for name, value in one.settings.items() if name not in FREE))
+
+
+def share_devices(jobs: int) -> list[dict[str, str]]:
+    """What each slot's environment says of GPUs or threads. Raises: SettingsError for more jobs than GPUs."""
+    if jobs == 1:
+        return [{}]
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        cores = len(os.sched_getaffinity(0))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
+        return [{"OMP_NUM_THREADS": threads}] * jobs
+    if jobs > gpus:
+        raise SettingsError(
+            f"--jobs {jobs}, and {gpus} GPUs are visible", expected="a GPU for each run, or more", do=f"--jobs {gpus}"
+        )
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+    each = gpus // jobs
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(names[slot * each : (slot + 1) * each])} for slot in range(jobs)]

@@ -16,21 +16,69 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from safetensors import safe_open
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dpokit.checkpoint.store import describe_files, find_part, list_files, retire, seal
 from dpokit.distributed.placement import find_placement
 from dpokit.errors import DpokitError, ModelError
 from dpokit.rundir import RunDir, new_folder
-from dpokit.train.copies import Copier, available_bytes
-from dpokit.train.progress import ProgressTrainer
+from dpokit.train.metric_sums import Sums
+
+
+class ProgressTrainer(Trainer):
+    """A trainer whose logs can go on where a checkpoint was saved. Stands before one of TRL's, and leans on its names.
+
+    Attributes:
+        evaluation_due: an evaluation of this step was put off, as the machine is wanted back.
+        epoch_ended: the end of an epoch was reached, and what is logged and evaluated there is done or being done.
+    """
+
+    _total_train_tokens: float  # TRL's count of tokens seen, of this rank
+
+    def __init__(self, **arguments: Any) -> None:
+        self.evaluation_due = self.epoch_ended = False
+        self._last_update: dict[str, Any] = {}  # what a log at the end of the epoch still says of the last step
+        self._sums = {"train": Sums(), "eval": Sums()}
+        self._working_since: float | None = None  # when the training steps since the last log began
+        super().__init__(**arguments)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *arguments: Any, learning_rate: float | None = None
+    ) -> None:
+        norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
+        self._last_update = {"grad_norm": norm, "learning_rate": learning_rate}
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, learning_rate=learning_rate)
+
+    def _read_progress(self) -> dict[str, Any]:
+        """What this rank knows beside the weights: its part of the numbers that are not logged yet."""
+        since, args = self._working_since, self.args
+        ahead = not self.epoch_ended and (self.is_finished() or float(self.state.epoch or 0).is_integer())
+        evaluated = args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= (self.state.epoch or 0)
+        return {
+            "loss": self._tr_loss.item(),
+            "logged_step": self._globalstep_last_logged,
+            "logged_loss": self._total_loss_scalar,
+            "first_step": self._initial_global_step,
+            "tokens": self._total_train_tokens,
+            "sums": self._sums["train"].record(),
+            "working_seconds": None if since is None else time.monotonic() - since,
+            "last_update": self._last_update,
+            "log_due": ahead and args.logging_strategy == IntervalStrategy.EPOCH,
+            "evaluation_due": self.evaluation_due or (ahead and evaluated),
+        }
+
+    def is_finished(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
 
 REFERENCE = "reference.pt"  # where --sync_ref_model moves it
 FULL_BYTES = 2**20  # less is no room: torch.save does not say why it failed
@@ -284,3 +332,33 @@ def _giving_space_back(run: RunDir, part: Path) -> Iterator[None]:
 def _is_saved(model: Any, name: str) -> bool:
     """Of an adapted model the base's weights stay where they are."""
     return not isinstance(model, PeftModel) or "lora_" in name or "modules_to_save" in name
+
+
+def available_bytes() -> int:
+    """Memory of this machine that processes may still take."""
+    return int(psutil.virtual_memory().available)
+
+
+class Copier:
+    """Copies tensors to the CPU, one for all that share it, so that tied weights stay tied.
+
+    Args:
+        buffers: memory to use again, of an earlier copy that nobody reads any more.
+    """
+
+    def __init__(self, buffers: list[torch.Tensor]) -> None:
+        self.copies: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._free: dict[tuple[Any, ...], list[torch.Tensor]] = {}
+        for buffer in buffers:
+            self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+
+    def copy(self, leaf: Any) -> Any:
+        """A tensor's copy; anything else as it is."""
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        key = (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, id(leaf) if leaf.data_ptr() == 0 else 0)
+        if key not in self.copies:
+            free = self._free.get((leaf.shape, leaf.dtype))
+            buffer = free.pop() if free else torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu")
+            self.copies[key] = buffer.copy_(leaf.detach())
+        return self.copies[key]
