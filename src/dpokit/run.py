@@ -61,6 +61,8 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
     settings = load_settings(recipe, defaults, argv)
     if settings.training.disable_tqdm:
         hide_progress()
+    for note in settings.notes:
+        say(note)
     run = RunDir(settings.training.output_dir)
     with recording(lambda why: record_preemption(run, why)):
         asked_to_end = _train(run, settings)

@@ -236,7 +236,7 @@ def list_advice(settings: Settings, train: Shape) -> list[str]:
 
 def list_notes(asked: Asked, data: Data) -> list[str]:
     """What the numbers rest on."""
-    notes = []
+    notes = list(asked.settings.notes)
     if not data.exact:
         notes.append(data.how if not data.train else f"steps and tokens are {data.how}")
         notes.append("memory is counted for rows of max_length")

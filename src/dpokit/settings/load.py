@@ -26,6 +26,7 @@ from dpokit.rundir import find_model
 from dpokit.settings.bounds import check_bounds
 from dpokit.settings.checks import check_adapter, check_agreement, check_honoured, check_secrets
 from dpokit.settings.flags import KINDS, DataArguments, FlagParser, split_kind
+from dpokit.settings.yielding import yield_defaults
 from dpokit.torch_build_locks import pass_dead_locks
 
 # What a verb takes from a run folder, which a stranger may have made: how model, pairs and loss are described. Nothing
@@ -56,6 +57,7 @@ class Settings:
         kind: of the recipe: `dpo`, or `sft`.
         data, training, model: TRL's own dataclasses, filled.
         origins: where each value that is not TRL's default was set.
+        notes: a sentence for each default that yielded to a stronger setting.
     """
 
     recipe: str
@@ -64,6 +66,7 @@ class Settings:
     model: ModelConfig
     origins: dict[str, str]
     kind: str = "dpo"
+    notes: Sequence[str] = ()
 
     def record(self) -> dict[str, dict[str, Any]]:
         """`{name: {value, origin}}` for run.json, JSON values only, secrets masked."""
@@ -109,11 +112,8 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
         layers.append((Path(config_file).name, parser.parse_mapping(read_yaml(config_file, "--config"), config_file)))
     layers.append(("command line", given))
 
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {} if kind == "dpo" else {"kind": f"recipe {name}"}
-    for layer, layer_values in layers:
-        values |= layer_values
-        origins |= dict.fromkeys(layer_values, layer)
+    values, origins, notes = yield_defaults(layers)
+    origins |= {} if kind == "dpo" else {"kind": f"recipe {name}"}
     check_secrets(values, origins)
     check_bounds(values, origins)
     if values.get("model_name_or_path"):
@@ -136,7 +136,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     check_agreement(data, training)
     check_adapter(model, origins)
     check_placement(training, model)
-    return Settings(name, data, training, model, origins, kind)
+    return Settings(name, data, training, model, origins, kind, notes)
 
 
 def read_asked(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,187 @@
+"""Defaults that only make sense together yield together to a flag of the user."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Values = Mapping[str, Any]
+DEFAULT = object()  # in the place of a value: none is set, so that TRL's default holds
+OF_4_BIT = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+OF_LORA = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
+    *("lora_modules_to_save", "use_rslora", "use_dora"),
+)
+
+
+@dataclass(frozen=True)
+class Couple:
+    """Settings that cannot be together, one of which somebody set over the others.
+
+    Attributes:
+        flags: the settings that are kept; each must be set, and the weakest layer of them counts.
+        clashes: whether the values contradict each other.
+        yields: new values of the others; a value that a layer as strong, or a stronger one, has set stays.
+        if_changed: only where the flag's value differs from that of the weaker layer, which the others belong to.
+    """
+
+    flags: tuple[str, ...]
+    clashes: Callable[[Values], bool]
+    yields: Callable[[Values], Values]
+    if_changed: bool = False
+
+
+def _drop(*names: str) -> Callable[[Values], Values]:
+    return lambda _: dict.fromkeys(names, DEFAULT)
+
+
+def _set(**changes: Any) -> Callable[[Values], Values]:
+    return lambda _: changes
+
+
+def _name(values: Values, flag: str) -> str:
+    """The value of a strategy or another choice, which may be an enum; "" where nobody set it."""
+    value = values.get(flag, "")
+    return str(getattr(value, "value", value))
+
+
+def _keeps_best(values: Values) -> bool:
+    return bool(values.get("load_best_model_at_end"))
+
+
+def _strategies_differ(values: Values) -> bool:
+    strategies = {_name(values, "eval_strategy"), _name(values, "save_strategy")}
+    return _keeps_best(values) and len(strategies) == 2 and strategies <= {"steps", "epoch"}
+
+
+def _steps_differ(values: Values) -> bool:
+    """The best checkpoint can be kept only where each save falls on an evaluation."""
+    if not _keeps_best(values) or {_name(values, "eval_strategy"), _name(values, "save_strategy")} != {"steps"}:
+        return False
+    evaluated, saved = (float(values.get(name) or 0) for name in ("eval_steps", "save_steps"))
+    if not evaluated or not saved:
+        return False
+    if (evaluated < 1) != (saved < 1):  # a share of the run, and a number of steps
+        return True
+    times = saved / evaluated
+    return round(times) < 1 or abs(times - round(times)) > 1e-6
+
+
+def _is_on(flag: str) -> Callable[[Values], bool]:
+    return lambda values: bool(values[flag])
+
+
+def _is_off(flag: str) -> Callable[[Values], bool]:
+    return lambda values: not values[flag]
+
+
+def _always(_: Values) -> bool:
+    return True
+
+
+COUPLES = (
+    # Evaluation, saving, the best checkpoint.
+    Couple(
+        ("eval_strategy",),
+        lambda values: _name(values, "eval_strategy") == "no",
+        lambda values: (
+            {"load_best_model_at_end": False, "eval_on_start": False}
+            | ({"save_strategy": "steps"} if _name(values, "save_strategy") == "best" else {})
+            | ({"lr_scheduler_type": DEFAULT} if _name(values, "lr_scheduler_type") == "reduce_lr_on_plateau" else {})
+        ),
+    ),
+    Couple(
+        ("save_strategy",),
+        lambda values: _name(values, "save_strategy") == "no",
+        _set(load_best_model_at_end=False),
+    ),
+    Couple(("eval_strategy", "save_strategy"), _strategies_differ, _set(load_best_model_at_end=False)),
+    Couple(("eval_strategy",), _strategies_differ, lambda values: {"save_strategy": values["eval_strategy"]}),
+    Couple(("save_strategy",), _strategies_differ, lambda values: {"eval_strategy": values["save_strategy"]}),
+    Couple(("eval_steps", "save_steps"), _steps_differ, _set(load_best_model_at_end=False)),
+    Couple(("eval_steps",), _steps_differ, lambda values: {"save_steps": values["eval_steps"]}),
+    Couple(("save_steps",), _steps_differ, lambda values: {"eval_steps": values["save_steps"]}),
+    Couple(("metric_for_best_model",), _always, _drop("greater_is_better"), if_changed=True),
+    # PEFT and quantisation.
+    Couple(("use_peft",), _is_off("use_peft"), _drop(*OF_LORA, *OF_4_BIT, "load_in_8bit")),
+    Couple(("load_in_8bit",), _is_on("load_in_8bit"), _drop(*OF_4_BIT)),
+    Couple(("load_in_4bit",), _is_on("load_in_4bit"), _drop("load_in_8bit")),
+    Couple(("load_in_4bit",), _is_off("load_in_4bit"), _drop(*OF_4_BIT[1:])),
+    # Precision.
+    Couple(("fp16",), _is_on("fp16"), _set(bf16=False)),
+    Couple(("bf16",), _is_on("bf16"), _set(fp16=False)),
+    Couple(
+        ("fp16",),
+        lambda values: bool(values["fp16"]) and values.get("dtype") == "bfloat16",
+        _set(dtype="float16"),
+    ),
+    # The length of the run.
+    Couple(("num_train_epochs",), lambda values: (values.get("max_steps") or -1) > 0, _drop("max_steps")),
+    # A schedule, an optimizer or a loss, and its own settings.
+    Couple(("lr_scheduler_type",), _always, _drop("lr_scheduler_kwargs"), if_changed=True),
+    Couple(("optim",), _always, _drop("optim_args", "optim_target_modules"), if_changed=True),
+    Couple(("loss_type",), _always, _drop("loss_weights"), if_changed=True),
+    # The reference.
+    Couple(("sync_ref_model",), _is_on("sync_ref_model"), _set(precompute_ref_log_probs=False)),
+    Couple(("precompute_ref_log_probs",), _is_on("precompute_ref_log_probs"), _set(sync_ref_model=False)),
+    # Data.
+    Couple(
+        ("dataset_name",),
+        _always,
+        _drop("dataset_config", "dataset_train_split", "dataset_test_split"),
+        if_changed=True,
+    ),
+    Couple(("dataset_streaming",), _is_on("dataset_streaming"), _set(precompute_ref_log_probs=False)),
+    Couple(("eval_fraction",), lambda values: values["eval_fraction"] is not None, _drop("dataset_test_split")),
+)
+
+
+def yield_defaults(layers: Sequence[tuple[str, Values]]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Merges layers; where a stronger one contradicts a weaker one's defaults, these yield.
+
+    Two settings of one layer that contradict each other are left as they are: an error later on.
+
+    Args:
+        layers: name and values of each, the weakest first.
+
+    Returns:
+        The values; the layer that each comes from; a sentence for each couple that yielded.
+    """
+    values: dict[str, Any] = {}
+    ranks: dict[str, int] = {}
+    origins: dict[str, str] = {}
+    changed: set[str] = set()
+    for rank, (layer, layer_values) in enumerate(layers):
+        changed |= {name for name, value in layer_values.items() if name not in values or values[name] != value}
+        changed -= {name for name, value in layer_values.items() if name in values and values[name] == value}
+        values |= layer_values
+        ranks |= dict.fromkeys(layer_values, rank)
+        origins |= dict.fromkeys(layer_values, layer)
+    notes = []
+    for couple in COUPLES:
+        if not all(flag in values for flag in couple.flags) or not couple.clashes(values):
+            continue
+        if couple.if_changed and not changed.issuperset(couple.flags):
+            continue
+        rank = min(ranks[flag] for flag in couple.flags)
+        changes = {
+            name: value
+            for name, value in couple.yields(values).items()
+            if name in values and ranks[name] < rank and values[name] != value
+        }
+        for name, value in changes.items():
+            del values[name], ranks[name], origins[name]
+            if value is not DEFAULT:
+                values[name], ranks[name] = value, rank
+                origins[name] = origins[couple.flags[0]]
+        if changes:
+            kept = " and ".join(f"{flag} {_show(values[flag])}" for flag in couple.flags)
+            others = ", ".join(f"{name} {_show(value)}" for name, value in changes.items())
+            notes.append(f"{kept} ({origins[couple.flags[0]]}) changes defaults that depend on it: {others}")
+    return values, origins, notes
+
+
+def _show(value: Any) -> str:
+    if value is DEFAULT:
+        return "left out"
+    value = getattr(value, "value", value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
