@@ -63,9 +63,15 @@ def test_words_that_are_no_command_are_one_message(words, says):
         facts(words, {})
 
 
-def test_a_recipe_whose_folder_cannot_be_read_must_be_told_one(tmp_path):
+def test_a_recipe_may_compute_its_defaults(tmp_path):
     recipe = tmp_path / "computed.py"
-    recipe.write_text("import os\nDEFAULTS = {'output_dir': os.environ['HOME']}\n")
+    recipe.write_text("import os\nDEFAULTS = {'output_dir': os.path.join('runs', 'x')}\n")
+    assert facts([str(recipe)], {})["run"] == "runs/x"
+
+
+def test_a_recipe_without_a_folder_must_be_told_one(tmp_path):
+    recipe = tmp_path / "none.py"
+    recipe.write_text("DEFAULTS = {}\n")
     with pytest.raises(SettingsError, match="where the run will be"):
         facts([str(recipe)], {})
     assert facts([str(recipe), "--output_dir", "x"], {})["run"] == "x"

@@ -8,7 +8,8 @@ from conftest import ROOT
 from planning import ask
 
 from dpokit.errors import SettingsError
-from dpokit.plan.request import find_recipe, load_asked, load_defaults
+from dpokit.plan.request import load_asked
+from dpokit.settings.layers import find_recipe, read_defaults
 
 
 @pytest.fixture
@@ -75,10 +76,10 @@ def test_a_script_without_defaults_is_no_recipe(text, tmp_path):
     path = tmp_path / "r.py"
     path.write_text(text)
     with pytest.raises(SettingsError, match="is no recipe"):
-        load_defaults(path)
+        read_defaults(path)
 
 
 def test_a_recipe_is_read_and_not_run(tmp_path):
     path = tmp_path / "r.py"
     path.write_text("DEFAULTS = {'a': 1}\nif __name__ == '__main__':\n    raise RuntimeError\n")
-    assert load_defaults(path) == {"a": 1}
+    assert read_defaults(path) == {"a": 1}

@@ -3,7 +3,6 @@
 `python -m dpokit.cluster.command WORDS` is what launch/train.sbatch asks before it launches; it answers in shell.
 """
 
-import ast
 import os
 import shlex
 import sys
@@ -12,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dpokit.cluster.status import Status, read_status
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.rundir import RunDir
+from dpokit.settings.layers import read_defaults, read_yaml
 
 # Below the ports that a system hands out by itself, above those of known services.
 FIRST_PORT, PORTS = 15000, 15000
@@ -49,20 +47,20 @@ class Command:
         if given is not None:
             return given
         config = _find_flag(self.flags, "config")
-        written = {} if config is None else _read_yaml(Path(config), f"--config {config}")
-        return written[name] if name in written else _read_default(self.recipe, name)
+        written = {} if config is None else read_yaml(config, "--config")
+        return written[name] if name in written else read_defaults(self.recipe).get(name)
 
     def is_set(self, name: str) -> bool:
         """Whether a switch is on, in whichever layer."""
         return str(self.find_setting(name)).lower() in ("true", "yes", "t", "y", "1")
 
     def run_folder(self) -> RunDir:
-        """The folder the run will have. Raises: SettingsError where nothing that can be read without torch names it."""
+        """The folder the run will have. Raises: SettingsError where no layer names it."""
         folder = self.find_setting("output_dir")
         if not folder:
             raise SettingsError(
                 f"neither the command line nor {self.recipe} says where the run will be",
-                expected="an output_dir as plain text: the job must find the run folder again",
+                expected="an output_dir: the job must find the run folder again",
                 do="add --output_dir runs/NAME behind the recipe",
             )
         return RunDir(str(folder))
@@ -121,7 +119,7 @@ def find_processes(command: Command, *, nodes: int, environment: Mapping[str, st
 def read_placement(command: Command) -> dict[str, Any]:
     """The placement's file; empty without one. Raises: SettingsError where it cannot be read."""
     name = command.find_launcher_flag("config_file")
-    return {} if name is None else _read_yaml(Path(name), f"--config_file {name}")
+    return {} if name is None else read_yaml(name, "--config_file")
 
 
 def launcher_words(command: Command, *, nodes: int, address: str, environment: Mapping[str, str]) -> list[str]:
@@ -215,33 +213,6 @@ def _find_flag(words: Sequence[str], name: str) -> str | None:
         if flag.startswith("--") and flag[2:].replace("-", "_") == name:
             found = value if has_value else "true" if after.startswith("--") else after
     return found
-
-
-def _read_yaml(path: Path, seen: str) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text())
-        trouble = "" if isinstance(values, dict) else "it holds no settings"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        values, trouble = None, str(error)
-    if not isinstance(values, dict):
-        raise SettingsError(f"{seen}: {trouble}", expected="a YAML file of settings", do="correct the path or the file")
-    return values
-
-
-def _read_default(recipe: Path, name: str) -> Any:
-    """A value of the recipe's `DEFAULTS` that stands there as a literal; None otherwise. Nothing is run."""
-    try:
-        tree = ast.parse(recipe.read_text())
-    except (OSError, ValueError, SyntaxError) as error:
-        raise SettingsError(f"{recipe}: {error}", expected="a recipe", do="correct the file") from error
-    for node in tree.body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        value = getattr(node, "value", None)
-        if isinstance(target, ast.Name) and target.id == "DEFAULTS" and isinstance(value, ast.Dict):
-            for key, entry in zip(value.keys, value.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == name:
-                    return entry.value if isinstance(entry, ast.Constant) else None
-    return None
 
 
 def main() -> None:

@@ -101,14 +101,14 @@ def run_check(folder: Path) -> None:
 
     from dpokit.model.load import build_peft_config, load_policy, load_reference, load_tokenizer
     from dpokit.model.reference import decide_reference
-    from dpokit.plan.request import load_defaults
+    from dpokit.settings.layers import read_defaults
     from dpokit.settings.load import load_settings
     from dpokit.train.dpo_trainer import PairTrainer
 
     prefer_to_be_killed()
     job = json.loads((folder / "job.json").read_text())
     recipe = Path(job["recipe"])
-    defaults = load_defaults(recipe)
+    defaults = read_defaults(recipe)
     asked = load_settings(str(recipe), defaults, job["flags"])
     decide_reference(asked)
     first = asked.training

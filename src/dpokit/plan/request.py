@@ -1,20 +1,18 @@
 """What is planned: a recipe's settings, for the devices of the plan and not for the machine that makes it."""
 
 import copy
-import runpy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dpokit.errors import SettingsError
 from dpokit.model.reference import decide_reference
 from dpokit.plan.target import Target, find_target, parse_gpus
-from dpokit.settings.flags import FlagParser, split_kind
-from dpokit.settings.load import Settings, load_settings
+from dpokit.settings.layers import find_recipe, read_defaults
+from dpokit.settings.load import Settings, load_settings, read_layers
 
 # What the machine decides or forbids; for GPUs that are not here, the plan decides it instead.
 OF_THE_MACHINE = ("use_cpu", "bf16", "fp16")
@@ -54,7 +52,7 @@ def load_asked(recipe: str, flags: Sequence[str], gpus: str | None) -> Asked:
         MachineError: a precision that this machine lacks, where the plan is for this machine.
     """
     path = find_recipe(recipe)
-    defaults = load_defaults(path)
+    defaults = read_defaults(path)
     given = None if gpus is None else parse_gpus(gpus)
     asked = _find_asked(path, defaults, flags)
     target = given or find_target(on_cpu=bool(asked.get("use_cpu")))
@@ -87,45 +85,5 @@ def _settings_for_gpus(settings: Settings, asked: Mapping[str, Any]) -> Settings
 
 def _find_asked(path: Path, defaults: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
     """What recipe, YAML file and command line say of the machine; the last one wins."""
-    kind, defaults = split_kind(defaults)
-    parser = FlagParser(kind, prog=path.name)
-    layers = [parser.parse_mapping(defaults, f"recipe {path.stem}")]
-    given = parser.parse_layer(flags, "the command line")
-    config = given.pop("config", None)
-    if config is not None and Path(config).is_file():  # that it is one, and holds settings, is checked by load_settings
-        try:
-            written = yaml.safe_load(Path(config).read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            written = None
-        layers.append({k: v for k, v in written.items() if k in OF_THE_MACHINE} if isinstance(written, dict) else {})
-    layers.append(given)
-    return {name: layer[name] for layer in layers for name in OF_THE_MACHINE if name in layer}
-
-
-def find_recipe(recipe: str) -> Path:
-    """The recipe's file. Raises: SettingsError where there is none, naming those there are."""
-    for path in (Path(recipe), Path("recipes") / f"{recipe}.py"):
-        if path.is_file() and path.suffix == ".py":
-            return path
-    there = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "no recipe in ./recipes"
-    raise SettingsError(
-        f"there is no recipe {recipe!r}",
-        expected=f"a recipe's file, or the name of one ({there})",
-        do="dpokit plan recipes/dpo_gpt2.py [--gpus 8x80] [flags]: the recipe comes first",
-    )
-
-
-def load_defaults(path: Path) -> dict[str, Any]:
-    """A recipe's `DEFAULTS`; its main guard does not run. Raises: SettingsError where it has none."""
-    try:
-        found = runpy.run_path(str(path)).get("DEFAULTS")
-        trouble = "" if isinstance(found, dict) else "it has no DEFAULTS"
-    except Exception as error:
-        found, trouble = None, f"{type(error).__name__}: {error}"
-    if not isinstance(found, dict):
-        raise SettingsError(
-            f"{path} is no recipe: {trouble}",
-            expected="a script with a dict DEFAULTS",
-            do="name one of recipes/, or write one like them",
-        )
-    return found
+    _, layers = read_layers(path.stem, defaults, flags)
+    return {name: layer[name] for _, layer in layers for name in OF_THE_MACHINE if name in layer}

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from trl import DPOConfig, ModelConfig, SFTConfig
 
 from dpokit.credentials import HIDDEN, SECRET_SETTING
@@ -26,6 +25,7 @@ from dpokit.rundir import find_model
 from dpokit.settings.bounds import check_bounds
 from dpokit.settings.checks import check_adapter, check_agreement, check_honoured, check_secrets
 from dpokit.settings.flags import KINDS, DataArguments, FlagParser, split_kind
+from dpokit.settings.layers import read_yaml
 from dpokit.settings.yielding import yield_defaults
 from dpokit.torch_build_locks import pass_dead_locks
 
@@ -44,8 +44,6 @@ FROM_RUN = {
     *("per_device_train_batch_size", "per_device_eval_batch_size", "seed", "data_seed", "shared_prefix"),
 }
 PLAIN_NAME = re.compile(r"\w+")  # of an attention; one with a slash is a program on the Hub
-
-YAML_BOOL = "tag:yaml.org,2002:bool"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +101,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
         RunFolderError: the model is a run folder without a trained model.
     """
     name = Path(recipe).stem
-    kind, defaults = split_kind(defaults)
-    parser = FlagParser(kind, prog=f"{name}.py", description=f"Every setting of recipes/{name}.py")
-    layers = [(f"recipe {name}", parser.parse_mapping(defaults, f"recipe {name}"))]
-    given = parser.parse_layer(argv, "the command line")
-    config_file = given.pop("config", None)
-    if config_file is not None:
-        layers.append((Path(config_file).name, parser.parse_mapping(read_yaml(config_file, "--config"), config_file)))
-    layers.append(("command line", given))
-
+    kind, layers = read_layers(name, defaults, argv)
     values, origins, notes = yield_defaults(layers)
     origins |= {} if kind == "dpo" else {"kind": f"recipe {name}"}
     check_secrets(values, origins)
@@ -139,6 +129,23 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
     return Settings(name, data, training, model, origins, kind, notes)
 
 
+def read_layers(
+    recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]
+) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """The recipe's kind, and each layer's name and values, the weakest first: recipe, YAML file, command line.
+
+    Raises: SettingsError for a name or a value that no parser knows, in whichever layer.
+    """
+    kind, defaults = split_kind(defaults)
+    parser = FlagParser(kind, prog=f"{recipe}.py", description=f"Every setting of recipes/{recipe}.py")
+    layers = [(f"recipe {recipe}", parser.parse_mapping(defaults, f"recipe {recipe}"))]
+    given = parser.parse_layer(argv, "the command line")
+    config_file = given.pop("config", None)
+    if config_file is not None:
+        layers.append((Path(config_file).name, parser.parse_mapping(read_yaml(config_file, "--config"), config_file)))
+    return kind, [*layers, ("command line", given)]
+
+
 def read_asked(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that describe its model, pairs and loss, as defaults for a verb that trains nothing.
 
@@ -155,44 +162,6 @@ def read_asked(record: Mapping[str, Any]) -> dict[str, Any]:
     if not PLAIN_NAME.fullmatch(str(asked.get("attn_implementation"))):
         del asked["attn_implementation"]
     return asked | {"output_dir": "unused", "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """Numbers and words of YAML 1.2: 5e-5 is a float without a dot, too, and `eval_strategy: no` a word.
-
-    Flags that are true or false take yes and no all the same. A name that stands twice is an error.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            name = str(key.value)
-            if name in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{name} is set twice", key.start_mark)
-            seen.add(name)
-        return super().construct_mapping(node, deep)
-
-
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-_YamlLoader.yaml_implicit_resolvers |= {
-    letter: [(tag, words) for tag, words in _YamlLoader.yaml_implicit_resolvers[letter] if tag != YAML_BOOL]
-    for letter in "yYnN"
-}
-
-
-def read_yaml(path: str, flag: str) -> dict[str, Any]:
-    """A mapping in YAML. Raises: SettingsError where the file cannot be read, or holds none."""
-    try:
-        values = yaml.load(Path(path).read_text(), _YamlLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise SettingsError(
-            f"{flag} {path}: {error}", expected="a YAML file of settings", do="correct the path or the file"
-        ) from error
-    if not isinstance(values, dict):
-        raise SettingsError(f"{flag} {path} holds no settings", expected="lines of name: value", do="fill the file")
-    return values
 
 
 def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:

@@ -13,9 +13,8 @@ from transformers.hf_argparser import string_to_bool
 
 from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
-from dpokit.plan.request import find_recipe, load_defaults
 from dpokit.settings.flags import FlagParser, split_kind
-from dpokit.settings.load import read_yaml
+from dpokit.settings.layers import find_recipe, read_defaults, read_yaml
 
 SEARCHES = ("grid", "listed", "random", "tpe")
 KEYS = {
@@ -133,7 +132,7 @@ def load_space(path: Path) -> Space:
     if not isinstance(raw.get("recipe"), str):
         _refuse(path, "it names no recipe", "recipe: recipes/dpo_gpt2.py", "add it")
     recipe = find_recipe(raw["recipe"])
-    defaults = load_defaults(recipe)
+    defaults = read_defaults(recipe)
     parameters = _read_parameters(path, raw.get("parameters") or {})
     configurations = raw.get("configurations") or []
     search = raw.get("search") or ("listed" if configurations else "grid")

@@ -60,13 +60,13 @@ def prepare(
     Every other flag is a training flag; give those of the run: dpokit prepare recipes/dpo_gpt2.py --max_length 512.
     """
     with redirect_stdout(sys.stderr):
-        from dpokit.plan.request import find_recipe, load_defaults
         from dpokit.run import prepare as prepare_run
+        from dpokit.settings.layers import find_recipe, read_defaults
         from dpokit.story import user_errors
 
         with user_errors():
             path = find_recipe(recipe)
-            record = prepare_run(str(path), load_defaults(path), context.args)
+            record = prepare_run(str(path), read_defaults(path), context.args)
     if as_json:
         echo(json.dumps(record, indent=2))
 
@@ -104,7 +104,8 @@ def submit(
         from dpokit.story import user_errors
 
         quiet_dependencies()
-        from dpokit.plan.request import find_recipe, load_asked
+        from dpokit.plan.request import load_asked
+        from dpokit.settings.layers import find_recipe
 
         with user_errors():
             job = Job(
