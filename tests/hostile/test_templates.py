@@ -1,12 +1,15 @@
 """Chat templates that a model may bring: programs in Jinja that have no end, fail, or want out of their box."""
 
+import json
 import time
 
 import pytest
 
 from dpokit.data import template_box
+from dpokit.data.prepare import prepare_data
 from dpokit.data.tokens import Renderer
-from dpokit.errors import ModelError
+from dpokit.errors import DataError, ModelError
+from dpokit.settings.flags import DataArguments
 
 ROUNDS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc")
 LOOP = ROUNDS + "{% endfor %}" * 3
@@ -58,6 +61,29 @@ def test_a_hostile_template_is_one_message(case, chat_tokenizer, monkeypatch):
         Renderer(chat_tokenizer)
     assert words in str(refusal.value)
     assert "the chat template" in refusal.value.seen
+    assert time.monotonic() - began < MOST_SECONDS
+
+
+# A template that looks harmless until a word stands in a conversation.
+TRIGGERED = {
+    "loops without end": (LOOP, "takes more than 1 s for one conversation"),
+    "a long text": ("{{ 'x' * 2000000 }}", "makes a text of 2,0"),
+}
+
+
+@pytest.mark.parametrize("case", TRIGGERED)
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+def test_a_template_that_waits_for_a_word_is_one_message(case, streaming, chat_tokenizer, monkeypatch, tmp_path):
+    harm, words = TRIGGERED[case]
+    monkeypatch.setattr(template_box, "CONVERSATION_SECONDS", 1.0)
+    trigger = "{% if 'wait' in messages[0].content %}" + harm + "{% endif %}"
+    monkeypatch.setattr(chat_tokenizer, "chat_template", trigger + chat_tokenizer.chat_template)
+    rows = [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in ("go", "wait", "go")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataArguments(dataset_name=str(tmp_path / "pairs.jsonl"), dataset_streaming=streaming)
+    began = time.monotonic()
+    with pytest.raises((ModelError, DataError), match=words):
+        list(prepare_data(data, chat_tokenizer, max_length=None, with_eval=False).train)
     assert time.monotonic() - began < MOST_SECONDS
 
 

@@ -1,16 +1,18 @@
 """A chat template is a program that comes with a model: it is tried in a child process with little time and memory.
 
-Jinja's sandbox keeps a template from files and functions, but not from loops and texts without end.
+Jinja's sandbox keeps a template from files and functions, but not from loops and texts without end. Later conversations
+have a limit of time and of letters each; of memory they have none.
 """
 
 import os
 import resource
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Never
+from typing import Any, Never
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,6 +22,8 @@ from dpokit.errors import ModelError
 CPU_SECONDS, MEMORY_BYTES = 3, 2**30
 WAIT_SECONDS = 30.0  # on a busy machine; a child that waits for a lock uses no time of the processor
 MOST_LETTERS = 100_000  # of a rendered probe
+CONVERSATION_SECONDS = 10.0  # of this process's time
+MOST_EXPANSION = 10  # letters of a rendered conversation for each of its own, beside MOST_LETTERS
 
 QUESTION: Messages = [{"role": "user", "content": "probe question"}]
 # A template may refuse the longer ones: not every model has system turns.
@@ -42,11 +46,40 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
     trouble = _run_boxed(render)
     if trouble is not None:
-        raise ModelError(
-            f"the chat template of {tokenizer.name_or_path} {trouble}",
-            expected="a template that renders a conversation in a moment",
-            do="correct chat_template.jinja (or chat_template in tokenizer_config.json), or use another model",
-        )
+        raise _refuse(tokenizer, trouble)
+
+
+def render_in_bounds(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
+    """`apply_chat_template`'s text. Raises: ModelError where the template takes too long or writes too much.
+
+    Time is bounded in a process's main thread alone, where a timer can interrupt the template.
+    """
+
+    def stop(*_: object) -> Never:
+        raise _refuse(tokenizer, f"takes more than {CONVERSATION_SECONDS:g} s for one conversation")
+
+    is_timed = threading.current_thread() is threading.main_thread()
+    if is_timed:
+        before = signal.signal(signal.SIGVTALRM, stop)
+        signal.setitimer(signal.ITIMER_VIRTUAL, CONVERSATION_SECONDS)
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    finally:
+        if is_timed:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, before)
+    own = sum(len(message["content"]) for message in messages)
+    if len(text) > MOST_LETTERS + MOST_EXPANSION * own:
+        raise _refuse(tokenizer, f"makes a text of {len(text):,} letters of a conversation of {own:,}")
+    return text
+
+
+def _refuse(tokenizer: PreTrainedTokenizerBase, trouble: str) -> ModelError:
+    return ModelError(
+        f"the chat template of {tokenizer.name_or_path} {trouble}",
+        expected="a template that renders a conversation in a moment",
+        do="correct chat_template.jinja (or chat_template in tokenizer_config.json), or use another model",
+    )
 
 
 def _run_boxed(render: Callable[[Messages], int]) -> str | None:

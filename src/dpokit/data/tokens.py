@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dpokit.data.columns import FEATURES
 from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
-from dpokit.data.template_box import PROBES, check_template
+from dpokit.data.template_box import PROBES, check_template, render_in_bounds
 from dpokit.errors import ModelError
 
 Ids = list[int]
@@ -103,10 +103,7 @@ class Renderer:
         return lead, after[: min(ends)[0]] + min(ends)[1] if ends else self.eos
 
     def _apply(self, messages: Messages, *, open_turn: bool, template: str | None = None) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=open_turn
-        )
-        return str(text)
+        return render_in_bounds(self.tokenizer, messages, chat_template=template, add_generation_prompt=open_turn)
 
     def _probe_spaces(self) -> bool:
         """Whether the tokenizer writes a space before every text that stands alone, as SentencePiece does."""
