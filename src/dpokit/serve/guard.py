@@ -121,6 +121,8 @@ class Guard:
         finally:
             self._at_once[address] -= 1
             if not self._at_once[address]:
+                del self._at_once[address]  # addresses are many
+            if not self._at_once[address]:
                 del self._at_once[address]
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send, address: str) -> None:
