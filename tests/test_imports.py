@@ -22,7 +22,7 @@ FLOORS = [
     {"card"},
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
-    {"settings", "rundir", "distributed", "errors", "console", "untrained_loss", "torch_build_locks"}
+    {"settings", "rundir", "distributed", "errors", "console", "metrics", "untrained_loss", "torch_build_locks"}
     | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console"},
 ]
 LIGHT = ("report", "card", "cluster", "figures", "data.formats", "quickstart.grammar", "rundir", "errors")

@@ -10,17 +10,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from dpokit.card.escape import last_name
 from dpokit.card.front_matter import is_hub_id, is_on_disk
 from dpokit.errors import SettingsError
+from dpokit.metrics import list_results
 from dpokit.report.read import Run, finite, mapping, read_object
 from dpokit.rundir import RunDir
 
 Weights = Literal["model", "adapter", "both"]
-# metric in eval/pairs.json -> type and name in the model-index
-RESULTS = {
-    "accuracy": ("accuracy", "Reward accuracy"),
-    "margin": ("reward_margin", "Reward margin"),
-    "loss": ("dpo_loss", "DPO loss"),
-    "kl_per_token": ("kl_per_token", "KL from the base per token"),
-}
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ def _list_results(run: Run, lineage: Lineage) -> list[EvalResult]:
         return []
     source, split = lineage.measured_on
     results = []
-    for key, (kind, name) in RESULTS.items():
+    for key, (kind, name) in list_results().items():
         found: dict[str, Any] = mapping(tuned.get(key))
         value, low, high = (finite(found.get(part)) for part in ("value", "low", "high"))
         if value is None:

@@ -7,22 +7,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from dpokit.metrics import MEASURED
 from dpokit.safe_console import SafeConsole
-
-SHARES = {"accuracy", "ranking_accuracy", "ranking_accuracy_per_token"}
-TITLES = {
-    "loss": "DPO loss",
-    "accuracy": "reward accuracy",
-    "margin": "reward margin",
-    "rewards/chosen": "reward, chosen",
-    "rewards/rejected": "reward, rejected",
-    "ranking_accuracy": "ranking accuracy",
-    "ranking_accuracy_per_token": "  by the token",
-    "logps/chosen": "log-prob, chosen",
-    "logps/rejected": "log-prob, rejected",
-    "logps_per_token/chosen": "  of a chosen token",
-    "kl_per_token": "KL from base, a token",
-}
 
 
 def print_evaluation(record: Mapping[str, Any]) -> None:
@@ -36,13 +22,13 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
         table.add_column(side, justify="right", no_wrap=True)
     if base:
         table.add_column("p", justify="right", no_wrap=True)
-    for name, title in TITLES.items():
+    for name, measure in MEASURED.items():
         if name not in tuned:
             continue
         cells = [escape(_cell(name, side.get(name))) for side in ((base, tuned) if base else (tuned,))]
         p = record["difference"].get(name, {}).get("p") if base else None
         shown = [] if not base else ["<.001" if p < 0.001 else f"{p:.3f}"] if p is not None and name != "loss" else [""]
-        table.add_row(title, *cells, *shown)
+        table.add_row(measure.title, *cells, *shown)
     console.print(table)
     if "kl_per_token" in tuned:
         console.print(f"KL was measured on {tuned['kl_per_token']['pairs']:,} of the pairs")
@@ -82,7 +68,7 @@ def _build_answers(answers: Mapping[str, Any]) -> Table:
 def _cell(name: str, value: Mapping[str, Any] | None) -> str:
     if value is None or value["value"] is None:
         return ""
-    share = name in SHARES
+    share = name in MEASURED and MEASURED[name].is_share
     numbers = [100 * value[key] if share else value[key] for key in ("value", "low", "high") if key in value]
     digits = 1 if share or abs(numbers[0]) >= 10 else 3
     middle, *ends = (f"{number:.{digits}f}" for number in numbers)

@@ -4,25 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpokit.figures import MOST_RAW_LINES, Figure, Line, is_wide
+from dpokit.metrics import EVAL, FIGURES, list_figure
 from dpokit.report.read import Run
 from dpokit.untrained_loss import LN_2, find_untrained_loss
-
-# key, title, metrics with their labels (`eval_` is put before each for the evaluations)
-FIGURES: Sequence[tuple[str, str, dict[str, str]]] = (
-    ("loss", "Loss", {"loss": ""}),
-    ("margins", "Reward margin", {"rewards/margins": ""}),
-    ("accuracies", "Accuracy", {"rewards/accuracies": ""}),
-    ("rewards", "Rewards", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    ("logps", "Log-probs of answers", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-    ("learning_rate", "Learning rate", {"learning_rate": ""}),
-    ("grad_norm", "Gradient norm", {"grad_norm": ""}),
-    ("throughput", "Tokens per second", {"tokens_per_second": ""}),
-    ("gpu_power", "GPU power, W", {"gpu_power_watts": ""}),
-    ("gpu_memory", "GPU memory, GiB", {"gpu_memory_gib": ""}),
-    ("gpu_utilisation", "GPU utilisation, %", {"gpu_utilisation_percent": ""}),
-)
-MAY_BE_LOG = ("grad_norm",)
-EXACT = ("learning_rate",)  # it follows a formula: a mean would bend its ends
 
 
 def build_figures(runs: Sequence[Run]) -> list[Figure]:
@@ -65,12 +49,13 @@ def explain_figures(runs: Sequence[Run]) -> str:
 def _of_one(run: Run) -> list[Figure]:
     restarts = [(start.get("resumed_step") or 0, None) for start in run.starts[1:]]
     figures = []
-    for key, title, metrics in FIGURES:
-        lines = []
-        for number, (metric, label) in enumerate(metrics.items()):
+    for key, title in FIGURES.items():
+        lines, metrics = [], list_figure(key)
+        for number, metric in enumerate(metrics):
             beside = len(metrics) > 1  # then colour tells chosen from rejected, and dots tell an evaluation
-            lines += _line(run, metric, _words(label, "training"), number, noisy=key not in EXACT)
-            lines += _line(run, f"eval_{metric}", _words(label, "evaluation"), number if beside else 1, dots=True)
+            lines += _line(run, metric.name, _words(metric.line, "training"), number, noisy=not metric.exact)
+            evaluated = _words(metric.line, "evaluation")
+            lines += _line(run, EVAL + metric.name, evaluated, number if beside else 1, dots=True)
         figures += _figure(key, title, lines, [run], restarts=restarts)
     return figures
 
@@ -78,24 +63,24 @@ def _of_one(run: Run) -> list[Figure]:
 def _of_several(runs: Sequence[Run]) -> list[Figure]:
     figures = []
     restarts = [(start.get("resumed_step") or 0, at) for at, run in enumerate(runs) for start in run.starts[1:]]
-    for key, title, metrics in FIGURES:
-        for metric, label in metrics.items():
-            for prefix in ("", "eval_"):
-                kind = ("evaluation" if prefix else "training") if _has(runs, f"eval_{metric}") else ""
+    for key, title in FIGURES.items():
+        for metric in list_figure(key):
+            for prefix in ("", EVAL):
+                kind = ("evaluation" if prefix else "training") if _has(runs, EVAL + metric.name) else ""
                 lines = [
                     line
                     for at, run in enumerate(runs)
                     for line in _line(
                         run,
-                        prefix + metric,
+                        prefix + metric.name,
                         name_line(at, run.name),
                         at,
                         dots=bool(prefix),
-                        noisy=not prefix and key not in EXACT,
+                        noisy=not prefix and not metric.exact,
                     )
                 ]
-                name = "-".join(filter(None, (prefix.rstrip("_"), key, label)))
-                words = _words(title, label, kind)
+                name = "-".join(filter(None, (prefix.rstrip("_"), key, metric.line)))
+                words = _words(title, metric.line, kind)
                 figures += _figure(name, words, lines, runs, restarts=restarts)
     return figures
 
@@ -121,7 +106,7 @@ def _figure(key: str, title: str, lines: list[Line], runs: Sequence[Run], **more
         level, level_label = only or (None, "")
     elif title.startswith("Accuracy"):
         level, level_label = 0.5, "chance"
-    log = key in MAY_BE_LOG and all(is_wide(line.values) for line in lines)
+    log = any(metric.scale == "log" for metric in list_figure(key)) and all(is_wide(line.values) for line in lines)
     return [Figure(key, title + (", log" if log else ""), lines, level, level_label, log=log, **more)]
 
 

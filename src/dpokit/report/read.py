@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.errors import RunFolderError
+from dpokit.metrics import is_lower_better
 from dpokit.report.votes import is_between
 from dpokit.rundir import RunDir
 
@@ -77,11 +78,6 @@ class Run:
     def metric_names(self) -> set[str]:
         """Metrics with a finite value."""
         return {n for r in self.metrics for n, v in r.items() if n not in ("step", "seconds") and finite(v) is not None}
-
-
-def is_lower_better(metric: str) -> bool:
-    """As transformers has it: losses are to fall; so are times, and what is wasted. Everything else is to rise."""
-    return metric.endswith(("loss", "_seconds", "_runtime", "grad_norm", "wasted_positions"))
 
 
 def finite(value: object) -> float | None:

@@ -6,22 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpokit.metrics import is_lower_better, list_report_columns
 from dpokit.report.curves import letter
-from dpokit.report.read import EVAL_LOSS, Run, finite, is_lower_better, mapping
+from dpokit.report.read import EVAL_LOSS, Run, finite, mapping
 from dpokit.report.votes import CHOICES, count_votes
 
-# TRL users know these columns, in this order.
-EVALUATION_COLUMNS = {
-    "eval_loss": "validation loss",
-    "eval_rewards/chosen": "rewards/chosen",
-    "eval_rewards/rejected": "rewards/rejected",
-    "eval_rewards/accuracies": "rewards/accuracies",
-    "eval_rewards/margins": "rewards/margins",
-    "eval_logps/chosen": "logps/chosen",
-    "eval_logps/rejected": "logps/rejected",
-    "eval_logits/chosen": "logits/chosen",
-    "eval_logits/rejected": "logits/rejected",
-}
 MOST_EVALUATIONS = 200
 # They differ between any two runs, and no result depends on them.
 NAMES_OF_RUN = {"output_dir", "run_name", "logging_dir"}
@@ -91,7 +80,7 @@ def text_of(value: object) -> str:
 
 def list_evaluations(run: Run, metric: str = EVAL_LOSS) -> Table | None:
     """The table that TRL's users know: a row for each evaluation. None without any."""
-    columns = {name: title for name, title in EVALUATION_COLUMNS.items() if run.series(name)[0]}
+    columns = {name: title for name, title in list_report_columns().items() if run.series(name)[0]}
     rows, steps, loss = [], [], MISSING
     for record in run.metrics:
         loss = number(record["loss"]) if "loss" in record else loss

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from dpokit.errors import SettingsError
+from dpokit.metrics import is_lower_better
 from dpokit.report.curves import find_start_loss, letter
-from dpokit.report.read import EVAL_LOSS, Run, is_lower_better, mapping
+from dpokit.report.read import EVAL_LOSS, Run, mapping
 
 
 def judge(run: Run, metric: str = EVAL_LOSS) -> str:

@@ -13,8 +13,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from dpokit.console import say
 from dpokit.errors import DpokitError
+from dpokit.metrics import is_lower_better
 from dpokit.report.page import write_report
-from dpokit.report.read import is_lower_better
 from dpokit.rundir import RunDir, write_json, write_whole
 from dpokit.sweep.space import Space
 from dpokit.sweep.study import SETTINGS, WHY, Search

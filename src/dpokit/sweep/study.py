@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.report.read import is_lower_better
+from dpokit.metrics import is_lower_better
 from dpokit.rundir import write_json
 from dpokit.sweep.space import Range, Space
 

@@ -23,7 +23,8 @@ import yaml
 from dpokit import errors
 from dpokit.checkpoint.preempt import choose_signals
 from dpokit.interpreter import PYTHON
-from dpokit.report.read import finite, is_lower_better
+from dpokit.metrics import is_lower_better
+from dpokit.report.read import finite
 from dpokit.rundir import RunDir
 from dpokit.sweep.space import Space
 

@@ -12,17 +12,10 @@ from dpokit.checkpoint.preempt import EvaluationCut, Notice
 from dpokit.console import is_progress_hidden, say, track_progress
 from dpokit.distributed.placement import find_placement
 from dpokit.interrupts import Preempted
+from dpokit.metrics import list_screen_columns
 from dpokit.rundir import MetricsFile, RunDir
 from dpokit.train.saving import describe_run
 from dpokit.train.steps import StepTrainer
-
-PAIR_COLUMNS = {
-    "eval_loss": "eval loss",
-    "eval_rewards/accuracies": "accuracy",
-    "eval_rewards/margins": "margin",
-    "eval_logps/chosen": "logps chosen",
-}
-ANSWER_COLUMNS = {"eval_loss": "eval loss", "eval_mean_token_accuracy": "tokens right"}
 
 
 class EpochCallback(TrainerCallback):
@@ -186,7 +179,7 @@ class ScreenCallback(TrainerCallback):
                 text = ", ".join(f"{name} {value}" for name, value in shown.items())
                 say(f"training: step {state.global_step:,} of {state.max_steps:,}, {text}")
         if "eval_loss" in logs:
-            columns = PAIR_COLUMNS if "eval_rewards/margins" in logs else ANSWER_COLUMNS
+            columns = list_screen_columns("dpo" if "eval_rewards/margins" in logs else "sft")
             if not self.header_shown:
                 titles = ["step", "train loss", *columns.values()]
                 say("".join(f"{title:>14}" for title in titles))

@@ -11,15 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, get_scheduler
 
 from dpokit.errors import SettingsError
+from dpokit.metrics import TIMES, list_evaluated
 from dpokit.settings.load import Settings
 
 COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
-TIMES = ("runtime", "samples_per_second", "steps_per_second")
-OF_ANSWERS = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "aux_loss", *TIMES)
-OF_PAIRS = (
-    *("logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected"),
-    *("rewards/accuracies", "rewards/chosen", "rewards/margins", "rewards/rejected"),
-)
 STEPS = 10  # of the schedule that is tried
 
 
@@ -91,7 +86,7 @@ def check_metric(name: str | None, kind: str) -> None:
         name: of `--metric_for_best_model`, with `eval_` or without.
         kind: `dpo` or `sft`.
     """
-    known = (*OF_ANSWERS, *OF_PAIRS) if kind == "dpo" else OF_ANSWERS
+    known = list_evaluated(kind)
     if name is not None and name.removeprefix("eval_") not in known:
         raise SettingsError(
             f"metric_for_best_model is {name}, which no evaluation has",

@@ -1,0 +1,216 @@
+"""Every number that a run logs or an evaluation measures: its meaning, and where it is shown. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+EVAL = "eval_"  # before the name of a logged metric of an evaluation
+BOTH, PAIRS = ("dpo", "sft"), ("dpo",)
+
+# Key and title of each figure of a report, in their order.
+FIGURES = {
+    "loss": "Loss",
+    "margins": "Reward margin",
+    "accuracies": "Accuracy",
+    "rewards": "Rewards",
+    "logps": "Log-probs of answers",
+    "learning_rate": "Learning rate",
+    "grad_norm": "Gradient norm",
+    "throughput": "Tokens per second",
+    "gpu_power": "GPU power, W",
+    "gpu_memory": "GPU memory, GiB",
+    "gpu_utilisation": "GPU utilisation, %",
+}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A logged number.
+
+    Attributes:
+        name: in metrics.jsonl and on trackers.
+        meaning: a sentence.
+        better: `up` or `down`; "" where neither is better.
+        evaluated: the kinds of recipe whose evaluations have it, as `eval_` and the name.
+        figure: the key of its figure; "" where none shows it.
+        line: its label there, beside others of the figure.
+        column: its header in the report's table of evaluations; "" where it has none.
+        screen: its header in the lines of evaluations that training prints, by the kind of recipe.
+        scale: `log` where values that span decades are drawn so.
+        exact: drawn as it is, without a running mean: it follows a formula.
+    """
+
+    name: str
+    meaning: str
+    better: str = ""
+    evaluated: Sequence[str] = ()
+    figure: str = ""
+    line: str = ""
+    column: str = ""
+    screen: Mapping[str, str] = field(default_factory=dict)
+    scale: str = ""
+    exact: bool = False
+
+
+LOGGED: list[Metric] = [
+    Metric(
+        "loss",
+        "Mean loss of the pairs, or of the answers' tokens in supervised training.",
+        better="down",
+        evaluated=BOTH,
+        figure="loss",
+        column="validation loss",
+        screen={"dpo": "eval loss", "sft": "eval loss"},
+    ),
+    Metric(
+        "rewards/chosen",
+        "Mean implicit reward of chosen answers: beta times their log-prob above the reference's.",
+        better="up",
+        evaluated=PAIRS,
+        figure="rewards",
+        line="chosen",
+        column="rewards/chosen",
+    ),
+    Metric(
+        "rewards/rejected",
+        "Mean implicit reward of rejected answers.",
+        evaluated=PAIRS,
+        figure="rewards",
+        line="rejected",
+        column="rewards/rejected",
+    ),
+    Metric(
+        "rewards/accuracies",
+        "Share of pairs whose chosen answer has the higher reward.",
+        better="up",
+        evaluated=PAIRS,
+        figure="accuracies",
+        column="rewards/accuracies",
+        screen={"dpo": "accuracy"},
+    ),
+    Metric(
+        "rewards/margins",
+        "Mean difference of the rewards of chosen and rejected answers.",
+        better="up",
+        evaluated=PAIRS,
+        figure="margins",
+        column="rewards/margins",
+        screen={"dpo": "margin"},
+    ),
+    Metric(
+        "logps/chosen",
+        "Mean log-prob of chosen answers, in nats.",
+        better="up",
+        evaluated=PAIRS,
+        figure="logps",
+        line="chosen",
+        column="logps/chosen",
+        screen={"dpo": "logps chosen"},
+    ),
+    Metric(
+        "logps/rejected",
+        "Mean log-prob of rejected answers, in nats.",
+        evaluated=PAIRS,
+        figure="logps",
+        line="rejected",
+        column="logps/rejected",
+    ),
+    Metric("logits/chosen", "Mean logit of chosen answers' tokens.", evaluated=PAIRS, column="logits/chosen"),
+    Metric("logits/rejected", "Mean logit of rejected answers' tokens.", evaluated=PAIRS, column="logits/rejected"),
+    Metric("entropy", "Mean entropy of the next token, in nats.", evaluated=BOTH),
+    Metric(
+        "mean_token_accuracy",
+        "Share of answer tokens that are the most probable ones.",
+        better="up",
+        evaluated=BOTH,
+        screen={"sft": "tokens right"},
+    ),
+    Metric("aux_loss", "Mean load-balancing loss of a mixture of experts.", better="down", evaluated=BOTH),
+    Metric("num_tokens", "Tokens seen so far.", evaluated=BOTH),
+    Metric("wasted_positions", "Share of positions that are padding.", better="down"),
+    Metric("epoch", "Passes over the data so far."),
+    Metric("learning_rate", "Learning rate of the step.", figure="learning_rate", exact=True),
+    Metric("grad_norm", "Norm of the gradient before it is clipped.", better="down", figure="grad_norm", scale="log"),
+    Metric("tokens_per_second", "Tokens trained per second on all devices.", better="up", figure="throughput"),
+    Metric("gpu_power_watts", "Mean power of rank 0's GPU, in watts.", figure="gpu_power"),
+    Metric("gpu_memory_gib", "Most memory in use on rank 0's GPU, in GiB.", figure="gpu_memory"),
+    Metric("gpu_utilisation_percent", "Mean share of time in which rank 0's GPU worked.", figure="gpu_utilisation"),
+    Metric("save_stall_seconds", "How long a save held up training.", better="down"),
+    Metric("runtime", "Seconds of an evaluation.", better="down", evaluated=BOTH),
+    Metric("samples_per_second", "Rows per second of an evaluation.", better="up", evaluated=BOTH),
+    Metric("steps_per_second", "Batches per second of an evaluation.", better="up", evaluated=BOTH),
+    Metric("train_loss", "Mean loss of the whole run.", better="down"),
+    Metric("train_runtime", "Seconds of the whole run.", better="down"),
+    Metric("train_samples_per_second", "Rows per second of the whole run.", better="up"),
+    Metric("train_steps_per_second", "Steps per second of the whole run.", better="up"),
+    Metric("total_flos", "Floating-point operations of the whole run, as transformers estimates them."),
+]
+TIMES = ("runtime", "samples_per_second", "steps_per_second")
+
+
+def find_metric(name: str) -> Metric | None:
+    """The row of a logged metric, by its name with `eval_` or without; None for one of another library."""
+    rows = {metric.name: metric for metric in LOGGED}
+    return rows.get(name) or rows.get(name.removeprefix(EVAL))
+
+
+def is_lower_better(name: str) -> bool:
+    """Whether less is better. A metric without a row is judged as transformers does: losses and times shall fall."""
+    metric = find_metric(name)
+    if metric is not None:
+        return metric.better == "down"
+    return name.endswith(("loss", "_seconds", "_runtime"))
+
+
+def list_evaluated(kind: str) -> list[str]:
+    """The metrics, without `eval_`, that an evaluation of this kind of recipe has."""
+    return [metric.name for metric in LOGGED if kind in metric.evaluated]
+
+
+def list_screen_columns(kind: str) -> dict[str, str]:
+    """Logged name and header of each column that training prints of an evaluation."""
+    return {EVAL + metric.name: metric.screen[kind] for metric in LOGGED if kind in metric.screen}
+
+
+def list_report_columns() -> dict[str, str]:
+    """Logged name and header of each column of the report's table of evaluations."""
+    return {EVAL + metric.name: metric.column for metric in LOGGED if metric.column}
+
+
+def list_figure(key: str) -> list[Metric]:
+    """The metrics of a figure, in the order of its lines."""
+    return [metric for metric in LOGGED if metric.figure == key]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of `dpokit evaluate`, in eval/pairs.json.
+
+    Attributes:
+        title: on the screen.
+        is_share: shown as a percentage.
+        card: its type and name in a model card's model-index; None where the card leaves it out.
+    """
+
+    title: str
+    is_share: bool = False
+    card: tuple[str, str] | None = None
+
+
+MEASURED = {
+    "loss": Measure("DPO loss", card=("dpo_loss", "DPO loss")),
+    "accuracy": Measure("reward accuracy", is_share=True, card=("accuracy", "Reward accuracy")),
+    "margin": Measure("reward margin", card=("reward_margin", "Reward margin")),
+    "rewards/chosen": Measure("reward, chosen"),
+    "rewards/rejected": Measure("reward, rejected"),
+    "ranking_accuracy": Measure("ranking accuracy", is_share=True),
+    "ranking_accuracy_per_token": Measure("  by the token", is_share=True),
+    "logps/chosen": Measure("log-prob, chosen"),
+    "logps/rejected": Measure("log-prob, rejected"),
+    "logps_per_token/chosen": Measure("  of a chosen token"),
+    "kl_per_token": Measure("KL from base, a token", card=("kl_per_token", "KL from the base per token")),
+}
+
+
+def list_results() -> dict[str, tuple[str, str]]:
+    """Type and name in a card's model-index of each measure that stands there."""
+    return {name: measure.card for name, measure in MEASURED.items() if measure.card is not None}
