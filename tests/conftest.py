@@ -182,5 +182,5 @@ def pairs_file(tmp_path: Path) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The README's table of placements, where their tests were run."""
+    """The table of docs/placements.md, where their tests were run."""
     write_placements(terminalreporter)

@@ -1,4 +1,4 @@
-"""The README's table of placements, made of what test_placements.py saw in this very run."""
+"""The table of docs/placements.md, made of what test_placements.py saw in this very run."""
 
 import os
 from datetime import date
@@ -18,7 +18,7 @@ def write_placements(terminalreporter) -> None:
                 if name == "placement" and (report.when == "call" or outcome == "failed"):
                     seen[tuple(value)] = mark
     if seen:
-        terminalreporter.section("placements, for the README")
+        terminalreporter.section("placements, for docs/placements.md")
         terminalreporter.write_line(render(seen))
 
 

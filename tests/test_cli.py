@@ -9,6 +9,7 @@ import sys
 import pytest
 import typer
 from conftest import ROOT
+from documentation import list_commands
 from run_folders import make_run, make_steps
 
 from dpokit.settings.flags import FlagParser
@@ -53,12 +54,11 @@ def test_a_verb_that_reads_a_run_needs_no_torch(verb, tmp_path):
 
 
 def documented() -> list[list[str]]:
-    lines = (ROOT / "README.md").read_text().splitlines()
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("dpokit ")]
+    return [shlex.split(command, comments=True) for command in list_commands("dpokit ")]
 
 
 @pytest.mark.parametrize("words", documented(), ids=" ".join)
-def test_a_verb_of_the_readme_takes_these_options(words):
+def test_a_documented_verb_takes_these_options(words):
     verb = typer.main.get_command(app).commands[words[1]]
     context = verb.make_context(words[1], words[2:])
     flags = {word.removeprefix("--") for word in context.args if word.startswith("--")}

@@ -60,7 +60,7 @@ def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weigh
 
 @pytest.mark.parametrize("config", [None, *sorted((ROOT / "accelerate_configs").glob("*.yaml"))], ids=str)
 def test_a_placement_leaves_the_launcher_no_default_to_warn_of(config, monkeypatch, tmp_path):
-    """Without one it lists what it took for granted, as the README says."""
+    """Without one it lists what it took for granted, as docs/settings.md says."""
     from accelerate.commands import launch as launcher
 
     told: list[str] = []

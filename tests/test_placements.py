@@ -1,4 +1,6 @@
-"""Every placement trains, evaluates, saves and is reloaded, with the losses of one process. Prints the README's table.
+"""Every placement trains, evaluates, saves and is reloaded, with the losses of one process.
+
+Prints the table of docs/placements.md:
 
     bash launch/test.sh --slow tests/test_placements.py
 

@@ -1,4 +1,4 @@
-"""Every recipe, preset, accelerate config and README command is read; each recipe and preset trains two steps."""
+"""Every recipe, preset, accelerate config and documented command is read; each recipe and preset trains two steps."""
 
 import json
 import re
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
+from documentation import join_lines, read_pages
 
 from dpokit.run import train
 from dpokit.settings.load import load_settings
@@ -98,18 +99,18 @@ def test_an_accelerate_config_is_short_and_read_by_accelerate(config):
     assert len(config.read_text().splitlines()) <= 12
 
 
-def readme_commands() -> list[str]:
-    texts = [(ROOT / "README.md").read_text(), *(recipe.read_text() for recipe in RECIPES)]
-    text = "\n".join(texts).replace("\\\n", " ")
+def documented_commands() -> list[str]:
+    text = "\n".join([read_pages(), *(join_lines(recipe.read_text()) for recipe in RECIPES)])
     found = re.findall(r"^\s*(accelerate launch [^\n#]*recipes/[^\n#]*|bash launch/[^\n#]*)", text, re.M)
     return sorted({command.strip() for command in found})
 
 
-@pytest.mark.parametrize("command", readme_commands())
+@pytest.mark.parametrize("command", documented_commands())
 def test_a_documented_command_names_what_exists(command):
     words = shlex.split(command)
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
+        assert all((ROOT / word).exists() for word in words[2:] if word.startswith("tests/"))
         return
     position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
     for launcher_flag, value in pairwise(words[2:position]):

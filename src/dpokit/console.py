@@ -26,7 +26,7 @@ NOISE = (
     r"barrier\(\): using the device under current context",
     # DeepSpeed and accelerate call collectives by names that torch 2.13 renames. Delete when they follow.
     r"`torch\.distributed\.\w+` is deprecated",
-    # accelerate leaves 4-bit weights whole on each rank under FSDP2, which is said in the README's table.
+    # accelerate leaves 4-bit weights whole on each rank under FSDP2, which docs/placements.md says.
     r"Found \d+ non-floating frozen Params4bit",
     # bitsandbytes' paged AdamW is its plain one on a CPU, where there is nothing to page to.
     r"Paged optimizers are not supported on CPU",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import typer
 from conftest import ROOT
+from documentation import read_pages
 from test_cli import dpokit
 
 from dpokit.cluster.command import facts
@@ -175,8 +176,8 @@ def test_a_time_is_read_as_slurm_reads_it(text, seconds):
 
 
 def documented(start: str) -> list[list[str]]:
-    """The commands of the README and of train.sbatch that begin so, as words."""
-    text = (ROOT / "README.md").read_text() + find_body().read_text().replace("\\\n#", " ").replace("\n#   ", "\n")
+    """The commands of the documentation and of train.sbatch that begin so, as words."""
+    text = read_pages() + "\n" + find_body().read_text().replace("\\\n#", " ").replace("\n#   ", "\n")
     return [shlex.split(line) for line in text.splitlines() if line.startswith(start)]
 
 

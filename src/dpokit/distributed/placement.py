@@ -75,7 +75,7 @@ def check_placement(training: DPOConfig, model: ModelConfig) -> None:
     if nearest:
         raise SettingsError(
             f"this does not work under {placement}: {why}",
-            expected="a combination that works: the README has the table of placements",
+            expected="a combination that works: docs/placements.md has the table of placements",
             do=f"{nearest} (accelerate_configs/ has a file for each placement)",
         )
 
