@@ -68,6 +68,8 @@ def test_a_command_starts_a_known_program(command):
         assert words[1:] == ["install", "transformers[serving]"]
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
+    elif words[0] == ".":
+        assert words[1:] == [".venv/bin/activate"]
     elif words[0] == "python3":
         assert words[1:3] == ["-m", "venv"]
     elif words[0] == "accelerate" and "-m" in words:
