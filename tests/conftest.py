@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import tempfile
@@ -51,6 +52,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's background job ignores Ctrl-C, and so would each process that a test starts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     hands_tests_out = not hasattr(config, "workerinput") and getattr(config.option, "dist", "no") != "no"
     if not hands_tests_out:
         warm.install(os.environ)
