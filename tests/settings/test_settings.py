@@ -90,8 +90,7 @@ def test_fp16_on_a_cpu_names_the_flag_to_change():
 
 
 def test_bf16_on_a_processor_without_it_names_the_flag_to_change(monkeypatch):
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     with pytest.raises(MachineError) as error:
         load("--bf16", "--use_cpu")
     assert "--bf16 false" in error.value.do
@@ -283,8 +282,7 @@ def test_a_machine_without_a_gpu_trains_on_the_cpu_whatever_was_asked(asked, mon
 
 def test_a_cpu_run_on_a_gpu_machine_is_not_given_the_gpus_precision(monkeypatch):
     on_gpu(monkeypatch, has_bf16=True)
-    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     assert find_machine_settings({"use_cpu": True}) == {"bf16": False}
 
 
@@ -347,7 +345,7 @@ def test_a_mapping_that_is_no_json_is_an_error():
 @pytest.mark.parametrize("flag", ["--bf16", "--gradient_checkpointing", "--use_peft", "--dataset_streaming"])
 def test_a_switch_without_a_word_means_true_and_takes_no_neighbour(flag, monkeypatch):
     on_gpu(monkeypatch, has_bf16=True)
-    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_tile": True})
     record = load("--use_cpu", flag, "--max_steps", "3").record()
     assert record[flag[2:]] == {"value": True, "origin": "command line"}
     assert record["max_steps"]["value"] == 3

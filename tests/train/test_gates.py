@@ -219,7 +219,7 @@ def test_an_adapter_that_begins_in_another_way_passes(start, build, tiny_qwen2, 
 
 
 @pytest.mark.skipif(
-    not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()), reason="no bf16 here"
+    not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile")), reason="no bf16 here"
 )
 @pytest.mark.parametrize("changes", [{}, LORA, {"precompute_ref_log_probs": True}], ids=["full", "LoRA", "precomputed"])
 def test_bf16_on_a_processor_that_has_it_passes(changes, run, warnings):

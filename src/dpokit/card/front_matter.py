@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
 from dpokit.errors import SettingsError
 

@@ -105,7 +105,7 @@ def shard_on_cpu(training: DPOConfig) -> None:
     such, it shards them for real, over gloo. Delete when accelerate knows FSDP on CPU.
     """
     if training.use_cpu and PartialState().distributed_type != DistributedType.NO and _asks_for_fsdp(training):
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        PartialState().distributed_type = DistributedType.MULTI_GPU
 
 
 def _asks_for_fsdp(training: DPOConfig) -> bool:

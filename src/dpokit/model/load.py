@@ -19,6 +19,7 @@ from dpokit.console import say
 from dpokit.errors import DpokitError, ModelError, SettingsError
 from dpokit.model.check import (
     ADAPTER_FILE,
+    QUIET,
     check_adapter_config,
     check_config,
     check_finite,
@@ -293,8 +294,7 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
 
 
 def _find_file(model: ModelConfig, file: str) -> str | None:
-    missing_is_fine = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    found: str | None = cached_file(model.model_name_or_path, file, revision=model.model_revision, **missing_is_fine)
+    found: str | None = cached_file(model.model_name_or_path, file, revision=model.model_revision, **QUIET)
     return found
 
 

@@ -25,6 +25,7 @@ TOLERANCE_FP32 = 1e-4
 TOLERANCE_16_BIT = 2e-2
 
 PROOF_PAIRS = 2  # of an evaluation's first batch: computing both ways costs more than sharing saves on a few pairs
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -35,7 +36,7 @@ def find_dropout(model: nn.Module) -> bool:
     """
     for module in model.modules():
         rates = [value for name, value in vars(module).items() if "drop" in name or "jitter" in name]
-        rates += [module.p] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+        rates += [module.p] if isinstance(module, DROPOUTS) else []
         if any(isinstance(rate, float) and rate > 0 for rate in rates):
             return True
     return False

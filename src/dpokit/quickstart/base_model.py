@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dpokit.console import track_progress
@@ -59,7 +59,8 @@ def build_base(folder: Path, *, corpus: Path, seed: int, epochs: int = 6, show_p
 def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=[END], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token=END, eos_token=END, pad_token=END)
+    plain = Tokenizer.from_str(bpe.to_str())  # transformers expects the tokenizer itself, not this wrapper
+    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=END, eos_token=END, pad_token=END)
 
 
 def _config(vocabulary: int, end: int) -> GPT2Config:

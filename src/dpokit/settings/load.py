@@ -211,4 +211,5 @@ def _has_bf16(on_cpu: bool) -> bool:
     if not on_cpu:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     # torch reads the processor's flags; oneDNN computes bf16 in hardware with either of the two.
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    processor = torch.cpu.get_capabilities()
+    return bool(processor.get("avx512_bf16") or processor.get("amx_tile"))

@@ -176,7 +176,7 @@ class Search:
         """Makes a trial this worker's; what a worker killed while it drew had left undrawn is drawn."""
         if SETTINGS not in trial.user_attrs:
             self._seed(number)
-            drawn = {name: trial._suggest(name, one) for name, one in _build_distributions(self.space).items()}
+            drawn = {name: _draw(trial, name, one) for name, one in _build_distributions(self.space).items()}
             trial.set_user_attr(SETTINGS, {name: _from_choice(value) for name, value in drawn.items()})
         trial.set_user_attr(WORKER, self.worker)
 
@@ -267,6 +267,15 @@ def _build_distribution(values: list[Any] | Range) -> BaseDistribution:
     if values.is_whole:
         return IntDistribution(int(values.low), int(values.high), log=values.log, step=int(values.step or 1))
     return FloatDistribution(values.low, values.high, log=values.log, step=values.step)
+
+
+def _draw(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
+    """A trial's value of one parameter: the value that it has already, else a new one."""
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    low, high, step, log = distribution.low, distribution.high, distribution.step, distribution.log
+    suggest = trial.suggest_int if isinstance(distribution, IntDistribution) else trial.suggest_float
+    return suggest(name, low, high, step=step, log=log)
 
 
 def _as_choice(value: Any) -> Any:

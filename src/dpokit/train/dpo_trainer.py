@@ -55,7 +55,12 @@ class PairTrainer(StepTrainer, ScoringTrainer):
         needed = (rows.sum() - answers.sum()).item() / 2 + answers.sum().item()
         return needed, needed if self.shared_prefix == "on" else float(rows.numel())
 
-    def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's, over the batch's own pairs; `measure` makes it the batch's share of the step."""
         self.prove_shared_prefix(model, inputs)
-        score = super()._compute_loss
-        return self.measure(inputs, lambda batch: score(model, batch, return_outputs), return_outputs=return_outputs)
+        score = super().compute_loss
+        return self.measure(
+            inputs, lambda batch: score(model, batch, return_outputs=return_outputs), return_outputs=return_outputs
+        )

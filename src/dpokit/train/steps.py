@@ -87,7 +87,7 @@ class StepTrainer(ResumingTrainer):
             return super().get_train_dataloader()
         self._batches = Batches(
             len(self.train_dataset),
-            per_device=self._train_batch_size,
+            per_device=self.args.train_batch_size,
             world_size=self.accelerator.num_processes,
             micro_batches=self.args.gradient_accumulation_steps,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
