@@ -774,7 +774,7 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
     ),
     UpstreamName(
         "yaml.SafeLoader.construct_mapping",
-        ("settings/load.py",),
+        ("settings/layers.py",),
         "override",
         why="PyYAML keeps the last of two equal keys; the override reports a flag that is set twice.",
         upstream="yaml/constructor.py",

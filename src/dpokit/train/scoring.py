@@ -1,6 +1,6 @@
 """How pairs are scored: prompts computed once for both answers, the reference once for all epochs and runs.
 
-Beside trainer.py the one file that touches TRL's trainer from within.
+upstream.py lists the names inside TRL that it uses.
 """
 
 from collections.abc import Iterator
