@@ -12,6 +12,7 @@ import atexit
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL, never 0: a run that was cut short must not look c
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A library may catch Interrupted, or wait for a thread that ends much later.
 GRACE_SECONDS = 10.0
+AGAIN_SECONDS = 0.1
 # A second Ctrl-C ends a process that is still saving. Sooner, it is the first one once more: a launcher's worker gets
 # it from the terminal and from the launcher.
 REPEAT_SECONDS = 1.0
@@ -207,11 +209,16 @@ def _watch(reader: int) -> None:
     Args:
         reader: where the system writes the number of each signal that comes.
     """
+    main_thread = threading.main_thread().ident or 0
     while received := os.read(reader, 1):
-        if _is_unheard(received[0]):
-            time.sleep(GRACE_SECONDS)
-        if _is_unheard(received[0]):
-            end_now(Interrupted(name_signal(received[0])))
+        [number] = received
+        end = time.monotonic() + GRACE_SECONDS
+        while _is_unheard(number) and time.monotonic() < end:
+            time.sleep(AGAIN_SECONDS)
+            if _is_unheard(number):  # a wait that began at the same moment did not notice the signal
+                signal.pthread_kill(main_thread, number)
+        if _is_unheard(number):
+            end_now(Interrupted(name_signal(number)))
     os.close(reader)
 
 

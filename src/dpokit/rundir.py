@@ -256,6 +256,26 @@ def is_of_card(path: Path) -> bool:
         return CARD_MARK.encode() in file.read(4096)
 
 
+@contextmanager
+def noticing_loss(name: str | os.PathLike[str]) -> Iterator[None]:
+    """For a verb that reads a run folder: any error is a RunFolderError if the folder has gone away meanwhile."""
+    record = RunDir(name).run_json
+    try:
+        was_there = record.is_file()
+    except OSError:  # a name that no file can have
+        was_there = False
+    try:
+        yield
+    except Exception as error:
+        if was_there and not record.exists():
+            raise RunFolderError(
+                f"{name} was deleted, moved or replaced while it was read",
+                expected="the run folder, untouched until the command has ended",
+                do="bring it back, and run the same command again",
+            ) from error
+        raise
+
+
 def find_model(name: str) -> str:
     """The trained model of the run folder that `name` is: `merged`, `model` or `adapter`; any other name as it is.
 

@@ -16,7 +16,7 @@ from dpokit.evaluate.inputs import Subject, load_subject
 from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
 from dpokit.model.reference import find_cache_folder
-from dpokit.rundir import write_json
+from dpokit.rundir import noticing_loss, write_json
 
 
 @dataclass(frozen=True)
@@ -77,20 +77,22 @@ def evaluate_model(
             "a judge was named, and no answers are sampled", expected="answers to judge", do="--answers 50"
         )
     sampling = sampling or Sampling()
-    subject = load_subject(what, base=base, data=data, split=split, argv=argv)
-    if answers:
-        find_room(subject.base, subject.tuned, sampling)  # what cannot be answered is said before anything is scored
-    with peer_errors(subject.settings.training.ddp_timeout):
-        record = evaluate_pairs(subject, limit=limit)
-        if subject.run is not None:
-            path, record["end"] = subject.run.pairs_json, subject.run.find_end()
-            decide_on_main_process(lambda: _write(path, record))
-            say(str(path))
+    with noticing_loss(what):
+        subject = load_subject(what, base=base, data=data, split=split, argv=argv)
         if answers:
-            with TemporaryDirectory(prefix="dpokit-answers-") as unkept:
-                folder = Path(unkept) if subject.run is None else subject.run.eval
-                record |= _answer(subject, folder, answers, sampling, judge)
-    return record
+            # What cannot be answered is an error before anything is scored.
+            find_room(subject.base, subject.tuned, sampling)
+        with peer_errors(subject.settings.training.ddp_timeout):
+            record = evaluate_pairs(subject, limit=limit)
+            if subject.run is not None:
+                path, record["end"] = subject.run.pairs_json, subject.run.find_end()
+                decide_on_main_process(lambda: _write(path, record))
+                say(str(path))
+            if answers:
+                with TemporaryDirectory(prefix="dpokit-answers-") as unkept:
+                    folder = Path(unkept) if subject.run is None else subject.run.eval
+                    record |= _answer(subject, folder, answers, sampling, judge)
+        return record
 
 
 def _answer(subject: Subject, folder: Path, number: int, sampling: Sampling, judge: Judge | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from dpokit.merge.layers import check_adapter_file, is_quantised
 from dpokit.merge.write import DTYPES, parse_size, reload, write_model
 from dpokit.model.load import find_base, load_tokenizer, name_model
 from dpokit.model.reference import hash_weights
-from dpokit.rundir import RunDir, new_folder, sync_folder, write_json
+from dpokit.rundir import RunDir, new_folder, noticing_loss, sync_folder, write_json
 from dpokit.settings.load import Settings, load_settings, read_asked
 
 FORMAT = 1
@@ -73,7 +73,7 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
     quiet_dependencies()
     run.check_links()
     record = _check_run(run)
-    with _alone(run), _disk_troubles():
+    with noticing_loss(run.path), _alone(run), _disk_troubles():
         _check_unmerged(run)
         settings = load_settings("merge", read_asked(record), list(argv))
         _check_options(settings, options)
