@@ -154,7 +154,7 @@ def run_commands(
 
 
 def _run_verb(command: Sequence[str], environment: Mapping[str, str]) -> int:
-    """A verb's exit code. Interrupted, it asks the verb to end, too, and waits for that."""
+    """Returns a verb's exit code. Raises: Interrupted on a signal, after the verb has ended, too."""
     with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL) as process:
         try:
             return process.wait()

@@ -193,7 +193,7 @@ async def post(
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of Retry-After, which may be a number or a date (RFC 9110, 10.2.3); None where there is none.
+    """Seconds of Retry-After, which may be a number or a date (RFC 9110, 10.2.3); None without a readable one.
 
     A date is held against the server's own clock, where it tells it.
     """
@@ -208,7 +208,7 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def read_json(data: bytes | str) -> Any:
-    """JSON's value. Raises: ValueError or RecursionError for what is none, or not UTF-8."""
+    """Parses JSON. Raises: ValueError or RecursionError if it is broken, nested too deeply or not UTF-8."""
     return json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
 
 
@@ -227,7 +227,7 @@ def mend_halves(text: str) -> str:
 
 
 def read_count(value: Any) -> int:
-    """A number of tokens, 0 for null. Raises: ValueError for what is none."""
+    """A number of tokens; 0 for null. Raises: ValueError for any other value."""
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_TOKENS:

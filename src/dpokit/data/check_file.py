@@ -126,7 +126,7 @@ def _check_parquet(path: Path) -> None:
     limit = find_limit(path)
     with pq.ParquetFile(path) as file:
         record = file.metadata
-        texts, least = [], 0
+        texts, size = [], 0
         for at in range(record.num_columns):
             column = record.schema.column(at)
             chunks = [record.row_group(group).column(at) for group in range(record.num_row_groups)]
@@ -137,10 +137,10 @@ def _check_parquet(path: Path) -> None:
                 each = max(8, column.length or 0)
                 if "DELTA_BYTE_ARRAY" in chunk.encodings:
                     each = max(each, chunk.total_uncompressed_size)
-                least += max(chunk.total_uncompressed_size, chunk.num_values * each)
-    if least > limit:
+                size += max(chunk.total_uncompressed_size, chunk.num_values * each)
+    if size > limit:
         raise _too_large(path, limit)
-    # A text that is repeated stands once in the file: as a dictionary it is once in memory, too.
+    # Read as a dictionary, a repeated text is in memory once, as it is in the file.
     size = 0
     with pq.ParquetFile(path, read_dictionary=texts) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=texts, use_threads=False):

@@ -3,7 +3,6 @@
 import errno
 import glob
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,7 @@ from dpokit.console import say
 from dpokit.data.check_file import check_file, unpack
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
+from dpokit.rundir import read_record
 
 # Only an empty cell of a CSV is none: "NA", "None" and "null" are answers.
 OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
@@ -189,7 +189,7 @@ def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:
         if not (file.is_file() or file.is_dir()):
             raise refuse(file, "is no regular file")
         if file.name in ("dataset_dict.json", "state.json"):
-            record = json.loads(file.read_text())
+            record = read_record(file)
             names = record.get("splits") or [entry["filename"] for entry in record["_data_files"]]
             if outside := [name for name in names if Path(name).name != name]:
                 raise refuse(file, f"names {outside[0]}, which lies outside of its folder")
@@ -217,9 +217,14 @@ def _load_from_hub(name: str, config_name: str | None, *, streaming: bool) -> di
         ) from error
 
 
+def _find_kind(builder: DatasetBuilder) -> str:
+    """The module of `datasets` that reads the files: json, csv, parquet, imagefolder, ..."""
+    return type(builder).__module__.rpartition(".")[2]
+
+
 def _check_hub_builder(name: str, builder: DatasetBuilder) -> None:
     """Raises: DataError for a set that is no text, or whose README names files that are not on the Hub."""
-    kind = type(builder).__module__.rpartition(".")[2]
+    kind = _find_kind(builder)
     if kind not in HUB_BUILDERS:
         raise DataError(
             f"--dataset_name {name} holds {kind}",
@@ -240,7 +245,7 @@ def _check_hub_builder(name: str, builder: DatasetBuilder) -> None:
 
 def _check_downloads(builder: DatasetBuilder) -> None:
     """Fetches the files of a set, as its builder will find them in the cache. Raises: DataError as `check_file`."""
-    kind = type(builder).__module__.rpartition(".")[2]
+    kind = _find_kind(builder)
     downloads = DownloadManager(download_config=DownloadConfig(token=builder.token))
     for several in (builder.config.data_files or {}).values() if kind in set(BUILDERS.values()) else ():
         for file in map(Path, downloads.download(list(several))):

@@ -1,6 +1,5 @@
 """Which of a run's weights are merged; where they lie in shards, these are gathered into one folder first."""
 
-import json
 import shutil
 import subprocess
 from contextlib import suppress
@@ -20,7 +19,7 @@ from dpokit.errors import ModelError, RunFolderError
 from dpokit.interpreter import PYTHON
 from dpokit.model.check import ADAPTER_FILE
 from dpokit.model.load import build_peft_config, find_base, load_tokenizer
-from dpokit.rundir import RunDir, write_json
+from dpokit.rundir import RunDir, read_record, write_json
 from dpokit.settings.load import Settings
 
 FSDP_SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for a model saved by SHARDED_STATE_DICT
@@ -130,7 +129,7 @@ def follow_base(folder: Path, settings: Settings, *, then: str, room: Path) -> P
     now, config = str(settings.model.model_name_or_path), folder / "adapter_config.json"
     if now == then or not config.exists():
         return folder
-    described = json.loads(config.read_text())
+    described = read_record(config)
     if described["base_model_name_or_path"] != then:
         return folder
     copy = room / "adapter"

@@ -2,7 +2,6 @@
 
 import fcntl
 import gc
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from dpokit.merge.layers import check_adapter_file, is_quantised
 from dpokit.merge.write import DTYPES, parse_size, reload, write_model
 from dpokit.model.load import find_base, load_tokenizer, name_model
 from dpokit.model.reference import hash_weights
-from dpokit.rundir import RunDir, new_folder, noticing_loss, sync_folder, write_json
+from dpokit.rundir import RunDir, new_folder, noticing_loss, read_record, sync_folder, write_json
 from dpokit.settings.load import Settings, load_settings, read_asked
 
 FORMAT = 1
@@ -175,7 +174,7 @@ def _check_unmerged(run: RunDir) -> None:
     if not run.merged.exists():
         return
     try:
-        made = json.loads(run.merge_json.read_text())
+        made = read_record(run.merge_json)
         when = f", made {made['when']} of {made['weights']}"
     except (OSError, ValueError, KeyError, TypeError):
         when = ", and no merge.json that can be read"

@@ -1,7 +1,6 @@
 """What a merge writes, and what is read back of it."""
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dpokit.errors import ModelError, SettingsError
 from dpokit.merge.layers import load_to_merge, merge_layers
+from dpokit.rundir import read_record
 from dpokit.settings.load import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,7 @@ def write_model(
     Raises: ModelError.
     """
     config = folder / "config.json"
-    described = json.loads(config.read_text()) if config.exists() else {}
+    described = read_record(config) if config.exists() else {}
     stored = described.get("dtype", "float32") if described else None
     files = [path for pattern in WHOLE for path in folder.glob(pattern)]
     if stored is not None and dtype in (None, stored):

@@ -201,7 +201,10 @@ def _png(output: Path, key: str) -> Path:
 
 def is_ours(path: Path) -> bool:
     """Whether a report of this toolkit left this file."""
-    return path.is_file() and SIGNATURE.encode() in path.read_bytes()[:4096]
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return SIGNATURE.encode() in file.read(4096)
 
 
 def _show(value: object) -> str:

@@ -151,8 +151,8 @@ def yield_defaults(layers: Sequence[tuple[str, Values]]) -> tuple[dict[str, Any]
     origins: dict[str, str] = {}
     changed: set[str] = set()
     for rank, (layer, layer_values) in enumerate(layers):
-        changed |= {name for name, value in layer_values.items() if name not in values or values[name] != value}
-        changed -= {name for name, value in layer_values.items() if name in values and values[name] == value}
+        same = {name for name, value in layer_values.items() if name in values and values[name] == value}
+        changed = (changed | layer_values.keys()) - same
         values |= layer_values
         ranks |= dict.fromkeys(layer_values, rank)
         origins |= dict.fromkeys(layer_values, layer)

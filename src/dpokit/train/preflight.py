@@ -1,6 +1,5 @@
 """Gates before the first step: processes that each train alone, a checkpoint as model, a layer not in 4 bit."""
 
-import json
 import math
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from dpokit.checkpoint.resume import Start, compare, describe_identity
 from dpokit.distributed.processes import check_world_size
 from dpokit.errors import MachineError
 from dpokit.model.reference import hash_weights
+from dpokit.rundir import read_record
 from dpokit.settings.load import Settings
 from dpokit.train.gates import Gates, list_places
 
@@ -104,8 +104,8 @@ def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError):
+        record = read_record(path)
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

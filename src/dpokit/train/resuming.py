@@ -4,7 +4,6 @@ transformers loads weights, optimizer, schedule and random states. Touches the t
 inner workings.
 """
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from dpokit.checkpoint.preempt import EvaluationCut
 from dpokit.checkpoint.store import look_at
 from dpokit.console import say
 from dpokit.distributed.coordination import decide_on_main_process
+from dpokit.rundir import read_record
 from dpokit.train.saving import REFERENCE, SavingTrainer
 
 
@@ -43,7 +43,7 @@ class ResumingTrainer(SavingTrainer):
     def restore_progress(self, checkpoint: Path) -> None:
         """Goes on counting where the checkpoint's ranks were; another number of ranks shares what they knew."""
         files = sorted(checkpoint.glob("progress_*.json"), key=lambda path: int(path.stem.rpartition("_")[2]))
-        known = [json.loads(path.read_text()) for path in files]
+        known = [read_record(path) for path in files]
         if self.is_deepspeed_enabled:  # the checkpoints of this start are no universal ones
             self.model_wrapped._config.load_universal_checkpoint = False
             self._part_steps()
