@@ -63,8 +63,10 @@ BOUNDS: dict[str, Bound] = {
     "eval_fraction": Bound(0, 1, without_least=True, without_most=True),
     "eval_answers": Bound(0, 10_000),
     "max_length": Bound(2, why="a token of the prompt and one of the answer"),
-    "max_steps": Bound(1, besides=-1, why="-1 counts by epochs"),
-    **dict.fromkeys(("learning_rate", "beta", "discopop_tau", "num_train_epochs", "adam_epsilon"), POSITIVE),
+    # A longer run never ends: 10**9 steps take a year at 30 a second.
+    "max_steps": Bound(1, 10**9, besides=-1, why="-1 counts by epochs"),
+    "num_train_epochs": Bound(0, 10**5, without_least=True),
+    **dict.fromkeys(("learning_rate", "beta", "discopop_tau", "adam_epsilon"), POSITIVE),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay"), ZERO_OR_MORE),
     **dict.fromkeys(("save_before_seconds", "neftune_noise_alpha", "router_aux_loss_coef"), ZERO_OR_MORE),
