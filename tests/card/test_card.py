@@ -262,7 +262,7 @@ def test_nothing_personal_stands_in_a_card(tmp_path):
     for word in ("quincy", "wonder", "/home", str(tmp_path), str(Path.home()) + "/"):
         assert word not in card, word
         assert word.encode() not in pictures
-    for name in ("base", "pairs.jsonl", "held_out.jsonl", "mine", "checkpoint-5", "chat.jinja", "nvme", "log.txt"):
+    for name in ("base", "pairs.jsonl", "held_out.jsonl", "mine", "checkpoint-5", "nvme", "log.txt"):
         assert name in card
     if getpass.getuser() != "root":
         assert getpass.getuser() not in card

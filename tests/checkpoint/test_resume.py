@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from dpokit.errors import RunFolderError, SettingsError
 from dpokit.interrupts import Preempted
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings.flags import KINDS
 from dpokit.settings.load import load_settings
 from dpokit.train.callbacks import PreemptCallback
 
@@ -297,15 +295,3 @@ def test_an_evaluation_is_cut_off_by_a_signal_and_done_by_the_next_start(strateg
 def test_another_placement_is_refused(defaults, broken):
     with pytest.raises(RunFolderError, match="written by one device, and this run is placed by ZeRO-3"):
         claim(defaults, broken, world_size=2, placement="ZeRO-3")
-
-
-def test_every_setting_is_compared_or_known_to_leave_the_steps_as_they_are(defaults, tmp_path):
-    """A setting that a new version of TRL brings must be looked at."""
-    from dpokit.checkpoint.resume import EXACT
-
-    known = set((Path(__file__).parent / "free_settings.txt").read_text().split())
-    names = set()
-    for kind in KINDS:
-        names |= set(load_settings("dpo_test", {**defaults, "kind": kind, "output_dir": str(tmp_path)}, []).values())
-    assert names - known == set(EXACT)
-    assert not known & set(EXACT)

@@ -7,7 +7,7 @@ import pytest
 from trl import DPOConfig
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.settings.checks import NOT_HONOURED
+from dpokit.settings.flag_facts import REFUSED
 from dpokit.settings.flags import RETIRED, DataArguments
 from dpokit.settings.load import find_machine_settings, load_settings
 
@@ -169,7 +169,7 @@ def test_a_file_cannot_name_another_file(name, tmp_path):
         load("--config", yaml_file(tmp_path, f"{name}: other.yaml\n"))
 
 
-@pytest.mark.parametrize("name", NOT_HONOURED)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
     value = {
         "truncation_mode": "keep_start",
@@ -186,7 +186,7 @@ def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
     for words, recipe in every_layer(tmp_path, name, value):
         with pytest.raises(SettingsError, match=f"sets {name}") as error:
             load(*words, **kind, **recipe)
-        assert NOT_HONOURED[name] in error.value.do
+        assert REFUSED[name] in error.value.do
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Sections of a card: how the model was trained, what its reader must not believe, samples. No torch."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,9 +12,7 @@ from dpokit.card.origin import Lineage
 from dpokit.report.page import list_facts
 from dpokit.report.read import Run, finite, mapping
 from dpokit.report.tables import Table, interval, number
-
-# Settings that name a person's places rather than say how the model was trained.
-PRIVATE = re.compile(r"(hub|trackio)_|(run_name|run_group|run_tags|project|logging_dir)$")
+from dpokit.settings.flag_facts import is_public
 
 
 def list_training(run: Run) -> list[tuple[str, object]]:
@@ -40,7 +37,7 @@ def show_settings(run: Run, table: Table) -> Table:
     local = local_names(run)
     rows = []
     for name, value, origin in table.rows:
-        if PRIVATE.match(name):
+        if not is_public(name):
             continue
         is_path = value in local or (name.endswith(("_dir", "_file", "_path")) and name != "model_name_or_path")
         is_path = is_path or not (is_hub_id(value) or value.startswith(("[", "{")))  # the mask looks into those

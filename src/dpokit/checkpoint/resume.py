@@ -19,24 +19,11 @@ from dpokit.checkpoint.universal import convert_shards
 from dpokit.console import say
 from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.rundir import RunDir
+from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.load import Settings
 
-IDENTITY = ("model_name_or_path", "dataset_name")
-
-# What a run's steps depend on, each kind of recipe knows its own: a resume must match, or the change be accepted by
-# name. Pairs and global batch beside.
-EXACT = (
-    *("seed", "data_seed", "dataloader_drop_last"),
-    *("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing", "f_divergence_type", "use_weighting"),
-    *("f_alpha_divergence_coef", "discopop_tau", "router_aux_loss_coef", "disable_dropout", "neftune_noise_alpha"),
-    *("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "completion_only_loss"),
-    *("model_revision", "dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
-    *("lora_target_parameters", "lora_modules_to_save", "use_rslora", "use_dora"),
-    *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
-    *("optim", "optim_args", "optim_target_modules", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
-    *("max_grad_norm", "bf16", "fp16", "tf32"),
-)
+# Each kind of recipe knows its own. Pairs and global batch are compared beside them.
+EXACT = flags_with(Fact.EXACT)
 # What --accept_changes calls the rest.
 GLOBAL_BATCH, MICRO_BATCH, DATA, MODEL = OTHERS = ("global_batch", "micro_batch", "data", "model")
 SHORT = {"lr": "learning_rate", "batch": GLOBAL_BATCH}
@@ -257,7 +244,7 @@ def _check_owner(run: RunDir, settings: Settings, asked: str | None) -> None:
         return
     if "recipe" not in record:  # lost before it wrote more than that it began
         return
-    then = {name: record.get("settings", {}).get(name, {}).get("value") for name in IDENTITY}
+    then = {name: record.get("settings", {}).get(name, {}).get("value") for name in flags_with(Fact.IDENTITY)}
     now = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
     if record.get("recipe") != settings.recipe or then != now:
         raise RunFolderError(

@@ -8,11 +8,9 @@ from dpokit.data.prepare import HeldOut, prepare_held_out
 from dpokit.distributed.coordination import build_on_each_machine_first
 from dpokit.errors import DataError, SettingsError
 from dpokit.model.base_and_tuned import Sides, find_run, load_sides, read_defaults
+from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import Settings, load_settings
-
-# What is held out depends on them.
-NAMES_OF_DATA = ("dataset_name", "dataset_config", "dataset_test_split", "eval_fraction", "max_eval_samples")
 
 
 @dataclass
@@ -49,7 +47,7 @@ def load_subject(what: str, *, base: str | None, data: str | None, split: str | 
         defaults["dataset_config"] = None  # of the run's own data
     settings = load_settings("evaluate", {name: value for name, value in defaults.items() if value is not None}, given)
     _check_data(settings)
-    names = {name: asked.get(name, getattr(DataArguments, name)) for name in NAMES_OF_DATA}
+    names = {name: asked.get(name, getattr(DataArguments, name)) for name in flags_with(Fact.HELD_OUT)}
     own_data = run is not None and all(getattr(settings.data, name) == value for name, value in names.items())
     sides = load_sides(settings, run, what, base)
     held_out = build_on_each_machine_first(

@@ -11,11 +11,9 @@ import torch
 from dpokit.errors import SettingsError
 from dpokit.model.reference import decide_reference
 from dpokit.plan.target import Target, find_target, parse_gpus
+from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.layers import find_recipe, read_defaults
 from dpokit.settings.load import Settings, load_settings, read_layers
-
-# What the machine decides or forbids; for GPUs that are not here, the plan decides it instead.
-OF_THE_MACHINE = ("use_cpu", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -86,4 +84,4 @@ def _settings_for_gpus(settings: Settings, asked: Mapping[str, Any]) -> Settings
 def _find_asked(path: Path, defaults: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:
     """What recipe, YAML file and command line say of the machine; the last one wins."""
     _, layers = read_layers(path.stem, defaults, flags)
-    return {name: layer[name] for _, layer in layers for name in OF_THE_MACHINE if name in layer}
+    return {name: layer[name] for _, layer in layers for name in flags_with(Fact.MACHINE) if name in layer}

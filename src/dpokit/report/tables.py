@@ -10,10 +10,9 @@ from dpokit.metrics import is_lower_better, list_report_columns
 from dpokit.report.curves import letter
 from dpokit.report.read import EVAL_LOSS, Run, finite, mapping
 from dpokit.report.votes import CHOICES, count_votes
+from dpokit.settings.flag_facts import Fact, flags_with
 
 MOST_EVALUATIONS = 200
-# They differ between any two runs, and no result depends on them.
-NAMES_OF_RUN = {"output_dir", "run_name", "logging_dir"}
 MISSING = "-"
 # A cell that stands under others by its digits: a number, perhaps with its interval.
 NUMBER = re.compile(r"-?\d[\d.,e+-]*($| \()|NaN|-?$")
@@ -206,7 +205,7 @@ def list_settings(run: Run) -> list[Table]:
 
 def compare_runs(runs: Sequence[Run], metric: str) -> list[Table]:
     """Runs in the order given, each with its best value and the settings in which they differ; then what they share."""
-    names = sorted({name for run in runs for name in run.settings()} - NAMES_OF_RUN)
+    names = sorted({name for run in runs for name in run.settings()}.difference(flags_with(Fact.RUN_NAME)))
     chosen = {name for run in runs for name, entry in run.settings().items() if entry.get("origin") != "default"}
     differ = [name for name in names if len({text_of(run.setting(name)) for run in runs}) > 1]
     rows = []

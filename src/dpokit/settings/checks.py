@@ -8,32 +8,8 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
+from dpokit.settings.flag_facts import REFUSED, Fact, flags_with
 from dpokit.settings.flags import DataArguments
-
-# Flags that TRL or transformers declare but that would have no effect here, or one that is not meant.
-NOT_HONOURED = {
-    "padding_free": "TRL warns and pads all the same",
-    "truncation_mode": "prompts keep their end and answers their start: --max_prompt_length, --max_completion_length",
-    "pad_token": "TRL retires it; the tokenizer's own padding token is used, or its EOS",
-    "ignore_bias_buffers": "it mends models of 2023 that transformers no longer has",
-    **dict.fromkeys(
-        ("train_sampling_strategy", "shuffle_dataset"),
-        "rows are met in a seeded random order, which a resume can repeat",
-    ),
-    "debug": "transformers' search for overflows fails on attention masks; gates and alarms name values that are not "
-    "finite",
-    "auto_find_batch_size": "it changes the global batch in the middle of a run; lower per_device_train_batch_size "
-    "and raise gradient_accumulation_steps instead",
-    "hub_strategy": "the model goes up once, at the end of the run",
-    "hub_always_push": "the model goes up once, at the end of the run",
-    "model_init_kwargs": "it would be read for the reference alone; use --dtype, --attn_implementation, "
-    "--model_revision",
-    "enable_jit_checkpoint": "it saves the wrong random state, and a preempted job looks completed",
-    **dict.fromkeys(("packing", "packing_strategy", "eval_packing"), "each answer is a row of its own"),
-    "assistant_only_loss": "the chosen answer alone is learnt already; --completion_only_loss false adds its prompt",
-    **dict.fromkeys(("dataset_text_field", "dataset_kwargs"), "the chosen answers of preference pairs are trained on"),
-    **dict.fromkeys(("chat_template_path", "eos_token"), "the tokenizer's own is used; set it in the model's folder"),
-}
 
 # TRL looks at these only when it computes the first loss.
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -45,12 +21,12 @@ LOSS_TYPES = (
 
 def check_honoured(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
     """Raises SettingsError for a flag that parses but would do nothing here, or not what it says."""
-    for name in NOT_HONOURED:
+    for name, reason in REFUSED.items():
         if values.get(name):
             raise SettingsError(
                 f"{origins[name]} sets {name}, which has no effect here",
                 expected="settings that are honoured",
-                do=f"remove it: {NOT_HONOURED[name]}",
+                do=f"remove it: {reason}",
             )
 
 
@@ -111,7 +87,7 @@ def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
                     do="correct --lora_target_modules",
                 ) from error
         return
-    asked = [name for name in origins if name.startswith("lora_") or name in ("use_dora", "use_rslora")]
+    asked = [name for name in flags_with(Fact.LORA) if name in origins]
     if any(origins[name] == "command line" for name in asked):
         raise SettingsError(
             f"{', '.join(asked)} is set, but use_peft is not: the whole model would be trained",

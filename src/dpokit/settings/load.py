@@ -24,6 +24,7 @@ from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.rundir import find_model
 from dpokit.settings.bounds import check_bounds
 from dpokit.settings.checks import check_adapter, check_agreement, check_honoured, check_secrets
+from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import KINDS, DataArguments, FlagParser, split_kind
 from dpokit.settings.layers import read_yaml
 from dpokit.settings.yielding import yield_defaults
@@ -32,17 +33,7 @@ from dpokit.torch_build_locks import pass_dead_locks
 # What a verb takes from a run folder, which a stranger may have made: how model, pairs and loss are described. Nothing
 # here grants trust, starts a process, sets a place to write to or asks the network for more than a model and its data;
 # such flags count only where this command line has them.
-FROM_RUN = {
-    *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "kind"),
-    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
-    *("lora_modules_to_save", "use_rslora", "use_dora"),
-    *("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
-    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_test_split", "eval_fraction"),
-    *("max_train_samples", "max_eval_samples", "max_prompt_length", "max_completion_length", "max_length"),
-    *("beta", "loss_type", "loss_weights", "ld_alpha", "label_smoothing", "f_divergence_type", "use_weighting"),
-    *("f_alpha_divergence_coef", "discopop_tau", "router_aux_loss_coef", "disable_dropout", "completion_only_loss"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "seed", "data_seed", "shared_prefix"),
-}
+FROM_RUN = frozenset(flags_with(Fact.FROM_RUN))
 PLAIN_NAME = re.compile(r"\w+")  # of an attention; one with a slash is a program on the Hub
 
 

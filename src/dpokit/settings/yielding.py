@@ -4,13 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpokit.settings.flag_facts import Fact, flags_with
+
 Values = Mapping[str, Any]
 DEFAULT = object()  # in the place of a value: none is set, so that TRL's default holds
-OF_4_BIT = ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
-OF_LORA = (
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_parameters"),
-    *("lora_modules_to_save", "use_rslora", "use_dora"),
-)
+OF_4_BIT, OF_LORA = flags_with(Fact.FOUR_BIT), flags_with(Fact.LORA)
 
 
 @dataclass(frozen=True)
@@ -102,10 +100,10 @@ COUPLES = (
     Couple(("save_steps",), _steps_differ, lambda values: {"eval_steps": values["save_steps"]}),
     Couple(("metric_for_best_model",), _always, _drop("greater_is_better"), if_changed=True),
     # PEFT and quantisation.
-    Couple(("use_peft",), _is_off("use_peft"), _drop(*OF_LORA, *OF_4_BIT, "load_in_8bit")),
-    Couple(("load_in_8bit",), _is_on("load_in_8bit"), _drop(*OF_4_BIT)),
+    Couple(("use_peft",), _is_off("use_peft"), _drop(*OF_LORA, *OF_4_BIT, "load_in_4bit", "load_in_8bit")),
+    Couple(("load_in_8bit",), _is_on("load_in_8bit"), _drop(*OF_4_BIT, "load_in_4bit")),
     Couple(("load_in_4bit",), _is_on("load_in_4bit"), _drop("load_in_8bit")),
-    Couple(("load_in_4bit",), _is_off("load_in_4bit"), _drop(*OF_4_BIT[1:])),
+    Couple(("load_in_4bit",), _is_off("load_in_4bit"), _drop(*OF_4_BIT)),
     # Precision.
     Couple(("fp16",), _is_on("fp16"), _set(bf16=False)),
     Couple(("bf16",), _is_on("bf16"), _set(fp16=False)),

@@ -13,6 +13,7 @@ from transformers.hf_argparser import string_to_bool
 
 from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
+from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import FlagParser, split_kind
 from dpokit.settings.layers import find_recipe, read_defaults, read_yaml
 
@@ -31,9 +32,8 @@ KEYS = {
     "sampler_seed": "of random and tpe",
 }
 RANGE_KEYS = {"low", "high", "log", "step"}
-# What the sweep itself says of each trial.
 PRECOMPUTE = "precompute_ref_log_probs"
-OWN = {"output_dir", "run_group", "overwrite_run", "resume_from_checkpoint", "accept_changes"}
+OWN = frozenset(flags_with(Fact.BY_SWEEP))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dpokit.errors import DpokitError, SettingsError
 from dpokit.interrupts import SIGNALS
 from dpokit.report.read import finite
 from dpokit.rundir import RunDir, read_metrics
+from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.sweep.slurm import Queue, QueuedRun
 from dpokit.sweep.space import Space
 from dpokit.sweep.study import SETTINGS, Search
@@ -24,13 +25,6 @@ from dpokit.sweep.trial import TrialRun, find_best, follow, name_runs
 POLL_SECONDS = 0.5
 SIGN_SECONDS = 5.0  # between signs of life, and looks at what other workers left
 FAILURES, KILLS = 1, 3  # ends of a run that are followed by another start: by an error, by a kill
-# What tokens and reference log-probs do not depend on; runs that differ in these alone share both.
-FREE = {"seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "max_grad_norm"}
-FREE |= {"beta", "loss_type", "loss_weights", "label_smoothing", "num_train_epochs", "max_steps", "adam_beta1"}
-FREE |= {"adam_beta2", "adam_epsilon", "per_device_train_batch_size", "gradient_accumulation_steps", "lora_r"}
-FREE |= {"lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora", "data_seed", "optim_args"}
-FREE |= {"lr_scheduler_kwargs", "f_divergence_type", "gradient_checkpointing", "per_device_eval_batch_size"}
-FREE |= {"eval_steps", "save_steps", "logging_steps", "run_tags"}
 
 
 class Worker:
@@ -287,7 +281,8 @@ class Worker:
 
 
 def _find_kind(one: TrialRun) -> str:
-    return repr(sorted((name, value) for name, value in one.settings.items() if name not in FREE))
+    shared = flags_with(Fact.SAME_TOKENS)
+    return repr(sorted((name, value) for name, value in one.settings.items() if name not in shared))
 
 
 def share_devices(jobs: int) -> list[dict[str, str]]:

@@ -1,0 +1,249 @@
+"""The facts about each setting, one row a setting. No torch.
+
+A row is a reason why the flag is refused, or the facts that hold for it. Whoever adds a flag adds its row here; a test
+names a flag without one.
+"""
+
+from enum import Flag, auto
+
+
+class Fact(Flag):
+    """What the toolkit must know of a setting that it honours."""
+
+    NONE = 0
+    IDENTITY = auto()  # a folder whose run has another value holds another run
+    EXACT = auto()  # the training steps depend on it: a resume must have the same value, or --accept_changes name it
+    FROM_RUN = auto()  # `read_asked`: evaluate, chat and serve take it from a run folder
+    SAME_TOKENS = auto()  # tokens and reference log-probs do not depend on it: trials that differ in it share both
+    BY_SWEEP = auto()  # a sweep sets it for each trial, so that a space may not
+    MACHINE = auto()  # this machine decides it; a plan for other devices decides it anew
+    HELD_OUT = auto()  # the pairs that a run holds out depend on it
+    LORA = auto()  # describes an adapter
+    FOUR_BIT = auto()  # says how weights are quantised to 4 bits
+    RUN_NAME = auto()  # differs between any two runs, and no result depends on it
+    PRIVATE = auto()  # names a person's places: never in a model card
+
+
+NONE, IDENTITY, EXACT, FROM_RUN, SAME_TOKENS = Fact.NONE, Fact.IDENTITY, Fact.EXACT, Fact.FROM_RUN, Fact.SAME_TOKENS
+BY_SWEEP, MACHINE, HELD_OUT, LORA, FOUR_BIT = Fact.BY_SWEEP, Fact.MACHINE, Fact.HELD_OUT, Fact.LORA, Fact.FOUR_BIT
+RUN_NAME, PRIVATE = Fact.RUN_NAME, Fact.PRIVATE
+
+ORDER = "rows are met in a seeded random order, which a resume can repeat"
+AT_THE_END = "the model goes up once, at the end of the run"
+ROW_EACH = "each answer is a row of its own"
+CHOSEN = "the chosen answers of preference pairs are trained on"
+TOKENIZER = "the tokenizer's own is used; set it in the model's folder"
+
+FLAG_FACTS: dict[str, Fact | str] = {
+    "accelerator_config": NONE,
+    "accept_changes": BY_SWEEP,
+    "activation_checkpointing": NONE,
+    "activation_checkpointing_kwargs": NONE,
+    "activation_offloading": NONE,
+    "adam_beta1": EXACT | SAME_TOKENS,
+    "adam_beta2": EXACT | SAME_TOKENS,
+    "adam_epsilon": EXACT | SAME_TOKENS,
+    "assistant_only_loss": ("the chosen answer alone is learnt already; --completion_only_loss false adds its prompt"),
+    "attn_implementation": FROM_RUN,
+    "auto_find_batch_size": (
+        "it changes the global batch in the middle of a run; lower "
+        "per_device_train_batch_size and raise gradient_accumulation_steps instead"
+    ),
+    "average_tokens_across_devices": NONE,
+    "batch_eval_metrics": NONE,
+    "beta": EXACT | FROM_RUN | SAME_TOKENS,
+    "bf16": EXACT | MACHINE,
+    "bf16_full_eval": NONE,
+    "bnb_4bit_quant_storage": EXACT | FROM_RUN | FOUR_BIT,
+    "bnb_4bit_quant_type": EXACT | FROM_RUN | FOUR_BIT,
+    "chat_template_path": TOKENIZER,
+    "completion_only_loss": EXACT | FROM_RUN,
+    "data_seed": EXACT | FROM_RUN | SAME_TOKENS,
+    "dataloader_drop_last": EXACT,
+    "dataloader_in_order": NONE,
+    "dataloader_multiprocessing_context": NONE,
+    "dataloader_num_workers": NONE,
+    "dataloader_persistent_workers": NONE,
+    "dataloader_pin_memory": NONE,
+    "dataloader_prefetch_factor": NONE,
+    "dataset_config": FROM_RUN | HELD_OUT,
+    "dataset_kwargs": CHOSEN,
+    "dataset_name": IDENTITY | FROM_RUN | HELD_OUT,
+    "dataset_num_proc": NONE,
+    "dataset_streaming": NONE,
+    "dataset_test_split": FROM_RUN | HELD_OUT,
+    "dataset_text_field": CHOSEN,
+    "dataset_train_split": FROM_RUN,
+    "ddp_backend": NONE,
+    "ddp_broadcast_buffers": NONE,
+    "ddp_bucket_cap_mb": NONE,
+    "ddp_find_unused_parameters": NONE,
+    "ddp_static_graph": NONE,
+    "ddp_timeout": NONE,
+    "debug": (
+        "transformers' search for overflows fails on attention masks; gates and alarms name values that are not finite"
+    ),
+    "deepspeed": NONE,
+    "disable_dropout": EXACT | FROM_RUN,
+    "disable_tqdm": NONE,
+    "discopop_tau": EXACT | FROM_RUN,
+    "do_eval": NONE,
+    "do_predict": NONE,
+    "do_train": NONE,
+    "dtype": EXACT | FROM_RUN,
+    "enable_jit_checkpoint": "it saves the wrong random state, and a preempted job looks completed",
+    "eos_token": TOKENIZER,
+    "eval_accumulation_steps": NONE,
+    "eval_answers": NONE,
+    "eval_delay": NONE,
+    "eval_do_concat_batches": NONE,
+    "eval_fraction": FROM_RUN | HELD_OUT,
+    "eval_on_start": NONE,
+    "eval_packing": ROW_EACH,
+    "eval_steps": SAME_TOKENS,
+    "eval_strategy": NONE,
+    "eval_use_gather_object": NONE,
+    "f_alpha_divergence_coef": EXACT | FROM_RUN,
+    "f_divergence_type": EXACT | FROM_RUN | SAME_TOKENS,
+    "fp16": EXACT | MACHINE,
+    "fp16_full_eval": NONE,
+    "fsdp": NONE,
+    "fsdp_config": NONE,
+    "full_determinism": NONE,
+    "gates": NONE,
+    "gradient_accumulation_steps": SAME_TOKENS,
+    "gradient_checkpointing": SAME_TOKENS,
+    "gradient_checkpointing_kwargs": NONE,
+    "greater_is_better": NONE,
+    "hub_always_push": AT_THE_END,
+    "hub_license": PRIVATE,
+    "hub_model_id": PRIVATE,
+    "hub_private_repo": PRIVATE,
+    "hub_revision": PRIVATE,
+    "hub_strategy": AT_THE_END,
+    "hub_token": PRIVATE,
+    "ignore_bias_buffers": "it mends models of 2023 that transformers no longer has",
+    "ignore_data_skip": NONE,
+    "include_for_metrics": NONE,
+    "include_num_input_tokens_seen": NONE,
+    "kind": FROM_RUN,
+    "label_names": NONE,
+    "label_smoothing": EXACT | FROM_RUN | SAME_TOKENS,
+    "label_smoothing_factor": NONE,
+    "ld_alpha": EXACT | FROM_RUN,
+    "learning_rate": EXACT | SAME_TOKENS,
+    "length_column_name": NONE,
+    "liger_kernel_config": NONE,
+    "load_best_model_at_end": NONE,
+    "load_in_4bit": EXACT | FROM_RUN,
+    "load_in_8bit": EXACT | FROM_RUN,
+    "local_rank": NONE,
+    "log_level": NONE,
+    "log_level_replica": NONE,
+    "log_on_each_node": NONE,
+    "logging_first_step": NONE,
+    "logging_nan_inf_filter": NONE,
+    "logging_steps": SAME_TOKENS,
+    "logging_strategy": NONE,
+    "lora_alpha": EXACT | FROM_RUN | SAME_TOKENS | LORA,
+    "lora_dropout": EXACT | FROM_RUN | SAME_TOKENS | LORA,
+    "lora_modules_to_save": EXACT | FROM_RUN | LORA,
+    "lora_r": EXACT | FROM_RUN | SAME_TOKENS | LORA,
+    "lora_target_modules": EXACT | FROM_RUN | SAME_TOKENS | LORA,
+    "lora_target_parameters": EXACT | FROM_RUN | LORA,
+    "lora_task_type": LORA,
+    "loss_type": EXACT | FROM_RUN | SAME_TOKENS,
+    "loss_weights": EXACT | FROM_RUN | SAME_TOKENS,
+    "lr_scheduler_kwargs": EXACT | SAME_TOKENS,
+    "lr_scheduler_type": EXACT | SAME_TOKENS,
+    "max_completion_length": FROM_RUN,
+    "max_eval_samples": FROM_RUN | HELD_OUT,
+    "max_grad_norm": EXACT | SAME_TOKENS,
+    "max_length": FROM_RUN,
+    "max_prompt_length": FROM_RUN,
+    "max_steps": EXACT | SAME_TOKENS,
+    "max_train_samples": FROM_RUN,
+    "merge_after_training": NONE,
+    "metric_for_best_model": NONE,
+    "model_init_kwargs": (
+        "it would be read for the reference alone; use --dtype, --attn_implementation, --model_revision"
+    ),
+    "model_name_or_path": IDENTITY | FROM_RUN,
+    "model_revision": EXACT | FROM_RUN,
+    "neftune_noise_alpha": EXACT,
+    "num_train_epochs": EXACT | SAME_TOKENS,
+    "optim": EXACT | SAME_TOKENS,
+    "optim_args": EXACT | SAME_TOKENS,
+    "optim_target_modules": EXACT,
+    "output_dir": BY_SWEEP | RUN_NAME,
+    "overwrite_run": BY_SWEEP,
+    "packing": ROW_EACH,
+    "packing_strategy": ROW_EACH,
+    "pad_to_multiple_of": NONE,
+    "pad_token": "TRL retires it; the tokenizer's own padding token is used, or its EOS",
+    "padding_free": "TRL warns and pads all the same",
+    "parallelism_config": NONE,
+    "per_device_eval_batch_size": FROM_RUN | SAME_TOKENS,
+    "per_device_train_batch_size": FROM_RUN | SAME_TOKENS,
+    "precompute_ref_batch_size": NONE,
+    "precompute_ref_log_probs": NONE,
+    "prediction_loss_only": NONE,
+    "preempt_signal": NONE,
+    "project": PRIVATE,
+    "push_to_hub": NONE,
+    "ref_model_mixup_alpha": EXACT,
+    "ref_model_sync_steps": EXACT,
+    "remove_unused_columns": NONE,
+    "report_to": NONE,
+    "restore_callback_states_from_checkpoint": NONE,
+    "resume_from_checkpoint": BY_SWEEP,
+    "router_aux_loss_coef": EXACT | FROM_RUN,
+    "run_group": BY_SWEEP | PRIVATE,
+    "run_name": RUN_NAME | PRIVATE,
+    "run_tags": SAME_TOKENS | PRIVATE,
+    "save_before_seconds": NONE,
+    "save_on_each_node": NONE,
+    "save_only_model": NONE,
+    "save_steps": SAME_TOKENS,
+    "save_strategy": NONE,
+    "save_total_limit": NONE,
+    "seed": EXACT | FROM_RUN | SAME_TOKENS,
+    "shared_prefix": FROM_RUN,
+    "shuffle_dataset": ORDER,
+    "skip_memory_metrics": NONE,
+    "sync_ref_model": EXACT,
+    "tf32": EXACT,
+    "torch_compile": NONE,
+    "torch_compile_backend": NONE,
+    "torch_compile_mode": NONE,
+    "torch_empty_cache_steps": NONE,
+    "trackio_bucket_id": PRIVATE,
+    "trackio_space_id": PRIVATE,
+    "trackio_static_space_id": PRIVATE,
+    "train_sampling_strategy": ORDER,
+    "truncation_mode": ("prompts keep their end and answers their start: --max_prompt_length, --max_completion_length"),
+    "trust_checkpoint": NONE,
+    "trust_remote_code": NONE,
+    "use_bnb_nested_quant": EXACT | FROM_RUN | FOUR_BIT,
+    "use_cache": NONE,
+    "use_cpu": MACHINE,
+    "use_dora": EXACT | FROM_RUN | SAME_TOKENS | LORA,
+    "use_liger_kernel": NONE,
+    "use_peft": EXACT | FROM_RUN,
+    "use_rslora": EXACT | FROM_RUN | SAME_TOKENS | LORA,
+    "use_weighting": EXACT | FROM_RUN,
+    "warmup_steps": EXACT | SAME_TOKENS,
+    "weight_decay": EXACT | SAME_TOKENS,
+}
+REFUSED = {name: fact for name, fact in FLAG_FACTS.items() if isinstance(fact, str)}
+
+
+def flags_with(fact: Fact) -> tuple[str, ...]:
+    """The names of all settings that the fact holds for, in alphabetical order."""
+    return tuple(name for name, facts in FLAG_FACTS.items() if isinstance(facts, Fact) and fact in facts)
+
+
+def is_public(name: str) -> bool:
+    """Whether a model card may show the setting; False for one that has no row, or that has no effect."""
+    facts = FLAG_FACTS.get(name)
+    return isinstance(facts, Fact) and PRIVATE not in facts
