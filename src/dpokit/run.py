@@ -46,13 +46,13 @@ from dpokit.train.trackers import REPLACED, set_up_trackers, track_run
 from dpokit.train.value_checks import check_values
 
 
-def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunDir:
+def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mapping[str, Any]) -> RunDir:
     """One run; returns its folder.
 
     Args:
         recipe: the recipe's file.
         defaults: its `DEFAULTS`.
-        argv: flags, over the defaults.
+        argv: flags, or settings by name, over the defaults.
 
     Raises:
         DpokitError: what the user can mend; run.json holds the reason where the folder is this run's.

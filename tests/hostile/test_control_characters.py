@@ -120,6 +120,7 @@ def planted(tmp_path_factory) -> Path:
 
 
 VERBS = {
+    "init": [],
     "status": [],
     "verify": [],
     "report": [],

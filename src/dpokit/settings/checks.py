@@ -88,7 +88,7 @@ def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
                 ) from error
         return
     asked = [name for name in flags_with(Fact.LORA) if name in origins]
-    if any(origins[name] == "command line" for name in asked):
+    if any(origins[name] in ("command line", "call") for name in asked):
         raise SettingsError(
             f"{', '.join(asked)} is set, but use_peft is not: the whole model would be trained",
             expected="--use_peft with LoRA's settings",

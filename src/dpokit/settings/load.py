@@ -34,6 +34,7 @@ from dpokit.torch_build_locks import pass_dead_locks
 # here grants trust, starts a process, sets a place to write to or asks the network for more than a model and its data;
 # such flags count only where this command line has them.
 FROM_RUN = frozenset(flags_with(Fact.FROM_RUN))
+CALL = "call"  # the origin of a setting that a call from Python gave
 PLAIN_NAME = re.compile(r"\w+")  # of an attention; one with a slash is a program on the Hub
 
 
@@ -78,13 +79,13 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))
 
 
-def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> Settings:
+def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mapping[str, Any]) -> Settings:
     """Merges the layers and builds TRL's dataclasses; building them starts accelerate's process group.
 
     Args:
         recipe: the recipe's file or name.
         defaults: the recipe's `DEFAULTS`.
-        argv: the command line without the program's name.
+        argv: the command line without the program's name; or, for a call from Python, settings by name.
 
     Raises:
         SettingsError: an unknown, retired, contradicting or wrongly typed setting, in whichever layer.
@@ -121,15 +122,17 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str])
 
 
 def read_layers(
-    recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]
+    recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mapping[str, Any]
 ) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
-    """The recipe's kind, and each layer's name and values, the weakest first: recipe, YAML file, command line.
+    """The recipe's kind, and each layer's name and values, the weakest first: recipe, YAML file, command line or call.
 
     Raises: SettingsError for a name or a value that no parser knows, in whichever layer.
     """
     kind, defaults = split_kind(defaults)
     parser = FlagParser(kind, prog=f"{recipe}.py", description=f"Every setting of recipes/{recipe}.py")
     layers = [(f"recipe {recipe}", parser.parse_mapping(defaults, f"recipe {recipe}"))]
+    if isinstance(argv, Mapping):
+        return kind, [*layers, (CALL, parser.parse_mapping(argv, "the call's settings"))]
     given = parser.parse_layer(argv, "the command line")
     config_file = given.pop("config", None)
     if config_file is not None:

@@ -7,7 +7,7 @@ import typer
 
 from dpokit.verbs import evaluation as proof
 from dpokit.verbs import publish as release
-from dpokit.verbs import runs, search, talk
+from dpokit.verbs import runs, search, start, talk
 
 app = typer.Typer(
     add_completion=False,
@@ -16,7 +16,7 @@ app = typer.Typer(
     # Training flags have underscores: a verb's own options are known by either spelling.
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
-for room in (runs, proof, release, search, talk):  # the order in which --help lists them
+for room in (start, runs, proof, release, search, talk):  # the order in which --help lists them
     app.add_typer(room.app)
 
 

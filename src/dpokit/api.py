@@ -1,0 +1,134 @@
+"""The public Python API, for notebooks and scripts: `import dpokit`. Importing this module needs no torch.
+
+Each function raises `DpokitError` for what the user can correct. Only a signal that asks a run to save and end raises
+`SystemExit`, with exit code 75.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpokit.rundir import RunDir
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+NOTEBOOK = "notebook"  # the recipe's name in run.json if no recipe is named
+
+
+def load_pairs(
+    dataset_name: str,
+    *,
+    dataset_config: str | None = None,
+    split: str = "train",
+    max_samples: int | None = None,
+) -> "Dataset":
+    """Reads the preference pairs of a dataset in any layout that training knows.
+
+    Args:
+        dataset_name: a Hub id, a file or a folder.
+        dataset_config: the dataset's configuration, if it has several.
+        split: which split.
+        max_samples: reads only the first rows of the split.
+
+    Returns:
+        A `datasets.Dataset` with the columns `prompt`, `chosen` and `rejected`: texts, or lists of `{role, content}` if
+        the prompts are messages. `Dataset.to_json` writes a file that `dataset_name` accepts. Rows that hold no pair
+        are left out; one line on stderr counts them by reason.
+
+    Raises: DataError: the dataset cannot be read, or has no known layout.
+    """
+    from datasets import Dataset
+
+    from dpokit.console import quiet_dependencies, say
+    from dpokit.data.formats import UnusableError, find_format
+    from dpokit.data.sources import get_split, load_splits
+
+    quiet_dependencies()
+    rows = get_split(load_splits(dataset_name, dataset_config, streaming=False), split, "split")
+    rows = rows if max_samples is None else rows.take(max_samples)
+    name = f"{dataset_name}, split {split}"
+    layout = find_format(list(rows.take(32)), name)
+    pairs: list[dict[str, Any]] = []
+    dropped: Counter[str] = Counter()
+    for row in rows:
+        try:
+            pair = layout.to_pair(row)
+        except UnusableError as error:
+            dropped[str(error)] += 1
+            continue
+        answers: dict[str, Any] = {"chosen": pair.chosen, "rejected": pair.rejected}
+        if not isinstance(pair.prompt, str):
+            answers = {side: [{"role": "assistant", "content": answer}] for side, answer in answers.items()}
+        pairs.append({"prompt": pair.prompt, **answers})
+    reasons = "".join(f", {count:,} rows left out ({reason})" for reason, count in dropped.most_common())
+    say(f"{name}: {len(pairs):,} pairs of layout {layout.name!r}{reasons}")
+    return Dataset.from_list(pairs)
+
+
+def train_model(settings: Mapping[str, Any], *, recipe: str | os.PathLike[str] | None = None) -> RunDir:
+    """Trains in this process, as `accelerate launch` of a recipe does with one process, and returns the run folder.
+
+    Args:
+        settings: every flag of a recipe by its name, such as `{"learning_rate": 1e-5, "use_peft": True}`;
+            `model_name_or_path`, `dataset_name` and `output_dir` are needed without a recipe. `kind` is `dpo` (if it
+            is missing) or `sft`.
+        recipe: a recipe's file or name, whose defaults the settings override. Without it, TRL's defaults hold.
+
+    Raises: DpokitError: an error that the user can correct.
+    """
+    from dpokit.run import train
+    from dpokit.settings.layers import find_recipe, read_defaults
+
+    if recipe is None:
+        return train(NOTEBOOK, settings, [])
+    path = find_recipe(str(recipe))
+    return train(str(path), read_defaults(path), settings)
+
+
+def evaluate_model(
+    model: str | RunDir,
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    answers: int = 0,
+) -> dict[str, Any]:
+    """Compares a model with its base on held-out pairs, as `dpokit evaluate` does.
+
+    Args:
+        model: a run folder, a model's folder or a Hub id.
+        base: the model to compare with; without it the run's or the adapter's own base.
+        data, split: the held-out pairs; without them the run's own.
+        limit: scores only the first pairs.
+        answers: both models answer this many prompts.
+
+    Returns: what `eval/pairs.json` holds, such as `verdict` and, for `base` and `tuned`, `accuracy` with its interval;
+        with `answers` also the counts of the sampled answers.
+
+    Raises: DpokitError: an error that the user can correct.
+    """
+    from dpokit.evaluate.command import evaluate_model as evaluate
+
+    name = str(model.path) if isinstance(model, RunDir) else str(model)
+    return evaluate(name, base=base, data=data, split=split, limit=limit, answers=answers, argv=[])
+
+
+def merge_model(run: str | os.PathLike[str] | RunDir, **options: Any) -> dict[str, Any]:
+    """Merges a run's adapter into its base and measures the drift, as `dpokit merge` does.
+
+    Args:
+        run: a run folder.
+        options: the fields of `dpokit.merge.merge.MergeOptions`: `dtype`, `max_shard_size`, `dequantized_base`,
+            `accept_drift`, `limit`, `checkpoint`, `proof`.
+
+    Returns: what `merged/merge.json` holds. `RunDir.merged` is the folder of the model.
+
+    Raises: DpokitError: an error that the user can correct.
+    """
+    from dpokit.merge.merge import MergeOptions, merge_run
+
+    return merge_run(run if isinstance(run, RunDir) else RunDir(Path(run)), MergeOptions(**options))
