@@ -59,11 +59,8 @@ def list_limits(run: Run, lineage: Lineage, *, language: Sequence[str], is_evalu
         "safety and bias were not measured.",
         "The model keeps the gaps and errors of its base model, and the terms of the base model's licence still apply.",
     ]
-    sentences += (
-        _list_evaluation_limits(run, lineage)
-        if is_evaluated
-        else ["The model was not compared with its base on held-out pairs."]
-    )
+    not_compared = ["The model was not compared with its base on held-out pairs."]
+    sentences += _list_evaluation_limits(run, lineage) if is_evaluated else not_compared
     sentences += _list_data_limits(run)
     if language:
         sentences.append(

@@ -40,7 +40,9 @@ def find_weights(run: RunDir, *, step: int | None) -> Path:
     if step is not None:
         path = run.path / f"checkpoint-{step}"
         if not path.is_dir():
-            names = ", ".join(path.name for path in run.checkpoints()) or "the run has no checkpoints"
+            names = (
+                ", ".join(checkpoint.name for checkpoint in run.checkpoints()) or "none, as the run has no checkpoints"
+            )
             raise RunFolderError(
                 f"there is no {path}", expected=f"one of: {names}", do="correct --checkpoint, or leave it out"
             )
@@ -52,7 +54,7 @@ def find_weights(run: RunDir, *, step: int | None) -> Path:
                 do=f"choose a checkpoint that `dpokit verify {run.path}` reports as whole",
             )
         return path
-    state = (run.read_run() or {}).get("state", "not begun")
+    state = (run.read_run() or {}).get("state", "not started")
     for checkpoint in find_checkpoints(run, deep=False):
         trouble = _find_trouble(checkpoint) or _find_trouble(look_at(checkpoint.path, deep=True))
         if trouble is None:

@@ -61,9 +61,7 @@ def find_hub_token(token: str | None) -> str:
             expected="a token that may write",
             do=f"hf auth login, or HF_TOKEN ({TOKENS_PAGE})",
         )
-    if (
-        not token.isascii() or not token.isprintable() or " " in token
-    ):  # the HTTP client's own message would show the token
+    if not token.isascii() or not token.isprintable() or " " in token:  # the client's own message would show it
         raise SettingsError(
             "the Hub's token holds a character that no token has", expected="the token alone", do="hf auth login"
         )
