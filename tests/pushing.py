@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from local_hub import WRITE, LocalHub
 
-from dpokit.push.retry import Patience
+from dpokit.push.retry import RetryPolicy
 from dpokit.rundir import RunDir
 
 REPO = "tester/tiny"
@@ -20,7 +20,7 @@ BASE = "org/base"
 CARD = "---\nlicense: mit\n---\n\n# Tiny\n\n![loss](figures/loss.png)\n"
 # huggingface_hub's own tries take a second each; those of hf_xet are told to be quicker, before it is loaded.
 QUICK_XET = {"HF_XET_CLIENT_RETRY_BASE_DELAY": "20ms", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
-QUICK = Patience(tries=3, first_wait_seconds=0.01, most_wait_seconds=0.05, silence_seconds=20.0)
+QUICK = RetryPolicy(tries=3, first_wait_seconds=0.01, most_wait_seconds=0.05, silence_seconds=20.0)
 
 
 def make_run(folder: Path, model: Path, *, adapter: bool = False, merged: bool = False) -> RunDir:

@@ -1,4 +1,4 @@
-"""What follows training: asked of the Hub before it, done after it by rank 0 alone, under every placement."""
+"""The merge and the push after training: checked before it, run by rank 0 alone, under every placement."""
 
 import json
 import subprocess
@@ -11,13 +11,13 @@ from huggingface_hub import HfApi
 from local_hub import READ, WRITE, Fault, serve
 from pushing import REPO, client_environment, connect
 
-from dpokit.after_training import check_wishes, find_commands, run_commands
+from dpokit.after_training import check_after_training, find_commands, run_commands
 from dpokit.errors import DataError, HubError, ReleaseError, SettingsError
 from dpokit.rundir import RunDir
 from dpokit.settings.load import load_settings
 
 PUSH = ["--push_to_hub", "--hub_model_id", REPO, "--hub_license", "mit"]
-EVALUATED = ["--eval_strategy", "epoch"]
+EVALUATE = ["--eval_strategy", "epoch"]
 PLACEMENTS = {"one": "single_gpu", "DDP": "ddp_cpu", "ZeRO-3": "zero3_cpu", "FSDP2": "fsdp2_cpu"}
 
 
@@ -32,73 +32,73 @@ def load(folder: Path, *flags: str):
 
 
 @pytest.mark.parametrize(
-    ("flags", "seen"),
+    ("flags", "message"),
     [
         (["--push_to_hub"], "hub_model_id is not set"),
         (["--push_to_hub", "--hub_model_id", "tiny"], "hub_model_id is tiny"),
         (["--push_to_hub", "--hub_model_id", REPO], "no licence"),
         ([*PUSH, "--hub_license", "mitt"], "mitt"),
-        ([*PUSH, "--hub_license", "other"], "its name and its text have no flags here"),
+        ([*PUSH, "--hub_license", "other"], "training has no flags for the licence's name and link"),
     ],
 )
-def test_what_a_push_needs_is_asked_for_before_training(flags, seen, tmp_path, hub, monkeypatch):
+def test_incomplete_push_settings_are_refused_before_training(flags, message, tmp_path, hub, monkeypatch):
     connect(monkeypatch, hub)
-    with pytest.raises(SettingsError, match=seen):
-        check_wishes(load(tmp_path, *flags))
+    with pytest.raises(SettingsError, match=message):
+        check_after_training(load(tmp_path, *flags))
     assert not hub.requests
 
 
-def test_a_token_that_may_not_write_is_found_before_training(tmp_path, hub, monkeypatch):
+def test_a_read_only_token_is_refused_before_training(tmp_path, hub, monkeypatch):
     connect(monkeypatch, hub, token=READ)
     with pytest.raises(HubError, match="may read, and not write"):
-        check_wishes(load(tmp_path, *PUSH))
-    check_wishes(load(tmp_path, *PUSH, "--hub_token", WRITE))
+        check_after_training(load(tmp_path, *PUSH))
+    check_after_training(load(tmp_path, *PUSH, "--hub_token", WRITE))
 
 
-def test_an_adapter_of_a_local_base_that_is_not_merged_is_found_before_training(tmp_path, hub, tiny_gpt2, monkeypatch):
+def test_an_unmerged_adapter_of_a_local_base_is_refused(tmp_path, hub, tiny_gpt2, monkeypatch):
     connect(monkeypatch, hub)
     flags = [*PUSH, "--use_peft", "--model_name_or_path", str(tiny_gpt2)]
     with pytest.raises(SettingsError, match=f"whose base is {tiny_gpt2}, a folder of this machine"):
-        check_wishes(load(tmp_path, *flags))
-    check_wishes(load(tmp_path, *flags, "--merge_after_training", *EVALUATED))
+        check_after_training(load(tmp_path, *flags))
+    check_after_training(load(tmp_path, *flags, "--merge_after_training", *EVALUATE))
 
 
-def test_a_repository_of_the_other_visibility_is_found_before_training(tmp_path, hub, monkeypatch):
+def test_a_repository_of_the_other_visibility_is_refused(tmp_path, hub, monkeypatch):
     connect(monkeypatch, hub)
-    check_wishes(load(tmp_path, *PUSH))
+    check_after_training(load(tmp_path, *PUSH))
     HfApi().create_repo(REPO, private=False)
     with pytest.raises(HubError, match="is public: everybody would see"):
-        check_wishes(load(tmp_path, *PUSH))
-    check_wishes(load(tmp_path, *PUSH, "--hub_private_repo", "false"))
+        check_after_training(load(tmp_path, *PUSH))
+    check_after_training(load(tmp_path, *PUSH, "--hub_private_repo", "false"))
 
 
-def test_a_merge_in_the_way_of_the_next_is_found_before_training(tmp_path):
+def test_an_existing_merge_is_refused_before_training(tmp_path):
     RunDir(tmp_path / "run").merged.mkdir(parents=True)
-    with pytest.raises(SettingsError, match="merged is there already"):
-        check_wishes(load(tmp_path, "--merge_after_training", *EVALUATED))
-    check_wishes(load(tmp_path, "--merge_after_training", "--overwrite_run", *EVALUATED))
+    with pytest.raises(SettingsError, match="merged exists already"):
+        check_after_training(load(tmp_path, "--merge_after_training", *EVALUATE))
+    check_after_training(load(tmp_path, "--merge_after_training", "--overwrite_run", *EVALUATE))
 
 
-def test_a_merge_without_pairs_for_its_proof_is_found_before_training(tmp_path):
+def test_a_merge_without_held_out_pairs_is_refused(tmp_path):
     pairs = ["--dataset_name", str(write_pairs(tmp_path / "pairs.jsonl", 4)), "--eval_strategy", "no"]
-    with pytest.raises(DataError, match="no pairs for its proof"):
-        check_wishes(load(tmp_path, "--merge_after_training", *pairs))
-    check_wishes(load(tmp_path, "--merge_after_training", *pairs, "--eval_fraction", "0.5"))
+    with pytest.raises(DataError, match="no held-out pairs to check it"):
+        check_after_training(load(tmp_path, "--merge_after_training", *pairs))
+    check_after_training(load(tmp_path, "--merge_after_training", *pairs, "--eval_fraction", "0.5"))
 
 
-def test_without_a_push_the_hub_is_not_asked(tmp_path, hub, monkeypatch):
+def test_without_a_push_no_request_reaches_the_hub(tmp_path, hub, monkeypatch):
     connect(monkeypatch, hub)
-    check_wishes(load(tmp_path, "--merge_after_training", *EVALUATED))
+    check_after_training(load(tmp_path, "--merge_after_training", *EVALUATE))
     assert not hub.requests
 
 
-def test_the_verbs_stand_on_each_other_and_are_private_unless_told_otherwise(tmp_path):
+def test_the_commands_are_in_order_and_push_privately_by_default(tmp_path):
     run = RunDir(tmp_path / "run")
     assert list(find_commands(run, load(tmp_path))) == []
-    assert [words[0] for words in find_commands(run, load(tmp_path, "--merge_after_training"))] == ["merge"]
+    assert [arguments[0] for arguments in find_commands(run, load(tmp_path, "--merge_after_training"))] == ["merge"]
     flags = [*PUSH, "--merge_after_training", "--eval_strategy", "epoch"]
     coded = find_commands(run, load(tmp_path, "--merge_after_training", "--trust_remote_code", "true"))
-    assert [words[-2:] for words in coded] == [["--trust_remote_code", "true"]], "a run folder does not grant it"
+    assert [arguments[-2:] for arguments in coded] == [["--trust_remote_code", "true"]], "a run folder cannot grant it"
     evaluate, merge, push = find_commands(run, load(tmp_path, *flags))
     assert (evaluate[0], merge[0]) == ("evaluate", "merge")
     assert push == ["push", str(run.path), "--repo-id", REPO, "--license", "mit", "--yes"]
@@ -106,7 +106,7 @@ def test_the_verbs_stand_on_each_other_and_are_private_unless_told_otherwise(tmp
     assert push[-4:] == ["--public", "--revision", "v2", "--yes"]
 
 
-def test_a_verb_that_fails_names_the_commands_that_go_on(tmp_path, capfd):
+def test_a_failed_command_names_the_commands_to_repeat(tmp_path, capfd):
     commands = [["verify", str(tmp_path / "none")], ["push", "RUN"]]
     with pytest.raises(ReleaseError) as error:
         run_commands(commands)
@@ -115,7 +115,7 @@ def test_a_verb_that_fails_names_the_commands_that_go_on(tmp_path, capfd):
     assert "there is no folder" in capfd.readouterr().err
 
 
-def test_a_verb_knows_nothing_of_the_launcher_and_gets_the_token_by_its_environment(tmp_path, monkeypatch):
+def test_a_command_gets_the_token_but_no_launcher_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -127,13 +127,13 @@ def test_a_verb_knows_nothing_of_the_launcher_and_gets_the_token_by_its_environm
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     run_commands([["any"]], token="hf_secret")
-    told = json.loads((tmp_path / "e").read_text())
-    assert told["HF_TOKEN"] == "hf_secret"
-    assert not {"RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"} & told.keys()
+    variables = json.loads((tmp_path / "e").read_text())
+    assert variables["HF_TOKEN"] == "hf_secret"
+    assert not {"RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"} & variables.keys()
 
 
 def launch(hub, config: str, run: RunDir, model: Path, pairs: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    """A LoRA run that is merged and pushed."""
+    """Runs a LoRA training that is merged and pushed at its end."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     command += [str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(ROOT / "recipes" / "dpo_gpt2.py"), "--use_cpu"]
     command += ["--model_name_or_path", str(model), "--dataset_name", str(pairs), "--output_dir", str(run.path)]
@@ -155,7 +155,7 @@ def data(tmp_path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_run_is_evaluated_merged_and_pushed_at_its_end(placement, hub, tiny_gpt2, data, tmp_path):
+def test_a_finished_run_is_evaluated_merged_and_pushed(placement, hub, tiny_gpt2, data, tmp_path):
     run = RunDir(tmp_path / "run")
     done = launch(hub, PLACEMENTS[placement], run, tiny_gpt2, data)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -173,7 +173,7 @@ def test_a_run_is_evaluated_merged_and_pushed_at_its_end(placement, hub, tiny_gp
 
 
 @pytest.mark.slow
-def test_a_push_that_fails_leaves_a_finished_run_and_the_command_that_goes_on(hub, tiny_gpt2, data, tmp_path):
+def test_a_failed_push_leaves_a_finished_run_and_a_command(hub, tiny_gpt2, data, tmp_path):
     run = RunDir(tmp_path / "run")
     hub.faults.append(Fault("POST .*/commit/", status=403, times=99))
     done = launch(hub, "ddp_cpu", run, tiny_gpt2, data, "--eval_strategy", "no", "--load_best_model_at_end", "false")
@@ -182,15 +182,15 @@ def test_a_push_that_fails_leaves_a_finished_run_and_the_command_that_goes_on(hu
     again = f"dpokit push {run.path} --repo-id {REPO} --license mit --yes"
     assert again in done.stderr
     hub.faults.clear()
-    words = [sys.executable, "-m", "dpokit.cli", *again.split()[1:]]
-    assert subprocess.run(words, env=client_environment(hub, xet=False), capture_output=True).returncode == 0
+    command = [sys.executable, "-m", "dpokit.cli", *again.split()[1:]]
+    assert subprocess.run(command, env=client_environment(hub, xet=False), capture_output=True).returncode == 0
     pulled = tmp_path / "pulled.safetensors"
     pulled.write_bytes(hub.read(REPO, "model.safetensors"))
     assert pulled.read_bytes() == (run.merged / "model.safetensors").read_bytes()
 
 
 @pytest.mark.slow
-def test_a_hub_that_would_refuse_is_asked_before_the_first_step(hub, tiny_gpt2, data, tmp_path):
+def test_a_refusal_of_the_hub_stops_the_run_before_step_1(hub, tiny_gpt2, data, tmp_path):
     run = RunDir(tmp_path / "run")
     done = launch(hub, "ddp_cpu", run, tiny_gpt2, data, "--hub_token", READ)
     assert done.returncode != 0

@@ -1,7 +1,7 @@
-"""Every plot: lines over steps, as SVG that follows a page's colours and as PNG. No torch.
+"""Draws lines over steps as a PNG, and as an SVG that takes its colours from the page. No torch.
 
-Pure functions from plain values to text and bytes. One drawing gives both: matplotlib draws in the light colours, which
-a PNG keeps, and in the SVG each of them becomes a CSS variable (`PALETTE`), so that a page can turn dark.
+Pure functions from plain values to text and bytes. matplotlib draws each figure once, in the light colours. The PNG
+keeps them; in the SVG each colour becomes a CSS variable (`PALETTE`), so that a page can have a dark scheme.
 """
 
 import io
@@ -21,8 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-# CSS variable -> (light, dark). Lines have a contrast of at least 3 to their background, text of 4.5; lines of several
-# runs differ by dash and marker as well (DASHES, MARKERS).
+# CSS variable -> (light, dark). The contrast to the background is at least 3 for lines and 4.5 for text; lines of
+# several runs also differ by dash and marker (DASHES, MARKERS).
 PALETTE = {
     "--paper": ("#ffffff", "#16191d"),
     "--ink": ("#1b1f24", "#e8eaed"),
@@ -43,14 +43,14 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 WIDTH_INCHES, HEIGHT_INCHES, LEGEND_ROW_INCHES = 4.6, 2.9, 0.185
 LEGEND_FONT_POINTS = 9.5
-HANDLE_POINTS = 42.0  # of a legend's entry, beside its label
-COLUMNS = 360  # pixels of the plot's width in a page: a line needs no more than two points for each
+HANDLE_POINTS = 42.0  # width of a legend entry without its label
+COLUMNS = 360  # width of a plot on a page in pixels; a line needs at most two points for each
 NOISY_FROM_POINTS = 40
-MOST_RAW_LINES = 4  # more of them hide each other
+MOST_RAW_LINES = 4  # more would hide each other
 SETTINGS = {
     "font.size": 10.0,
-    "svg.fonttype": "none",  # text stays text: it can be searched, and read aloud
-    "text.parse_math": False,  # a run may be called $x$
+    "svg.fonttype": "none",  # keep text as text: a reader can search it, a screen reader can read it
+    "text.parse_math": False,  # a run's name may hold dollar signs
     "text.color": PALETTE["--ink"][0],
     "axes.edgecolor": PALETTE["--muted"][0],
     "axes.labelcolor": PALETTE["--muted"][0],
@@ -67,12 +67,13 @@ class Line:
     """One line of a figure.
 
     Attributes:
-        label: in the legend.
-        steps: in rising order.
-        values: at these steps; None where the value was not finite.
-        style: number of its colour, dash and marker.
-        dots: every value gets a marker, as evaluations do.
-        noisy: a long line is drawn pale, with its running mean over it; of more than MOST_RAW_LINES, the means alone.
+        label: text of the legend.
+        steps: in ascending order.
+        values: one for each step; None for a value that is not finite.
+        style: index of colour, dash and marker.
+        dots: whether each value has a marker, as for evaluations.
+        noisy: whether a long line is drawn pale below its running mean; with more than MOST_RAW_LINES such lines, only
+            the means are drawn.
     """
 
     label: str
@@ -88,12 +89,12 @@ class Figure:
     """One figure.
 
     Attributes:
-        key: names the files; unique on a page.
+        key: used in file names; unique on a page.
         title: with the unit.
         lines: at least one.
-        level, level_label: a horizontal line that means something.
-        restarts: (step, style); a style of None is a rule through the figure, a number a mark in that line's colour.
-        log: the vertical axis is logarithmic; only where all values are above 0.
+        level, level_label: height and label of a horizontal reference line; None for no line.
+        restarts: (step, style); style None draws a vertical line, a number a marker in the colour of that line.
+        log: whether the vertical axis is logarithmic, which needs values above 0.
     """
 
     key: str
@@ -107,7 +108,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A drawn figure: `svg` for a page that sets PALETTE's variables, `png`, and `alt`, the same in words."""
+    """A drawn figure: `svg` for a page that sets PALETTE's variables, `png`, and the alternative text `alt`."""
 
     figure: Figure
     svg: str
@@ -116,16 +117,16 @@ class Drawing:
 
 
 def draw(figure: Figure, *, software: str) -> Drawing:
-    """Draws it. `software`: written into the PNG, to tell whose file it is."""
+    """Draws a figure. `software` is written into the PNG, by which dpokit recognises its own files."""
     labels = [line.label for line in figure.lines]
     columns = 2 if max(_text_points(label) for label in labels) + HANDLE_POINTS < WIDTH_INCHES * 72 / 2 else 1
     legend = math.ceil(len(labels) / columns) if len(labels) > 1 else 0
     height = HEIGHT_INCHES + legend * LEGEND_ROW_INCHES
-    alt = describe(figure)
+    alt = describe_figure(figure)
     svg, png = io.StringIO(), io.BytesIO()
-    settings: Any = {**SETTINGS, "svg.hashsalt": figure.key}  # ids that no other figure of the page has
+    settings: Any = {**SETTINGS, "svg.hashsalt": figure.key}  # makes ids unique on the page
     with rc_context(settings), warnings.catch_warnings():
-        # A run's name may hold letters that matplotlib's font has not; the page's font has them.
+        # A run's name may hold letters that matplotlib's font lacks; the page's font has them.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         canvas = Canvas(figsize=(WIDTH_INCHES, height), facecolor=PALETTE["--paper"][0])
         bottom = (0.5 + legend * LEGEND_ROW_INCHES) / height
@@ -143,14 +144,14 @@ def draw(figure: Figure, *, software: str) -> Drawing:
 
 
 def _draw_lines(axes: Axes, figure: Figure) -> list[Line2D]:
-    """Draws every line; returns what stands for each in the legend."""
+    """Draws all lines; returns their handles for the legend."""
     handles = []
     raw = sum(line.noisy for line in figure.lines) <= MOST_RAW_LINES
     for line in figure.lines:
         colour, marker = LINES[line.style % len(LINES)], MARKERS[line.style % len(MARKERS)]
         steps, values = thin(line.steps, line.values)
         look: dict[str, Any] = {"color": colour, "linestyle": DASHES[line.style % len(DASHES)], "linewidth": 1.6}
-        if line.dots or sum(value is not None for value in values) < 3:  # a line of one point would not be seen
+        if line.dots or sum(value is not None for value in values) < 3:  # a line with one point would be invisible
             look |= {"marker": marker, "markersize": 4.2 if len(steps) <= NOISY_FROM_POINTS else 2.2, "linewidth": 1.2}
         if line.noisy and len(line.steps) >= NOISY_FROM_POINTS:
             if raw:
@@ -158,10 +159,10 @@ def _draw_lines(axes: Axes, figure: Figure) -> list[Line2D]:
             steps, values = thin(line.steps, smooth(line.values))
         handles += axes.plot(steps, _gaps(values), **look)
         lost = [step for step, value in zip(line.steps, line.values, strict=True) if value is None]
-        if lost:  # at the foot of the figure: what is not finite has no height
-            at, feet = thin(lost, [0.0] * len(lost), columns=80)
-            foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-            axes.plot(at, _gaps(feet), "x", color=colour, markersize=5, **foot)
+        if lost:  # a value that is not finite has no height, so its mark is at the bottom
+            marks, heights = thin(lost, [0.0] * len(lost), columns=80)
+            bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot(marks, _gaps(heights), "x", color=colour, markersize=5, **bottom)
     return handles
 
 
@@ -187,16 +188,16 @@ def _draw_axes(axes: Axes, figure: Figure) -> None:
         if style is None:
             axes.axvline(step, color=PALETTE["--muted"][0], linewidth=0.9, linestyle=(0, (1, 2)))
         else:
-            foot: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-            axes.plot([step], [0.02], marker="^", markersize=5, color=LINES[style % len(LINES)], **foot)
+            bottom: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False}
+            axes.plot([step], [0.02], marker="^", markersize=5, color=LINES[style % len(LINES)], **bottom)
 
 
 def thin(
     steps: Sequence[int], values: Sequence[float | None], *, columns: int = COLUMNS
 ) -> tuple[list[int], list[float | None]]:
-    """The points that can be seen: of each pixel column the lowest and the highest value, so that no spike is lost.
+    """The lowest and the highest value of each pixel column, which keeps every spike.
 
-    A column without any finite value gives one None; short series come back as they are.
+    A column without a finite value gives one None. A short series is returned unchanged.
     """
     if len(steps) <= 2 * columns:
         return list(steps), list(values)
@@ -204,9 +205,9 @@ def thin(
     picked: list[tuple[int, float | None]] = []
     column: list[tuple[int, float | None]] = []
     bounds = [int((step - steps[0]) / width) for step in steps]
-    for at, point in enumerate(zip(steps, values, strict=True)):
+    for index, point in enumerate(zip(steps, values, strict=True)):
         column.append(point)
-        if at + 1 == len(steps) or bounds[at + 1] != bounds[at]:
+        if index + 1 == len(steps) or bounds[index + 1] != bounds[index]:
             finite = [(value, step) for step, value in column if value is not None]
             ends = sorted({(step, value) for value, step in (min(finite), max(finite))}) if finite else []
             picked += ends or [(column[0][0], None)]
@@ -215,27 +216,27 @@ def thin(
 
 
 def smooth(values: Sequence[float | None]) -> list[float | None]:
-    """The mean of the finite values around each, over `smooth_points` of them; None where there is none."""
+    """The running mean of the finite values, over a window of `smooth_points` values; None for an empty window."""
     half = smooth_points(len(values)) // 2
     sums, counts = [0.0], [0]
     for value in values:
         sums.append(sums[-1] + (value or 0.0))
         counts.append(counts[-1] + (value is not None))
     means: list[float | None] = []
-    for at in range(len(values)):
-        low, high = max(0, at - half), min(len(values), at + half + 1)
+    for index in range(len(values)):
+        low, high = max(0, index - half), min(len(values), index + half + 1)
         count = counts[high] - counts[low]
         means.append((sums[high] - sums[low]) / count if count else None)
     return means
 
 
 def smooth_points(points: int) -> int:
-    """How many values a running mean takes in: a fortieth of them, an odd number of at least 5."""
+    """Window of the running mean: a fortieth of the number of values, odd, at least 5."""
     return max(5, points // 40 | 1)
 
 
-def describe(figure: Figure) -> str:
-    """The figure in words, for those who do not see it."""
+def describe_figure(figure: Figure) -> str:
+    """The alternative text of a figure, for readers who cannot see it."""
     parts = [f"{figure.title}."]
     for line in figure.lines:
         points = [(value, step) for step, value in zip(line.steps, line.values, strict=True) if value is not None]
@@ -255,13 +256,13 @@ def describe(figure: Figure) -> str:
 
 
 def is_wide(values: Sequence[float | None]) -> bool:
-    """Whether positive values spread so far that only a logarithmic axis shows them all."""
+    """Whether all values are positive, and spread so far that only a logarithmic axis shows them all."""
     finite = [value for value in values if value is not None]
     return bool(finite) and min(finite) > 0 and max(finite) > 30 * statistics.median(finite)
 
 
 def short(value: float) -> str:
-    """A tick's label in few letters: 12,000; 0.05; 2e-5."""
+    """The short label of a tick: 12,000; 0.05; 2e-5."""
     if value != 0 and (abs(value) >= 1e5 or abs(value) < 1e-3):
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
@@ -269,12 +270,12 @@ def short(value: float) -> str:
 
 
 def css(scheme: int) -> str:
-    """PALETTE as CSS declarations; 0 light, 1 dark."""
+    """PALETTE as CSS declarations; scheme 0 is light, 1 is dark."""
     return " ".join(f"{name}: {colours[scheme]};" for name, colours in PALETTE.items())
 
 
 def _text_points(label: str) -> float:
-    """How wide a legend's label is; matplotlib's own font is wider than most of a page's."""
+    """The width of a legend's label in matplotlib's font, which is wider than most fonts of a page."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from font")
         font = FontProperties(size=LEGEND_FONT_POINTS)
@@ -286,7 +287,7 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
 
 
 def _inline(svg: str) -> str:
-    """matplotlib's SVG made fit for a page: colours as variables, the page's font, no prolog and no address."""
+    """Adapts matplotlib's SVG to a page: colours as CSS variables, the page's font, no prolog and no addresses."""
     variables = {light: f"var({name})" for name, (light, _) in PALETTE.items()}
     svg = svg[svg.index("<svg ") :]
     svg = re.sub(r"<svg [^>]*?(viewBox=\"[^\"]*\")[^>]*>", r'<svg \1 aria-hidden="true">', svg, count=1)
@@ -294,6 +295,6 @@ def _inline(svg: str) -> str:
     svg = re.sub(r"<g id=\"[^\"]*\"", "<g", svg).replace("xlink:href=", "href=")
     svg = re.sub(r"font-family: [^;\"]*;?", "", svg)
     svg = re.sub(r"\bfont: ([^\"']*?\d+(?:\.\d+)?px) [^;\"]*", r"font: \1 var(--font)", svg)
-    svg = re.sub(r"#[0-9a-f]{6}\b(?=[^<>]*>)", lambda found: variables.get(found[0], found[0]), svg)
-    # A hundredth of a point is less than any screen shows.
+    svg = re.sub(r"#[0-9a-f]{6}\b(?=[^<>]*>)", lambda colour: variables.get(colour[0], colour[0]), svg)
+    # Two digits are enough: no screen shows a hundredth of a point.
     return re.sub(r" d=\"[^\"]*\"", lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg)

@@ -10,7 +10,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 
-from dpokit.after_training import check_wishes, find_commands, run_commands
+from dpokit.after_training import check_after_training, find_commands, run_commands
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
 from dpokit.checkpoint.resume import MODEL, claim_folder
 from dpokit.console import hide_progress, quiet_dependencies, say
@@ -69,7 +69,7 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mappin
     clear_device_cache(garbage_collection=True)  # what follows is other programs
     if is_main_process():
         commands = list(find_commands(run, settings))
-        run_commands(commands, token=settings.training.hub_token, asked_to_end=asked_to_end)
+        run_commands(commands, token=settings.training.hub_token, stop_signal=asked_to_end)
     return run
 
 
@@ -94,7 +94,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
             raise Preempted(ended)
         decide_on_main_process(lambda: check_values(settings))
         decide_on_main_process(lambda: check_model_path(settings, gates))
-        decide_on_main_process(lambda: check_wishes(settings))
+        decide_on_main_process(lambda: check_after_training(settings))
         start = decide_on_main_process(lambda: claim_folder(run, settings, world_size=world_size, placement=placement))
     run.token = start.token
     training.gradient_accumulation_steps = start.accumulation or training.gradient_accumulation_steps

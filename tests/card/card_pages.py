@@ -1,4 +1,4 @@
-"""A card as a site shows it: through a real Markdown renderer that, like the Hub's, keeps HTML."""
+"""Renders a card with a real Markdown renderer that keeps HTML, as the Hub's does."""
 
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -10,7 +10,7 @@ from dpokit.card.card import write_card
 from dpokit.card.front_matter import BLOCK
 from dpokit.rundir import RunDir
 
-# What a card is made of; a sample that brings any other has got out of its cell.
+# The elements of a card; any other element comes from text that was not escaped.
 TAGS = {
     "a",
     "blockquote",
@@ -36,7 +36,7 @@ ATTRIBUTES |= {("td", "style"), ("th", "style")}  # a column's alignment
 
 @dataclass
 class Page(HTMLParser):
-    """The elements of a page, its text, and how many of its elements were left open."""
+    """The elements of a page, its text, and the elements that were not closed."""
 
     tags: list[str] = field(default_factory=list)
     attributes: list[tuple[str, str, str]] = field(default_factory=list)
@@ -74,7 +74,7 @@ def body_of(card: str) -> str:
 
 
 def show(card: str) -> str:
-    """HTML of a card's body."""
+    """A card's body as HTML."""
     return str(MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).render(body_of(card)))
 
 
@@ -86,7 +86,7 @@ def parse(html: str) -> Page:
 
 
 def check_page(page: Page) -> None:
-    """Nothing in the page but what a card is made of; it asks for its own pictures and leads to known places alone."""
+    """Checks that a page has only a card's elements, its own pictures, and links to huggingface.co."""
     assert page.unclosed == []
     assert set(page.tags) <= TAGS
     assert {(tag, name) for tag, name, _ in page.attributes} <= ATTRIBUTES

@@ -1,4 +1,4 @@
-"""A run folder becomes a model card: what must stand in it, from hand-made folders."""
+"""The model card's content, from hand-made run folders."""
 
 import getpass
 import json
@@ -10,7 +10,7 @@ from card_pages import body_of, card_of, check_page, parse, show
 from run_folders import add_evaluation, make_run, make_starts, make_steps, v
 
 from dpokit.card.card import write_card
-from dpokit.card.citations import OF_LOSS
+from dpokit.card.citations import LOSS_PAPERS
 from dpokit.card.front_matter import check_front_matter
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.rundir import RunDir
@@ -21,7 +21,7 @@ BARE = '{"state": "running", "generations": []}'
 
 
 def make_full(folder: Path, *, steps: int = 0, **more) -> Path:
-    """A run with everything in it; with no step logged there are no pictures to draw, which saves a second."""
+    """A run with every file; without logged steps there are no pictures to draw, which saves a second."""
     records = make_steps(steps, every=5, gpu=True)
     make_run(folder, [{name: record[name] for name in LOGGED if name in record} for record in records], **more)
     add_evaluation(folder)
@@ -56,8 +56,8 @@ def test_numbers_in_the_card_are_those_of_the_files(tmp_path):
     pairs = json.loads((folder / "eval" / "pairs.json").read_text())
     assert pairs["verdict"]["text"] in text
     for name in ("accuracy", "margin", "loss", "kl_per_token"):
-        found = pairs["tuned"][name]
-        assert f"{found['value']:.4f} ({found['low']:.4f}\u00a0to\u00a0{found['high']:.4f})" in text
+        result = pairs["tuned"][name]
+        assert f"{result['value']:.4f} ({result['low']:.4f}\u00a0to\u00a0{result['high']:.4f})" in text
     rows = [re.sub(r"\s+", " ", row) for row in text.splitlines()]
     data = json.loads((folder / "data.json").read_text())
     for split in ("train", "eval"):
@@ -91,18 +91,18 @@ def test_the_same_folder_gives_the_same_card_and_pictures(tmp_path):
     assert [file.read_bytes() for file in files] == before
 
 
-def test_a_supervised_run_is_not_said_to_be_tuned_by_dpo(tmp_path):
+def test_the_card_of_a_supervised_run_does_not_mention_dpo(tmp_path):
     folder = make_full(tmp_path / "run", settings={"kind": "sft", "loss_type": "nll"})
     card = card_of(folder)
     check_page(parse(show(card)))
     assert "fine-tuned (SFT) on the chosen answers of 1,495 preference pairs" in card
-    assert "these numbers measure what it was not trained for" in card
+    assert "these numbers do not measure its training objective" in card
     assert not re.search("Direct Preference Optimization", card, re.I)
     assert check_front_matter(card)["tags"] == ["sft", "trl", "dpokit"]
     assert check_front_matter(card_of(make_full(tmp_path / "dpo")))["tags"][0] == "dpo"
 
 
-def test_alarms_stand_below_the_verdict(tmp_path):
+def test_alarms_are_shown_below_the_verdict(tmp_path):
     text = "eval loss 1.570 is above 0.693, that of the untouched base. Fewer epochs help."
     folder = make_full(tmp_path / "run", alarms=[{"kind": "worse_than_base", "step": 40, "text": text}])
     head = body_of(card_of(folder)).partition("## How to use it")[0]
@@ -110,7 +110,7 @@ def test_alarms_stand_below_the_verdict(tmp_path):
 
 
 @pytest.mark.parametrize("without", ["eval", "data.json", "metrics.jsonl", "eval/pairs.json", "eval/answers.jsonl"])
-def test_what_is_missing_is_not_shown(without, tmp_path):
+def test_a_missing_file_leaves_its_section_out(without, tmp_path):
     folder = make_full(tmp_path / "run", steps=10)
     path = folder / without
     path.rename(tmp_path / "away")
@@ -154,7 +154,7 @@ def test_a_damaged_file_is_named_and_no_card_is_left(name, content, says, tmp_pa
     assert not (folder / "figures").exists()
 
 
-def test_an_adapter_a_full_run_and_a_merged_model_are_told_apart(tmp_path):
+def test_cards_of_adapter_full_run_and_merged_model_differ(tmp_path):
     settings = {"use_peft": True, "lora_r": 16}
     adapter = make_adapter(tmp_path / "adapter_run", "gpt2", settings=settings)
     card = card_of(adapter, repo_id="me/tuned")
@@ -184,7 +184,7 @@ def test_an_adapter_a_full_run_and_a_merged_model_are_told_apart(tmp_path):
 
 
 @pytest.mark.parametrize(("weights", "says"), [("adapter", "has no adapter/"), ("both", "has no adapter/")])
-def test_weights_that_are_not_there_cannot_be_told_of(weights, says, tmp_path):
+def test_missing_weights_are_refused(weights, says, tmp_path):
     with pytest.raises(SettingsError, match=says):
         card_of(make_full(tmp_path / "run"), weights=weights)
     adapter = make_adapter(tmp_path / "lora", "gpt2")
@@ -192,7 +192,7 @@ def test_weights_that_are_not_there_cannot_be_told_of(weights, says, tmp_path):
         card_of(adapter, weights="model")
 
 
-def test_an_adapter_that_was_trained_further_names_its_base_and_itself(tmp_path):
+def test_a_further_trained_adapter_is_named_beside_its_base(tmp_path):
     folder = make_adapter(
         tmp_path / "run", "org/base", settings={"model_name_or_path": "/data/old_lora"}, local=["model_name_or_path"]
     )
@@ -201,7 +201,7 @@ def test_an_adapter_that_was_trained_further_names_its_base_and_itself(tmp_path)
     assert "adapter that was trained further: old_lora (local, not on the Hub)" in card
 
 
-def test_a_base_of_this_machine_is_named_without_its_path_and_left_out_of_the_front_matter(tmp_path):
+def test_a_local_base_has_no_path_and_no_front_matter(tmp_path):
     base = tmp_path / "bases" / "tiny"
     settings = {"model_name_or_path": str(base), "dataset_name": str(tmp_path / "pairs.jsonl")}
     local = ["model_name_or_path", "dataset_name"]
@@ -211,12 +211,12 @@ def test_a_base_of_this_machine_is_named_without_its_path_and_left_out_of_the_fr
     assert not {"base_model", "base_model_relation", "datasets"} & set(data)
     assert "base model: tiny (local, not on the Hub)" in card
     assert "trained on: pairs.jsonl (local, not on the Hub)" in card
-    assert "BASE stands for the model" in card
-    told = check_front_matter(card_of(folder, base_model="org/tiny"))
-    assert (told["base_model"], told["base_model_relation"]) == ("org/tiny", "adapter")
+    assert "Replace BASE by the model" in card
+    data = check_front_matter(card_of(folder, base_model="org/tiny"))
+    assert (data["base_model"], data["base_model_relation"]) == ("org/tiny", "adapter")
 
 
-def test_a_folder_that_is_called_like_a_model_of_the_hub_is_not_taken_for_it(tmp_path):
+def test_a_local_folder_named_like_a_hub_id_stays_local(tmp_path):
     local = ["model_name_or_path", "dataset_name"]
     settings = {"model_name_or_path": "models/tiny", "dataset_name": "data/pairs"}
     data = check_front_matter(card_of(make_full(tmp_path / "run", settings=settings, local=local)))
@@ -225,8 +225,8 @@ def test_a_folder_that_is_called_like_a_model_of_the_hub_is_not_taken_for_it(tmp
     assert (data["base_model"], data["datasets"]) == ("models/tiny", ["data/pairs"])
 
 
-def test_nothing_personal_stands_in_a_card(tmp_path):
-    """Paths, the host and the account of whoever trained, wherever a file of the run holds them."""
+def test_a_card_holds_nothing_personal(tmp_path):
+    """Local paths, the host and the user's name, in whatever file of the run."""
     secret = "/home/quincy/wonder/land"
     settings = {
         "model_name_or_path": f"{secret}/base",
@@ -268,13 +268,13 @@ def test_nothing_personal_stands_in_a_card(tmp_path):
         assert getpass.getuser() not in card
 
 
-def test_a_sampled_path_is_left_as_it_was_sampled(tmp_path):
+def test_a_path_in_a_sample_is_not_shortened(tmp_path):
     folder = make_full(tmp_path / "run")
     add_evaluation(folder, text="cat /usr/share/dict/words")
     assert "cat /usr/share/dict/words" in parse(show(card_of(folder))).text
 
 
-def test_long_samples_are_cut_and_few_are_shown(tmp_path):
+def test_long_samples_are_shortened_and_only_five_are_shown(tmp_path):
     folder = make_full(tmp_path / "run")
     add_evaluation(folder, prompt="a" * 900 + "zenith", text="incipit " + "b " * 5000)
     line = (folder / "eval" / "answers.jsonl").read_text().splitlines()[0]
@@ -286,7 +286,7 @@ def test_long_samples_are_cut_and_few_are_shown(tmp_path):
     assert len(card) < 40_000
 
 
-def test_a_card_of_others_is_not_overwritten(tmp_path):
+def test_a_foreign_card_is_not_overwritten(tmp_path):
     folder = make_full(tmp_path / "run", steps=10)
     (folder / "README.md").write_text("# Mine\n\nMade with love, and with dpokit card in mind.\n")
     with pytest.raises(RunFolderError, match="was not written by dpokit card"):
@@ -296,7 +296,7 @@ def test_a_card_of_others_is_not_overwritten(tmp_path):
     (folder / "README.md").unlink()
     (folder / "figures").mkdir(exist_ok=True)
     (folder / "figures" / "loss.png").write_bytes(b"a picture of mine")
-    with pytest.raises(RunFolderError, match=r"loss\.png is there"):
+    with pytest.raises(RunFolderError, match=r"loss\.png exists"):
         card_of(folder)
     assert not (folder / "README.md").exists()
 
@@ -304,7 +304,7 @@ def test_a_card_of_others_is_not_overwritten(tmp_path):
 def test_an_edited_card_is_not_overwritten(tmp_path):
     folder = make_full(tmp_path / "run")
     card_of(folder)
-    card_of(folder, license="apache-2.0")  # ours, and untouched
+    card_of(folder, license="apache-2.0")  # replaces the unedited card
     path = folder / "README.md"
     path.write_text(path.read_text() + "\nThank you, Ada.\n")
     with pytest.raises(RunFolderError, match="was edited since"):
@@ -312,7 +312,7 @@ def test_an_edited_card_is_not_overwritten(tmp_path):
     assert path.read_text().endswith("Thank you, Ada.\n")
 
 
-def test_a_picture_that_has_no_figure_any_more_goes_and_others_stay(tmp_path):
+def test_an_outdated_picture_is_deleted_and_others_stay(tmp_path):
     folder = make_full(tmp_path / "run", steps=10)
     card_of(folder)
     (folder / "figures" / "mine.png").write_bytes(b"a picture of mine")
@@ -323,7 +323,7 @@ def test_a_picture_that_has_no_figure_any_more_goes_and_others_stay(tmp_path):
     assert "gpu_power.png" not in names
 
 
-def test_a_run_begun_anew_takes_its_card_away_and_leaves_one_of_others(tmp_path):
+def test_clearing_a_run_deletes_its_card_but_no_other_files(tmp_path):
     folder = make_full(tmp_path / "run", steps=10)
     card_of(folder)
     (folder / "figures" / "mine.png").write_bytes(b"a picture of mine")
@@ -331,7 +331,7 @@ def test_a_run_begun_anew_takes_its_card_away_and_leaves_one_of_others(tmp_path)
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["mine.png"]
 
 
-def test_a_disk_that_refuses_is_one_message(tmp_path):
+def test_a_disk_error_is_one_message(tmp_path):
     folder = make_full(tmp_path / "run", steps=10)
     (folder / "figures").write_text("a file of somebody")
     with pytest.raises(RunFolderError, match="file is where a folder is needed"):
@@ -339,14 +339,14 @@ def test_a_disk_that_refuses_is_one_message(tmp_path):
     assert not (folder / "README.md").exists()
 
 
-def test_what_the_evaluation_does_not_show_is_a_limit(tmp_path):
+def test_limits_name_the_longer_answer_and_cut_prompts(tmp_path):
     folder = make_full(tmp_path / "run")
     pairs = json.loads((folder / "eval" / "pairs.json").read_text())
-    longer = "is not shown to be above that of whoever always takes the longer answer"
+    longer = "does not show that its reward accuracy is above that of always choosing the longer answer"
     assert longer not in card_of(folder)
     (folder / "eval" / "pairs.json").write_text(json.dumps(pairs | {"always_longer": v(0.67)}))
     assert longer in card_of(folder)
-    assert "538 lost the head of their prompt" in card_of(folder)
+    assert "the length limits cut the start of the prompt in 538" in card_of(folder)
 
 
 @pytest.mark.parametrize(
@@ -363,13 +363,13 @@ def test_what_the_evaluation_does_not_show_is_a_limit(tmp_path):
         ),
     ],
 )
-def test_what_a_run_stands_on_is_cited(settings, keys, tmp_path):
+def test_the_papers_of_loss_and_data_are_cited(settings, keys, tmp_path):
     card = card_of(make_full(tmp_path / "run", settings=settings))
     assert set(re.findall(r"^@\w+\{(\w+),", card, re.M)) == keys
 
 
-def test_every_loss_but_dpos_own_has_its_paper():
-    assert set(LOSS_TYPES) - set(OF_LOSS) == {"sigmoid", "sft"}
+def test_every_loss_except_sigmoid_and_sft_has_a_paper():
+    assert set(LOSS_TYPES) - set(LOSS_PAPERS) == {"sigmoid", "sft"}
 
 
 @pytest.mark.parametrize(
@@ -381,11 +381,11 @@ def test_every_loss_but_dpos_own_has_its_paper():
         ({}, "explicit, plain", 'prompt = "How do I bake bread?"'),
     ],
 )
-def test_the_code_asks_in_the_form_that_the_model_was_trained_on(files, layout, says, tmp_path):
+def test_the_example_prompt_has_the_format_of_the_training(files, layout, says, tmp_path):
     folder = make_full(tmp_path / "run")
     for name, content in files.items():
         (folder / "model" / name).write_text(content)
-    (folder / "eval" / "answers.jsonl").unlink()  # a sampled prompt would show the form by itself
+    (folder / "eval" / "answers.jsonl").unlink()  # a sampled prompt would reveal the format
     data = json.loads((folder / "data.json").read_text())
     data["train"]["format"] = layout
     (folder / "data.json").write_text(json.dumps(data))
@@ -396,7 +396,7 @@ def test_the_code_asks_in_the_form_that_the_model_was_trained_on(files, layout, 
     compile(code, "card", "exec")
 
 
-def test_the_licence_stands_in_the_text_with_its_link(tmp_path):
+def test_the_licence_is_shown_with_its_link(tmp_path):
     folder = make_full(tmp_path / "run")
     card = card_of(
         folder, license="other", license_name="house-1.0", license_link="https://example.org/house?a=1&b=_2_"

@@ -1,4 +1,4 @@
-"""`dpokit card` as a command, on a real run: without torch, without a network, and with nothing of this machine."""
+"""`dpokit card` as a command and on a real run: without torch, network or local paths."""
 
 import getpass
 import json
@@ -19,12 +19,12 @@ from dpokit.evaluate.command import evaluate_model
 from dpokit.run import train
 from dpokit.rundir import RunDir
 
-# Any look at the network ends the process; the Hub's own switch for that is left off.
+# Any network access ends the process; HF_HUB_OFFLINE is not set.
 ALONE = """
 import sys
 def refuse(event, arguments):
     if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
-        raise SystemExit(f"the network was asked: {event} {arguments}")
+        raise SystemExit(f"network access: {event} {arguments}")
 sys.addaudithook(refuse)
 from dpokit.cli import main
 sys.argv[0] = "dpokit"
@@ -35,14 +35,14 @@ finally:
 """
 
 
-def run_card(*words: str, cwd) -> subprocess.CompletedProcess[str]:
+def run_card(*arguments: str, cwd) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "0", "COLUMNS": "120"}
-    command = [sys.executable, "-c", ALONE, "card", *words]
+    command = [sys.executable, "-c", ALONE, "card", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
 @pytest.mark.cold
-def test_the_path_goes_to_stdout_and_neither_torch_nor_a_network_is_needed(tmp_path):
+def test_the_command_prints_the_path_without_torch_or_network(tmp_path):
     make_run(tmp_path / "run", [])
     flags = ("--license", "mit", "--language", "en", "--language", "de", "--repo-id", "me/tuned", "--contact", "me")
     done = run_card("run", *flags, cwd=tmp_path)
@@ -53,17 +53,17 @@ def test_the_path_goes_to_stdout_and_neither_torch_nor_a_network_is_needed(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
-        ((), "no licence was named"),
+        ((), "no licence is set"),
         (("--license", "apache"), "such as apache-2.0"),
         (("--license", "mit", "--language", "deutsch"), "--language deutsch"),
         (("--license", "mit", "--weights", "adapter"), "has no adapter/"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(words, says, tmp_path):
+def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
     make_run(tmp_path / "run", [])
-    done = run_card("run", *words, cwd=tmp_path)
+    done = run_card("run", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
@@ -71,7 +71,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(words, says, tmp_path):
 
 
 @pytest.mark.parametrize("use_peft", [False, True], ids=["full", "lora"])
-def test_a_real_run_has_a_card_with_its_numbers_and_nothing_of_this_machine(use_peft, tiny_gpt2, tmp_path):
+def test_the_card_of_a_real_run_has_its_numbers_but_no_paths(use_peft, tiny_gpt2, tmp_path):
     settings = {
         "model_name_or_path": str(tiny_gpt2),
         "dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 20)),

@@ -1,4 +1,4 @@
-"""Text of others stays text: in a line of Markdown, in a cell, in a block of HTML."""
+"""Foreign text stays text: in a line of Markdown, in a cell, in a block of HTML."""
 
 import json
 
@@ -32,12 +32,12 @@ HOSTILE = [
 
 
 def plain(text: str) -> str:
-    """A text without what no reader sees: the kind of its spaces, and where its lines end."""
+    """A text without white space."""
     return "".join(text.split())
 
 
-def spoken(text: str) -> str:
-    """A hostile text as a card shows it: signs that no reader sees are named."""
+def visible(text: str) -> str:
+    """A hostile text as a card shows it, with invisible characters named, and without white space."""
     return plain(parse(f"<p>{escape_lines(text)}</p>").text)
 
 
@@ -47,10 +47,10 @@ def test_a_text_is_shown_in_a_line_a_cell_and_a_block(text):
     line, lines = escape(text), escape_lines(text)
     assert "\n" not in line + lines
     for source in (line, f"# {line}", f"- {line}", f"> {line}", f"| a |\n| --- |\n| {line} |", f"<pre>{lines}</pre>"):
-        found = parse(page.render(f"{source}\n\nafter\n"))
-        assert not {"script", "img", "a", "b", "em", "strong", "s", "style", "iframe", "svg", "hr"} & set(found.tags)
-        assert len([tag for tag in found.tags if tag in ("ul", "ol", "h1", "h2", "table", "blockquote")]) <= 1
-        assert plain(found.text).endswith(spoken(text) + "after"), source
+        shown = parse(page.render(f"{source}\n\nafter\n"))
+        assert not {"script", "img", "a", "b", "em", "strong", "s", "style", "iframe", "svg", "hr"} & set(shown.tags)
+        assert len([tag for tag in shown.tags if tag in ("ul", "ol", "h1", "h2", "table", "blockquote")]) <= 1
+        assert plain(shown.text).endswith(visible(text) + "after"), source
 
 
 @pytest.mark.parametrize(
@@ -66,13 +66,13 @@ def test_a_text_is_shown_in_a_line_a_cell_and_a_block(text):
         ("\u202eabc", "&#60;U+202E&#62;abc"),
     ],
 )
-def test_plain_words_and_numbers_stay_readable_in_the_source(text, shown):
+def test_plain_text_and_numbers_stay_readable_in_the_source(text, shown):
     assert escape(text) == shown
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_what_a_card_shows_is_what_it_was_given(text):
-    named = spoken(text)
+def test_a_card_shows_every_character_of_a_text(text):
+    named = visible(text)
     if not any(sign in text for sign in "\u202e\x00"):
         assert named == plain(text.replace("\t", " "))
     else:
@@ -94,16 +94,16 @@ def test_what_a_card_shows_is_what_it_was_given(text):
         ("~me/x", "x"),
     ],
 )
-def test_a_path_keeps_its_last_name_alone(text, shown):
+def test_a_path_is_shortened_to_its_last_part(text, shown):
     assert Mask(["data/pairs", "gpt2"])(text) == shown
 
 
-def test_a_path_without_a_name_is_a_folder():
+def test_a_path_without_a_last_part_is_called_a_folder():
     assert [last_name(path) for path in ("/", "~/", "../..", "/a/b/", "c")] == ["a folder"] * 3 + ["b", "c"]
 
 
 def make_hostile(folder, everything: str, *, steps: int = 0):
-    """A run that has a hostile text wherever a text can be; with steps it has pictures."""
+    """A run with a hostile text in every place for text; with logged steps it has pictures."""
     name = everything.replace("/", "|").replace("\x00", "")[:100].encode(errors="replace").decode()
     records = make_steps(steps, every=3)
     for record in records:
@@ -135,7 +135,7 @@ def make_hostile(folder, everything: str, *, steps: int = 0):
 
 
 @pytest.mark.parametrize("weights", ["adapter", "both"])
-def test_no_text_of_a_run_gets_out_of_its_place(weights, tmp_path):
+def test_a_hostile_text_adds_no_element_to_a_card(weights, tmp_path):
     benign = parse(
         show(card_of(make_hostile(tmp_path / "benign", "some plain words"), weights=weights, contact="words"))
     )
@@ -147,4 +147,4 @@ def test_no_text_of_a_run_gets_out_of_its_place(weights, tmp_path):
             tag for tag in benign.tags if tag not in ("br", "wbr")
         ]
         assert page.headings[1:] == benign.headings[1:]
-        assert spoken(text)[:200] in plain(page.text)
+        assert visible(text)[:200] in plain(page.text)

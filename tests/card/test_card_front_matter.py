@@ -32,7 +32,7 @@ def write(**changes: object) -> str:
     return f"---\n{yaml.safe_dump(data)}---\n\n# Card\n"
 
 
-def test_a_sound_front_matter_is_returned():
+def test_a_valid_front_matter_is_returned():
     data = check_front_matter(
         write(language=["en", "gsw", "multilingual"], **{"model-index": [{"name": "m", "results": [RESULT]}]})
     )
@@ -43,28 +43,28 @@ def test_a_sound_front_matter_is_returned():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"license": None}, "no licence was named"),
-        ({"license": "license"}, "none that the Hub knows"),
+        ({"license": None}, "no licence is set"),
+        ({"license": "license"}, "the Hub does not know --license license"),
         ({"license": ["mit"]}, "license is \\['mit'\\], not a text"),
-        ({"license": "other"}, "says nothing by itself"),
-        ({"base_model": "/data/models/base"}, "no name of a repository"),
-        ({"base_model": "runs/old/model"}, "no name of a repository"),
-        ({"base_model": ["gpt2", "a--b"]}, "no name of a repository"),
+        ({"license": "other"}, "needs a name and a link"),
+        ({"base_model": "/data/models/base"}, "not a valid repository name"),
+        ({"base_model": "runs/old/model"}, "not a valid repository name"),
+        ({"base_model": ["gpt2", "a--b"]}, "not a valid repository name"),
         ({"base_model": 5}, "neither a text nor a list"),
-        ({"base_model": None}, "beside a base_model"),
+        ({"base_model": None}, "needs a base_model"),
         ({"base_model_relation": "child"}, "base_model_relation is child"),
-        ({"datasets": ["pairs.jsonl"]}, "no name of a repository"),
+        ({"datasets": ["pairs.jsonl"]}, "not a valid repository name"),
         ({"datasets": "a/b"}, "not a list of texts"),
         ({"datasets": []}, "not a list of texts"),
         ({"tags": "dpo"}, "not a list of texts"),
         ({"tags": ["dpo", 5]}, "not a list of texts"),
-        ({"tags": ["/home/me"]}, "a path of one machine"),
-        ({"extra": {"deep": ["~/models"]}}, "a path of one machine"),
-        ({"extra": "file:///x"}, "a path of one machine"),
-        ({"language": ["english"]}, "no code of a language"),
-        ({"language": ["EN"]}, "no code of a language"),
-        ({"language": ["xx"]}, "no code of a language"),
-        ({"language": [False]}, "not a list of texts"),  # what YAML makes of Norwegian
+        ({"tags": ["/home/me"]}, "a local path"),
+        ({"extra": {"deep": ["~/models"]}}, "a local path"),
+        ({"extra": "file:///x"}, "a local path"),
+        ({"language": ["english"]}, "not a language code"),
+        ({"language": ["EN"]}, "not a language code"),
+        ({"language": ["xx"]}, "not a language code"),
+        ({"language": [False]}, "not a list of texts"),  # YAML reads `no`, Norwegian, as false
         ({"model-index": []}, "model-index cannot be read"),
         ({"model-index": "none"}, "model-index cannot be read"),
         ({"model-index": [{"name": "m"}]}, "model-index cannot be read"),
@@ -76,7 +76,7 @@ def test_a_sound_front_matter_is_returned():
         ),
     ],
 )
-def test_what_the_hub_would_refuse_is_refused_before(changes, says):
+def test_a_front_matter_that_the_hub_refuses_is_refused(changes, says):
     with pytest.raises(SettingsError, match=says):
         check_front_matter(write(**changes))
 
@@ -99,13 +99,13 @@ def test_a_card_without_a_block_of_yaml_is_refused(text):
         ("gpl3", "gpl-3.0"),
     ],
 )
-def test_a_licence_that_is_nearly_right_is_answered_with_the_right_one(licence, near):
-    with pytest.raises(SettingsError, match="none that the Hub knows") as error:
+def test_a_misspelt_licence_gets_the_right_one_suggested(licence, near):
+    with pytest.raises(SettingsError, match="the Hub does not know --license") as error:
         check_licence(licence)
     assert near in error.value.expected
 
 
-def test_no_licence_and_unknown_are_no_licences():
+def test_an_empty_or_unknown_licence_is_refused():
     for licence in ("", "unknown"):
         with pytest.raises(SettingsError, match="licence"):
             check_licence(licence)
@@ -113,24 +113,24 @@ def test_no_licence_and_unknown_are_no_licences():
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("arguments", "says"),
     [
-        ({"name": "mine"}, "says nothing by itself"),
-        ({"link": "LICENSE"}, "says nothing by itself"),
+        ({"name": "mine"}, "needs a name and a link"),
+        ({"link": "LICENSE"}, "needs a name and a link"),
         ({"name": "My Licence", "link": "LICENSE"}, "--license-name My Licence"),
-        ({"name": "mine", "link": "/home/me/LICENSE"}, "is no link"),
-        ({"name": "mine", "link": "javascript:alert(1)"}, "is no link"),
+        ({"name": "mine", "link": "/home/me/LICENSE"}, "is not a link"),
+        ({"name": "mine", "link": "javascript:alert(1)"}, "is not a link"),
     ],
 )
-def test_other_needs_a_name_and_a_link(given, says):
+def test_other_needs_a_name_and_a_link(arguments, says):
     with pytest.raises(SettingsError, match=says):
-        check_licence("other", **given)
+        check_licence("other", **arguments)
 
 
-def test_a_name_is_for_other_alone():
+def test_name_and_link_are_only_for_other():
     check_licence("other", name="mine-1.0", link="https://example.org/mine")
     check_licence("other", name="mine-1.0", link="LICENSE.md")
-    with pytest.raises(SettingsError, match="has a name and a text already"):
+    with pytest.raises(SettingsError, match="already has a name and a text"):
         check_licence("mit", name="mine", link="LICENSE")
 
 
@@ -148,7 +148,7 @@ def test_languages_are_those_of_iso_639():
         ("a\n---\nb", False), ("x" * 97, False), ("", False), (None, False),
     ],
 )  # fmt: skip
-def test_names_on_the_hub_are_known_by_its_rules(name, sound):
+def test_hub_ids_are_recognised_by_the_hubs_rules(name, sound):
     assert is_hub_id(name) == sound
 
 
@@ -164,7 +164,7 @@ def test_names_on_the_hub_are_known_by_its_rules(name, sound):
         ("a/b/c", True),
     ],
 )
-def test_a_folder_is_told_from_a_hub_id(name, local, tmp_path, monkeypatch):
+def test_a_local_folder_and_a_hub_id_are_distinguished(name, local, tmp_path, monkeypatch):
     (tmp_path / "org" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert is_on_disk(name) is local
@@ -173,7 +173,7 @@ def test_a_folder_is_told_from_a_hub_id(name, local, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name", ["plain", "with space & <b>", "---", "a: b # c", "'quoted\"", "\u202etfel", "%s {{ x }}"]
 )
-def test_whatever_the_folder_is_called_the_front_matter_is_sound(name, tmp_path):
+def test_the_front_matter_is_valid_for_any_folder_name(name, tmp_path):
     text = card_of(make_run(tmp_path / name, []), language=["no", "en"])
     data = check_front_matter(text)
     assert data["language"] == ["no", "en"]
@@ -183,24 +183,24 @@ def test_whatever_the_folder_is_called_the_front_matter_is_sound(name, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("arguments", "says"),
     [
-        ({"license": ""}, "no licence was named"),
-        ({"license": "my-own"}, "none that the Hub knows"),
+        ({"license": ""}, "no licence is set"),
+        ({"license": "my-own"}, "the Hub does not know --license my-own"),
         ({"language": ["english"]}, "--language english"),
         ({"repo_id": "me/my/model"}, "--repo-id me/my/model"),
         ({"base_model": "/models/base"}, "--base-model /models/base"),
     ],
 )
-def test_what_the_publisher_says_is_checked_before_anything_is_written(given, says, tmp_path):
+def test_invalid_arguments_are_refused_before_any_write(arguments, says, tmp_path):
     folder = make_run(tmp_path / "run", [])
     before = sorted(folder.iterdir())
     with pytest.raises(SettingsError, match=says):
-        card_of(folder, **given)
+        card_of(folder, **arguments)
     assert sorted(folder.iterdir()) == before
 
 
-def test_numbers_that_are_not_finite_are_no_results(tmp_path):
+def test_results_that_are_not_finite_are_left_out(tmp_path):
     folder = make_run(tmp_path / "run", [])
     (folder / "eval").mkdir()
     pairs = {

@@ -1,4 +1,4 @@
-"""The card in a real browser, as a site shows it: nothing runs, and nothing but its own pictures is fetched."""
+"""The card in a real browser: no script runs, and only its own pictures are fetched."""
 
 import pytest
 from card_pages import card_of, show
@@ -21,7 +21,7 @@ def _chromium():
     skip_without_chromium()
 
 
-def test_a_hostile_card_runs_nothing_and_fetches_its_own_pictures_alone(tmp_path):
+def test_a_hostile_card_runs_no_script_and_fetches_no_others(tmp_path):
     with serve(tmp_path) as site:
         texts = [
             text.replace("http://evil.example", site.address).replace("//evil.example", site.address)
@@ -33,11 +33,11 @@ def test_a_hostile_card_runs_nothing_and_fetches_its_own_pictures_alone(tmp_path
             f"<!DOCTYPE html><meta charset=utf-8><link rel=icon href='data:,'>{page}", errors="replace"
         )
         (tmp_path / "run").symlink_to(run.name)
-        seen = site.measure("run/card.html", LOOK)
+        view = site.measure("run/card.html", LOOK)
         pictures = {f"/run/figures/{path.name}" for path in (run / "figures").iterdir()}
-        assert set(seen["fetched"]) == pictures
-        assert seen["broken"] == 0
-        assert seen["elements"] == 1  # the icon's link of this very test
-        assert "ran" not in seen["title"]
-        assert "<script>top.document.title = 'ran'</script>" in seen["text"]
+        assert set(view["fetched"]) == pictures
+        assert view["broken"] == 0
+        assert view["elements"] == 1  # the icon's link, which this test adds
+        assert "ran" not in view["title"]
+        assert "<script>top.document.title = 'ran'</script>" in view["text"]
         assert {path for path in site.asked if path != "/favicon.ico"} == pictures | {"/measure.html", "/run/card.html"}

@@ -14,7 +14,7 @@ from dpokit.errors import DpokitError
 from dpokit.merge.merge import merge_run
 from dpokit.model.base_and_tuned import find_run
 from dpokit.model.load import load_tokenizer
-from dpokit.push.bundle import build_parcel
+from dpokit.push.bundle import build_bundle
 from dpokit.report.page import write_report
 from dpokit.rundir import RunDir
 from dpokit.settings.load import load_settings
@@ -41,7 +41,7 @@ VERBS = {
     "report": lambda run: write_report([run.path]),
     "card": lambda run: write_card(run, license="mit"),
     "merge": merge_run,
-    "push": build_parcel,
+    "push": build_bundle,
     "evaluate, chat, serve": lambda run: find_run(str(run.path)),
     "a model's files": load_model_files,
     "train": RunDir.make,

@@ -22,7 +22,7 @@ from dpokit.checkpoint.store import (
 from dpokit.errors import RunFolderError
 from dpokit.merge.merge import merge_run
 from dpokit.model.base_and_tuned import find_run
-from dpokit.push.bundle import build_parcel
+from dpokit.push.bundle import build_bundle
 from dpokit.report.page import write_report
 from dpokit.rundir import MetricsFile, RunDir, new_folder, write_whole
 
@@ -33,7 +33,7 @@ FILES = (
 )
 FOLDERS = ("model", "adapter", "merged", "eval", "report", "figures")
 VERBS: dict[str, Callable[[RunDir], object]] = {
-    "push": build_parcel,
+    "push": build_bundle,
     "report": lambda run: write_report([run.path]),
     "card": lambda run: write_card(run, license="mit"),
     "merge": merge_run,
@@ -108,13 +108,13 @@ def test_a_licence_that_is_a_link_is_not_sent(run, private):
     run.card.write_text("---\nlicense: other\nlicense_link: LICENSE\n---\n\n# Tiny\n")
     (run.path / "LICENSE").symlink_to(private / "id_ed25519")
     with pytest.raises(RunFolderError, match="LICENSE is a link"):
-        build_parcel(run)
+        build_bundle(run)
 
 
 def test_a_copy_of_a_private_key_is_not_sent(run, private):
     (run.model / "chat_template.jinja").write_text((private / "id_ed25519").read_text())
     with pytest.raises(Exception, match="holds a private key"):
-        build_parcel(run)
+        build_bundle(run)
 
 
 def test_a_link_within_the_folder_is_no_matter(run):

@@ -1,4 +1,4 @@
-"""The HH form as a chat template beside a merged model: servers render by it as dpokit does without one."""
+"""The HH format as a chat template beside a merged model: with it a server renders as dpokit does without."""
 
 import copy
 import json
@@ -41,7 +41,7 @@ ROWS = [
 
 @pytest.fixture(params=[False, True], ids=["no BOS", "BOS"])
 def tokenizer(request, plain_tokenizer):
-    """Without a chat template; one that opens no text, and one that opens each with a BOS."""
+    """A tokenizer without a chat template, and with or without a BOS at the start of each text."""
     made = copy.deepcopy(plain_tokenizer)
     if request.param:
         made.add_special_tokens({"bos_token": "<s>"})
@@ -52,7 +52,7 @@ def tokenizer(request, plain_tokenizer):
 
 
 @pytest.mark.parametrize("messages", CONVERSATIONS)
-def test_a_server_meets_the_tokens_that_dpokit_gives_the_model(messages, tokenizer, tmp_path):
+def test_a_server_gives_the_model_the_same_tokens_as_dpokit(messages, tokenizer, tmp_path):
     write_template(tmp_path, tokenizer)
     renderer = Renderer(tokenizer)
     text = renderer.prompt(messages)
@@ -61,25 +61,25 @@ def test_a_server_meets_the_tokens_that_dpokit_gives_the_model(messages, tokeniz
     assert options == {"chat_template": (tmp_path / JINJA).read_text()}
     rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
     assert rendered.removeprefix("<s>") == text == render_transcript(messages)
-    found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
-    assert found["input_ids"] == ids
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, **options)
+    assert encoded["input_ids"] == ids
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_a_next_run_on_the_folder_renders_as_before(rows, tokenizer, tmp_path):
+def test_a_later_run_on_the_folder_renders_as_before(rows, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     write_template(tmp_path, tokenizer)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again.chat_template is None
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     before, after = (
-        Encoder(Renderer(one), find_format(rows, "test"), Limits())(columns, range(len(rows)))
-        for one in (tokenizer, again)
+        Encoder(Renderer(loaded), find_format(rows, "test"), Limits())(columns, range(len(rows)))
+        for loaded in (tokenizer, again)
     )
     assert before == after
     assert before["dropped"] == [""]
 
 
-def test_a_tokenizer_with_a_template_of_its_own_gets_no_other(chat_tokenizer, tmp_path):
+def test_a_tokenizer_that_has_a_template_keeps_it(chat_tokenizer, tmp_path):
     write_template(tmp_path, chat_tokenizer)
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""The merged model is the one that was trained: logits, log-probs, ties, and what its record says."""
+"""The merged model equals the trained one: logits, log-probs, ties, and its record."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ METHODS = {
     "rsLoRA": {"use_rslora": True},
     "DoRA": {"use_dora": True},
 }
-# Of logits of a few nats: fp32 leaves rounding, bf16 the rounding of each merged weight (8 bits) and of each product.
+# Bounds for logits of a few nats: rounding in fp32; in bf16 (8 bits) the rounding of each merged weight and product.
 APART = {"float32": 1e-4, "bfloat16": 0.2}
 
 
@@ -47,7 +47,7 @@ def lora(kind: str, **changes) -> LoraConfig:
 @pytest.mark.parametrize("dtype", APART)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ATTENTION)
-def test_merged_is_base_and_adapter(kind, method, dtype, plain_tokenizer, tmp_path):
+def test_the_merged_model_equals_base_and_adapter(kind, method, dtype, plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", kind, plain_tokenizer)
     run = build_run(tmp_path, base, lora(kind, **METHODS[method]), dtype=dtype)
     made = merge_run(run)
@@ -63,17 +63,15 @@ def test_merged_is_base_and_adapter(kind, method, dtype, plain_tokenizer, tmp_pa
     assert made == json.loads(run.merge_json.read_text())
 
 
-def test_a_bf16_merge_rounds_each_weight_once_and_so_loses_less_than_pefts_safe_merge_in_bf16(
-    plain_tokenizer, tmp_path
-):
+def test_a_bf16_merge_rounds_less_than_pefts_safe_merge(plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", "llama", plain_tokenizer)
     run = build_run(tmp_path, base, lora("llama"), dtype="bfloat16")
     merge_run(run, MergeOptions(proof=False))
     exact = load_adapted(run, dtype=torch.bfloat16).float().merge_and_unload().state_dict()
     by_peft = load_adapted(run, dtype=torch.bfloat16).merge_and_unload(safe_merge=True).state_dict()
-    ours = load_merged(run).state_dict()
+    merged = load_merged(run).state_dict()
     for name in (name for name in exact if "q_proj" in name or "down_proj" in name):
-        lost, lost_by_peft = ((found[name].double() - exact[name].double()).abs() for found in (ours, by_peft))
+        lost, lost_by_peft = ((state[name].double() - exact[name].double()).abs() for state in (merged, by_peft))
         assert (lost <= exact[name].abs() * 2**-8).all()
         assert lost.mean() < lost_by_peft.mean()
 
@@ -97,18 +95,18 @@ TIED = {
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("tie_word_embeddings", [True, False], ids=["tied", "apart"])
-@pytest.mark.parametrize("what", TIED)
-def test_what_is_tied_does_not_change_with_what_is_trained(what, tie_word_embeddings, plain_tokenizer, tmp_path):
+@pytest.mark.parametrize("case", TIED)
+def test_training_one_of_two_tied_weights_keeps_the_other(case, tie_word_embeddings, plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", "qwen2", plain_tokenizer, tie_word_embeddings=tie_word_embeddings)
-    adapter = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **TIED[what]})
+    adapter = LoraConfig(**{"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **TIED[case]})
     run = build_run(tmp_path, base, adapter)
-    # TRL scores by the head's own weight, whatever is adapted there; PEFT's forward is what the logits are held to.
-    merge_run(run, MergeOptions(proof=what != "an adapter on both"))
+    # TRL's loss reads the head's own weight without its adapter, so this case is compared with PEFT's forward only.
+    merge_run(run, MergeOptions(proof=case != "an adapter on both"))
     merged = load_merged(run)
     assert (find_logits(merged) - find_logits(load_adapted(run))).abs().max() < 1e-4
     same = torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
-    stays_one = tie_word_embeddings and what in ("neither", "both saved as one", "an adapter on both")
-    assert same == merged.config.tie_word_embeddings == stays_one
+    stays_tied = tie_word_embeddings and case in ("neither", "both saved as one", "an adapter on both")
+    assert same == merged.config.tie_word_embeddings == stays_tied
 
 
 def test_tied_weights_of_gpt2_are_written_once(tiny_gpt2, tmp_path):
@@ -118,7 +116,7 @@ def test_tied_weights_of_gpt2_are_written_once(tiny_gpt2, tmp_path):
         assert "lm_head.weight" not in set(file.keys())
 
 
-def test_a_module_that_is_saved_whole_takes_the_bases_place(tiny_gpt2, tmp_path):
+def test_a_module_saved_whole_replaces_the_bases_module(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2", modules_to_save=["ln_f"]))
     assert merge_run(run)["largest_drift"] < 1e-4
     merged, base = load_merged(run), AutoModelForCausalLM.from_pretrained(tiny_gpt2)
@@ -126,7 +124,7 @@ def test_a_module_that_is_saved_whole_takes_the_bases_place(tiny_gpt2, tmp_path)
     assert (find_logits(merged) - find_logits(load_adapted(run))).abs().max() < 1e-4
 
 
-def test_an_adapter_that_brought_new_tokens_brings_its_embedding(plain_tokenizer, tmp_path):
+def test_an_adapter_with_new_tokens_merges_its_embedding(plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", "llama", plain_tokenizer)
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -136,7 +134,7 @@ def test_an_adapter_that_brought_new_tokens_brings_its_embedding(plain_tokenizer
     tokenizer.save_pretrained(tmp_path / "larger")
     adapter = lora("llama", modules_to_save=["embed_tokens", "lm_head"])
     run = build_run(tmp_path, tmp_path / "larger", adapter)
-    # What PEFT records where a model was resized in memory: the base as it lies on the disk.
+    # For a model resized in memory PEFT records the base on the disk.
     config = run.adapter / "adapter_config.json"
     config.write_text(config.read_text().replace(str(tmp_path / "larger"), str(base)))
     expected = find_logits(load_adapted(run))
@@ -149,7 +147,7 @@ def test_an_adapter_that_brought_new_tokens_brings_its_embedding(plain_tokenizer
 
 @pytest.mark.parametrize("dequantised", [False, True], ids=["16-bit base", "dequantised base"])
 @pytest.mark.parametrize("kind", ATTENTION)
-def test_qlora_goes_into_the_base_or_into_what_4_bits_left_of_it(kind, dequantised, plain_tokenizer, tmp_path):
+def test_qlora_is_merged_into_the_base_or_the_dequantised_base(kind, dequantised, plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", kind, plain_tokenizer)
     quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
     run = build_run(tmp_path, base, lora(kind), dtype="bfloat16", **quantised)
@@ -161,15 +159,15 @@ def test_qlora_goes_into_the_base_or_into_what_4_bits_left_of_it(kind, dequantis
         assert not made["drift_accepted"]
     expected = find_logits(load_adapted(run, dtype=torch.bfloat16))
     apart = (find_logits(load_merged(run)) - expected).abs().max()
-    assert (apart > 0.3) if dequantised else (apart < 0.2), "4 bits leave another base"
+    assert (apart > 0.3) if dequantised else (apart < 0.2), "4 bits change the base"
     assert "quantization_config" not in json.loads((run.merged / "config.json").read_text())
 
 
-def test_a_model_with_code_of_its_own_is_merged_where_the_command_line_trusts_it(plain_tokenizer, tmp_path):
+def test_a_model_with_custom_code_is_merged_if_it_is_trusted(plain_tokenizer, tmp_path):
     base = build_base(tmp_path / "base", "llama", plain_tokenizer)
     config = json.loads((base / "config.json").read_text())
-    own = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"}
-    (base / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": own}))
+    auto_map = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"}
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": auto_map}))
     (base / "own_llama.py").write_text(OWN_CODE)
     run = build_run(tmp_path, base, None, trust_remote_code=True)
     with pytest.raises(ModelError, match="code of its own, which is not run"):
@@ -179,7 +177,7 @@ def test_a_model_with_code_of_its_own_is_merged_where_the_command_line_trusts_it
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_another_dtype_is_written_and_said(dtype, tiny_gpt2, tmp_path):
+def test_another_dtype_is_written_and_recorded(dtype, tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
     made = merge_run(run, MergeOptions(dtype=dtype))
     assert made["dtype"] == dtype
@@ -187,7 +185,7 @@ def test_another_dtype_is_written_and_said(dtype, tiny_gpt2, tmp_path):
     assert (made["largest_drift"] < 1e-4) == (dtype == "float32")
 
 
-def test_weights_are_written_in_files_of_the_size_that_was_asked_for(tiny_gpt2, tmp_path):
+def test_weights_are_split_into_files_of_the_requested_size(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
     merge_run(run, MergeOptions(max_shard_size="50KB"))
     index = json.loads((run.merged / "model.safetensors.index.json").read_text())
@@ -200,9 +198,7 @@ def test_weights_are_written_in_files_of_the_size_that_was_asked_for(tiny_gpt2, 
 @pytest.mark.parametrize(
     ("changes", "links"), [({}, True), ({"max_shard_size": "50KB"}, False), ({"dtype": "bfloat16"}, False)]
 )
-def test_a_full_run_is_linked_where_nothing_changes_and_written_anew_where_something_does(
-    changes, links, tiny_gpt2, tmp_path
-):
+def test_a_whole_model_is_linked_unless_it_changes(changes, links, tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, None)
     made = merge_run(run, MergeOptions(**changes))
     assert made["method"] == "full"
@@ -215,7 +211,7 @@ def test_a_full_run_is_linked_where_nothing_changes_and_written_anew_where_somet
     assert (find_logits(load_merged(run)) - find_logits(trained)).abs().max() < (0.1 if "dtype" in changes else 1e-6)
 
 
-def test_a_merged_folder_holds_weights_tokenizer_and_record_and_says_nothing_of_this_machine(tiny_gpt2, tmp_path):
+def test_a_merged_folder_has_all_files_and_no_local_path(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
     merge_run(run)
     names = {path.name for path in run.merged.iterdir()}
@@ -227,11 +223,11 @@ def test_a_merged_folder_holds_weights_tokenizer_and_record_and_says_nothing_of_
     for path in run.merged.glob("*.json"):
         assert str(tmp_path) not in path.read_text(), path.name
         assert str(tiny_gpt2) not in path.read_text(), path.name
-    ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (run.merged, tiny_gpt2))
-    assert ours.get_vocab() == theirs.get_vocab()
+    merged, base = (AutoTokenizer.from_pretrained(folder) for folder in (run.merged, tiny_gpt2))
+    assert merged.get_vocab() == base.get_vocab()
 
 
-def test_the_record_names_base_adapter_and_files_by_their_content(tiny_gpt2, tmp_path):
+def test_the_record_has_hashes_of_adapter_and_files(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
     made = merge_run(run, MergeOptions(limit=3))
     content = (run.adapter / "adapter_model.safetensors").read_bytes()
@@ -244,35 +240,35 @@ def test_the_record_names_base_adapter_and_files_by_their_content(tiny_gpt2, tmp
     assert {"torch", "transformers", "peft"} <= made["versions"].keys()
 
 
-def test_without_a_proof_nothing_is_scored(tiny_gpt2, tmp_path):
+def test_without_a_drift_check_nothing_is_scored(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"), dataset_name=str(tmp_path / "gone.jsonl"))
     made = merge_run(run, MergeOptions(proof=False))
     assert made["pairs"] is made["mean_drift"] is made["accuracy_before"] is None
     assert load_merged(run).dtype == torch.float32
 
 
-def test_the_proofs_accuracy_is_that_of_an_evaluation(tiny_gpt2, tmp_path):
+def test_the_recorded_accuracy_is_that_of_an_evaluation(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
-    found = evaluate_model(str(run.path), base=None, data=None, split=None, limit=None, argv=[])
+    evaluation = evaluate_model(str(run.path), base=None, data=None, split=None, limit=None, argv=[])
     made = merge_run(run)
-    assert made["accuracy_before"] == made["accuracy_after"] == found["tuned"]["accuracy"]["value"]
-    assert made["data"]["fingerprint"] == found["data"]["fingerprint"]
+    assert made["accuracy_before"] == made["accuracy_after"] == evaluation["tuned"]["accuracy"]["value"]
+    assert made["data"]["fingerprint"] == evaluation["data"]["fingerprint"]
 
 
-def test_a_merge_that_rounds_away_what_was_learnt_is_told(tiny_gpt2, tmp_path, capsys):
+def test_a_merge_that_rounds_the_training_away_warns(tiny_gpt2, tmp_path, capsys):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
     file = run.adapter / "adapter_model.safetensors"
     save_file({name: tensor * 1e-2 for name, tensor in load_file(file).items()}, file)
     made = merge_run(run)
     assert made["mean_drift"] < made["mean_shift"] / 2
-    assert "rounds away" not in capsys.readouterr().err
+    assert "rounds the training away" not in capsys.readouterr().err
     run.merged.rename(run.path / "fp32")
     made = merge_run(run, MergeOptions(dtype="bfloat16"))
     assert made["mean_drift"] > made["mean_shift"] / 2
-    assert "bfloat16 rounds away what was learnt" in capsys.readouterr().err
+    assert "bfloat16 rounds the training away" in capsys.readouterr().err
 
 
-def test_an_adapter_that_was_trained_further_is_judged_against_its_start(tiny_gpt2, tmp_path):
+def test_a_further_trained_adapter_is_compared_with_its_start(tiny_gpt2, tmp_path):
     first = build_run(tmp_path / "first", tiny_gpt2, lora("gpt2"))
     run = build_run(tmp_path / "second", tiny_gpt2, lora("gpt2"))
     record = json.loads(run.run_json.read_text())
@@ -280,12 +276,12 @@ def test_an_adapter_that_was_trained_further_is_judged_against_its_start(tiny_gp
     record.pop("model_fingerprint")
     run.run_json.write_text(json.dumps(record))
     made = merge_run(run)
-    assert made["accuracy_before"] == 0, "it is its own start, so no reward is above 0"
+    assert made["accuracy_before"] == 0, "the adapter equals its start, so no reward is above 0"
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_gpt2), run.adapter)
     assert (find_logits(load_merged(run)) - find_logits(adapted)).abs().max() < 1e-4
 
 
-def test_the_verb_prints_two_lines_or_the_record(tiny_gpt2, tmp_path):
+def test_the_command_prints_two_lines_or_the_record(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
     done = dpokit("merge", str(run.path), "--limit", "4", "--json", "--max-shard-size", "50KB")
     assert done.returncode == 0, done.stderr
@@ -304,7 +300,7 @@ def test_tokens_of_the_tokenizer_stay_as_training_used_them(tiny_gpt2, tmp_path)
     assert load_tokenizer(settings.model).pad_token == AutoTokenizer.from_pretrained(run.adapter).pad_token
 
 
-def test_a_run_folder_lists_what_was_merged_as_its_own(tiny_gpt2, tmp_path):
+def test_a_run_folder_lists_merged_among_its_files(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
     merge_run(run, MergeOptions(proof=False))
     assert run.merged in RunDir(run.path).own_files()

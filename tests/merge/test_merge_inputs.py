@@ -1,4 +1,4 @@
-"""What cannot be merged is one message, and leaves nothing behind; what was interrupted is begun anew."""
+"""Failed merges: one error message, no files left behind, and a clean second try."""
 
 import json
 import signal
@@ -34,7 +34,7 @@ def own_base(plain_tokenizer, tmp_path) -> Path:
     return build_base(tmp_path / "base", "gpt2", plain_tokenizer)
 
 
-def check_nothing_is_left(run: RunDir) -> None:
+def check_no_merge_is_left(run: RunDir) -> None:
     assert not run.merged.exists()
     assert not list(run.path.glob(".merged*"))
 
@@ -72,74 +72,74 @@ def of_a_wider_model(tensors):
         (of_a_wider_model, "does not fit its base .*size mismatch"),
     ],
 )
-def test_an_adapter_that_is_not_the_trained_one_is_refused(change, says, proof, run):
+def test_a_changed_adapter_is_refused(change, says, proof, run):
     change_adapter(run, change)
     with pytest.raises(ModelError, match=says):
         merge_run(run, MergeOptions(proof=proof))
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 7, 300, 2000])
-def test_a_torn_adapter_is_refused_by_its_file(kept_bytes, run):
+def test_a_truncated_adapter_is_refused_by_its_file_name(kept_bytes, run):
     file = run.adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:kept_bytes])
     with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
         merge_run(run, QUICK)
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
-def test_another_base_under_the_same_name_is_known_by_its_hash(own_base, tmp_path):
+def test_a_changed_base_is_recognised_by_its_hash(own_base, tmp_path):
     run = build_run(tmp_path, own_base, lora("gpt2"))
     model = AutoModelForCausalLM.from_pretrained(own_base)
     with torch.no_grad():
         model.transformer.wte.weight += 1e-3
     model.save_pretrained(own_base)
-    with pytest.raises(ModelError, match="is not what the run began with") as error:
+    with pytest.raises(ModelError, match="has changed since the run started from it") as error:
         merge_run(run, QUICK)
     assert "--accept-drift" in error.value.do
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
     made = merge_run(run, MergeOptions(proof=False, accept_drift=True))
     assert made["model_fingerprint"] != run.read_run()["model_fingerprint"]
 
 
-def test_a_base_of_another_shape_does_not_fit(own_base, plain_tokenizer, tmp_path):
+def test_a_base_of_another_shape_is_refused(own_base, plain_tokenizer, tmp_path):
     run = build_run(tmp_path, own_base, lora("gpt2"))
     build_base(own_base, "gpt2", plain_tokenizer, n_embd=64)
     run.write_run(model_fingerprint=None)
     with pytest.raises(ModelError, match="does not fit its base"):
         merge_run(run, QUICK)
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
-def test_a_base_that_is_gone_is_named_and_found_again_where_it_went(own_base, tmp_path):
+def test_a_moved_base_is_named_and_can_be_set_by_a_flag(own_base, tmp_path):
     run = build_run(tmp_path, own_base, lora("gpt2"))
     expected = find_logits(load_adapted(run))
     moved = own_base.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match=f"--model_name_or_path {own_base}: no model could be loaded"):
         merge_run(run, QUICK)
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
     merge_run(run, QUICK, argv=["--model_name_or_path", str(moved)])
     assert (find_logits(load_merged(run)) - expected).abs().max() < 1e-4
 
 
-def test_a_torn_base_is_one_message(own_base, tmp_path):
+def test_a_truncated_base_is_one_message(own_base, tmp_path):
     run = build_run(tmp_path, own_base, lora("gpt2"))
     run.write_run(model_fingerprint=None)
     file = own_base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ModelError, match="no model could be loaded"):
         merge_run(run, QUICK)
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
-def test_drift_beyond_the_bound_leaves_nothing_unless_it_is_accepted(run, monkeypatch):
-    from dpokit.merge import drift as proof
+def test_drift_beyond_the_bound_is_refused_unless_accepted(run, monkeypatch):
+    from dpokit.merge import drift
 
-    monkeypatch.setitem(proof.BOUNDS, "float32", (1e-12, 1e-12))
-    with pytest.raises(ModelError, match="is not the one that was trained") as error:
+    monkeypatch.setitem(drift.BOUNDS, "float32", (1e-12, 1e-12))
+    with pytest.raises(ModelError, match="differs from the trained one") as error:
         merge_run(run)
     assert "--accept-drift" in error.value.do
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
     made = merge_run(run, MergeOptions(accept_drift=True))
     assert made["drift_accepted"]
     assert made["bound"] == {"mean_drift": 1e-12, "largest_drift": 1e-12}
@@ -154,7 +154,7 @@ def test_a_value_too_large_for_fp16_is_named(own_base, tmp_path):
     with pytest.raises(ModelError, match=r"c_fc\.bias .*float16") as error:
         merge_run(run, MergeOptions(dtype="float16", proof=False))
     assert "bfloat16" in error.value.do
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
 @pytest.mark.parametrize(
@@ -167,18 +167,18 @@ def test_a_value_too_large_for_fp16_is_named(own_base, tmp_path):
         ({"checkpoint": 8}, RunFolderError, "there is no .*checkpoint-8"),
     ],
 )
-def test_what_cannot_be_asked_for_is_said_at_once(options, error, says, run):
+def test_invalid_options_are_refused_at_once(options, error, says, run):
     with pytest.raises(error, match=says):
         merge_run(run, MergeOptions(**options))
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
-def test_held_out_pairs_that_are_gone_are_named_with_the_way_on(run, tmp_path):
+def test_missing_held_out_pairs_are_named_with_a_remedy(run, tmp_path):
     (tmp_path / "pairs.jsonl").unlink()
     with pytest.raises(DataError, match=r"pairs\.jsonl") as error:
         merge_run(run)
     assert "--no-proof" in error.value.do
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
 @pytest.mark.parametrize("record", [None, {"state": "failed"}])
@@ -189,31 +189,31 @@ def test_a_folder_without_a_run_is_one_message(record, tmp_path):
         merge_run(RunDir(tmp_path))
 
 
-def test_a_run_that_has_no_weights_yet_is_one_message(run):
+def test_a_run_without_weights_is_one_message(run):
     run.adapter.rename(run.path / "elsewhere")
     run.write_run(state="running")
     with pytest.raises(RunFolderError, match=r"holds no weights: neither adapter/ nor model/.* is running"):
         merge_run(run)
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
-def test_merging_twice_says_so_and_stops(run):
+def test_a_second_merge_is_refused(run):
     made = merge_run(run, QUICK)
     done = dpokit("merge", str(run.path))
     assert done.returncode == 2
-    assert f"is there already, made {made['when']} of adapter" in done.stderr
+    assert f"exists already, made {made['when']} from adapter" in done.stderr
     assert f"delete {run.merged}" in done.stderr
     assert "Traceback" not in done.stderr
     assert json.loads(run.merge_json.read_text()) == made
 
 
-def test_a_merge_that_is_killed_leaves_no_folder_and_the_next_one_cleans_up(run):
+def test_a_killed_merge_leaves_no_merged_and_the_next_cleans_up(run):
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
         "from dpokit.merge import merge\n"
         "from dpokit.rundir import RunDir\n"
-        "merge.reload = lambda *_, **__: time.sleep(600)\n"  # all is written, nothing is named yet
+        "merge.reload = lambda *_, **__: time.sleep(600)\n"  # all files are written, the folder is not renamed yet
         "merge.merge_run(RunDir(sys.argv[1]), merge.MergeOptions(proof=False))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stderr=subprocess.PIPE, text=True)
@@ -230,14 +230,14 @@ def test_a_merge_that_is_killed_leaves_no_folder_and_the_next_one_cleans_up(run)
         process.kill()
         process.wait()
     assert not run.merged.exists()
-    (part / "of the killed one").write_text("")
+    (part / "of the killed merge").write_text("")
     merge_run(run, QUICK)
     assert not part.exists()
-    assert not (run.merged / "of the killed one").exists()
+    assert not (run.merged / "of the killed merge").exists()
     assert (find_logits(load_merged(run)) - find_logits(load_adapted(run))).abs().max() < 1e-4
 
 
-def test_what_is_not_read_back_as_it_was_written_is_not_kept(run, monkeypatch):
+def test_a_model_damaged_while_written_is_not_kept(run, monkeypatch):
     from dpokit.merge import merge
 
     write = merge.write_model
@@ -251,12 +251,12 @@ def test_what_is_not_read_back_as_it_was_written_is_not_kept(run, monkeypatch):
         return trained, written
 
     monkeypatch.setattr(merge, "write_model", write_and_damage)
-    with pytest.raises(ModelError, match="what was written is not what is read back: changed tensors: "):
+    with pytest.raises(ModelError, match="the loaded model differs from the written one: changed tensors: "):
         merge_run(run, QUICK)
-    check_nothing_is_left(run)
+    check_no_merge_is_left(run)
 
 
-def test_a_full_disk_is_one_message_and_costs_nothing_that_was_there(tiny_gpt2, tmp_path):
+def test_a_full_disk_is_one_message_and_the_run_is_unharmed(tiny_gpt2, tmp_path):
     small = tmp_path / "small"
     with small_disk(small, "200k"):
         run = build_run(small, tiny_gpt2, lora("gpt2"))
@@ -264,7 +264,7 @@ def test_a_full_disk_is_one_message_and_costs_nothing_that_was_there(tiny_gpt2, 
         assert done.returncode == 2, done.stderr
         assert "no space is left on the disk" in done.stderr
         assert "Traceback" not in done.stderr
-        check_nothing_is_left(run)
+        check_no_merge_is_left(run)
         assert (run.adapter / "adapter_model.safetensors").exists()
         enlarge(small, "64m")
         merge_run(run, QUICK)

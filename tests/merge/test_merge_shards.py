@@ -1,4 +1,4 @@
-"""Real runs of two processes: what their checkpoints hold in shards is merged as if it had been gathered."""
+"""Real runs of two processes: sharded checkpoints are merged like gathered ones."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ LORA = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, plain_tokenizer):
-    """A run of 4 steps of a tiny tied Qwen2, saved at each second; not judged by its exit code."""
+    """Trains a tiny tied Qwen2 for 4 steps, saved at every second; ignores the exit code."""
     folder = tmp_path_factory.mktemp("shards")
     base = build_base(folder / "base", "qwen2", plain_tokenizer, tie_word_embeddings=True)
     (folder / "data").mkdir()
@@ -49,7 +49,7 @@ def train(tmp_path_factory, plain_tokenizer):
     ("config", "kind"),
     [("zero2_cpu", "LoRA"), ("zero3_cpu", "full"), ("zero3_cpu", "LoRA"), ("fsdp2_cpu", "full")],
 )
-def test_a_checkpoint_of_the_last_step_is_merged_into_the_runs_own_weights(config, kind, train):
+def test_the_last_checkpoint_merges_to_the_final_weights(config, kind, train):
     run = train(ROOT / "accelerate_configs" / f"{config}.yaml", f"{config}_{kind}", *(LORA if kind == "LoRA" else []))
     assert run.read_run()["state"] == "finished"
     of_checkpoint = merge_run(run, MergeOptions(checkpoint=4))
@@ -70,22 +70,22 @@ def test_a_checkpoint_of_the_last_step_is_merged_into_the_runs_own_weights(confi
         assert (logits - find_logits(load_adapted(run))).abs().max() < 1e-4
 
 
-def test_zero_3_shards_that_nobody_gathered_are_gathered_by_the_merge(train, tmp_path):
-    gathered = (ROOT / "accelerate_configs" / "zero3_cpu.yaml").read_text()
+def test_a_merge_gathers_zero_3_shards(train, tmp_path):
+    gathering = (ROOT / "accelerate_configs" / "zero3_cpu.yaml").read_text()
     config = tmp_path / "zero3_shards.yaml"
-    config.write_text(gathered.replace("zero3_save_16bit_model: true", "zero3_save_16bit_model: false"))
+    config.write_text(gathering.replace("zero3_save_16bit_model: true", "zero3_save_16bit_model: false"))
     run = train(config, "ungathered")
     assert run.find_weights() is None, "there is no final model without gathering"
     made = merge_run(run)
     assert made["weights"] == "checkpoint-4"
     whole = train(ROOT / "accelerate_configs" / "zero3_cpu.yaml", "gathered")
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (run.merged, whole.model))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    merged, gathered = (load_file(folder / "model.safetensors") for folder in (run.merged, whole.model))
+    assert all(torch.equal(merged[name], gathered[name]) for name in gathered)
     assert not list(run.merged.glob("*.py"))
     assert not list(run.merged.glob("*.pt"))
 
 
-def test_a_checkpoint_that_does_not_verify_is_passed_over_or_refused(train):
+def test_a_damaged_checkpoint_is_skipped_or_refused(train):
     run = train(ROOT / "accelerate_configs" / "fsdp2_cpu.yaml", "damaged")
     run.model.rename(run.path / "elsewhere")
     shard = next((run.path / "checkpoint-4" / "pytorch_model_fsdp_0").glob("*.distcp"))
@@ -96,13 +96,13 @@ def test_a_checkpoint_that_does_not_verify_is_passed_over_or_refused(train):
         merge_run(run, MergeOptions(checkpoint=4))
     done = dpokit("merge", str(run.path), "--no-proof", "--json")
     assert done.returncode == 0, done.stderr
-    assert "checkpoint-4 is passed over" in done.stderr
-    assert "checkpoint-2 is merged, its newest whole one" in done.stderr
+    assert "checkpoint-4 is skipped" in done.stderr
+    assert "merging its newest whole checkpoint checkpoint-2" in done.stderr
     assert json.loads(done.stdout)["weights"] == "checkpoint-2"
 
 
 @pytest.mark.cold
-def test_a_merged_folder_is_loaded_by_a_program_that_knows_only_transformers(train):
+def test_plain_transformers_loads_a_merged_folder(train):
     run = train(ROOT / "accelerate_configs" / "ddp_cpu.yaml", "ddp", *LORA)
     merge_run(run)
     code = (

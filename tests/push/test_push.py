@@ -1,4 +1,4 @@
-"""`dpokit push` against a Hub on this machine, with the real client: what arrives, what is sent, what fails."""
+"""`dpokit push` with the real client against a Hub on this machine: transfers, retries and refusals."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from pushing import (
 from transformers import AutoModelForCausalLM
 
 from dpokit.errors import HubError, SettingsError
-from dpokit.push.hub import Target
+from dpokit.push.hub import PushTarget
 from dpokit.push.permissions import check_push
 from dpokit.push.push import push_run
-from dpokit.push.retry import Patience
+from dpokit.push.retry import RetryPolicy
 
-PRIVATE = Target(REPO)
+PRIVATE = PushTarget(REPO)
 SENT_BY_A_MODEL = {"README.md", "figures/loss.png", "config.json", "generation_config.json", "model.safetensors"}
 SENT_BY_A_MODEL |= {"tokenizer.json", "tokenizer_config.json"}
 PULL = """
@@ -68,7 +68,7 @@ def run(tmp_path, tiny_gpt2):
 
 
 def shard(model):
-    """Writes the weights anew, in several files; how many."""
+    """Saves the weights again in several files; returns their number."""
     whole = AutoModelForCausalLM.from_pretrained(model)
     (model / "model.safetensors").unlink()
     whole.save_pretrained(model, max_shard_size="60KB")
@@ -78,15 +78,15 @@ def shard(model):
 def wait_until(is_so, *, seconds=30):
     end = time.monotonic() + seconds
     while not is_so():
-        assert time.monotonic() < end, "it never came about"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
 def push(run, target=PRIVATE, **options):
-    return push_run(run.path, target, yes=True, **{"patience": QUICK} | options)
+    return push_run(run.path, target, yes=True, **{"retry": QUICK} | options)
 
 
-def test_a_full_run_arrives_whole_and_private_and_leaves_the_local_folder_as_it_was(hub, run, xet, monkeypatch):
+def test_a_run_arrives_private_and_the_local_folder_is_unchanged(hub, run, xet, monkeypatch):
     connect(monkeypatch, hub, xet=xet)
     before = hash_tree(run.path)
     outcome = push(run)
@@ -103,10 +103,10 @@ def test_a_full_run_arrives_whole_and_private_and_leaves_the_local_folder_as_it_
 
 
 @pytest.mark.parametrize(("xet", "merged"), [(False, True), (True, False)])
-def test_what_is_pulled_back_computes_the_same_logits(hub, tmp_path, tiny_gpt2, xet, merged, monkeypatch):
+def test_a_pulled_model_computes_the_same_logits(hub, tmp_path, tiny_gpt2, xet, merged, monkeypatch):
     connect(monkeypatch, hub, xet=xet)
     run = make_run(tmp_path / "run", tiny_gpt2, adapter=merged, merged=merged)
-    push(run, what="both" if merged else None)
+    push(run, weights="both" if merged else None)
     command = [sys.executable, "-c", PULL, REPO, str(tiny_gpt2), str(run.adapter) if merged else ""]
     environment = client_environment(hub, xet=xet)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
@@ -125,7 +125,7 @@ def test_an_unchanged_folder_sends_nothing_again(hub, run, xet, monkeypatch):
     assert "nothing to send" in second.describe()
 
 
-def test_weights_that_are_sent_in_parts_arrive_whole(tmp_path, run, monkeypatch):
+def test_weights_sent_in_parts_arrive_complete(tmp_path, run, monkeypatch):
     with serve(tmp_path / "parts", part_bytes=50_000) as hub:
         connect(monkeypatch, hub)
         hub.faults += [Fault("PUT /_lfs/part/.*/2$", status=503), Fault("POST /_lfs/complete", cut_bytes=1)]
@@ -134,7 +134,7 @@ def test_weights_that_are_sent_in_parts_arrive_whole(tmp_path, run, monkeypatch)
         assert hub.read(REPO, "model.safetensors") == (run.model / "model.safetensors").read_bytes()
 
 
-def test_of_a_changed_folder_only_what_changed_is_sent(hub, run, monkeypatch):
+def test_only_changed_files_are_sent_again(hub, run, monkeypatch):
     connect(monkeypatch, hub)
     push(run)
     (run.path / "README.md").write_text(f"{CARD}\nmore\n")
@@ -144,7 +144,7 @@ def test_of_a_changed_folder_only_what_changed_is_sent(hub, run, monkeypatch):
     assert hub.read(REPO, "README.md").endswith(b"\nmore\n")
 
 
-def test_weights_of_an_earlier_push_that_would_be_loaded_too_are_removed(hub, tmp_path, tiny_gpt2, monkeypatch):
+def test_stale_weights_of_an_earlier_push_are_removed(hub, tmp_path, tiny_gpt2, monkeypatch):
     connect(monkeypatch, hub)
     run = make_run(tmp_path / "run", tiny_gpt2, adapter=True, merged=True)
     push(run, what="adapter")
@@ -156,7 +156,7 @@ def test_weights_of_an_earlier_push_that_would_be_loaded_too_are_removed(hub, tm
 
 def test_a_branch_is_made_and_the_main_one_left_alone(hub, run, monkeypatch):
     connect(monkeypatch, hub)
-    target = Target(REPO, revision="beta-0.3", message="with beta 0.3")
+    target = PushTarget(REPO, revision="beta-0.3", message="with beta 0.3")
     outcome = push(run, target)
     assert set(hub.files(REPO)) == {".gitattributes"}
     assert set(hub.files(REPO, "beta-0.3")) >= SENT_BY_A_MODEL
@@ -165,13 +165,13 @@ def test_a_branch_is_made_and_the_main_one_left_alone(hub, run, monkeypatch):
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_a_repository_of_the_other_visibility_is_not_pushed_to(hub, run, public, monkeypatch):
+def test_a_repository_of_the_other_visibility_is_refused(hub, run, public, monkeypatch):
     connect(monkeypatch, hub)
-    push(run, Target(REPO, public=not public))
+    push(run, PushTarget(REPO, public=not public))
     assert hub.repos[REPO]["private"] is public
     (run.path / "README.md").write_text(f"{CARD}\nmore\n")
     with pytest.raises(HubError, match="is private" if public else "is public: everybody would see"):
-        push(run, Target(REPO, public=public))
+        push(run, PushTarget(REPO, public=public))
     assert not hub.read(REPO, "README.md").endswith(b"\nmore\n")
 
 
@@ -191,26 +191,26 @@ def test_a_repository_of_the_other_visibility_is_not_pushed_to(hub, run, public,
         "POST .*/commit/",
     ],
 )
-def test_a_failure_that_passes_is_waited_for_on_every_call(hub, run, call, status, monkeypatch, capsys, caplog):
+def test_a_temporary_failure_of_any_call_is_retried(hub, run, call, status, monkeypatch, capsys, caplog):
     connect(monkeypatch, hub, xet="xet" in call)
     hub.faults.append(Fault(call, status=status, headers={"Retry-After": "0"}))
     push(run)
     assert hub.faults[0].times == 0
     assert set(hub.files(REPO)) >= SENT_BY_A_MODEL
-    said = capsys.readouterr().err + caplog.text
-    assert "Signature" not in said
+    output = capsys.readouterr().err + caplog.text
+    assert "Signature" not in output
     if any(word in call for word in ("tree", "preupload", "batch", "PUT")):
-        assert f"HTTP Error {status} thrown while requesting" in said  # huggingface_hub tries again by itself
-    elif "validate" in call:  # where it reads the answer before it looks at the status
-        assert "the Hub gave an answer that is none of its own; trying again in 0.01 s (2 of 3)" in said
+        assert f"HTTP Error {status} thrown while requesting" in output  # huggingface_hub itself retries
+    elif "validate" in call:  # huggingface_hub parses this answer before it checks the status
+        assert "the Hub gave an answer that is not its own; trying again in 0.01 s (2 of 3)" in output
     elif "xet" not in call:
         where = call.rstrip("/$").replace(".*", "/api/models/tester/tiny")
-        assert f"the Hub answered {status} to {where}" in said
-        assert "trying again in 0.01 s (2 of 3)" in said
+        assert f"the Hub answered {status} to {where}" in output
+        assert "trying again in 0.01 s (2 of 3)" in output
 
 
 @pytest.mark.parametrize("call", ["create", "PUT", "xet-write-token", "/commit/"])
-def test_a_connection_that_is_cut_is_made_again(hub, run, call, monkeypatch):
+def test_a_cut_connection_is_retried(hub, run, call, monkeypatch):
     connect(monkeypatch, hub, xet="xet" in call)
     hub.faults.append(Fault(call, cut_bytes=10_000))
     push(run)
@@ -218,10 +218,10 @@ def test_a_connection_that_is_cut_is_made_again(hub, run, call, monkeypatch):
     assert set(hub.files(REPO)) >= SENT_BY_A_MODEL
 
 
-def test_a_hub_that_is_silent_is_given_up_and_asked_again(hub, run, monkeypatch, capsys):
+def test_a_silent_connection_is_closed_and_retried(hub, run, monkeypatch, capsys):
     connect(monkeypatch, hub)
     hub.faults.append(Fault("POST /api/repos/create", hold=threading.Event()))
-    push(run, patience=Patience(tries=3, first_wait_seconds=0.01, silence_seconds=2.0))
+    push(run, retry=RetryPolicy(tries=3, first_wait_seconds=0.01, silence_seconds=2.0))
     hub.faults[0].hold.set()
     assert "create_repo: the Hub gave no answer in time; trying again" in capsys.readouterr().err
 
@@ -236,12 +236,12 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(hub, run, xet, monkeypa
 
 
 @pytest.mark.parametrize("call", ["create", "xet-write-token", "/commit/"])
-def test_a_hub_that_goes_on_failing_ends_in_the_command_that_continues(hub, run, call, monkeypatch, capsys):
+def test_a_hub_that_keeps_failing_names_the_command_to_repeat(hub, run, call, monkeypatch, capsys):
     connect(monkeypatch, hub, xet=True)
     hub.faults.append(Fault(call, times=100, status=503))
     before = hash_tree(run.path)
     with pytest.raises(HubError, match=r"answered 503 to .*, 3 times in a row") as error:
-        push(run, Target(REPO, message="it's mine"))
+        push(run, PushTarget(REPO, message="it's mine"))
     command = f"dpokit push {run.path} --repo-id {REPO} --what merged --commit-message 'it'\"'\"'s mine'"
     assert str(error.value).endswith(command)
     assert "trying again in 0.02 s (3 of 3)" in capsys.readouterr().err
@@ -253,16 +253,16 @@ def test_a_hub_that_goes_on_failing_ends_in_the_command_that_continues(hub, run,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", ["preupload", "objects/batch", "PUT /_lfs"])
-def test_a_call_that_huggingface_hub_itself_gives_up_ends_alike(hub, run, call, monkeypatch):
+def test_a_call_that_huggingface_hub_gives_up_names_the_command(hub, run, call, monkeypatch):
     connect(monkeypatch, hub)
     hub.faults.append(Fault(call, times=100, status=503))
     with pytest.raises(HubError, match=r"sending: the Hub answered 503 to P[A-Z]+ /") as error:
-        push(run, patience=Patience(tries=1))
+        push(run, retry=RetryPolicy(tries=1))
     assert "Signature" not in str(error.value)
     assert str(error.value).endswith(f"dpokit push {run.path} --repo-id {REPO} --what merged")
 
 
-def test_the_hub_is_left_alone_for_as_long_as_it_asks(hub, run, monkeypatch, capsys):
+def test_a_push_waits_as_long_as_the_hub_asks(hub, run, monkeypatch, capsys):
     connect(monkeypatch, hub)
     hub.faults.append(Fault("create", status=429, headers={"Retry-After": "1"}))
     push(run)
@@ -277,7 +277,7 @@ def test_a_wrong_token_is_refused_at_once(hub, run, monkeypatch):
     assert "hf_nobodys" not in str(error.value)
 
 
-def test_a_token_that_may_only_read_is_refused_before_anything_is_sent(hub, run, monkeypatch):
+def test_a_read_only_token_is_refused_before_anything_is_sent(hub, run, monkeypatch):
     connect(monkeypatch, hub, token=READ)
     with pytest.raises(HubError, match="may read, and not write"):
         push(run)
@@ -286,7 +286,7 @@ def test_a_token_that_may_only_read_is_refused_before_anything_is_sent(hub, run,
 
 @pytest.mark.parametrize("call", ["create", "preupload", "xet-write-token", "/commit/"])
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_right_that_is_lost_on_the_way_is_not_asked_for_again(hub, run, call, status, monkeypatch):
+def test_a_right_lost_during_a_push_is_not_tried_again(hub, run, call, status, monkeypatch):
     connect(monkeypatch, hub, xet=True)
     hub.faults.append(Fault(call, times=9, status=status))
     with pytest.raises(HubError, match=rf"the Hub refuses: .*{status}"):
@@ -294,7 +294,7 @@ def test_a_right_that_is_lost_on_the_way_is_not_asked_for_again(hub, run, call, 
     assert hub.faults[0].times == 8
 
 
-def test_a_card_that_the_hub_does_not_take_is_said_before_weights_are_sent(hub, run, monkeypatch):
+def test_a_card_that_the_hub_refuses_stops_before_the_weights(hub, run, monkeypatch):
     connect(monkeypatch, hub)
     (run.path / "README.md").write_text("---\nlicense: placeholder\n---\n")
     with pytest.raises(HubError, match='"license" must be one of the known'):
@@ -314,7 +314,7 @@ def test_a_card_that_the_hub_does_not_take_is_said_before_weights_are_sent(hub, 
         pytest.param("xet-write-token", True, "SIGTERM", marks=pytest.mark.slow),
     ],
 )
-def test_a_client_that_is_ended_half_way_goes_on_from_there(hub, tmp_path, tiny_gpt2, point, xet, end):
+def test_an_interrupted_push_continues_with_the_missing_files(hub, tmp_path, tiny_gpt2, point, xet, end):
     run = make_run(tmp_path / "run", tiny_gpt2)
     shards = shard(run.model)
     hub.faults.append(Fault(point, hold=threading.Event()))
@@ -341,7 +341,7 @@ def test_a_client_that_is_ended_half_way_goes_on_from_there(hub, tmp_path, tiny_
     assert sum(path.endswith(".safetensors") for path in hub.files(REPO)) == shards
 
 
-def test_without_consent_or_a_terminal_nothing_is_sent(hub, run):
+def test_without_consent_and_terminal_nothing_is_sent(hub, run):
     client = start_push(run, hub)
     out, err = client.communicate(timeout=60)
     assert (client.returncode, out) == (2, "")
@@ -350,25 +350,25 @@ def test_without_consent_or_a_terminal_nothing_is_sent(hub, run):
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(("answer", "goes"), [("y", True), ("", False), ("no", False)])
-def test_on_a_terminal_the_user_sees_what_goes_and_is_asked(hub, run, answer, goes, monkeypatch, capsys):
+@pytest.mark.parametrize(("answer", "sent"), [("y", True), ("", False), ("no", False)])
+def test_a_terminal_shows_the_files_and_asks_for_consent(hub, run, answer, sent, monkeypatch, capsys):
     connect(monkeypatch, hub)
     keyboard, terminal = os.openpty()
     os.write(keyboard, f"{answer}\n".encode())
     with os.fdopen(terminal) as stdin:
         monkeypatch.setattr("sys.stdin", stdin)
-        if goes:
-            assert push_run(run.path, PRIVATE, patience=QUICK).pushed.sent
+        if sent:
+            assert push_run(run.path, PRIVATE, retry=QUICK).pushed.sent
         else:
             with pytest.raises(SettingsError, match="nothing was sent"):
-                push_run(run.path, PRIVATE, patience=QUICK)
+                push_run(run.path, PRIVATE, retry=QUICK)
     os.close(keyboard)
-    said = capsys.readouterr().err
-    assert said.index("model.safetensors") < said.index(f"send 7 files to {REPO}? [y/N]")
-    assert bool(hub.requests) is goes
+    output = capsys.readouterr().err
+    assert output.index("model.safetensors") < output.index(f"send 7 files to {REPO}? [y/N]")
+    assert bool(hub.requests) is sent
 
 
-def test_a_dry_run_asks_nobody_and_says_exactly_what_goes(hub, run):
+def test_a_dry_run_sends_no_request_and_lists_all_files(hub, run):
     client = start_push(run, hub, "--dry-run", "--json")
     record = json.loads(client.communicate(timeout=60)[0])
     assert hub.requests == []
@@ -380,7 +380,7 @@ def test_a_dry_run_asks_nobody_and_says_exactly_what_goes(hub, run):
     assert "commit" not in record
 
 
-def test_offline_says_so_and_without_a_token_too(hub, run, monkeypatch):
+def test_a_push_without_a_token_or_a_network_is_refused(hub, run, monkeypatch):
     connect(monkeypatch, hub, token=None)
     with pytest.raises(SettingsError, match="there is no token"):
         push(run)
@@ -400,11 +400,11 @@ def test_offline_says_so_and_without_a_token_too(hub, run, monkeypatch):
         ("guests/tiny", "may read, and not write, in guests"),
     ],
 )
-def test_a_place_where_the_user_may_not_write_is_refused_before_training(hub, repo_id, says, monkeypatch):
+def test_a_repository_without_write_access_is_refused(hub, repo_id, says, monkeypatch):
     connect(monkeypatch, hub)
     with pytest.raises((HubError, SettingsError), match=says):
-        check_push(repo_id, patience=QUICK)
-    check_push("crew/tiny", patience=QUICK)
+        check_push(repo_id, retry=QUICK)
+    check_push("crew/tiny", retry=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -416,18 +416,18 @@ def test_a_place_where_the_user_may_not_write_is_refused_before_training(hub, re
         ("crew", ["repo.write"], False),
     ],
 )
-def test_a_fine_grained_token_must_be_allowed_to_write_to_this_place(hub, entity, permissions, may, monkeypatch):
+def test_a_fine_grained_token_needs_write_permission(hub, entity, permissions, may, monkeypatch):
     connect(monkeypatch, hub, token=FINE)
     grants = {"global": [], "scoped": [{"entity": {"type": "user", "name": entity}, "permissions": permissions}]}
     hub.whoami[FINE]["auth"]["accessToken"]["fineGrained"] = grants
     if may:
-        return check_push(REPO, patience=QUICK)
+        return check_push(REPO, retry=QUICK)
     with pytest.raises(HubError, match=f"may not write to {REPO}"):
-        check_push(REPO, patience=QUICK)
+        check_push(REPO, retry=QUICK)
     return None
 
 
-def test_an_adapter_alone_lies_at_the_root_with_the_base_that_was_named(hub, tmp_path, tiny_gpt2, monkeypatch):
+def test_a_lone_adapter_is_at_the_root_and_names_its_base(hub, tmp_path, tiny_gpt2, monkeypatch):
     connect(monkeypatch, hub)
     run = make_run(tmp_path / "run", tiny_gpt2, adapter=True)
     config = json.loads((run.adapter / "adapter_config.json").read_text())

@@ -1,4 +1,4 @@
-"""The report in a real browser: nothing runs, nothing is fetched, and it fits."""
+"""The report in a real browser: no script runs, nothing is fetched, and the page fits."""
 
 import json
 
@@ -17,7 +17,7 @@ def _chromium():
 
 
 def hostile(address: str) -> list[str]:
-    """What must be shown as it is. Each would set a title, or ask this machine's server for a file."""
+    """Texts that must be shown as text. As markup, each would set a title or fetch a file from the test's server."""
     return [
         f"<script src='{address}/stolen-1'></script><script>top.document.title = document.title = 'ran'</script>",
         f"<img src={address}/stolen-2 onerror=\"document.title='ran'\">",
@@ -28,7 +28,7 @@ def hostile(address: str) -> list[str]:
     ]
 
 
-def test_text_from_a_run_is_shown_and_never_run(tmp_path):
+def test_text_from_a_run_is_shown_and_never_executed(tmp_path):
     with serve(tmp_path) as site:
         texts = hostile(site.address)
         everything = "\n".join(texts)
@@ -62,16 +62,16 @@ def test_text_from_a_run_is_shown_and_never_run(tmp_path):
             "page.querySelectorAll('script, iframe, img, object, b, main style, [onload], [onerror]').length})"
         )
         for page in ("one.html", "several.html"):
-            seen = site.measure(page, look)
-            assert seen["fetched"] == []
-            assert seen["elements"] == 0
-            assert "ran" not in seen["title"].replace(everything, "")
+            view = site.measure(page, look)
+            assert view["fetched"] == []
+            assert view["elements"] == 0
+            assert "ran" not in view["title"].replace(everything, "")
         assert all(text in site.measure("one.html", "page.body.textContent") for text in texts)
         assert {path for path in site.asked if "stolen" in path} == set()
         assert {"/measure.html", "/one.html", "/several.html"} >= {p for p in site.asked if p != "/favicon.ico"}
 
 
-def test_the_server_of_these_tests_does_see_what_a_page_fetches(tmp_path):
+def test_the_test_server_records_the_requests_of_a_page(tmp_path):
     (tmp_path / "open.html").write_text("<img src='/stolen'><script src='/script.js'></script>")
     with serve(tmp_path) as site:
         fetched = site.measure("open.html", "frame.contentWindow.performance.getEntriesByType('resource').length")
@@ -90,20 +90,20 @@ def test_the_page_never_scrolls_sideways(width, tmp_path):
     write_report(folders, output=tmp_path / "several.html")
     with serve(tmp_path) as site:
         for page in ("one.html", "several.html"):
-            seen = site.measure(
+            view = site.measure(
                 page,
                 "({wide: page.documentElement.scrollWidth, inner: frame.contentWindow.innerWidth, svg: "
                 "Math.min(...[...page.querySelectorAll('figure svg')].map(one => one.getBoundingClientRect().width))})",
                 width=width,
             )
-            assert seen["inner"] == width
-            assert seen["wide"] <= width
-            assert seen["svg"] >= 250
+            assert view["inner"] == width
+            assert view["wide"] <= width
+            assert view["svg"] >= 250
 
 
-def test_labels_in_a_figure_neither_overlap_nor_leave_it(tmp_path):
+def test_labels_neither_overlap_nor_leave_their_figure(tmp_path):
     folders = []
-    for number, scale in enumerate((1, 37, 2500)):  # steps of one to six figures
+    for number, scale in enumerate((1, 37, 2500)):  # steps of one to six digits
         records = [record | {"step": record["step"] * scale} for record in make_steps(60, every=10, seed=number)]
         folders.append(make_run(tmp_path / f"{'W' * 30}{number}", records, generations=make_starts(20 * scale)))
     pages = [f"{number}.html" for number in range(3)]
@@ -146,7 +146,7 @@ def luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_it_prints_and_shows_as_a_file_in_both_schemes(tmp_path):
+def test_a_report_file_prints_and_renders_in_both_schemes(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(60, every=10), generations=make_starts(20))
     add_evaluation(folder)
     address = write_report([folder]).report.resolve().as_uri()

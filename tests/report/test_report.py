@@ -1,4 +1,4 @@
-"""A run folder becomes a report; hand-made folders, and what must stand in the page."""
+"""The report's content, from hand-made run folders."""
 
 import json
 import math
@@ -11,14 +11,14 @@ from dpokit.errors import RunFolderError, SettingsError
 from dpokit.report.page import write_report
 from dpokit.report.read import load_run, load_runs
 from dpokit.report.tables import compare_runs, interval, list_evaluations, list_restarts
-from dpokit.report.verdict import judge, sort_runs
+from dpokit.report.verdict import build_verdict, sort_runs
 
 
 def page_of(folder, **more) -> str:
     return write_report([folder], **more).report.read_text()
 
 
-def test_one_run_gives_a_page_and_a_png_of_each_figure_in_its_folder(tmp_path):
+def test_one_run_gives_a_page_and_a_png_of_each_figure(tmp_path):
     written = write_report([make_run(tmp_path / "run", make_steps(20, every=5, gpu=True))])
     assert written.report == tmp_path / "run" / "report" / "report.html"
     assert sorted(written.report.parent.iterdir()) == sorted([written.report, *written.pngs])
@@ -28,11 +28,11 @@ def test_one_run_gives_a_page_and_a_png_of_each_figure_in_its_folder(tmp_path):
     assert all(f'<figure id="{key}" role="img" aria-label="' in written.report.read_text() for key in keys)
 
 
-def test_a_run_without_a_gpu_has_no_figure_of_one(tmp_path):
+def test_a_run_without_a_gpu_has_no_gpu_figures(tmp_path):
     assert "GPU" not in page_of(make_run(tmp_path, make_steps(5, every=0)))
 
 
-def test_nothing_in_the_page_points_elsewhere(tmp_path):
+def test_the_page_has_no_external_references(tmp_path):
     page = page_of(make_run(tmp_path, make_steps(20, every=5)))
     assert not re.search(r"https?:|//[a-z]|<script|<link(?! rel=\"icon\" href=\"data:,\")|@import|url\((?!#)", page)
     assert "default-src 'none'" in page
@@ -42,8 +42,8 @@ def test_the_verdict_is_that_of_the_evaluation(tmp_path):
     folder = make_run(tmp_path, make_steps(20, every=5))
     before = write_report([folder]).verdict
     add_evaluation(folder)
-    told = json.loads((folder / "eval" / "pairs.json").read_text())["verdict"]["text"]
-    assert write_report([folder]).verdict == told != before
+    verdict = json.loads((folder / "eval" / "pairs.json").read_text())["verdict"]["text"]
+    assert write_report([folder]).verdict == verdict != before
     assert "0.6300 (0.6100\u00a0to\u00a00.6500)" in page_of(folder)
 
 
@@ -60,15 +60,15 @@ def test_the_verdict_is_that_of_the_evaluation(tmp_path):
         ([None], ["eval_loss was not measured"]),
     ],
 )
-def test_without_an_evaluation_the_verdict_is_what_training_shows(losses, says, tmp_path):
+def test_without_an_evaluation_the_verdict_is_from_training(losses, says, tmp_path):
     records = [{"step": step, "seconds": 1, "eval_loss": loss} for step, loss in enumerate(losses, start=1)]
-    text = judge(load_run(make_run(tmp_path, records), name="run"))
-    assert all(words in text for words in says), text
+    text = build_verdict(load_run(make_run(tmp_path, records), name="run"))
+    assert all(part in text for part in says), text
     assert "interval" in text
     assert f"dpokit evaluate {tmp_path}" in text
 
 
-def test_ln_2_is_a_mark_only_for_losses_that_begin_there(tmp_path):
+def test_ln_2_is_marked_only_for_losses_that_start_there(tmp_path):
     pure = page_of(make_run(tmp_path / "pure", make_steps(5, every=1)))
     mixed = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.1]}
     other = page_of(make_run(tmp_path / "mixed", make_steps(5, every=1), settings=mixed))
@@ -77,7 +77,7 @@ def test_ln_2_is_a_mark_only_for_losses_that_begin_there(tmp_path):
     assert "ln 2 is not marked" in other
 
 
-def test_the_table_of_evaluations_has_the_training_loss_of_the_last_log(tmp_path):
+def test_evaluations_are_listed_with_the_last_training_loss(tmp_path):
     records = [
         {"step": 2, "loss": 0.7, "seconds": 1},
         {"step": 3, "eval_loss": 0.69, "eval_rewards/margins": 0.1, "seconds": 2},
@@ -90,7 +90,7 @@ def test_the_table_of_evaluations_has_the_training_loss_of_the_last_log(tmp_path
     assert table.marked == 0
 
 
-def test_of_very_many_evaluations_some_are_shown_with_best_and_last(tmp_path):
+def test_many_evaluations_are_thinned_but_keep_best_and_last(tmp_path):
     records = [{"step": s, "seconds": s, "eval_loss": 0.1 if s == 777 else 1.0} for s in range(1, 1001)]
     table = list_evaluations(load_run(make_run(tmp_path, records), name="run"))
     assert table is not None
@@ -100,7 +100,7 @@ def test_of_very_many_evaluations_some_are_shown_with_best_and_last(tmp_path):
     assert "of 1,000" in table.note
 
 
-def test_restarts_are_told_and_marked(tmp_path):
+def test_restarts_are_listed_and_marked(tmp_path):
     folder = make_run(tmp_path, make_steps(40, every=0), generations=make_starts(10, 20), state="running")
     table = list_restarts(load_run(folder, name="run"))
     assert table is not None
@@ -111,7 +111,7 @@ def test_restarts_are_told_and_marked(tmp_path):
 
 @pytest.mark.parametrize("state", ["running", "preempted", "failed"])
 @pytest.mark.parametrize("steps", [0, 1, 3])
-def test_a_run_at_its_beginning_has_a_report(steps, state, tmp_path):
+def test_a_run_with_few_or_no_steps_has_a_report(steps, state, tmp_path):
     folder = make_run(tmp_path, make_steps(steps, every=0), state=state, why="no room" if state == "failed" else None)
     page = page_of(folder)
     assert ("There is nothing to draw yet." in page) == (steps == 0)
@@ -125,7 +125,7 @@ def test_only_run_json_is_needed(tmp_path):
 
 
 @pytest.mark.parametrize("lost", [None, math.nan, math.inf])
-def test_values_that_are_not_finite_are_told(lost, tmp_path):
+def test_values_that_are_not_finite_are_reported(lost, tmp_path):
     records = make_steps(30, every=10)
     records[4]["loss"] = records[9]["eval_loss"] = records[6]["loss"] = lost
     page = page_of(make_run(tmp_path, records))
@@ -134,11 +134,11 @@ def test_values_that_are_not_finite_are_told(lost, tmp_path):
     assert "nan" not in page
 
 
-def test_a_last_line_that_is_being_written_is_left_out(tmp_path):
+def test_an_incomplete_last_line_is_left_out(tmp_path):
     folder = make_run(tmp_path, make_steps(3, every=0))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
-    assert "the last line of metrics.jsonl is not whole" in page_of(folder)
+    assert "the last line of metrics.jsonl is incomplete" in page_of(folder)
 
 
 def damage(folder, name: str, content: bytes):
@@ -151,11 +151,11 @@ def damage(folder, name: str, content: bytes):
     ("name", "content", "says"),
     [
         ("run.json", b'{"state": ', "run.json is damaged"),
-        ("run.json", b"[]", "run.json is damaged: it holds no mapping"),
+        ("run.json", b"[]", "run.json is damaged: it is not a mapping"),
         ("data.json", b"\xff\xfe", "data.json is damaged"),
         ("metrics.jsonl", b'{"step": 1}\n{"step": 2, "lo\n{"step": 3}\n', "metrics.jsonl, line 2 is damaged"),
         ("metrics.jsonl", b'{"step": 1}\n\n{"step": 3}\n', "metrics.jsonl, line 2 is damaged"),
-        ("metrics.jsonl", b'{"step": 1}\n[2]\n', "metrics.jsonl, line 2 is damaged: it holds no mapping"),
+        ("metrics.jsonl", b'{"step": 1}\n[2]\n', "metrics.jsonl, line 2 is damaged: it is not a mapping"),
         ("metrics.jsonl", b'{"loss": 1}\n', "metrics.jsonl, line 1 is damaged: its step is null"),
         ("metrics.jsonl", b'{"step": 1}\n{"step": "2"}\n', 'line 2 is damaged: its step is "2"'),
         ("metrics.jsonl", b'{"step": 1}\n\xff\xff\n', "metrics.jsonl, line 2 is damaged"),
@@ -171,14 +171,14 @@ def test_a_damaged_file_is_named_with_its_line(name, content, says, tmp_path):
     assert not (tmp_path / "report").exists()
 
 
-def test_a_folder_without_a_run_and_no_folder_are_told_apart(tmp_path):
+def test_no_run_and_no_folder_have_different_messages(tmp_path):
     with pytest.raises(RunFolderError, match=r"holds no run\.json"):
         write_report([tmp_path])
     with pytest.raises(RunFolderError, match="there is no folder"):
         write_report([tmp_path / "nowhere"])
 
 
-def test_an_evaluation_of_an_unknown_format_is_left_out_and_said(tmp_path):
+def test_an_evaluation_of_an_unknown_format_is_left_out(tmp_path):
     damage(make_run(tmp_path, make_steps(3, every=0)), "eval/pairs.json", b'{"format": 9}')
     assert "eval/pairs.json has format 9" in page_of(tmp_path)
 
@@ -186,7 +186,7 @@ def test_an_evaluation_of_an_unknown_format_is_left_out_and_said(tmp_path):
 @pytest.mark.parametrize(
     "record", [{}, {"base": {}, "tuned": None, "groups": {}}, {"verdict": None, "difference": None}]
 )
-def test_an_evaluation_with_parts_missing_gives_a_report(record, tmp_path):
+def test_an_incomplete_evaluation_gives_a_report(record, tmp_path):
     damage(make_run(tmp_path, make_steps(3, every=0)), "eval/pairs.json", json.dumps({"format": 1, **record}).encode())
     damage(tmp_path, "eval/answers.jsonl", b'{"prompt": [{"role": "user", "content": "hi"}]}\n')
     damage(tmp_path, "eval/answers.json", b"{}")
@@ -195,12 +195,12 @@ def test_an_evaluation_with_parts_missing_gives_a_report(record, tmp_path):
     assert "hi" in page
 
 
-def test_half_a_letter_in_a_sample_does_not_end_the_report(tmp_path):
+def test_a_lone_surrogate_in_a_sample_is_shown_escaped(tmp_path):
     add_evaluation(make_run(tmp_path, make_steps(3, every=0)), text="before \ud800 after")
     assert r"before \ud800 after" in page_of(tmp_path)
 
 
-def test_samples_stand_side_by_side_with_what_was_cut(tmp_path):
+def test_samples_are_side_by_side_and_say_if_they_were_cut(tmp_path):
     add_evaluation(make_run(tmp_path, make_steps(3, every=0)), prompt="\n\nHuman: <Why>?")
     page = page_of(tmp_path)
     assert page.count("<p>Human: &lt;Why&gt;?</p>") == 3
@@ -209,7 +209,7 @@ def test_samples_stand_side_by_side_with_what_was_cut(tmp_path):
     assert "61 wins, 9 ties, 30 losses; win rate 0.6600" in page
 
 
-def test_settings_are_told_with_their_origins_and_rows_with_the_reasons_they_were_dropped_for(tmp_path):
+def test_settings_have_origins_and_dropped_rows_have_reasons(tmp_path):
     page = page_of(make_run(tmp_path, make_steps(3, every=0)))
     rows = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)).strip() for row in re.findall(r"<tr.*?</tr>", page, re.S)]
     assert "learning_ rate 5e-07 command line" in rows
@@ -218,7 +218,7 @@ def test_settings_are_told_with_their_origins_and_rows_with_the_reasons_they_wer
     assert "12 % of the evaluation&#39;s prompts are in the training split, too" in page
 
 
-def test_a_picture_of_what_the_run_no_longer_logs_goes_and_others_stay(tmp_path):
+def test_an_outdated_picture_is_deleted_and_others_stay(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(20, every=5, gpu=True))
     before = write_report([folder])
     (before.report.parent / "report-mine.png").write_bytes(b"a picture of mine")
@@ -231,21 +231,21 @@ def test_a_picture_of_what_the_run_no_longer_logs_goes_and_others_stay(tmp_path)
     }
 
 
-def test_a_file_of_others_is_not_overwritten_but_a_report_is(tmp_path):
+def test_a_report_is_overwritten_but_no_foreign_file(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(3, every=0))
     first = write_report([folder])
     (tmp_path / "mine.html").write_text("<p>mine</p>")
-    with pytest.raises(RunFolderError, match="is no report of this toolkit"):
+    with pytest.raises(RunFolderError, match="is not a report by dpokit"):
         write_report([folder], output=tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
     first.pngs[0].write_bytes(b"a picture of mine")
-    with pytest.raises(RunFolderError, match="is no report of this toolkit"):
+    with pytest.raises(RunFolderError, match="is not a report by dpokit"):
         write_report([folder])
     first.pngs[0].unlink()
     assert write_report([folder]).record() == first.record()
 
 
-def test_a_disk_that_refuses_is_one_message(tmp_path):
+def test_a_disk_error_is_one_message(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(3, every=0))
     (folder / "report").write_text("a file of somebody")
     with pytest.raises(RunFolderError, match="--output"):
@@ -261,7 +261,7 @@ def make_three(tmp_path) -> list:
     ]
 
 
-def test_several_runs_are_sorted_and_told_apart_by_what_differs(tmp_path, monkeypatch):
+def test_several_runs_are_sorted_with_their_differing_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folders = make_three(tmp_path)
     written = write_report(folders)
@@ -276,7 +276,7 @@ def test_several_runs_are_sorted_and_told_apart_by_what_differs(tmp_path, monkey
     assert {"report-loss", "report-eval-loss", "report-rewards-chosen"} <= {png.stem for png in written.pngs}
 
 
-def test_another_metric_sorts_by_what_is_better_for_it(tmp_path):
+def test_a_metric_sorts_in_its_own_direction(tmp_path):
     runs = load_runs(make_three(tmp_path))
     values = [run.best("eval_rewards/margins")[0] for run in sort_runs(runs, "eval_rewards/margins")]
     assert values == sorted(values, reverse=True)
@@ -284,7 +284,7 @@ def test_another_metric_sorts_by_what_is_better_for_it(tmp_path):
     assert grads == sorted(grads)
 
 
-def test_runs_without_the_metric_are_named_and_one_that_all_have_is_offered(tmp_path):
+def test_runs_without_the_metric_are_named_in_the_error(tmp_path):
     folders = [make_run(tmp_path / "a", make_steps(5, every=1)), make_run(tmp_path / "b", make_steps(5, every=0))]
     with pytest.raises(SettingsError, match=r"--metric eval_loss: no value of it in b\n.*grad_norm.*\n.*--metric loss"):
         write_report(folders, output=tmp_path / "out.html")
@@ -296,7 +296,7 @@ def test_runs_without_the_metric_are_named_and_one_that_all_have_is_offered(tmp_
         write_report(folders[:1], metric="accuracy")
 
 
-def test_a_run_given_twice_counts_once_and_equal_names_are_told_apart(tmp_path):
+def test_a_repeated_run_counts_once_and_equal_names_get_paths(tmp_path):
     folders = [make_run(tmp_path / name / "run", make_steps(3, every=1)) for name in "xy"]
     link = tmp_path / "link"
     link.symlink_to(folders[0])

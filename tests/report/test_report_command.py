@@ -1,4 +1,4 @@
-"""`dpokit report` as a command: what goes where, how it ends, and how much a long run takes."""
+"""`dpokit report` as a command: output, exit codes, and the size of a long run's report."""
 
 import json
 import os
@@ -11,13 +11,13 @@ from conftest import ROOT
 from run_folders import make_run, make_starts, make_steps
 
 
-def dpokit_report(*words: str, cwd) -> subprocess.CompletedProcess[str]:
+def dpokit_report(*arguments: str, cwd) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "dpokit.cli", "report", *words]
+    command = [sys.executable, "-m", "dpokit.cli", "report", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd, env=environment)
 
 
-def test_the_path_goes_to_stdout_and_with_json_the_record(tmp_path):
+def test_the_command_prints_the_path_or_with_json_the_record(tmp_path):
     make_run(tmp_path / "run", make_steps(5, every=1))
     done = dpokit_report("run", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "run/report/report.html\n"), done.stderr
@@ -30,7 +30,7 @@ def test_the_path_goes_to_stdout_and_with_json_the_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "says"),
     [
         (["empty"], "RunFolderError: empty holds no run.json"),
         (["nowhere"], "RunFolderError: there is no folder nowhere"),
@@ -40,13 +40,13 @@ def test_the_path_goes_to_stdout_and_with_json_the_record(tmp_path):
             ["run", "--output", "run/run.json/x.html"],
             "RunFolderError: a file is where a folder is needed (run/run",
         ),
-        (["run", "--output", "empty"], "RunFolderError: empty is there, and is no report"),
+        (["run", "--output", "empty"], "RunFolderError: empty exists, and is not a report"),
     ],
 )
-def test_a_mistake_is_one_message_and_exit_code_2(words, says, tmp_path):
+def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):
     make_run(tmp_path / "run", make_steps(5, every=1))
     (tmp_path / "empty").mkdir()
-    done = dpokit_report(*words, cwd=tmp_path)
+    done = dpokit_report(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert says in done.stderr
     assert done.stderr.count("do this:") == 1
@@ -55,7 +55,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(words, says, tmp_path):
 
 
 @pytest.mark.cold
-def test_a_report_loads_nothing_heavy(tmp_path):
+def test_a_report_imports_no_heavy_packages(tmp_path):
     make_run(tmp_path / "run", make_steps(5, every=1))
     code = (
         "import sys\nfrom pathlib import Path\nfrom dpokit.report.page import write_report\n"

@@ -1,4 +1,4 @@
-"""Votes in a report: those on this run's model, with a win rate; none of a run that was here before."""
+"""Votes in a report: only those on this run's model, with a win rate."""
 
 import json
 
@@ -21,9 +21,9 @@ def folder(tmp_path):
     return make_run(tmp_path / "run", make_steps(4, every=2))
 
 
-def test_votes_are_counted_blind_and_in_all_with_a_win_rate(folder):
+def test_blind_and_all_votes_are_counted_with_a_win_rate(folder):
     add_votes(folder, ("tuned", True), ("tuned", True), ("base", True), ("tie", False), ("both_bad", False))
-    add_votes(folder, *[("base", True)] * 9, run="of a run that was overwritten")
+    add_votes(folder, *[("base", True)] * 9, run="an earlier run")
     table = list_votes(load_run(folder, name="run"))
     assert table is not None
     assert table.head == ["votes", "tuned", "base", "tie", "both bad", "win rate"]
@@ -46,7 +46,7 @@ def test_votes_without_a_preference_have_no_win_rate(folder):
     assert [row[5] for row in table.rows] == ["-", "-"]
 
 
-def test_votes_against_another_base_are_left_out_and_told(folder):
+def test_votes_against_another_base_are_left_out_with_a_note(folder):
     add_votes(folder, ("tuned", True))
     add_votes(folder, *[("base", True)] * 3, base="another")
     run = load_run(folder, name="run")
@@ -54,7 +54,7 @@ def test_votes_against_another_base_are_left_out_and_told(folder):
     assert any("3 votes in votes.jsonl are against another base" in note for note in run.notes)
 
 
-def test_a_torn_last_vote_is_left_out_and_told(folder):
+def test_an_incomplete_last_vote_is_left_out_with_a_note(folder):
     add_votes(folder, ("tuned", True))
     with (folder / "votes.jsonl").open("a") as file:
         file.write('{"vote": "ba')

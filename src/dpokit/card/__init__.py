@@ -1,1 +1,1 @@
-"""Release: merge, card, push."""
+"""The model card of a run."""

@@ -1,4 +1,4 @@
-"""The model card, from the run folder alone: what the model is, how it was made, and what it reached. No torch."""
+"""Writes the model card from the run folder alone: the model, its training and its results. No torch."""
 
 import hashlib
 import re
@@ -26,7 +26,7 @@ from dpokit.report.curves import build_figures, explain_figures
 from dpokit.report.page import find_samples, list_alarms
 from dpokit.report.read import Run, load_run, mapping, read_object
 from dpokit.report.tables import Table, interval
-from dpokit.report.verdict import find_judgement, judge
+from dpokit.report.verdict import build_verdict, find_evaluation_verdict
 from dpokit.rundir import CARD_MARK, RunDir, is_of_card, write_whole
 
 FIRST_FIGURES = ("loss", "margins", "accuracies", "rewards", "logps", "grad_norm")
@@ -44,13 +44,13 @@ MERGE = {
 
 @dataclass(frozen=True)
 class Publisher:
-    """What the folder cannot know.
+    """Facts about the publication, which the run folder does not hold.
 
     Attributes:
-        license, license_name, license_link: the last two for `other`.
-        language: codes of ISO 639.
-        repo_id: where the model goes; None shows the folder's name.
-        contact: whom to ask.
+        license, license_name, license_link: name and link only for `other`.
+        language: ISO 639 codes of the data's languages.
+        repo_id: the model's repository; None shows the folder's name instead.
+        contact: where readers can ask questions.
     """
 
     license: str
@@ -79,23 +79,23 @@ def write_card(
     """Writes RUN/README.md and its pictures in RUN/figures/; returns the card's path.
 
     Args:
-        license: one that the Hub knows; or `other`, with `license_name` and `license_link`.
-        language: of the data, codes of ISO 639.
-        repo_id: USER/NAME, where the model goes; without it the folder's name is shown.
-        base_model: its id on the Hub, where the run was given a folder.
-        contact: whom to ask.
-        weights: what is published: "model", "adapter", or "both"; None for the whole model where there is one.
+        license: a licence that the Hub knows; or `other`, with `license_name` and `license_link`.
+        language: ISO 639 codes of the data's languages.
+        repo_id: USER/NAME of the model's repository; None shows the folder's name instead.
+        base_model: the base's id on the Hub, for a run that was trained on a local folder.
+        contact: where readers can ask questions.
+        weights: the published weights: "model", "adapter", or "both"; None for the whole model if there is one.
 
     Raises:
-        SettingsError: no licence, or one that the Hub does not know; a name or a language that it would not take.
-        RunFolderError: a folder without a run, a damaged file, a card of others or one that was edited in the way, a
-            disk that refuses.
+        SettingsError: the Hub does not know the licence, or would refuse a name or a language.
+        RunFolderError: a folder without a run, a damaged file, a README.md that dpokit did not write or that was edited
+            since, or a disk error.
     """
     run.check_links()
     for flag, text in {"license-link": license_link, "contact": contact}.items():
         for kind in find_secrets(text or ""):
             raise SettingsError(
-                f"--{flag} holds {kind}", expected="what everybody may read", do=f"correct --{flag}: the card shows it"
+                f"--{flag} holds {kind}", expected="text for a public card", do=f"correct --{flag}: the card shows it"
             )
     check_licence(license, name=license_name, link=license_link)
     check_languages(language)
@@ -103,13 +103,14 @@ def write_card(
         if name is not None:
             check_hub_id(name, flag)
     publisher = Publisher(license, license_name, license_link, tuple(language), repo_id, contact)
-    told = load_run(run.path, name=run.path.resolve().name)
-    lineage = find_lineage(run, told, weights=weights, base_model=base_model)
-    drawings = [draw(figure, software=CARD_MARK) for figure in build_figures([told])]
-    told = replace(told, path=Path("RUN"))  # which the verdict may name
-    title = repo_id.rpartition("/")[2] if repo_id else told.name
-    head = build_front_matter(told, lineage, model_name=title, language=language, licence=publisher.licence())
-    text = sign(f"---\n{head}\n---\n\n{render(build_card(run, told, lineage, publisher, drawings, title=title), told)}")
+    record = load_run(run.path, name=run.path.resolve().name)
+    lineage = find_lineage(run, record, weights=weights, base_model=base_model)
+    drawings = [draw(figure, software=CARD_MARK) for figure in build_figures([record])]
+    record = replace(record, path=Path("RUN"))  # the verdict may name the path
+    title = repo_id.rpartition("/")[2] if repo_id else record.name
+    head = build_front_matter(record, lineage, model_name=title, language=language, licence=publisher.licence())
+    body = render_card(build_card(run, record, lineage, publisher, drawings, title=title), record)
+    text = sign_card(f"---\n{head}\n---\n\n{body}")
     check_front_matter(text)
     _write(run, text, drawings)
     return run.card
@@ -118,16 +119,16 @@ def write_card(
 def build_card(
     folder: RunDir, run: Run, lineage: Lineage, publisher: Publisher, drawings: Sequence[Drawing], *, title: str
 ) -> dict[str, Any]:
-    """What the template shows, as plain values; what is Markdown or HTML of ours is Markup."""
+    """The template's values: plain text, or Markup for generated Markdown and HTML."""
     samples, sample_count = find_samples(run)
     below = [tables.list_answers(run), tables.list_evaluations(run)]
-    judged = find_judgement(run) is not None
+    is_evaluated = find_evaluation_verdict(run) is not None
     settings = [show_settings(run, table) for table in tables.list_settings(run)]
     usage, usage_note = build_usage(folder, run, lineage, publisher.repo_id)
     return {
         "title": title,
         "intro": _introduce(run, lineage),
-        "verdict": judge(run),
+        "verdict": build_verdict(run),
         "alarms": [text.removeprefix("alarm ") for text in list_alarms(run)],
         "notes": run.notes,
         "usage": usage,
@@ -140,24 +141,24 @@ def build_card(
         "merge": None if lineage.is_adapter or folder.find_whole() != folder.merged else _find_merge(folder),
         "samples": [show_sample(sample) for sample in samples[:MOST_SAMPLES]],
         "sample_count": sample_count,
-        "figures": [one for one in drawings if one.figure.key in FIRST_FIGURES],
-        "more_figures": [one for one in drawings if one.figure.key not in FIRST_FIGURES],
+        "figures": [drawing for drawing in drawings if drawing.figure.key in FIRST_FIGURES],
+        "more_figures": [drawing for drawing in drawings if drawing.figure.key not in FIRST_FIGURES],
         "explanation": explain_figures([run]),
         "facts": list_training(run),
         "settings": settings,
-        "limits": list_limits(run, lineage, language=publisher.language, is_evaluated=judged),
+        "limits": list_limits(run, lineage, language=publisher.language, is_evaluated=is_evaluated),
         "licence": _show_licence(publisher),
         "contact": publisher.contact,
         "citations": [Markup(entry) for entry in _list_citations(run, lineage)],
     }
 
 
-def render(card: dict[str, Any], run: Run) -> str:
-    """The card's text: every value is masked and escaped, but for Markup."""
-    given = [run.setting(name) for name in ("dataset_name", "model_name_or_path", "output_dir", "deepspeed")]
-    given.append(str(mapping((run.pairs or {}).get("data")).get("name")).rpartition(", split ")[0])
+def render_card(card: dict[str, Any], run: Run) -> str:
+    """The card's text. Every value except Markup is escaped, and its local paths are shortened."""
+    names = [run.setting(name) for name in ("dataset_name", "model_name_or_path", "output_dir", "deepspeed")]
+    names.append(str(mapping((run.pairs or {}).get("data")).get("name")).rpartition(", split ")[0])
     local = local_names(run)
-    mask = Mask(name for name in given if isinstance(name, str) and (name in local or not is_hub_id(name)))
+    mask = Mask(name for name in names if isinstance(name, str) and (name in local or not is_hub_id(name)))
 
     def show(value: object) -> Markup:
         return value if isinstance(value, Markup) else escape(mask(str(value)))
@@ -169,28 +170,28 @@ def render(card: dict[str, Any], run: Run) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def sign(text: str) -> str:
-    """The card with a line for YAML's eyes only, by which our own card is known, and whether somebody edited it."""
+def sign_card(text: str) -> str:
+    """Adds a YAML comment with a hash to the card, by which dpokit recognises its card and later edits of it."""
     digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:16]
     return text.replace("---\n", f"---\n# {CARD_MARK}, {digest}: once edited, it is not overwritten\n", 1)
 
 
-def check_ours(path: Path) -> None:
-    """Raises RunFolderError where a file is in the way that is no card of ours, or one that was edited since."""
+def check_card_overwrite(path: Path) -> None:
+    """Raises RunFolderError if the path exists and `dpokit card` did not write it, or a user edited it since."""
     if not path.exists():
         return
     if not path.is_file() or not is_of_card(path):
         raise RunFolderError(
-            f"{path} is there, and was not written by dpokit card",
-            expected="a free name, or an older card to be replaced",
+            f"{path} exists, and was not written by dpokit card",
+            expected="a free name, or an older card to replace",
             do=f"move it away (mv {path.name} {path.stem}.mine{path.suffix})",
         )
     text = path.read_bytes().decode(errors="replace") if path.suffix == ".md" else ""
-    if text and sign(re.sub(rf"^# {CARD_MARK}, .*\n", "", text, count=1, flags=re.MULTILINE)) != text:
+    if text and sign_card(re.sub(rf"^# {CARD_MARK}, .*\n", "", text, count=1, flags=re.MULTILINE)) != text:
         raise RunFolderError(
             f"{path} was edited since dpokit card wrote it",
-            expected="a card as it was written: an edited one is not overwritten",
-            do=f"keep it as it is, or move it away first (mv {path.name} {path.stem}.mine{path.suffix})",
+            expected="an unedited card: an edited one is not overwritten",
+            do=f"keep it, or move it away first (mv {path.name} {path.stem}.mine{path.suffix})",
         )
 
 
@@ -198,7 +199,7 @@ def _write(run: RunDir, text: str, drawings: Sequence[Drawing]) -> None:
     pictures = {run.figures / f"{drawing.figure.key}.png": drawing.png for drawing in drawings}
     try:
         for path in (run.card, *pictures):
-            check_ours(path)
+            check_card_overwrite(path)
         for old in run.own_card():
             if old != run.card and old not in pictures:
                 old.unlink()
@@ -213,8 +214,8 @@ def _write(run: RunDir, text: str, drawings: Sequence[Drawing]) -> None:
             raise
         raise RunFolderError(
             trouble.seen,
-            expected="a run folder that a card and its pictures can be written to",
-            do="give it room and leave to write, or copy the folder to where you may write",
+            expected="a run folder with space for a card and its pictures, and permission to write",
+            do="free some space and correct the permissions, or copy the folder elsewhere",
         ) from None
 
 
@@ -228,7 +229,7 @@ def _introduce(run: Run, lineage: Lineage) -> Markup:
     if lineage.datasets:
         pairs += Markup(" of {}").format(_link(lineage.datasets[0], "datasets/"))
     kind = "A LoRA adapter for" if lineage.is_adapter else "A version of"
-    base = "a model that is not known" if lineage.base is None else _link(lineage.base)
+    base = "an unknown model" if lineage.base is None else _link(lineage.base)
     how = " (through a LoRA adapter, merged)" if run.setting("use_peft") and not lineage.is_adapter else ""
     tuned = "tuned with Direct Preference Optimization (DPO)"
     if is_supervised(run):
@@ -237,7 +238,7 @@ def _introduce(run: Run, lineage: Lineage) -> Markup:
 
 
 def _link(source: Source, kind: str = "") -> Markup:
-    """A name on the Hub with its address; one of a machine as plain text."""
+    """A name on the Hub as a link; a local name as plain text."""
     if source.on_hub:
         return Markup("[{0}](https://huggingface.co/{1}{0})").format(escape(source.name), kind)
     return Markup("{} (local, not on the Hub)").format(escape(source.name))
@@ -260,28 +261,30 @@ def _list_origin(run: Run, lineage: Lineage) -> list[tuple[str, object]]:
 
 
 def _list_data(run: Run) -> list[Table]:
-    found = tables.list_data(run)
-    if len(found) < 2:
-        return found
-    dropped = found[1]
+    data_tables = tables.list_data(run)
+    if len(data_tables) < 2:
+        return data_tables
+    dropped = data_tables[1]
     rows = [[*row, REASONS.get(row[1], "")] for row in dropped.rows]
-    return [found[0], replace(dropped, head=[*dropped.head, "meaning"], rows=rows)]
+    return [data_tables[0], replace(dropped, head=[*dropped.head, "meaning"], rows=rows)]
 
 
-def _order_pairs(found: Sequence[Table]) -> list[Table]:
-    """What the model was trained for comes first; the groups of pairs are folded."""
-    if not found:
+def _order_pairs(pair_tables: Sequence[Table]) -> list[Table]:
+    """Puts the rows of FIRST_ROWS first, and folds the tables of groups."""
+    if not pair_tables:
         return []
-    rows = sorted(found[0].rows, key=lambda row: FIRST_ROWS.index(row[0]) if row[0] in FIRST_ROWS else len(FIRST_ROWS))
-    return [replace(found[0], rows=rows), *(replace(table, folded=True) for table in found[1:])]
+    rows = sorted(
+        pair_tables[0].rows, key=lambda row: FIRST_ROWS.index(row[0]) if row[0] in FIRST_ROWS else len(FIRST_ROWS)
+    )
+    return [replace(pair_tables[0], rows=rows), *(replace(table, folded=True) for table in pair_tables[1:])]
 
 
 def _find_merge(folder: RunDir) -> Table | None:
-    do = "dpokit merge RUN, after its merged/ was moved away"
+    do = "move merged/ away, then dpokit merge RUN"
     record = read_object(folder.merge_json, do=do)
     if record is None:
         return None
-    rows = [[words, interval(record[name])] for name, words in MERGE.items() if record.get(name) is not None]
+    rows = [[label, interval(record[name])] for name, label in MERGE.items() if record.get(name) is not None]
     return Table("What merging changed", ["", "value"], rows) if rows else None
 
 

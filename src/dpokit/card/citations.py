@@ -1,4 +1,4 @@
-"""BibTeX of what a run stands on: DPO and the loss it took, the data, TRL. No torch."""
+"""BibTeX entries for a run: DPO and its loss, the data, TRL. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper on arXiv, by its first author."""
+    """A paper on arXiv."""
 
     key: str
     author: str
@@ -47,8 +47,8 @@ APO = Paper(
     "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment", 2024,
     "2408.06266",
 )  # fmt: skip
-# `loss_type` -> where it comes from, as TRL's documentation has it; sigmoid is DPO's own, sft has no paper.
-OF_LOSS = {
+# `loss_type` -> its paper, by TRL's documentation; sigmoid is the loss of DPO itself, sft has no paper.
+LOSS_PAPERS = {
     "hinge": RSO,
     "ipo": Paper(
         "azar2023general", "Azar, Mohammad Gheshlaghi",
@@ -90,7 +90,7 @@ WPO = Paper(
     "zhou2024wpo", "Zhou, Wenxuan", "WPO: Enhancing RLHF with Weighted Preference Optimization", 2024, "2406.11827"
 )
 # A part of a dataset's name -> its paper.
-OF_DATA = {
+DATA_PAPERS = {
     "hh-rlhf": Paper(
         "bai2022training", "Bai, Yuntao",
         "Training a Helpful and Harmless Assistant with Reinforcement Learning from Human Feedback", 2022, "2204.05862",
@@ -110,15 +110,15 @@ TRL = """@software{vonwerra2020trl,
 
 
 def list_citations(losses: Sequence[str] | None, datasets: Sequence[str], *, weighted: bool = False) -> list[str]:
-    """BibTeX entries.
+    """Returns the BibTeX entries of a run.
 
     Args:
-        losses: `loss_type` of a DPO run; None for a supervised one.
-        datasets: names that the data went by.
-        weighted: `use_weighting`.
+        losses: `loss_type` of a DPO run; None for a supervised run.
+        datasets: names of the datasets.
+        weighted: the setting `use_weighting`.
     """
-    of_losses = [] if losses is None else [DPO, *(OF_LOSS[loss] for loss in losses if loss in OF_LOSS)]
+    of_losses = [] if losses is None else [DPO, *(LOSS_PAPERS[loss] for loss in losses if loss in LOSS_PAPERS)]
     papers = [*of_losses, *([WPO] if weighted else [])]
     names = " ".join(datasets).lower()
-    papers += [paper for part, paper in OF_DATA.items() if part in names]
+    papers += [paper for part, paper in DATA_PAPERS.items() if part in names]
     return [*(paper.bibtex() for paper in dict.fromkeys(papers)), TRL]

@@ -1,7 +1,8 @@
-"""A card's front matter: what the Hub reads of a model, built and checked without a network. No torch.
+"""Checks a card's front matter, the model's metadata on the Hub, without a network. No torch.
 
 The rules are the Hub's: https://huggingface.co/docs/hub/model-cards, /repositories-licenses, and `modelcard.md` of
-huggingface/hub-docs. huggingface_hub checks a card only by asking the Hub; here it is done offline, before writing.
+huggingface/hub-docs. huggingface_hub checks a card only by a request to the Hub; this module needs no network, so it
+can check a card before it is written.
 """
 
 import difflib
@@ -18,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from dpokit.errors import SettingsError
 
-# The Hub's identifiers but `unknown`, which says nothing (hub-docs, repositories-licenses, 2026).
+# The Hub's identifiers except `unknown` (hub-docs, repositories-licenses, 2026).
 LICENCES = frozenset(
     re.findall(
         r"\S+",
@@ -35,7 +36,7 @@ LICENCES = frozenset(
     """,
     )
 )
-# ISO 639-1. The 7,900 codes of three letters are known by their form alone.
+# ISO 639-1. The 7,900 codes of three letters are only checked for their form.
 LANGUAGES = frozenset(
     re.findall(
         r"\S+",
@@ -59,7 +60,7 @@ BLOCK = re.compile(r"---\n(.*?)\n---(\n|$)", re.DOTALL)
 
 
 def is_hub_id(name: object) -> bool:
-    """Whether a name keeps the Hub's rules for a repository, and is not that of a file of pairs."""
+    """Whether a name is valid for a repository on the Hub, and is not the name of a data file."""
     if not isinstance(name, str) or LOCAL.match(name) or name.endswith(DATA_FILES):
         return False
     try:
@@ -70,82 +71,82 @@ def is_hub_id(name: object) -> bool:
 
 
 def is_on_disk(name: str) -> bool:
-    """Whether a name that a run was given is one of its machine's files, as far as it can be told afterwards."""
+    """Whether a model or data name is a local path: it is no valid Hub id, or it exists on the disk."""
     return not is_hub_id(name) or Path(name).exists()
 
 
 def check_hub_id(name: str, flag: str) -> None:
-    """Raises SettingsError where a name breaks the Hub's rules."""
+    """Raises SettingsError if a name is not a valid Hub id."""
     if not is_hub_id(name):
         raise SettingsError(
-            f"--{flag} {name} is no name that the Hub allows",
-            expected="NAME or USER/NAME of letters, digits, '-', '_' and '.', of at most 96 signs",
+            f"--{flag} {name} is not a valid name on the Hub",
+            expected="NAME or USER/NAME of letters, digits, '-', '_' and '.', at most 96 characters",
             do=f"--{flag} USER/NAME",
         )
 
 
 def check_licence(licence: str, *, name: str | None = None, link: str | None = None) -> None:
-    """Raises SettingsError for no licence, one that the Hub does not know, or `other` without its name and link."""
-    do = "--license NAME: what you may choose depends on the licences of base model and data"
+    """Raises SettingsError if the Hub does not know the licence, or if `other` lacks its name or link."""
+    do = "--license NAME; the licences of base model and data limit the choice"
     if not licence:
-        raise SettingsError("no licence was named", expected="a licence that the Hub knows: apache-2.0, mit", do=do)
+        raise SettingsError("no licence is set", expected="a licence that the Hub knows: apache-2.0, mit", do=do)
     if licence not in LICENCES:
         near = difflib.get_close_matches(licence.lower().replace(" ", "-"), sorted(LICENCES), n=4, cutoff=0.4)
         raise SettingsError(
-            f"--license {licence} is none that the Hub knows",
+            f"the Hub does not know --license {licence}",
             expected=f"one of its identifiers, such as {', '.join(near or ('apache-2.0', 'cc-by-4.0', 'mit'))}",
-            do=f"{do}; one that is not among them: --license other --license-name NAME --license-link URL",
+            do=f"{do}; for another licence: --license other --license-name NAME --license-link URL",
         )
     if licence == "other" and not (name and link):
         raise SettingsError(
-            "--license other says nothing by itself",
-            expected="its name and where it can be read",
+            "--license other needs a name and a link",
+            expected="the licence's name and the address of its text",
             do="dpokit card RUN --license other --license-name NAME --license-link URL (or LICENSE, for a file beside "
-            "the card); dpokit push takes that card where it has no --license of its own",
+            "the card); dpokit push without --license sends that card",
         )
     if licence != "other" and (name or link):
         raise SettingsError(
-            f"--license {licence} has a name and a text already", expected="a name and a link for `other` alone",
+            f"--license {licence} already has a name and a text", expected="a name and a link only for `other`",
             do="leave --license-name and --license-link out, or --license other",
         )  # fmt: skip
     if name and not re.fullmatch(r"[a-z0-9.-]+", name):
         raise SettingsError(
-            f"--license-name {name} has signs that the Hub does not allow",
-            expected="small letters, digits, '-' and '.'",
+            f"--license-name {name} has characters that the Hub does not allow",
+            expected="lower-case letters, digits, '-' and '.'",
             do=f"--license-name {re.sub('[^a-z0-9.]+', '-', name.lower()).strip('-') or 'NAME'}",
         )
     if link and not re.fullmatch(rf"{LICENCE_FILE}|https?://[^\s\"'<>`\\]+", link):
         raise SettingsError(
-            f"--license-link {link} is no link", expected="an address, LICENSE or LICENSE.md", do="correct the link"
+            f"--license-link {link} is not a link", expected="an address, LICENSE or LICENSE.md", do="correct the link"
         )
 
 
 def check_languages(codes: Sequence[str]) -> None:
-    """Raises SettingsError for a code that is not of ISO 639."""
+    """Raises SettingsError for a code that is not in ISO 639."""
     for code in codes:
         if code not in LANGUAGES and code not in NO_LANGUAGE and not re.fullmatch(r"[a-z]{3}", code):
             raise SettingsError(
-                f"--language {code} is no code of a language",
-                expected="ISO 639, in small letters: en, de, zh, gsw; or multilingual",
+                f"--language {code} is not a language code",
+                expected="ISO 639 in lower case: en, de, zh, gsw; or multilingual",
                 do="--language CODE",
             )
 
 
 def check_front_matter(text: str) -> dict[str, Any]:
-    """The front matter of a card, as YAML has it.
+    """Returns the parsed front matter of a card.
 
     Args:
-        text: of the whole card.
+        text: the whole card.
 
-    Raises: SettingsError: what the Hub would refuse or misread, and any path of this machine.
+    Raises: SettingsError: the Hub would refuse or misread it, or it holds a local path.
     """
     block = BLOCK.match(text)
     try:
         data = yaml.safe_load(block[1]) if block else None
     except yaml.YAMLError as error:
-        raise _broken(f"it is no YAML: {' '.join(str(error).split())}") from None
+        raise _broken(f"it is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(data, dict):
-        raise _broken("the card does not begin with a block of YAML between two lines of ---")
+        raise _broken("the card does not start with a block of YAML between two lines of ---")
     _check_types(data)
     check_licence(data.get("license", ""), name=data.get("license_name"), link=data.get("license_link"))
     check_languages(data.get("language", []))
@@ -154,15 +155,17 @@ def check_front_matter(text: str) -> dict[str, Any]:
     for key, names in (("base_model", bases), ("datasets", data.get("datasets", []))):
         for name in names:
             if not is_hub_id(name):
-                raise _broken(f"{key} holds {name}, which is no name of a repository on the Hub")
+                raise _broken(f"{key} holds {name}, which is not a valid repository name on the Hub")
     relation = data.get("base_model_relation")
     if relation is not None and (relation not in RELATIONS or not bases):
-        raise _broken(f"base_model_relation is {relation}; it is one of {', '.join(RELATIONS)}, beside a base_model")
+        raise _broken(
+            f"base_model_relation is {relation}; it must be one of {', '.join(RELATIONS)}, and needs a base_model"
+        )
     if "model-index" in data:
         _check_results(data["model-index"])
     for value in _texts(data):
         if LOCAL.match(value):
-            raise _broken(f"it holds {value}, which is a path of one machine")
+            raise _broken(f"it holds {value}, which is a local path")
     return data
 
 
@@ -170,8 +173,8 @@ def _check_types(data: Mapping[Any, Any]) -> None:
     for key, value in data.items():
         if key in TEXTS and not (isinstance(value, str) and value):
             raise _broken(f"{key} is {value!r}, not a text")
-        if key in LISTS and not (isinstance(value, list) and value and all(isinstance(one, str) for one in value)):
-            raise _broken(f"{key} is {value!r}, not a list of texts")  # `no`, Norwegian, is a truth value to YAML
+        if key in LISTS and not (isinstance(value, list) and value and all(isinstance(item, str) for item in value)):
+            raise _broken(f"{key} is {value!r}, not a list of texts")  # YAML reads `no`, Norwegian, as false
     bases = data.get("base_model", "")
     if not isinstance(bases, str | list):
         raise _broken(f"base_model is {bases!r}, neither a text nor a list")
@@ -190,7 +193,7 @@ def _check_results(index: Any) -> None:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a nest of lists and mappings."""
+    """Yields each string in nested lists and mappings."""
     if isinstance(value, str):
         yield value
     for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
@@ -201,5 +204,5 @@ def _broken(why: str) -> SettingsError:
     return SettingsError(
         f"the card's front matter is not what the Hub expects: {why}",
         expected="https://huggingface.co/docs/hub/model-cards",
-        do="correct it, or have the card written anew by dpokit card RUN --license NAME",
+        do="correct it, or write the card again with dpokit card RUN --license NAME",
     )

@@ -1,4 +1,4 @@
-"""Where a model comes from and what it reached, as the Hub's front matter tells it. No torch."""
+"""Finds a model's base, data and results, and writes them as the card's front matter. No torch."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ Weights = Literal["model", "adapter", "both"]
 
 @dataclass(frozen=True)
 class Source:
-    """A model or a dataset: its name as it may be shown, and whether that is one on the Hub."""
+    """A model or a dataset: its name without a local path, and whether it is on the Hub."""
 
     name: str
     on_hub: bool
@@ -27,14 +27,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Lineage:
-    """What a card says of the model's origin.
+    """The origin of a model.
 
     Attributes:
-        weights: what is published: a whole model, an adapter, or both, the model first.
-        base: the whole model it was tuned from; None where nobody knows.
-        continued: the adapter that was trained further, where there was one.
-        datasets: that it was trained on.
-        measured_on: the held-out pairs' source and split; None where it was not evaluated.
+        weights: the published weights: a whole model, an adapter, or both.
+        base: the whole model from which training started; None if it is unknown.
+        continued: the adapter from which training started; None without one.
+        datasets: the training data.
+        measured_on: source and split of the held-out pairs; None without an evaluation.
     """
 
     weights: Weights
@@ -49,31 +49,31 @@ class Lineage:
 
 
 def is_supervised(run: Run) -> bool:
-    """Whether the run was a supervised warm start, on chosen answers alone."""
+    """Whether the run was supervised fine-tuning on the chosen answers."""
     return bool(run.setting("kind") == "sft")
 
 
 def find_lineage(folder: RunDir, run: Run, *, weights: Weights | None, base_model: str | None) -> Lineage:
-    """The lineage, from the folder alone.
+    """Returns the origin of a run's model, from the run folder alone.
 
     Args:
-        weights: what is published; None for the whole model where there is one.
-        base_model: of the Hub, instead of the run's own.
+        weights: the published weights; None for the whole model if there is one.
+        base_model: Hub id that replaces the base's name in the run; None to keep it.
 
     Raises:
-        SettingsError: weights that the folder does not hold.
-        RunFolderError: a damaged adapter_config.json.
+        SettingsError: the folder does not hold these weights.
+        RunFolderError: adapter_config.json is damaged.
     """
     weights = _find_weights(folder, run) if weights is None else _check_weights(folder, weights)
-    named = run.setting("model_name_or_path")
-    do = "bring it back from a copy of the folder"
-    of_adapter = (read_object(folder.adapter / "adapter_config.json", do=do) or {}).get("base_model_name_or_path")
+    model = run.setting("model_name_or_path")
+    do = "restore it from a copy of the folder"
+    adapter_base = (read_object(folder.adapter / "adapter_config.json", do=do) or {}).get("base_model_name_or_path")
     base = continued = None
-    if of_adapter and named and of_adapter != named:
-        continued = _find_source(run, "model_name_or_path", named)
-        base = _as_source(of_adapter, on_disk=is_on_disk(of_adapter))
-    elif named or of_adapter:
-        base = _find_source(run, "model_name_or_path", str(named or of_adapter))
+    if adapter_base and model and adapter_base != model:
+        continued = _find_source(run, "model_name_or_path", model)
+        base = _as_source(adapter_base, on_disk=is_on_disk(adapter_base))
+    elif model or adapter_base:
+        base = _find_source(run, "model_name_or_path", str(model or adapter_base))
     data = run.setting("dataset_name")
     return Lineage(
         weights=weights,
@@ -87,11 +87,11 @@ def find_lineage(folder: RunDir, run: Run, *, weights: Weights | None, base_mode
 def build_front_matter(
     run: Run, lineage: Lineage, *, model_name: str, language: Iterable[str], licence: Mapping[str, str | None]
 ) -> str:
-    """The YAML between the card's two lines of `---`.
+    """Returns the YAML between the card's two lines of `---`.
 
     Args:
-        model_name: in the model-index.
-        licence: `license`, `license_name`, `license_link`.
+        model_name: the model's name in the model-index.
+        licence: `license`, `license_name` and `license_link`.
     """
     base = lineage.base.name if lineage.base is not None and lineage.base.on_hub else None
     data = ModelCardData(
@@ -109,7 +109,7 @@ def build_front_matter(
         model_name=re.sub(r"[^\w.-]+", "-", model_name).strip("-") or "model",
         eval_results=_list_results(run, lineage) or None,
     )
-    if data.eval_results is None:  # without results the library would write the name as a key of its own
+    if data.eval_results is None:  # without results huggingface_hub would write the name as a separate key
         data.pop("model_name")
     return data.to_yaml()
 
@@ -124,12 +124,12 @@ def _check_weights(folder: RunDir, weights: Weights) -> Weights:
     if weights != "model" and not folder.adapter.is_dir():
         raise SettingsError(
             f"--weights {weights}: {folder.path} has no adapter/",
-            expected="a run that trained one",
+            expected="a run that trained an adapter",
             do="--weights model",
         )
     if weights != "adapter" and folder.find_whole() is None:
         raise SettingsError(
-            f"--weights {weights}: {folder.path} has neither model/ nor a merged/ as new as its adapter",
+            f"--weights {weights}: {folder.path} has neither model/ nor an up-to-date merged/",
             expected="a whole model",
             do=f"dpokit merge {folder.path}, or --weights adapter",
         )
@@ -137,7 +137,7 @@ def _check_weights(folder: RunDir, weights: Weights) -> Weights:
 
 
 def _find_source(run: Run, flag: str, name: str) -> Source:
-    """A model or dataset that a run was given: run.json knows whether it was a file then; older ones do not."""
+    """The model or dataset of a setting. run.json records whether it was local; for older runs the disk is checked."""
     local = run.record.get("local")
     return _as_source(name, on_disk=flag in local if isinstance(local, list) else is_on_disk(name))
 
@@ -148,14 +148,14 @@ def _as_source(name: str, *, on_disk: bool) -> Source:
 
 
 def _find_measured(run: Run) -> tuple[Source, str | None] | None:
-    told = mapping((run.pairs or {}).get("data")).get("name")
-    if not isinstance(told, str):
+    full_name = mapping((run.pairs or {}).get("data")).get("name")
+    if not isinstance(full_name, str):
         return None
-    name, comma, split = told.rpartition(", split ")
-    if not comma:  # a share of the training prompts, held out
+    name, comma, split = full_name.rpartition(", split ")
+    if not comma:  # the pairs were held out of the training data
         name = str(run.setting("dataset_name") or "")
-    known = name == run.setting("dataset_name")
-    source = _find_source(run, "dataset_name", name) if known else _as_source(name, on_disk=is_on_disk(name))
+    is_run_data = name == run.setting("dataset_name")
+    source = _find_source(run, "dataset_name", name) if is_run_data else _as_source(name, on_disk=is_on_disk(name))
     return source, split if comma else None
 
 
@@ -166,11 +166,11 @@ def _list_results(run: Run, lineage: Lineage) -> list[EvalResult]:
     source, split = lineage.measured_on
     results = []
     for key, (kind, name) in list_results().items():
-        found: dict[str, Any] = mapping(tuned.get(key))
-        value, low, high = (finite(found.get(part)) for part in ("value", "low", "high"))
+        result: dict[str, Any] = mapping(tuned.get(key))
+        value, low, high = (finite(result.get(part)) for part in ("value", "low", "high"))
         if value is None:
             continue
-        told = "" if low is None or high is None else f" (95 % interval {low:.4g} to {high:.4g})"
+        interval = "" if low is None or high is None else f" (95 % interval {low:.4g} to {high:.4g})"
         results.append(
             EvalResult(
                 task_type="text-generation",
@@ -179,7 +179,7 @@ def _list_results(run: Run, lineage: Lineage) -> list[EvalResult]:
                 dataset_name=source.name if source.on_hub else "held-out pairs, not on the Hub",
                 dataset_split=split or "held-out",
                 metric_type=kind,
-                metric_name=name + told,
+                metric_name=name + interval,
                 metric_value=value,
             )
         )

@@ -1,4 +1,4 @@
-"""A few lines of code that load a published model and let it answer. No torch."""
+"""Example code that loads a published model and generates an answer. No torch."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from dpokit.card.origin import Lineage
 from dpokit.report.read import Run, mapping, read_object
 from dpokit.rundir import RunDir
 
-TRUST = ", trust_remote_code=True"  # of a model with code of its own
+TRUST = ", trust_remote_code=True"  # for a model with custom code
 LOAD_WHOLE = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = {name}
@@ -38,10 +38,10 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 
 
 def build_usage(folder: RunDir, run: Run, lineage: Lineage, repo_id: str | None) -> tuple[Markup, str]:
-    """The code, fit to stand in a fence, and a sentence below it.
+    """Returns the code, safe for a fenced block, and sentences to show below it.
 
     Args:
-        repo_id: where the model is; None for the folder's name.
+        repo_id: the model's repository; None for the run folder's name.
     """
     weights = _find_weights(folder, lineage)
     name = _quote(repo_id or f"{folder.path.resolve().name}/{weights}", otherwise="FOLDER")
@@ -54,14 +54,14 @@ def build_usage(folder: RunDir, run: Run, lineage: Lineage, repo_id: str | None)
     ask = ASK_CHAT if _has_template(folder, weights) else ASK_TEXT.format(prompt=_quote_prompt(run))
     notes = []
     if lineage.is_adapter and base is None:
-        notes.append("BASE stands for the model that it was tuned from, which was a folder of the machine.")
+        notes.append("Replace BASE by the model from which training started, which was a local folder.")
     if lineage.weights == "both":
-        notes.append("The adapter alone is in adapter/: PeftModel.from_pretrained(base, name, subfolder='adapter').")
+        notes.append("The adapter is also in adapter/: PeftModel.from_pretrained(base, name, subfolder='adapter').")
     return Markup(load + ask + ANSWER), " ".join(notes)
 
 
 def _find_weights(folder: RunDir, lineage: Lineage) -> str:
-    """The folder in the run's that holds what is published."""
+    """The name of the folder with the published weights."""
     if lineage.is_adapter:
         return folder.adapter.name
     return (folder.find_whole() or folder.model).name
@@ -71,12 +71,12 @@ def _has_template(folder: RunDir, weights: str) -> bool:
     path = folder.path / weights
     if (path / "chat_template.jinja").exists():
         return True
-    config = read_object(path / "tokenizer_config.json", do="bring it back from a copy of the folder") or {}
+    config = read_object(path / "tokenizer_config.json", do="restore it from a copy of the folder") or {}
     return bool(config.get("chat_template"))
 
 
 def _quote_prompt(run: Run) -> str:
-    """A prompt in the form that the model was trained on: an HH transcript, unless the data's prompts were plain."""
+    """A prompt in the format of the training data: an HH transcript, or plain text if the data had plain prompts."""
     if any(str(answer.get("prompt")).rstrip().endswith(HH_PROMPT.split()[-1]) for answer in run.answers[:1]):
         return json.dumps(HH_PROMPT)
     layout = str(mapping((run.data or {}).get("train")).get("format", ""))
@@ -84,5 +84,5 @@ def _quote_prompt(run: Run) -> str:
 
 
 def _quote(text: str, *, otherwise: str) -> str:
-    """A text as Python has it; what could end a fence, or hides what it is, gives way to `otherwise`."""
+    """A Python literal of the text; of `otherwise` if the text has characters that could end a fence or mislead."""
     return json.dumps(text if re.fullmatch(r"[\w./? -]+", text, re.ASCII) else otherwise)

@@ -1,4 +1,4 @@
-"""Held-out answers scored by the policy as it was trained, and by the merged model as others will load it."""
+"""Measures the merge: log-probs of held-out answers under the trained policy and under the merged model on disk."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -22,23 +22,23 @@ from dpokit.settings.load import Settings
 
 BATCH_PAIRS = 8
 
-# Most drift in nats, in the mean and for a single token. Measured on random models (a Llama of 60M with weights of
-# 0.04, 300 answer tokens; GPT-2 124M alike, without 4 bits): fp32 1.3e-6 and 5.7e-6; bf16 1.7e-2 and 6.9e-2, where
-# policy and merged model round at different places; fp16 1.6e-3 and 6.4e-3; a 4-bit base against its bf16 original
-# 0.35 and 1.3, against what 4 bits left of it 1.7e-2 and 7.8e-2. The bounds leave room for more tokens and rarer ones.
+# Largest allowed drift in nats: the mean, and of a single token. Measured drift of random models (a Llama of 60M with
+# weights of 0.04, 300 answer tokens; GPT-2 124M is similar, without 4 bits): fp32 1.3e-6 and 5.7e-6; bf16 1.7e-2 and
+# 6.9e-2, as policy and merged model round at different places; fp16 1.6e-3 and 6.4e-3; a 4-bit base against its bf16
+# original 0.35 and 1.3, against its dequantised weights 1.7e-2 and 7.8e-2. The bounds allow for more and rarer tokens.
 BOUNDS = {"float32": (1e-5, 1e-4), "float16": (2e-2, 2e-1), "bfloat16": (1e-1, 1.0)}
 BOUND_OTHER_BASE = (1.0, 10.0)
 
 
-class Proof:
-    """The policy's log-probs, taken before anything is merged; the policy itself is let go again.
+class DriftCheck:
+    """Scores held-out pairs with the trained policy before the merge, and frees the policy's memory again.
 
     Args:
-        settings: the run's.
-        folder: of the weights that are merged.
-        limit: of the run's held-out pairs, the first so many.
+        settings: the run's settings.
+        folder: the folder of the weights to merge.
+        limit: number of held-out pairs to score, from the first; None for all.
 
-    Raises: DpokitError: no pairs, or a policy that cannot be loaded.
+    Raises: DpokitError: there are no pairs, or the policy cannot be loaded.
     """
 
     def __init__(
@@ -56,39 +56,39 @@ class Proof:
             )
         except DataError as error:
             raise DataError(
-                error.seen, expected=error.expected, do=f"{error.do}; or merge without a proof: --no-proof"
+                error.seen, expected=error.expected, do=f"{error.do}; or merge without this check: --no-proof"
             ) from error
         pairs = held_out.pairs.select(range(min(limit or len(held_out.pairs), len(held_out.pairs))))
         self._rows = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
         name, source = str(settings.data.dataset_name), held_out.tally.source
-        if Path(name).exists():  # merge.json is published: no path of this machine
+        if Path(name).exists():  # merge.json is published, so it holds no local path
             source = source.replace(name, Path(name).name)
         self._data = {"name": source, "fingerprint": fingerprint_ids([pairs])}
         self._before = self._score(policy, "trained")
         reference = str(settings.model.model_name_or_path)
-        own_base = isinstance(policy, PeftModel) and find_base(name_model(settings, str(folder))) == reference
-        if not own_base:
+        has_reference = isinstance(policy, PeftModel) and find_base(name_model(settings, str(folder))) == reference
+        if not has_reference:
             del policy
-            gc.collect()  # one model at a time: its patched forward refers to itself
+            gc.collect()  # frees the policy, whose patched forward refers to itself, before the next model is loaded
             policy = load_frozen(settings, reference, tokenizer)
-        with policy.disable_adapter() if own_base else nullcontext():
+        with policy.disable_adapter() if has_reference else nullcontext():
             self._reference = self._score(policy, "reference")
         del policy
         gc.collect()
 
     def measure(self, merged: PreTrainedModel) -> dict[str, Any]:
-        """What merge.json says of the merged model, read back from disk.
+        """Returns the measurements of the merged model for merge.json.
 
-        Drift is what merging changed in a token's log-prob, the shift what training had changed; both in nats.
+        Drift is the change of a token's log-prob by the merge, shift its change by training; both in nats.
 
-        Raises: ModelError for a NaN.
+        Raises: ModelError: a log-prob is not finite.
         """
         after = self._score(merged.to(self._settings.training.device), "merged")
         drift = find_distances(after, self._before)
         if not torch.isfinite(drift).all():
             raise ModelError(
                 "the merged model gives log-probs that are not finite",
-                expected="numbers, as the trained policy gave",
+                expected="finite log-probs, as of the trained policy",
                 do="--dtype bfloat16 or --dtype float32",
             )
         return {
@@ -104,69 +104,69 @@ class Proof:
 
     @torch.no_grad()
     def _score(self, model: PreTrainedModel | PeftModel, name: str) -> list[list[torch.Tensor]]:
-        """Log-probs of each answer's tokens: chosen and rejected of each pair, fp32."""
+        """For each pair the log-probs of the chosen and of the rejected answer's tokens, fp32."""
         scorer = PairScorer(model, pad_id=self._pad_id, longest=self._longest)
-        order = sorted(range(len(self._rows)), key=lambda at: -sum(len(ids) for ids in self._rows[at].values()))
-        found: list[list[torch.Tensor]] = [[]] * len(order)
+        order = sorted(range(len(self._rows)), key=lambda row: -sum(len(ids) for ids in self._rows[row].values()))
+        scores: list[list[torch.Tensor]] = [[]] * len(order)
         for start in track_progress(range(0, len(order), BATCH_PAIRS), desc=f"scoring, {name}", unit="batch"):
-            places = order[start : start + BATCH_PAIRS]
-            table = scorer.score_tokens([self._rows[at] for at in places])
-            for column, at in enumerate(places):
-                found[at] = [take_answer(table[side, column], self._rows[at], side) for side in (0, 1)]
-        return found
+            batch = order[start : start + BATCH_PAIRS]
+            table = scorer.score_tokens([self._rows[row] for row in batch])
+            for column, row in enumerate(batch):
+                scores[row] = [take_answer(table[side, column], self._rows[row], side) for side in (0, 1)]
+        return scores
 
     def _find_accuracy(self, scores: Sequence[Sequence[torch.Tensor]]) -> float:
         """The share of pairs whose chosen answer has the higher reward."""
         higher = 0
-        for mine, theirs in zip(scores, self._reference, strict=True):
-            chosen, rejected = (float((a.double() - b.double()).sum()) for a, b in zip(mine, theirs, strict=True))
+        for policy, reference in zip(scores, self._reference, strict=True):
+            chosen, rejected = (float((a.double() - b.double()).sum()) for a, b in zip(policy, reference, strict=True))
             higher += chosen > rejected
         return higher / len(scores)
 
 
-def find_distances(these: Sequence[Sequence[torch.Tensor]], those: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """How far the log-probs of each answer token are apart: `(tokens,)`, nats."""
-    both = zip(chain.from_iterable(these), chain.from_iterable(those), strict=True)
-    return torch.cat([(one - other).abs() for one, other in both])
+def find_distances(left: Sequence[Sequence[torch.Tensor]], right: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
+    """Absolute differences between the log-probs of each answer token: `(tokens,)`, nats."""
+    answers = zip(chain.from_iterable(left), chain.from_iterable(right), strict=True)
+    return torch.cat([(a - b).abs() for a, b in answers])
 
 
 def take_answer(log_probs: torch.Tensor, row: Mapping[str, Sequence[int]], side: int) -> torch.Tensor:
-    """The answer's part of a row of `score_tokens`: `(answer tokens,)`; side 0 is chosen, 1 rejected."""
+    """The answer's log-probs in a row of `score_tokens`: `(answer tokens,)`; side 0 is chosen, 1 rejected."""
     first = len(row["prompt_ids"]) - 1
     return log_probs[first : first + len(row["rejected_ids" if side else "chosen_ids"])].clone()
 
 
 def check_drift(drift: Mapping[str, Any], dtypes: Sequence[str], *, other_base: bool, accept: bool) -> dict[str, Any]:
-    """The bound that drift is held to, for merge.json.
+    """Compares the drift with its bounds; returns the bounds for merge.json.
 
     Args:
-        drift: as `Proof.measure` returns it.
-        dtypes: what was trained in, and what was written: the narrower one sets the bound.
-        other_base: trained on 4 or 8 bits, merged into the base as it is.
-        accept: drift beyond the bound is told, not refused.
+        drift: the result of `DriftCheck.measure`.
+        dtypes: of training and of the merged weights; the less precise one sets the bounds.
+        other_base: the adapter was trained on a base in 4 or 8 bits, and merged into the original base.
+        accept: whether drift beyond the bounds is reported instead of refused.
 
-    Raises: ModelError beyond the bound.
+    Raises: ModelError: the drift is beyond the bounds.
     """
     if not other_base and drift["mean_drift"] > max(drift["mean_shift"] / 2, BOUNDS["float32"][0]):
         say(
-            f"warning: merging changed the log-probs by {drift['mean_drift']:.2g} nats a token in the mean, training "
-            f"had by {drift['mean_shift']:.2g}: {dtypes[-1]} rounds away what was learnt (--dtype float32 keeps it)"
+            f"warning: merging changed the log-probs by a mean of {drift['mean_drift']:.2g} nats a token, training by "
+            f"{drift['mean_shift']:.2g}: {dtypes[-1]} rounds the training away (--dtype float32 keeps it)"
         )
     mean, largest = BOUND_OTHER_BASE if other_base else max(BOUNDS[dtype] for dtype in dtypes)
     beyond = drift["mean_drift"] > mean or drift["largest_drift"] > largest
     if beyond:
-        seen = (
-            f"the merged model is not the one that was trained: its log-probs of {drift['tokens']:,} held-out answer "
-            f"tokens differ by {drift['mean_drift']:.2g} nats in the mean, and by {drift['largest_drift']:.2g} at most "
+        finding = (
+            f"the merged model differs from the trained one: its log-probs of {drift['tokens']:,} held-out answer "
+            f"tokens differ by a mean of {drift['mean_drift']:.2g} nats, and by at most {drift['largest_drift']:.2g} "
             f"(reward accuracy {drift['accuracy_before']:.1%} before, {drift['accuracy_after']:.1%} after)"
         )
         if not accept:
             raise ModelError(
-                seen,
-                expected=f"at most {mean:g} in the mean and {largest:g} for a token; nothing was kept",
+                finding,
+                expected=f"a mean of at most {mean:g} and at most {largest:g} for a token; no merged model was kept",
                 do="--dequantized-base merges into the weights that the adapter was trained on; or --accept-drift"
                 if other_base
-                else "look at base and versions (run.json); --dtype float32 rounds least; or --accept-drift",
+                else "check the base and the versions in run.json; --dtype float32 rounds least; or --accept-drift",
             )
-        say(f"accepted: {seen}")
+        say(f"accepted: {finding}")
     return {"bound": {"mean_drift": mean, "largest_drift": largest}, "drift_accepted": beyond}

@@ -1,4 +1,4 @@
-"""Which of a run's weights are merged; where they lie in shards, these are gathered into one folder first."""
+"""Finds the weights of a run to merge, and gathers sharded weights into one folder."""
 
 import shutil
 import subprocess
@@ -22,17 +22,17 @@ from dpokit.model.load import build_peft_config, find_base, load_tokenizer
 from dpokit.rundir import RunDir, read_record, write_json
 from dpokit.settings.load import Settings
 
-FSDP_SHARDS = "pytorch_model_fsdp_0"  # accelerate's name for a model saved by SHARDED_STATE_DICT
-ZERO_LATEST = "latest"  # DeepSpeed's file that names the folder of its shards
+FSDP_SHARDS = "pytorch_model_fsdp_0"  # accelerate's folder of a model saved as SHARDED_STATE_DICT
+ZERO_LATEST = "latest"  # DeepSpeed's file with the name of the shards' folder
 
 
 def find_weights(run: RunDir, *, step: int | None) -> Path:
-    """The folder to merge: the final weights, or a checkpoint that verifies; every byte of that is read.
+    """Returns the folder to merge: the final weights, or a checkpoint, after reading each of its bytes to verify it.
 
     Args:
-        step: the checkpoint's; None for the final weights, or else the newest checkpoint that verifies.
+        step: step of the checkpoint; None for the final weights, or without them the newest checkpoint that verifies.
 
-    Raises: RunFolderError where there is none.
+    Raises: RunFolderError: there are no such weights.
     """
     final = run.find_weights()
     if step is None and final is not None:
@@ -40,25 +40,29 @@ def find_weights(run: RunDir, *, step: int | None) -> Path:
     if step is not None:
         path = run.path / f"checkpoint-{step}"
         if not path.is_dir():
-            names = ", ".join(each.name for each in run.checkpoints()) or "no checkpoint at all"
+            names = (
+                ", ".join(checkpoint.name for checkpoint in run.checkpoints()) or "none, as the run has no checkpoints"
+            )
             raise RunFolderError(
                 f"there is no {path}", expected=f"one of: {names}", do="correct --checkpoint, or leave it out"
             )
-        found = look_at(path, deep=True)
-        if _find_trouble(found) is not None:
+        checkpoint = look_at(path, deep=True)
+        if _find_trouble(checkpoint) is not None:
             raise RunFolderError(
-                f"{path} cannot be merged: {found.trouble}",
+                f"{path} cannot be merged: {checkpoint.trouble}",
                 expected="a checkpoint that verifies",
-                do=f"choose one that `dpokit verify {run.path}` calls whole",
+                do=f"choose a checkpoint that `dpokit verify {run.path}` reports as whole",
             )
         return path
-    state = (run.read_run() or {}).get("state", "not begun")
+    state = (run.read_run() or {}).get("state", "not started")
     for checkpoint in find_checkpoints(run, deep=False):
         trouble = _find_trouble(checkpoint) or _find_trouble(look_at(checkpoint.path, deep=True))
         if trouble is None:
-            say(f"the run is {state} and has no final weights: {checkpoint.path.name} is merged, its newest whole one")
+            say(
+                f"the run is {state}, without final weights: merging its newest whole checkpoint {checkpoint.path.name}"
+            )
             return checkpoint.path
-        say(f"{checkpoint.path.name} is passed over: {trouble}")
+        say(f"{checkpoint.path.name} is skipped: {trouble}")
     raise RunFolderError(
         f"{run.path} holds no weights: neither {run.adapter.name}/ nor {run.model.name}/, and no checkpoint that "
         f"verifies (the run is {state})",
@@ -68,15 +72,15 @@ def find_weights(run: RunDir, *, step: int | None) -> Path:
 
 
 def _find_trouble(checkpoint: Checkpoint) -> str | None:
-    """As the checkpoint's own, but for weights alone, which are all that a merge needs."""
+    """The checkpoint's defect; None also for one that can be loaded but not resumed from, which a merge need not do."""
     alone = (checkpoint.manifest or {}).get("weights_alone")
     return None if alone is not None and checkpoint.trouble == alone else checkpoint.trouble
 
 
-def gather_weights(folder: Path, settings: Settings, *, room: Path) -> Path:
-    """A folder of whole weights, config and tokenizer: the same one, or the empty `room`, filled from its shards.
+def gather_weights(folder: Path, settings: Settings, *, scratch: Path) -> Path:
+    """Returns a folder with whole weights, config and tokenizer: `folder` itself, or `scratch`, filled from its shards.
 
-    Raises: RunFolderError where the shards cannot be gathered, or hold what must not be loaded.
+    Raises: RunFolderError: the shards cannot be gathered, or hold pickles that are unsafe to load.
     """
     if any((folder / name).exists() for name in ("config.json", "adapter_config.json")) and _has_weights(folder):
         return folder
@@ -84,13 +88,13 @@ def gather_weights(folder: Path, settings: Settings, *, room: Path) -> Path:
     check_pickles(folder)
     if (folder / FSDP_SHARDS).is_dir():
         say(f"gathering the shards of {folder.name} (FSDP2)")
-        merge_fsdp_weights(str(folder / FSDP_SHARDS), str(room))
+        merge_fsdp_weights(str(folder / FSDP_SHARDS), str(scratch))
     elif (folder / ZERO_LATEST).is_file():
         say(f"gathering the shards of {folder.name} (ZeRO-3)")
-        _gather_zero(folder, room)
+        _gather_zero(folder, scratch)
     else:
         raise RunFolderError(
-            f"{folder} holds no weights that are known here",
+            f"{folder} holds no weights of a known format",
             expected="safetensors, or the shards of FSDP2 or ZeRO-3",
             do="choose another --checkpoint",
         )
@@ -103,43 +107,43 @@ def gather_weights(folder: Path, settings: Settings, *, room: Path) -> Path:
     except (OSError, ValueError) as error:
         raise ModelError(
             f"--model_name_or_path {name}: no config could be loaded: {' '.join(str(error).split())[:300]}",
-            expected="the model that the run began with, whose config the shards do not hold",
-            do="name it where it is now: --model_name_or_path FOLDER",
+            expected="the model that the run started from: its config is not in the shards",
+            do="set its present folder: --model_name_or_path FOLDER",
         ) from error
     if model.use_peft:
         adapter = _find_adapter_config(settings, config)
         adapter.base_model_name_or_path = name
-        adapter.save_pretrained(room)
-        (room / "model.safetensors").rename(room / ADAPTER_FILE)
+        adapter.save_pretrained(scratch)
+        (scratch / "model.safetensors").rename(scratch / ADAPTER_FILE)
     else:
-        config.save_pretrained(room)
-        with suppress(OSError):  # a base need not have one
-            GenerationConfig.from_pretrained(name, revision=options["revision"]).save_pretrained(room)
-    load_tokenizer(model, trust_remote_code=trust).save_pretrained(room)
-    return room
+        config.save_pretrained(scratch)
+        with suppress(OSError):  # not every base has a generation_config.json
+            GenerationConfig.from_pretrained(name, revision=options["revision"]).save_pretrained(scratch)
+    load_tokenizer(model, trust_remote_code=trust).save_pretrained(scratch)
+    return scratch
 
 
-def follow_base(folder: Path, settings: Settings, *, then: str, room: Path) -> Path:
-    """An adapter's folder, or a copy in `room` that names its base where this is now.
+def follow_base(folder: Path, settings: Settings, *, recorded: str, scratch: Path) -> Path:
+    """Returns the adapter's folder, or a copy in `scratch` whose config names the base's present folder.
 
     Args:
-        then: what the run called the model that it began with; `settings` have it by its name of now.
-        room: where a copy may be made.
+        recorded: name of the run's first model in run.json; `settings` has its present name.
+        scratch: folder for the copy.
     """
-    now, config = str(settings.model.model_name_or_path), folder / "adapter_config.json"
-    if now == then or not config.exists():
+    present, config = str(settings.model.model_name_or_path), folder / "adapter_config.json"
+    if present == recorded or not config.exists():
         return folder
-    described = read_record(config)
-    if described["base_model_name_or_path"] != then:
+    record = read_record(config)
+    if record["base_model_name_or_path"] != recorded:
         return folder
-    copy = room / "adapter"
+    copy = scratch / "adapter"
     shutil.copytree(folder, copy)
-    write_json(copy / config.name, described | {"base_model_name_or_path": now})
+    write_json(copy / config.name, record | {"base_model_name_or_path": present})
     return copy
 
 
 def _find_adapter_config(settings: Settings, config: Any) -> PeftConfig:
-    """Of the adapter that the run went on with, or that its flags describe."""
+    """The config of the adapter that the run continued, or that its flags describe."""
     model = settings.model
     if find_base(model) is not None:
         return PeftConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
@@ -153,21 +157,24 @@ def _has_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _gather_zero(folder: Path, room: Path) -> None:
-    """By DeepSpeed's own program, so that it is imported nowhere here; it cannot write tied weights as safetensors."""
-    command = [*PYTHON, "-m", "deepspeed.utils.zero_to_fp32", str(folder), str(room)]
+def _gather_zero(folder: Path, scratch: Path) -> None:
+    """Gathers ZeRO shards with DeepSpeed's own program, since dpokit does not import DeepSpeed.
+
+    The program cannot write tied weights as safetensors, so its output is converted here.
+    """
+    command = [*PYTHON, "-m", "deepspeed.utils.zero_to_fp32", str(folder), str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    written = sorted(room.glob("pytorch_model*.bin"))
+    written = sorted(scratch.glob("pytorch_model*.bin"))
     if done.returncode or not written:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise RunFolderError(
             f"the shards of {folder} cannot be gathered: {last[:300]}",
-            expected="ZeRO shards that DeepSpeed's zero_to_fp32 takes (the extra `deepspeed` must be installed)",
-            do="choose another --checkpoint, or let the run finish: it writes whole weights at its end",
+            expected="ZeRO shards that DeepSpeed's zero_to_fp32 can read (install the extra `deepspeed`)",
+            do="choose another --checkpoint, or let the run finish: then it writes whole weights",
         )
     state: dict[str, torch.Tensor] = {}
     for file in written:
         state |= torch.load(file, weights_only=True, mmap=True)
-    save_torch_state_dict(state, room)
-    for file in room.glob("pytorch_model*"):
+    save_torch_state_dict(state, scratch)
+    for file in scratch.glob("pytorch_model*"):
         file.unlink()

@@ -1,4 +1,4 @@
-"""The HH transcript form as a chat template: for servers, which render no conversation without one."""
+"""The HH transcript format as a chat template, for servers that need one to render a conversation."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,9 @@ JINJA, SERVE = "chat_template_hh.jinja", "chat_template_hh.json"
 
 
 def write_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Writes the form beside a tokenizer that has no template: as Jinja for vLLM, as JSON for `transformers serve`.
+    """Writes the template files if the tokenizer has no template: Jinja for vLLM, JSON for `transformers serve`.
 
-    The tokenizer itself stays without one. With one, every prompt of a next run on this model would be rendered by it:
+    The tokenizer itself stays without a template. With one, the next run on this model would render every prompt by it:
     a plain prompt would become a Human turn, and the white space around an HH turn would be lost.
     """
     if tokenizer.chat_template is not None:
@@ -24,7 +24,7 @@ def write_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def build_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Jinja that renders as `render_transcript` does, with the BOS that the tokenizer writes: servers add none."""
+    """Jinja that renders as `render_transcript` does, with the tokenizer's BOS, which servers do not add."""
     begins = tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     roles, opening = json.dumps(ROLES), json.dumps(ASSISTANT)
     return (

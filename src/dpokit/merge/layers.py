@@ -1,4 +1,4 @@
-"""Adapter and base become one model, layer by layer in fp32."""
+"""Merges an adapter into its base layer by layer in fp32."""
 
 import hashlib
 import re
@@ -23,12 +23,12 @@ from dpokit.model.check import ADAPTER_FILE
 from dpokit.model.load import find_base, load_frozen, load_policy, name_model
 from dpokit.settings.load import Settings
 
-MERGED_ALREADY = "All adapters are already merged"  # PEFT, when the layers that are merged here are unwrapped
-NO_LONGER_TIED = "Input and output embeddings are no longer tied"  # said by `_settle_ties` instead
+MERGED_ALREADY = "All adapters are already merged"  # PEFT's warning when it unwraps layers that are merged here
+NO_LONGER_TIED = "Input and output embeddings are no longer tied"  # `_settle_ties` reports this instead
 
 
 def check_adapter_file(folder: Path) -> str:
-    """The sha256 of an adapter's tensors file. Raises: ModelError where it is missing, torn or not finite."""
+    """Returns the sha256 of an adapter's weights file. Raises: ModelError: it is missing, damaged or not finite."""
     file = folder / ADAPTER_FILE
     try:
         with safe_open(file, framework="pt") as tensors:
@@ -39,46 +39,47 @@ def check_adapter_file(folder: Path) -> str:
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"the adapter {file} cannot be read: {error}",
-            expected="the whole file that training wrote",
-            do="take another copy of it, or merge a checkpoint: --checkpoint N",
+            expected="the complete file that training wrote",
+            do="restore it from a copy, or merge a checkpoint: --checkpoint N",
         ) from error
     if broken:
         raise ModelError(
             f"the adapter {file} holds values that are not finite, in {broken[0]}"
             + (f" and {len(broken) - 1} more tensors" if len(broken) > 1 else ""),
-            expected="numbers",
-            do="merge an earlier checkpoint (--checkpoint N), and look at metrics.jsonl for the step that broke it",
+            expected="finite values",
+            do="merge an earlier checkpoint (--checkpoint N), and check metrics.jsonl for the step that broke it",
         )
     return digest
 
 
 def load_trained(settings: Settings, folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
-    """The policy as it was trained, on the run's device: quantised where it was. Raises: ModelError."""
+    """Loads the policy as in training: on the run's device, and quantised if it was. Raises: ModelError."""
     return load_frozen(settings, str(folder), tokenizer)
 
 
 def load_to_merge(
     settings: Settings, folder: Path, tokenizer: PreTrainedTokenizerBase, *, dequantised: bool
 ) -> PreTrainedModel | PeftModel:
-    """The policy on the CPU, nothing of it quantised, in the dtype it was trained in.
+    """Loads the policy on the CPU, without quantisation, in the dtype of the training.
 
     Args:
-        dequantised: the base's layers have the values that 4 or 8 bits left of them, as training saw them.
+        dequantised: give the base's layers their dequantised 4-bit or 8-bit values, with which the adapter was trained.
 
     Raises: ModelError.
     """
-    asked = name_model(settings, str(folder))
-    asked.load_in_4bit = asked.load_in_8bit = False
-    policy = load_policy(replace(settings, model=asked), tokenizer).requires_grad_(False)
+    model = name_model(settings, str(folder))
+    model.load_in_4bit = model.load_in_8bit = False
+    policy = load_policy(replace(settings, model=model), tokenizer).requires_grad_(False)
     if isinstance(policy, PeftModel) and dequantised:
-        _take_dequantised(policy, settings, str(find_base(asked)), tokenizer)
+        _set_dequantised(policy, settings, str(find_base(model)), tokenizer)
     return policy
 
 
-def _take_dequantised(policy: PeftModel, settings: Settings, base: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Sets the base's quantised layers to what is left of them.
+def _set_dequantised(policy: PeftModel, settings: Settings, base: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Sets the base's layers that were quantised to their dequantised values.
 
-    transformers' own `dequantize` leaves Linear where GPT-2 has Conv1D, whose weights are transposed: nothing loads it.
+    transformers' own `dequantize` puts a Linear in place of GPT-2's Conv1D, whose weights are transposed, so the result
+    could not be loaded.
     """
     quantised = load_frozen(settings, base, tokenizer)
     plain = policy.get_base_model()
@@ -93,19 +94,19 @@ def _take_dequantised(policy: PeftModel, settings: Settings, base: str, tokenize
 
 
 def is_quantised(settings: Settings) -> bool:
-    """Whether the run's base was loaded in 4 or 8 bit."""
+    """Whether the run loaded its base in 4 or 8 bits."""
     return get_quantization_config(settings.model) is not None
 
 
 def merge_layers(policy: PreTrainedModel | PeftModel, dtype: torch.dtype) -> PreTrainedModel:
-    """One plain model in `dtype`, made of what was given: memory of the model once, and of one layer.
+    """Merges the policy in place and returns a plain model in `dtype`; needs memory for the model and one layer.
 
     Each layer's base and adapter are upcast to fp32, merged, and rounded once.
 
-    Raises: ModelError where a value does not fit `dtype`.
+    Raises: ModelError: a value is not finite in `dtype`.
     """
     model = _merge_adapter(policy, dtype) if isinstance(policy, PeftModel) else policy
-    kept = model._get_dtype_plan(dtype)  # what the model itself wants in fp32, also in 16 bit
+    kept = model._get_dtype_plan(dtype)  # layers that the model's class keeps in fp32
     for name, weight in model.named_parameters():
         if weight.is_floating_point():
             plan = next((kept[part] for part in kept if re.search(rf"(^|\.){part}(\.|$)", name)), dtype)
@@ -113,28 +114,28 @@ def merge_layers(policy: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Pre
             if not torch.isfinite(weight.data).all():
                 raise ModelError(
                     f"{name} of the merged model holds values that are not finite in {str(plan).split('.')[1]}",
-                    expected="weights that fit the type",
+                    expected="weights within the range of the dtype",
                     do="--dtype bfloat16 or --dtype float32"
                     if plan == torch.float16
-                    else "look at base and adapter: one of them is damaged",
+                    else "restore the base or the adapter from a copy: one of them is damaged",
                 )
     return model
 
 
 def _merge_adapter(policy: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    _part_shared(policy, layers)
+    _untie_adapted(policy, layers)
     for layer in layers:
         for weight in layer.parameters():
             if weight.is_floating_point():
                 weight.data = weight.data.float()
         try:
             layer.merge(safe_merge=True)
-        except ValueError as error:  # not finite; the adapter's own values were looked at before
+        except ValueError as error:  # not finite; `check_adapter_file` has checked the adapter's own values
             raise ModelError(
                 f"merging a layer gives values that are not finite: {error}",
-                expected="a base and an adapter of numbers",
-                do="look at the base's weights, and at lora_alpha and r in adapter_config.json",
+                expected="a base and an adapter with finite values",
+                do="check the base's weights, and lora_alpha and r in adapter_config.json",
             ) from error
         for weight in layer.get_base_layer().parameters():
             if weight.is_floating_point():
@@ -148,8 +149,8 @@ def _merge_adapter(policy: PeftModel, dtype: torch.dtype) -> PreTrainedModel:
     return merged
 
 
-def _part_shared(policy: PeftModel, layers: list[Any]) -> None:
-    """Gives each adapted layer a weight of its own: what it shares (a tied embedding) must not change with it."""
+def _untie_adapted(policy: PeftModel, layers: list[Any]) -> None:
+    """Copies each adapted weight that another module shares (a tied embedding), which the merge must not change."""
     owners: dict[int, int] = {}
     for module in policy.modules():
         for weight in module.parameters(recurse=False):
@@ -161,7 +162,7 @@ def _part_shared(policy: PeftModel, layers: list[Any]) -> None:
 
 
 def _settle_ties(merged: PreTrainedModel, *, tied: bool) -> None:
-    """Ties embedding and head again where they are still the same; else the config says that they are two."""
+    """Ties embedding and head again if they are still equal; otherwise sets the config to untied."""
     embedding, head = merged.get_input_embeddings(), merged.get_output_embeddings()
     if not tied or embedding is None or head is None:
         return
@@ -169,6 +170,6 @@ def _settle_ties(merged: PreTrainedModel, *, tied: bool) -> None:
     if same:
         head.weight = embedding.weight
     else:
-        say("the adapter changed the embedding or the LM head alone: the merged model holds them as two weights")
+        say("the adapter changed only the embedding or only the LM head: the merged model has two separate weights")
     for config in (merged.config, merged.config.get_text_config()):
         config.tie_word_embeddings = same

@@ -1,4 +1,4 @@
-"""What a run trained becomes one safetensors model that `from_pretrained` loads, with the measured drift beside it."""
+"""Merges a run's weights into one safetensors model for `from_pretrained`, and records the measured drift."""
 
 import fcntl
 import gc
@@ -17,7 +17,7 @@ from peft import PeftConfig
 from dpokit.checkpoint.store import describe_files, find_checkpoints, list_files
 from dpokit.console import quiet_dependencies, say
 from dpokit.errors import ModelError, RunFolderError, SettingsError, find_disk_trouble
-from dpokit.merge.drift import Proof, check_drift
+from dpokit.merge.drift import DriftCheck, check_drift
 from dpokit.merge.find_weights import find_weights, follow_base, gather_weights
 from dpokit.merge.hh_chat_template import write_template
 from dpokit.merge.layers import check_adapter_file, is_quantised
@@ -28,23 +28,23 @@ from dpokit.rundir import RunDir, new_folder, noticing_loss, read_record, sync_f
 from dpokit.settings.load import Settings, load_settings, read_asked
 
 FORMAT = 1
-PAIRS = 100  # that the proof is made on, unless told otherwise
+PAIRS = 100  # held-out pairs of the drift check by default
 MAX_SHARD_SIZE = "5GB"
 PACKAGES = ("dpokit", "torch", "transformers", "peft", "safetensors")
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How a run is merged.
+    """Options of a merge.
 
     Attributes:
-        dtype: of the merged weights; None for the one that the run loaded its model in.
-        max_shard_size: of a weights file, in transformers' words.
-        dequantized_base: an adapter trained on 4 or 8 bits goes into what these left of the base, not into the base.
-        accept_drift: a base that is another, and drift beyond the bound, are told and not refused.
-        limit: of the held-out pairs, the first so many.
-        checkpoint: the step of a checkpoint to merge; None for the final weights.
-        proof: whether held-out pairs are scored before and after.
+        dtype: of the merged weights; None for the dtype in which the run loaded its model.
+        max_shard_size: largest size of a weights file, in transformers' notation.
+        dequantized_base: merge an adapter that was trained on 4 or 8 bits into the dequantised base, not the original.
+        accept_drift: report a changed base, or drift beyond the bounds, instead of refusing it.
+        limit: number of held-out pairs to score, from the first; None for all.
+        checkpoint: step of a checkpoint to merge; None for the final weights.
+        proof: whether to score held-out pairs before and after the merge.
     """
 
     dtype: str | None = None
@@ -57,16 +57,16 @@ class MergeOptions:
 
 
 def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequence[str] = ()) -> dict[str, Any]:
-    """Writes merged/ and returns what its merge.json holds. One process; no collectives.
+    """Writes merged/ and returns the content of its merge.json. Only one process calls it.
 
-    It takes the memory of the model once and of one layer, the proof no more. The folder appears whole or not at all.
+    Needs memory for the model and one layer, also with the drift check. The folder appears only when it is complete.
 
     Args:
-        run: its folder.
-        options: how; None for the defaults.
-        argv: more training flags, over the run's own.
+        run: the run folder.
+        options: None for the defaults.
+        argv: training flags that override the run's own.
 
-    Raises: DpokitError: what the user can mend.
+    Raises: DpokitError: an error that the user can correct.
     """
     options = options or MergeOptions()
     quiet_dependencies()
@@ -78,8 +78,8 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
         _check_options(settings, options)
         fingerprint = _check_base(run, record, settings, accept=options.accept_drift)
         with new_folder(run.merged) as part:
-            base_then = record["settings"].get("model_name_or_path", {}).get("value")
-            made = _fill(part, run, settings, options, base_then=base_then)
+            first_model = record["settings"].get("model_name_or_path", {}).get("value")
+            made = _fill(part, run, settings, options, first_model=first_model)
             made |= {"model_fingerprint": fingerprint, "end": run.find_end()}
             made["files"] = describe_files(part, list_files(part))
             write_json(part / run.merge_json.name, made)
@@ -89,24 +89,24 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
 
 
 def _fill(
-    part: Path, run: RunDir, settings: Settings, options: MergeOptions, *, base_then: str | None
+    part: Path, run: RunDir, settings: Settings, options: MergeOptions, *, first_model: str | None
 ) -> dict[str, Any]:
-    """Weights, tokenizer and proof; returns what merge.json says of them.
+    """Writes weights and tokenizer, checks the drift, and returns the record for merge.json.
 
     Args:
-        base_then: the model that the run began with, by its name of then.
+        first_model: name of the model that the run started from, as run.json records it.
     """
-    found = find_weights(run, step=options.checkpoint)
-    with TemporaryDirectory(prefix=".gathered-", dir=part) as room:
-        folder = gather_weights(found, settings, room=Path(room))
-        folder = follow_base(folder, settings, then=str(base_then), room=Path(room))
-        asked = name_model(settings, str(folder))
-        base = find_base(asked)
+    weights = find_weights(run, step=options.checkpoint)
+    with TemporaryDirectory(prefix=".gathered-", dir=part) as scratch:
+        folder = gather_weights(weights, settings, scratch=Path(scratch))
+        folder = follow_base(folder, settings, recorded=str(first_model), scratch=Path(scratch))
+        model = name_model(settings, str(folder))
+        base = find_base(model)
         adapter_sha256 = None if base is None else check_adapter_file(folder)
-        tokenizer = load_tokenizer(asked, trust_remote_code=settings.training.trust_remote_code)
+        tokenizer = load_tokenizer(model, trust_remote_code=settings.training.trust_remote_code)
         quantised = base is not None and is_quantised(settings)
         dequantised = quantised and options.dequantized_base
-        proof = Proof(settings, folder, tokenizer=tokenizer, limit=options.limit) if options.proof else None
+        check = DriftCheck(settings, folder, tokenizer=tokenizer, limit=options.limit) if options.proof else None
         trained, written = write_model(
             part,
             folder,
@@ -119,12 +119,12 @@ def _fill(
         tokenizer.save_pretrained(part)
         write_template(part, tokenizer)
         method = "full" if base is None else _name_method(folder, quantised=quantised)
-    gc.collect()  # models refer to themselves; two at once would not fit
+    gc.collect()  # frees the first model, which refers to itself, before the second is loaded
     merged = reload(part, written, trust_remote_code=settings.training.trust_remote_code)
     dtype = str(merged.dtype).removeprefix("torch.")
     made = {
         "format": FORMAT,
-        "weights": found.name,
+        "weights": weights.name,
         "method": method,
         "base": _describe_base(settings, base),
         "merged_into": None if base is None else "dequantised base" if dequantised else "base",
@@ -133,11 +133,11 @@ def _fill(
         "versions": {name: version(name) for name in PACKAGES},
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    if proof is None:
+    if check is None:
         return made | dict.fromkeys(
             ("pairs", "mean_drift", "largest_drift", "mean_shift", "accuracy_before", "accuracy_after")
         )
-    drift = proof.measure(merged)
+    drift = check.measure(merged)
     other_base = quantised and not dequantised
     return made | drift | check_drift(drift, (trained, dtype), other_base=other_base, accept=options.accept_drift)
 
@@ -151,20 +151,21 @@ def _name_method(folder: Path, *, quantised: bool) -> str:
 
 
 def _describe_base(settings: Settings, base: str | None) -> dict[str, Any]:
-    """Name and revision; of a folder its name alone, as merged/ is made to be published."""
+    """Name and revision of the base; for a folder only its last name, because merged/ may be published."""
     name = base or str(settings.model.model_name_or_path)
-    own = name == settings.model.model_name_or_path
+    is_first = name == settings.model.model_name_or_path
     local = Path(name).is_dir()
-    revision = None if local else settings.model.model_revision if own else "main"
+    revision = None if local else settings.model.model_revision if is_first else "main"
     return {"name": Path(name).resolve().name if local else name, "revision": revision}
 
 
 def _check_run(run: RunDir) -> dict[str, Any]:
     record = run.read_run()
     if record is None or not record.get("settings"):
+        defect = "no run.json" if record is None else "its run.json has no settings"
         raise RunFolderError(
-            f"{run.path} holds no run: {'no run.json' if record is None else 'its run.json has no settings'}",
-            expected="the --output_dir of a run that was trained",
+            f"{run.path} holds no run: {defect}",
+            expected="the --output_dir of a trained run",
             do="correct the path",
         )
     return record
@@ -175,13 +176,13 @@ def _check_unmerged(run: RunDir) -> None:
         return
     try:
         made = read_record(run.merge_json)
-        when = f", made {made['when']} of {made['weights']}"
+        when = f", made {made['when']} from {made['weights']}"
     except (OSError, ValueError, KeyError, TypeError):
-        when = ", and no merge.json that can be read"
+        when = ", without a readable merge.json"
     raise RunFolderError(
-        f"{run.merged} is there already{when}",
+        f"{run.merged} exists already{when}",
         expected="a run that is not merged yet",
-        do=f"delete {run.merged} to merge anew, or go on with it as it is",
+        do=f"delete {run.merged} to merge again, or use it as it is",
     )
 
 
@@ -197,46 +198,51 @@ def _check_options(settings: Settings, options: MergeOptions) -> None:
     parse_size(options.max_shard_size)
     if options.dequantized_base and not is_quantised(settings):
         raise SettingsError(
-            "--dequantized-base was given, but the run's base was not quantised",
+            "--dequantized-base is set, but the run's base was not quantised",
             expected="a run with --load_in_4bit or --load_in_8bit",
-            do="leave it out",
+            do="leave --dequantized-base out",
         )
 
 
 def _check_base(run: RunDir, record: dict[str, Any], settings: Settings, *, accept: bool) -> str | None:
-    """What the model that the run began with is known by. Raises: ModelError where it is another one now."""
+    """Returns the fingerprint of the model that the run started from. Raises: ModelError: the model has changed."""
     model = settings.model
-    then = record.get("model_fingerprint")
-    if then is None:  # a run of an earlier version: its checkpoints know
-        manifests = [found.manifest or {} for found in find_checkpoints(run, deep=False)]
-        then = next((manifest["settings"].get("model") for manifest in manifests if "settings" in manifest), None)
+    recorded = record.get("model_fingerprint")
+    if recorded is None:  # a run of an earlier version has it only in its checkpoints
+        manifests = [checkpoint.manifest or {} for checkpoint in find_checkpoints(run, deep=False)]
+        recorded = next((manifest["settings"].get("model") for manifest in manifests if "settings" in manifest), None)
     try:
-        now = hash_weights(str(model.model_name_or_path), model.model_revision)
+        present = hash_weights(str(model.model_name_or_path), model.model_revision)
     except OSError:
-        return None  # where it is needed, loading it says why it cannot be
-    if then is not None and then != now:
-        told = f"{model.model_name_or_path} is not what the run began with: it was {then[:80]}, and is {now[:80]}"
+        return None  # loading the model will report why it cannot be read
+    if recorded is not None and recorded != present:
+        change = (
+            f"{model.model_name_or_path} has changed since the run started from it: it was {recorded[:80]} and is now "
+            f"{present[:80]}"
+        )
         if not accept:
             raise ModelError(
-                told,
+                change,
                 expected="the same weights and config, by their sha256 (a folder) or commit (a Hub id)",
-                do="bring them back, or name them by --model_name_or_path or --model_revision; or --accept-drift to go "
-                "on with what is there",
+                do="restore them, or name them by --model_name_or_path or --model_revision; or --accept-drift to merge "
+                "with the present ones",
             )
-        say(f"accepted: {told}")
-    return now
+        say(f"accepted: {change}")
+    return present
 
 
 @contextmanager
 def _alone(run: RunDir) -> Iterator[None]:
-    """No second merge of the run meanwhile, on this machine. Raises: RunFolderError where one is going on."""
+    """Prevents a second merge of the run on this machine. Raises: RunFolderError: another merge is running."""
     folder = os.open(run.path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFolderError(
-                f"{run.path} is being merged by another process", expected="one merge at a time", do="wait for its end"
+                f"{run.path} is being merged by another process",
+                expected="one merge at a time",
+                do="wait until it ends",
             ) from error
         except OSError:  # a file system without locks
             pass
@@ -247,30 +253,30 @@ def _alone(run: RunDir) -> Iterator[None]:
 
 @contextmanager
 def _disk_troubles() -> Iterator[None]:
-    """Turns a disk that is full, or not ours, into the user's message."""
+    """Turns a full disk, or missing permissions, into a RunFolderError."""
     try:
         yield
-    except Exception as error:  # of whatever library: tokenizers raise a bare Exception
+    except Exception as error:  # of any library: tokenizers raise a bare Exception
         trouble = find_disk_trouble(error)
         if trouble is None:
             raise
         raise RunFolderError(
-            f"{trouble.seen}; nothing was kept of the merged model",
-            expected="room for the whole model beside the run's other files, and permission to write there",
-            do="free some space or mend the permissions, or move the run folder, and run it again",
+            f"{trouble.seen}; no merged model was kept",
+            expected="space for the whole model beside the run's other files, and permission to write there",
+            do="free some space, correct the permissions or move the run folder; then run the command again",
         ) from error
 
 
-def describe(made: dict[str, Any]) -> str:
-    """A merge in two lines."""
-    what = f"{made['weights']} ({made['method']}) of {made['base']['name']}, {made['dtype']}"
+def describe_merge(made: dict[str, Any]) -> str:
+    """A merge.json record as two lines of text."""
+    title = f"{made['weights']} ({made['method']}) of {made['base']['name']}, {made['dtype']}"
     if made["merged_into"] == "dequantised base":
-        what += ", into the dequantised base"
+        title += ", into the dequantised base"
     if made["pairs"] is None:
-        return f"{what}\nno proof was asked for"
+        return f"{title}\nthe drift was not measured (--no-proof)"
     return (
-        f"{what}\n{made['pairs']:,} held-out pairs, {made['tokens']:,} answer tokens: drift a token "
-        f"{made['mean_drift']:.2g} nats in the mean, {made['largest_drift']:.2g} at most (training changed "
+        f"{title}\n{made['pairs']:,} held-out pairs, {made['tokens']:,} answer tokens: mean drift of a token "
+        f"{made['mean_drift']:.2g} nats, largest {made['largest_drift']:.2g} (training changed "
         f"{made['mean_shift']:.2g}); "
         f"reward accuracy {made['accuracy_before']:.1%} before, {made['accuracy_after']:.1%} after"
     )

@@ -1,4 +1,4 @@
-"""What a merge writes, and what is read back of it."""
+"""Writes the merged model, and checks it by loading it again."""
 
 import hashlib
 import os
@@ -20,15 +20,15 @@ WHOLE = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, as transformers reads it: powers of ten. Raises: SettingsError."""
-    found = re.fullmatch(r"(\d+)\s*([KMGT])B", text.strip(), re.I)
-    if found is None or int(found[1]) < 1:
+    """Bytes of a size such as `5GB`, in powers of ten as transformers counts. Raises: SettingsError."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT])B", text.strip(), re.I)
+    if match is None or int(match[1]) < 1:
         raise SettingsError(
-            f"--max-shard-size {text} is no size",
+            f"--max-shard-size {text} is not a size",
             expected="a whole number and KB, MB, GB or TB",
             do="--max-shard-size 5GB",
         )
-    return int(found[1]) * 10 ** (3 * ("KMGT".index(found[2].upper()) + 1))
+    return int(match[1]) * 10 ** (3 * ("KMGT".index(match[2].upper()) + 1))
 
 
 def write_model(
@@ -41,24 +41,24 @@ def write_model(
     max_shard_size: str,
     dequantised: bool,
 ) -> tuple[str, dict[str, str] | None]:
-    """Writes config and weights; returns the dtype they were trained in, and `hash_tensors` of what was written.
+    """Writes config and weights; returns the dtype of the training, and `hash_tensors` of the written model.
 
-    A whole model that stays as it is is linked, not copied, and nothing of it is hashed (None).
+    A whole model that needs no change is hard-linked instead of written, and not hashed (None).
 
     Args:
-        part: where to.
-        folder: of an adapter or a whole model.
-        dtype: of what is written; None for that of the training, or of the whole model as it was saved.
+        part: the target folder.
+        folder: the folder of an adapter or a whole model.
+        dtype: of the written weights; None for the dtype of the training, or of the saved whole model.
 
     Raises: ModelError.
     """
     config = folder / "config.json"
-    described = read_record(config) if config.exists() else {}
-    stored = described.get("dtype", "float32") if described else None
+    record = read_record(config) if config.exists() else {}
+    stored = record.get("dtype", "float32") if record else None
     files = [path for pattern in WHOLE for path in folder.glob(pattern)]
     if stored is not None and dtype in (None, stored):
-        # What was gathered is saved anew, tied weights once and by their own name; so is a model with code of its own.
-        linkable = part not in folder.parents and "auto_map" not in described
+        # Gathered weights are saved again, with tied weights once and under their own name; so is custom model code.
+        linkable = part not in folder.parents and "auto_map" not in record
         if linkable and all(path.stat().st_size <= parse_size(max_shard_size) for path in files):
             for path in files:
                 _link(path, part / path.name)
@@ -74,7 +74,7 @@ def write_model(
 
 
 def _link(path: Path, to: Path) -> None:
-    """The same file under a second name; a copy where the file system has no links. Neither is ever changed."""
+    """Hard-links the file, or copies it on a file system without links. Nothing changes either file later."""
     try:
         os.link(path, to)
     except OSError:
@@ -82,7 +82,7 @@ def _link(path: Path, to: Path) -> None:
 
 
 def hash_tensors(model: PreTrainedModel) -> dict[str, str]:
-    """The sha256 of each tensor that a model is saved with."""
+    """Dtype, shape and sha256 of each tensor in the model's state dict."""
     return {name: _hash(tensor) for name, tensor in model.state_dict().items()}
 
 
@@ -92,27 +92,27 @@ def _hash(tensor: torch.Tensor) -> str:
 
 
 def reload(folder: Path, written: dict[str, str] | None, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that others will load from the folder, by the plainest call.
+    """Loads the merged model with a plain `from_pretrained`, as others will, and compares it with the written tensors.
 
     Args:
-        written: `hash_tensors` of what was saved; None where its files were only linked.
-        trust_remote_code: the run's; where it is not set, a model with code of its own cannot be loaded.
+        written: `hash_tensors` of the written model; None if its files were only linked.
+        trust_remote_code: the run's setting; a model with custom code cannot be loaded without it.
 
-    Raises: ModelError where it is not what was written.
+    Raises: ModelError: the loaded tensors differ.
     """
     model, info = AutoModelForCausalLM.from_pretrained(
         folder, output_loading_info=True, trust_remote_code=trust_remote_code
     )
-    told = {name: sorted(map(str, found)) for name, found in info.items() if found}
-    if not told and written is not None:
-        read = hash_tensors(model)
-        changed = sorted(name for name in written.keys() | read.keys() if written.get(name) != read.get(name))
-        told = {"changed tensors": changed} if changed else {}
-    if told:
-        name, found = next(iter(told.items()))
+    differences = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if not differences and written is not None:
+        loaded = hash_tensors(model)
+        changed = sorted(name for name in written.keys() | loaded.keys() if written.get(name) != loaded.get(name))
+        differences = {"changed tensors": changed} if changed else {}
+    if differences:
+        kind, names = next(iter(differences.items()))
         raise ModelError(
-            f"what was written is not what is read back: {name.replace('_', ' ')}: {', '.join(found[:3])}",
-            expected="the same tensors; nothing was kept",
-            do="run it again; where it stays so, report it with the versions in run.json",
+            f"the loaded model differs from the written one: {kind.replace('_', ' ')}: {', '.join(names[:3])}",
+            expected="the same tensors; no merged model was kept",
+            do="run the command again; if the error stays, report it with the versions in run.json",
         )
     return model

@@ -1,4 +1,4 @@
-"""`dpokit push`: a run's model on the Hub, private unless told otherwise, and only what is not there already."""
+"""Uploads a run's files to the Hub: private by default, and only files that the Hub does not have."""
 
 import shlex
 from collections.abc import Mapping
@@ -12,24 +12,24 @@ from huggingface_hub.hf_api import RepoFile
 
 from dpokit.console import say
 from dpokit.errors import HubError
-from dpokit.push.bundle import Parcel, ParcelFile
-from dpokit.push.choose_weights import WHATS
-from dpokit.push.permissions import check_push, explained, find_token
-from dpokit.push.retry import Patience
+from dpokit.push.bundle import Bundle, BundleFile
+from dpokit.push.choose_weights import WEIGHTS
+from dpokit.push.permissions import check_push, explain_refusals, find_hub_token
+from dpokit.push.retry import RetryPolicy
 
-# What an earlier push of this toolkit may have left that would be loaded beside, or instead of, what is sent now.
+# Files of an earlier push that `from_pretrained` would load beside, or instead of, the new ones.
 STALE = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "adapter_config.json")
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where a parcel goes.
+class PushTarget:
+    """The repository and branch of a push.
 
     Attributes:
         repo_id: USER/NAME.
-        public: for everybody to see; else private.
-        revision: a branch, made where it is missing; None for the main one.
-        message: of the commit; None for a plain one.
+        public: whether everybody can see the repository.
+        revision: a branch, created if it is missing; None for main.
+        message: the commit's message; None for a default one.
     """
 
     repo_id: str
@@ -38,28 +38,28 @@ class Target:
     message: str | None = None
 
     def flags(self) -> list[str]:
-        """Of `dpokit push`, but for the repository."""
-        words = ["--public"] if self.public else []
-        words += ["--revision", self.revision] if self.revision else []
-        return words + (["--commit-message", self.message] if self.message else [])
+        """The flags of `dpokit push` for this target, without --repo-id."""
+        flags = ["--public"] if self.public else []
+        flags += ["--revision", self.revision] if self.revision else []
+        return flags + (["--commit-message", self.message] if self.message else [])
 
     def record(self) -> dict[str, Any]:
         """JSON values."""
         return {"repo_id": self.repo_id, "private": not self.public, "revision": self.revision or "main"}
 
     def describe(self) -> str:
-        """The same in one line."""
+        """The record as one line of text."""
         return f"to {self.repo_id}, {'public' if self.public else 'private'}, branch {self.revision or 'main'}"
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did.
+    """The result of a push.
 
     Attributes:
-        url: of the repository's branch.
-        commit: that holds the parcel.
-        sent: paths that were new or changed.
+        url: address of the repository's branch.
+        commit: the commit that holds the files.
+        sent: paths of new and changed files.
         removed: paths of an earlier push that would have been loaded beside them.
     """
 
@@ -73,109 +73,109 @@ class Pushed:
         return asdict(self)
 
     def describe(self) -> str:
-        """The same for a reader, the address last."""
+        """The record as text, the address last."""
         lines = [f"sent {path}" for path in self.sent] + [f"removed {path}" for path in self.removed]
-        return "\n".join([*(lines or ["nothing to send: the Hub holds it all"]), self.url])
+        return "\n".join([*(lines or ["nothing to send: the Hub has all files"]), self.url])
 
 
-def check_target(target: Target, *, token: str | None = None, patience: Patience | None = None) -> None:
-    """As `check_push`; and that the repository, where it is there already, is as private as asked.
+def check_target(target: PushTarget, *, token: str | None = None, retry: RetryPolicy | None = None) -> None:
+    """Checks the token's rights as `check_push`, and the visibility of a repository that exists.
 
-    Raises: SettingsError, HubError: as `push_parcel` would, but before anything is there to send.
+    Raises: SettingsError, HubError: as `push_bundle`, but before there is anything to send.
     """
-    patience, repo_id = patience or Patience(), target.repo_id
-    check_push(repo_id, token=token, patience=patience)
-    token = find_token(token)
-    with explained(token), suppress(RepositoryNotFoundError):
-        private = patience.ask("model_info", lambda: HfApi(token=token).model_info(repo_id)).private
+    retry, repo_id = retry or RetryPolicy(), target.repo_id
+    check_push(repo_id, token=token, retry=retry)
+    token = find_hub_token(token)
+    with explain_refusals(token), suppress(RepositoryNotFoundError):
+        private = retry.call("model_info", lambda: HfApi(token=token).model_info(repo_id)).private
         _check_visibility(bool(private), target)
 
 
-def push_parcel(
-    parcel: Parcel, target: Target, *, token: str | None = None, patience: Patience | None = None
+def push_bundle(
+    bundle: Bundle, target: PushTarget, *, token: str | None = None, retry: RetryPolicy | None = None
 ) -> Pushed:
-    """Sends what the Hub does not hold yet, in one commit, and compares what it holds then.
+    """Sends the files that the Hub does not have in one commit, then compares all files on the Hub with the local ones.
 
-    One process alone calls it: nothing in it is collective. No local file is changed, whatever happens.
+    Only one process calls it: it has no collective operations. It never changes a local file.
 
     Args:
-        parcel: what goes.
-        target: where to.
-        token, patience: as for `check_push`.
+        bundle: the files.
+        target: the repository.
+        token, retry: as for `check_push`.
 
     Raises:
-        SettingsError, HubError: as `check_push`; the repository is public and --public was not given, or the other
-            way round; the Hub refuses, goes on failing, or holds something else in the end.
+        SettingsError, HubError: as `check_push`; the repository's visibility differs from the target's; the Hub
+            refuses, keeps failing, or holds other contents at the end.
     """
-    patience = patience or Patience()
-    token = find_token(token)
+    retry = retry or RetryPolicy()
+    token = find_hub_token(token)
     api, repo_id = HfApi(token=token), target.repo_id
-    with explained(token, again=find_command(parcel, target)):
-        check_push(repo_id, token=token, patience=patience)
-        patience.ask("create_repo", lambda: api.create_repo(repo_id, private=not target.public, exist_ok=True))
-        _check_visibility(bool(patience.ask("model_info", lambda: api.model_info(repo_id)).private), target)
+    with explain_refusals(token, again=find_command(bundle, target)):
+        check_push(repo_id, token=token, retry=retry)
+        retry.call("create_repo", lambda: api.create_repo(repo_id, private=not target.public, exist_ok=True))
+        _check_visibility(bool(retry.call("model_info", lambda: api.model_info(repo_id)).private), target)
         if target.revision is not None:
             branch = target.revision
-            patience.ask("create_branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+            retry.call("create_branch", lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
         sent: dict[str, None] = {}
         removed: dict[str, None] = {}
-        patience.ask("sending", lambda: _send(api, parcel, target, sent=sent, removed=removed))
-        held = patience.ask("comparing", lambda: _list_files(api, target))
-        changed = [file.path for file in parcel.files if not _is_held(file, held)]
+        retry.call("sending", lambda: _send(api, bundle, target, sent=sent, removed=removed))
+        held = retry.call("comparing", lambda: _list_files(api, target))
+        changed = [file.path for file in bundle.files if not _is_held(file, held)]
         if changed:
             raise HubError(
-                f"the Hub took the commit, and {repo_id} holds other contents for {', '.join(changed)}",
+                f"the Hub accepted the commit, but {repo_id} holds other contents for {', '.join(changed)}",
                 expected="the files that were sent",
-                do="see whether somebody else pushes to it, and whether its .gitignore names them; then push again",
+                do="check that nobody else pushes to it, and that its .gitignore names none of them; then push again",
             )
-        commit = patience.ask("model_info", lambda: api.model_info(repo_id, revision=target.revision)).sha
+        commit = retry.call("model_info", lambda: api.model_info(repo_id, revision=target.revision)).sha
     branch_url = f"/tree/{target.revision}" if target.revision else ""
     return Pushed(f"{api.endpoint}/{repo_id}{branch_url}", str(commit), tuple(sent), tuple(removed))
 
 
-def find_command(parcel: Parcel, target: Target) -> str:
-    """The one line that pushes the same again."""
-    words = ["dpokit", "push", str(parcel.run.path), "--repo-id", target.repo_id, "--what", parcel.what]
-    words += ["--base-model", parcel.base_model] if parcel.base_model else []
-    return shlex.join([*words, *target.flags()])
+def find_command(bundle: Bundle, target: PushTarget) -> str:
+    """The shell command that repeats the push."""
+    command = ["dpokit", "push", str(bundle.run.path), "--repo-id", target.repo_id, "--what", bundle.weights]
+    command += ["--base-model", bundle.base_model] if bundle.base_model else []
+    return shlex.join([*command, *target.flags()])
 
 
-def _send(api: HfApi, parcel: Parcel, target: Target, *, sent: dict[str, None], removed: dict[str, None]) -> None:
-    """One try; paths sent and removed are added. It begins with what the Hub holds by then: nothing goes twice."""
-    held, names = _list_files(api, target), {file.path for file in parcel.files}
-    missing = [file for file in parcel.files if not _is_held(file, held)]
+def _send(api: HfApi, bundle: Bundle, target: PushTarget, *, sent: dict[str, None], removed: dict[str, None]) -> None:
+    """Tries once, and adds to `sent` and `removed`. Compares with the Hub first: a retry sends nothing twice."""
+    held, names = _list_files(api, target), {file.path for file in bundle.files}
+    missing = [file for file in bundle.files if not _is_held(file, held)]
     stale = [path for path in held if path not in names and _is_stale(path)]
     sent |= dict.fromkeys(file.path for file in missing)
     removed |= dict.fromkeys(stale)
     if missing or stale:
         size = sum(file.size_bytes for file in missing)
-        say(f"sending {len(missing)} of {len(parcel.files)} files, {size:,} bytes, to {target.repo_id}")
+        say(f"sending {len(missing)} of {len(bundle.files)} files, {size:,} bytes, to {target.repo_id}")
         api.create_commit(
             target.repo_id,
             [*map(_build_operation, missing), *map(CommitOperationDelete, stale)],
-            commit_message=target.message or f"{WHATS[parcel.what]}, by dpokit",
+            commit_message=target.message or f"{WEIGHTS[bundle.weights]}, by dpokit",
             revision=target.revision,
         )
 
 
-def _build_operation(file: ParcelFile) -> CommitOperationAdd:
+def _build_operation(file: BundleFile) -> CommitOperationAdd:
     operation = CommitOperationAdd(file.path, file.source if file.content is None else file.content)
-    if "sha256" in vars(file):  # computed already, to compare
+    if "sha256" in vars(file):  # already computed for the comparison
         operation.upload_info.sha256 = bytes.fromhex(file.sha256)
     return operation
 
 
-def _list_files(api: HfApi, target: Target) -> dict[str, RepoFile]:
-    found = api.list_repo_tree(target.repo_id, recursive=True, revision=target.revision)
-    return {entry.path: entry for entry in found if isinstance(entry, RepoFile)}
+def _list_files(api: HfApi, target: PushTarget) -> dict[str, RepoFile]:
+    entries = api.list_repo_tree(target.repo_id, recursive=True, revision=target.revision)
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
-def _is_held(file: ParcelFile, held: Mapping[str, RepoFile]) -> bool:
-    """Whether the Hub has this content under this path; a large file is read only where the sizes agree."""
-    there = held.get(file.path)
-    if there is None or there.size != file.size_bytes:
+def _is_held(file: BundleFile, held: Mapping[str, RepoFile]) -> bool:
+    """Whether the Hub has this content under this path. Hashes the file only if the sizes are equal."""
+    entry = held.get(file.path)
+    if entry is None or entry.size != file.size_bytes:
         return False
-    return there.lfs.sha256 == file.sha256 if there.lfs else there.blob_id == file.git_sha1
+    return entry.lfs.sha256 == file.sha256 if entry.lfs else entry.blob_id == file.git_sha1
 
 
 def _is_stale(path: str) -> bool:
@@ -183,16 +183,16 @@ def _is_stale(path: str) -> bool:
     return name in STALE or (name.startswith("model-") and name.endswith(".safetensors") and "-of-" in name)
 
 
-def _check_visibility(private: bool, target: Target) -> None:
+def _check_visibility(private: bool, target: PushTarget) -> None:
     if private and target.public:
         raise HubError(
-            f"--public, and {target.repo_id} is private",
-            expected="one of the two",
-            do=f"leave --public out, or open it: hf repos settings {target.repo_id} --public",
+            f"--public, but {target.repo_id} is private",
+            expected="a public repository, or a push without --public",
+            do=f"leave --public out, or make it public: hf repos settings {target.repo_id} --public",
         )
     if not private and not target.public:
         raise HubError(
-            f"{target.repo_id} is public: everybody would see what is sent; nothing was",
-            expected="--public (of a run: --hub_private_repo false), or a repository that is private",
-            do=f"add --public, name another --repo-id, or close it: hf repos settings {target.repo_id} --private",
+            f"{target.repo_id} is public: everybody would see the files; nothing was sent",
+            expected="a private repository, or --public (when training: --hub_private_repo false)",
+            do=f"add --public, use another --repo-id, or make it private: hf repos settings {target.repo_id} --private",
         )

@@ -1,4 +1,4 @@
-"""What must not leave this machine with a model: tokens, local paths, user names. No torch."""
+"""Finds secrets, local paths and user names in files that are to be published. No torch."""
 
 import json
 import os
@@ -10,82 +10,86 @@ from huggingface_hub.constants import HF_TOKEN_PATH
 
 from dpokit.credentials import find_secrets, read_secret_variables
 
-# Forty hexadecimal digits are a key of Weights & Biases or the name of a commit; the words before the latter say so.
+# Forty hexadecimal digits are a key of Weights & Biases or a commit hash; one of these words precedes a hash.
 WANDB_KEY = re.compile(r"(?<![\w/@.-])[0-9a-f]{40}(?!\w)")
 COMMIT = re.compile(r"(revision|commit|sha|hash|fingerprint|version)[^,;{}]{0,40}$", re.I)
 URL = re.compile(r"\bhttps?://[^\s\"'<>()\[\]]+")
-JSON_BREAK = re.compile(r"(?<!\\)\\[nrtbf]")  # a letter to a pattern, a blank to a reader
+JSON_BREAK = re.compile(
+    r"(?<!\\)\\[nrtbf]"
+)  # an escaped control character: white space to a reader, a letter to a pattern
 HOMES = re.compile(r"(?<![\w.])/(home|Users)/[\w.-]+|\b[A-Za-z]:(\\{1,2}|/)Users(\\{1,2}|/)[\w.-]+")
 FILE_URL = re.compile(r"\bfile:/+[\w~.][^\s\"'<>]*")
-# A value of a configuration that is a path and nothing else: of this machine or, where it was copied from, of another.
+# A JSON value that is only a path, of this machine or of another one that the file was copied from.
 VALUE = re.compile(r'(?<=")((/[\w.+@-]+){2,}/?|~/[^\s"]+|\\\\\\\\[\w.$-]+\\\\[^"]+|[A-Za-z]:(\\\\|/)[^"]+)(?=")')
 ABSOLUTE = re.compile(r"(?<![\w.])/[\w.+-]+(/[\w.@+-]+)+")
-OF_EVERY_MACHINE = {"usr", "bin", "dev", "etc", "proc", "sys", "lib"}
+SYSTEM_FOLDERS = {"usr", "bin", "dev", "etc", "proc", "sys", "lib"}
 
 
 class LeakFinder:
-    """Searches what is to be sent.
+    """Searches the contents of files for secrets and local paths.
 
     Args:
-        folders: of this machine, beside the home and the working directory, of which nothing may be said.
+        folders: local folders whose paths must not be published, beside the home and the working directory.
     """
 
     def __init__(self, folders: Iterable[Path]) -> None:
-        named = [Path.home(), Path.cwd(), *folders]
-        self._folders = sorted({form for path in named for form in (path.absolute(), path.resolve())} - {Path("/")})
-        self._own = [_find_text(path) for path in self._folders]
-        self._stored = _read_stored_token()
+        private = [Path.home(), Path.cwd(), *folders]
+        self._folders = sorted({form for path in private for form in (path.absolute(), path.resolve())} - {Path("/")})
+        self._folder_patterns = [_compile_path(path) for path in self._folders]
+        self._stored_token = _read_stored_token()
         names = {Path.home().name, os.environ.get("USER"), os.environ.get("LOGNAME")}
         self._users = names - {"root", "", None}
 
-    def in_text(self, text: str) -> Iterator[tuple[int, str]]:
-        """Line (from 1) and what stands there, in a card or in JSON. A token is named by its kind and never shown."""
+    def search_text(self, text: str) -> Iterator[tuple[int, str]]:
+        """Yields (line number from 1, description) of each leak in a card or in JSON. Never shows a secret itself."""
         for number, line in enumerate(text.splitlines(), 1):
             yield from ((number, kind) for kind in find_secrets(line))
             if any(not COMMIT.search(line[: like.start()]) for like in WANDB_KEY.finditer(line)):
                 yield number, "a Weights & Biases key"
-            if self._stored and self._stored in line:
+            if self._stored_token and self._stored_token in line:
                 yield number, "the value of the Hub's token"
             line = JSON_BREAK.sub("  ", URL.sub("", line))
-            paths = [found[0] for pattern in (HOMES, FILE_URL, *self._own) if (found := pattern.search(line))]
-            paths += [found[0] for found in ABSOLUTE.finditer(line) if self._is_of_here(Path(found[0].rstrip(".")))]
+            paths = [
+                match[0] for pattern in (HOMES, FILE_URL, *self._folder_patterns) if (match := pattern.search(line))
+            ]
+            paths += [match[0] for match in ABSOLUTE.finditer(line) if self._is_local(Path(match[0].rstrip(".")))]
             if paths:
                 yield number, f"the local path {max(paths, key=len)}"
 
-    def in_json(self, text: str) -> Iterator[tuple[int, str]]:
-        """As `in_text`, and any path that is a whole value, wherever it may be one."""
-        told = list(self.in_text(text))
-        yield from told
-        known = {number for number, _ in told}
+    def search_json(self, text: str) -> Iterator[tuple[int, str]]:
+        """As `search_text`; also finds every value that is only a path, of whatever machine."""
+        leaks = list(self.search_text(text))
+        yield from leaks
+        reported = {number for number, _ in leaks}
         for number, line in enumerate(text.splitlines(), 1):
-            if number not in known and (path := VALUE.search(line)):
+            if number not in reported and (path := VALUE.search(line)):
                 yield number, f"the local path {path[0]}"
 
-    def in_bytes(self, content: bytes) -> Iterator[str]:
-        """This machine's own secrets and folders, in a file that is no prose.
+    def search_bytes(self, content: bytes) -> Iterator[str]:
+        """Yields a description of each of this machine's secrets and folders that a vocabulary file holds.
 
-        A vocabulary holds what the texts of the world hold, `/root` among it, so nothing else is searched for.
+        Searches for nothing else: a vocabulary may well hold `/root`, or words that look like a secret.
         """
-        secrets = {**dict(read_secret_variables()), "the Hub's token": self._stored}
+        secrets = {**dict(read_secret_variables()), "the Hub's token": self._stored_token}
         yield from (f"the value of {name}" for name, secret in secrets.items() if secret and secret.encode() in content)
         for path in self._folders:
             if len(path.parts) > 2 and re.search(re.escape(str(path).encode()) + rb"(?![\w-])", content):
                 yield f"the local path {path}"
 
-    def _is_of_here(self, path: Path) -> bool:
-        """Whether an absolute path in a text is one of this machine, or holds its user's name."""
-        if path.parts[1] in OF_EVERY_MACHINE:
+    def _is_local(self, path: Path) -> bool:
+        """Whether an absolute path exists on this machine, or holds the user's name."""
+        if path.parts[1] in SYSTEM_FOLDERS:
             return False
         return bool(self._users & set(path.parts)) or _exists(path) or (len(path.parts) > 3 and _exists(path.parent))
 
 
 def _read_stored_token() -> str | None:
-    stored = Path(HF_TOKEN_PATH)  # read as it is: huggingface_hub would renew a token that ages, by a request
+    stored = Path(HF_TOKEN_PATH)  # not by huggingface_hub, which may send a request to renew an old token
     return stored.read_text().strip() or None if stored.is_file() else None
 
 
-def _find_text(path: Path) -> re.Pattern[str]:
-    """The path as it stands in text or, its letters escaped, in JSON."""
+def _compile_path(path: Path) -> re.Pattern[str]:
+    """A pattern for the path as text, and with the escapes of JSON."""
     forms = sorted({str(path), json.dumps(str(path))[1:-1]})
     return re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, forms))})(?![\w-])[^\s\"']*")
 
@@ -93,5 +97,5 @@ def _find_text(path: Path) -> re.Pattern[str]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name longer than any file's, a folder that may not be read
+    except OSError:  # a name that is too long, or a folder without permission to read
         return False

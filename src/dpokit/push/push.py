@@ -1,4 +1,4 @@
-"""From a run folder to the Hub: what `dpokit push` does."""
+"""Pushes a run folder to the Hub: the work of `dpokit push`."""
 
 import sys
 from dataclasses import dataclass
@@ -9,82 +9,82 @@ from dpokit.card.card import write_card
 from dpokit.card.origin import Weights
 from dpokit.console import say
 from dpokit.errors import SettingsError
-from dpokit.push.bundle import Parcel, build_parcel
-from dpokit.push.choose_weights import What, choose
-from dpokit.push.hub import Pushed, Target, push_parcel
+from dpokit.push.bundle import Bundle, build_bundle
+from dpokit.push.choose_weights import ChosenWeights, choose_weights
+from dpokit.push.hub import Pushed, PushTarget, push_bundle
 from dpokit.push.permissions import check_repo_id
-from dpokit.push.retry import Patience
+from dpokit.push.retry import RetryPolicy
 from dpokit.rundir import RunDir
 
-CARD_WORDS: dict[What, Weights] = {"merged": "model", "adapter": "adapter", "both": "both"}  # of what is sent
+CARD_WEIGHTS: dict[ChosenWeights, Weights] = {"merged": "model", "adapter": "adapter", "both": "both"}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was sent, or would be.
+    """The result of a push or a dry run.
 
     Attributes:
-        parcel: all that belongs there.
-        target: where.
-        pushed: None where nothing was sent.
+        bundle: all files of the push.
+        target: the repository.
+        pushed: the upload's result; None for a dry run.
     """
 
-    parcel: Parcel
-    target: Target
+    bundle: Bundle
+    target: PushTarget
     pushed: Pushed | None
 
     def record(self) -> dict[str, Any]:
         """JSON values."""
-        return self.target.record() | self.parcel.record() | (self.pushed.record() if self.pushed else {})
+        return self.target.record() | self.bundle.record() | (self.pushed.record() if self.pushed else {})
 
     def describe(self) -> str:
-        """The same for a reader."""
-        return self.pushed.describe() if self.pushed else f"{self.target.describe()}\n{self.parcel.describe()}"
+        """The record as text."""
+        return self.pushed.describe() if self.pushed else f"{self.target.describe()}\n{self.bundle.describe()}"
 
 
 def push_run(
     folder: Path,
-    target: Target,
+    target: PushTarget,
     *,
-    what: str | None = None,
+    weights: str | None = None,
     base_model: str | None = None,
     license: str | None = None,
     dry_run: bool = False,
     yes: bool = False,
-    patience: Patience | None = None,
+    retry: RetryPolicy | None = None,
 ) -> Outcome:
-    """Sends a run with its card. One process alone calls it; with `yes` it waits for nobody.
+    """Sends a run and its card to the Hub. Only one process calls it.
 
     Args:
-        folder: of the run.
-        target: where to.
-        what, base_model: as for `build_parcel`.
-        license: the card is written anew with it; None takes the card that is there.
-        dry_run: sends nothing, and asks neither the Hub nor for a token.
-        yes: is the consent that is else asked for on the terminal.
-        patience: with a Hub that fails for a while.
+        folder: the run folder.
+        target: the repository.
+        weights, base_model: as for `build_bundle`.
+        license: writes the card again with this licence; None keeps the present card.
+        dry_run: send nothing, contact no server and need no token.
+        yes: send without asking on the terminal.
+        retry: how often and how long failed requests are repeated.
 
-    Raises: DpokitError: what the user can mend.
+    Raises: DpokitError: an error that the user can correct.
     """
     check_repo_id(target.repo_id)
     run = RunDir(folder)
     if license is not None:
-        weights = CARD_WORDS[choose(run, what)]
-        write_card(run, license=license, repo_id=target.repo_id, base_model=base_model, weights=weights)
-    parcel = build_parcel(run, what=what, base_model=base_model, repo_id=target.repo_id)
+        published = CARD_WEIGHTS[choose_weights(run, weights)]
+        write_card(run, license=license, repo_id=target.repo_id, base_model=base_model, weights=published)
+    bundle = build_bundle(run, weights=weights, base_model=base_model, repo_id=target.repo_id)
     if dry_run:
-        return Outcome(parcel, target, None)
-    say(f"{target.describe()}\n{parcel.describe()}")
+        return Outcome(bundle, target, None)
+    say(f"{target.describe()}\n{bundle.describe()}")
     if not yes:
-        _check_consent(f"send {len(parcel.files)} files to {target.repo_id}")
-    return Outcome(parcel, target, push_parcel(parcel, target, patience=patience))
+        _check_consent(f"send {len(bundle.files)} files to {target.repo_id}")
+    return Outcome(bundle, target, push_bundle(bundle, target, retry=retry))
 
 
-def _check_consent(what: str) -> None:
-    """Raises SettingsError where the user, or nobody, says no."""
-    do = "--yes to send it without a question, --dry-run to see it alone"
+def _check_consent(action: str) -> None:
+    """Raises SettingsError if the user refuses, or if there is no terminal to ask on."""
+    do = "--yes to send without a question, --dry-run to only list the files"
     if not sys.stdin.isatty():
-        raise SettingsError(f"about to {what}, and there is no terminal to ask on", expected="consent", do=do)
-    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
+        raise SettingsError(f"about to {action}, but there is no terminal to ask on", expected="consent", do=do)
+    print(f"{action}? [y/N] ", end="", file=sys.stderr, flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise SettingsError("nothing was sent: the answer was no", expected="consent", do=do)

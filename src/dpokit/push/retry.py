@@ -1,4 +1,4 @@
-"""Asking the Hub again: which failures pass, how long to wait for them, and one line for each try."""
+"""Repeats failed requests to the Hub: which failures are temporary, and how long to wait after them."""
 
 import logging
 import os
@@ -21,84 +21,84 @@ from dpokit.errors import HubError
 
 T = TypeVar("T")
 
-TOO_EARLY = (408, 429)
-# hf_xet goes on for minutes without a word unless told otherwise; what it gives up is tried again here.
+RETRY_STATUSES = (408, 429)
+# By default hf_xet retries for minutes without output; with these limits it fails soon, and `call` tries again.
 XET_LIMITS = {"HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3", "HF_XET_CLIENT_RETRY_MAX_DURATION": "30s"}
 XET_STATUS = re.compile(r"HTTP status \w+ error \((\d{3})")
-QUERY = re.compile(r"\?[^\s'\"]+")  # of an address that was signed for an upload: whoever has it may write there
+QUERY = re.compile(r"\?[^\s'\"]+")  # of a signed upload address, which lets anyone write there
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a call failed.
+    """The reason why a call failed.
 
     Attributes:
-        seen: in words, after "the Hub".
-        status: of its answer; None where there was none.
-        passes: whether it is worth another try.
-        asked_seconds: how long the Hub wants to be left alone, where it says so.
+        reason: the second half of a sentence that begins with "the Hub".
+        status: the answer's HTTP status; None without an answer.
+        is_temporary: whether another try may succeed.
+        retry_after_seconds: the wait that the Hub asks for; None if it asks for none.
     """
 
-    seen: str
+    reason: str
     status: int | None = None
-    passes: bool = False
-    asked_seconds: float | None = None
+    is_temporary: bool = False
+    retry_after_seconds: float | None = None
 
 
 @dataclass(frozen=True)
-class Patience:
-    """Limits of trying again.
+class RetryPolicy:
+    """How often and how long a failed call is repeated.
 
     Attributes:
-        tries: of each call. huggingface_hub makes up to six tries of its own in some of them.
-        first_wait_seconds: before the second try; it doubles from one to the next.
-        most_wait_seconds: between two tries, unless the Hub asks for more.
-        most_asked_seconds: that are granted where the Hub asks for time (Retry-After, RateLimit).
-        silence_seconds: without a byte, after which a connection is given up.
+        tries: tries of each call. In some calls huggingface_hub itself tries up to six times.
+        first_wait_seconds: wait before the second try; it doubles with each further try.
+        most_wait_seconds: longest wait between two tries, unless the Hub asks for more.
+        most_retry_after_seconds: longest wait that the Hub can ask for (Retry-After, RateLimit).
+        silence_seconds: a connection that carries no byte for so long is closed.
     """
 
     tries: int = 6
     first_wait_seconds: float = 2.0
     most_wait_seconds: float = 60.0
-    most_asked_seconds: float = 600.0
+    most_retry_after_seconds: float = 600.0
     silence_seconds: float = 180.0
 
-    def ask(self, what: str, call: Callable[[], T]) -> T:
-        """The call's answer. Server errors (5xx), 408, 429, lost and silent connections are tried again.
+    def call(self, name: str, function: Callable[[], T]) -> T:
+        """Returns the function's result. Tries again after 5xx, 408 and 429, and after lost and silent connections.
 
         Args:
-            what: the call's name, for the line that says so.
-            call: repeatable: an answer may be lost after the Hub has done what it was asked for.
+            name: the call's name in messages.
+            function: safe to repeat: an answer can be lost after the Hub has carried out the request.
 
         Raises:
-            HubError: the Hub went on failing.
-            Exception: what cannot pass, as huggingface_hub raises it; `find_failure` reads it.
+            HubError: the Hub kept failing.
+            Exception: a permanent error, as huggingface_hub raises it; `find_failure` reads it.
         """
-        for past in range(self.tries):
+        for failed in range(self.tries):
             try:
                 with self._bounded():
-                    return call()
+                    return function()
             except Exception as error:
                 failure = find_failure(error)
-                if failure is None or not failure.passes:
+                if failure is None or not failure.is_temporary:
                     raise
-                seen, cause = f"{what}: the Hub {failure.seen}", error
-            if past == self.tries - 1:
+                problem, cause = f"{name}: the Hub {failure.reason}", error
+            if failed == self.tries - 1:
                 break
-            wait = min(self.first_wait_seconds * 2**past, self.most_wait_seconds)
-            if failure.asked_seconds is not None:
-                wait = min(max(wait, failure.asked_seconds), self.most_asked_seconds)
-            say(f"{seen}; trying again in {wait:.3g} s ({past + 2} of {self.tries})")
+            wait = min(self.first_wait_seconds * 2**failed, self.most_wait_seconds)
+            if failure.retry_after_seconds is not None:
+                wait = min(max(wait, failure.retry_after_seconds), self.most_retry_after_seconds)
+            say(f"{problem}; trying again in {wait:.3g} s ({failed + 2} of {self.tries})")
             time.sleep(wait)
         raise HubError(
-            f"{seen}, {self.tries} times in a row" if self.tries > 1 else seen,
+            f"{problem}, {self.tries} times in a row" if self.tries > 1 else problem,
             expected="a Hub that answers",
             do="try again later (https://status.huggingface.co)",
         ) from cause
 
     @contextmanager
     def _bounded(self) -> Iterator[None]:
-        """huggingface_hub waits for ever on a connection that is silent; and its own lines show signed addresses."""
+        """Sets a time limit for silent connections, and removes signed addresses from huggingface_hub's log lines."""
         for name, limit in XET_LIMITS.items():
             os.environ.setdefault(name, limit)
         session, logger = get_session(), logging.getLogger("huggingface_hub.utils._http")
@@ -112,45 +112,50 @@ class Patience:
 
 
 def find_failure(error: BaseException) -> Failure | None:
-    """What an error of huggingface_hub, its HTTP client or hf_xet says of the Hub; None where it is something else.
+    """The failure behind an error of huggingface_hub, its HTTP client or hf_xet; None for other errors.
 
-    An upload's failure is raised as a RuntimeError without words, so causes are read.
+    Reads the error's causes too: a failed upload raises a RuntimeError without a message.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, HfHubHTTPError):
-            return _read_response(seen.response)
-        if isinstance(seen, httpx2.TimeoutException):
-            return Failure("gave no answer in time", passes=True)
-        if isinstance(seen, (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)):
-            return Failure(f"could not be reached, or broke off ({type(seen).__name__}: {plain(seen)})", passes=True)
-        if isinstance(seen, JSONDecodeError):
-            # A proxy's page, where huggingface_hub reads before it looks at the status.
-            return Failure("gave an answer that is none of its own", passes=True)
-        if isinstance(seen, (ConnectionError, TimeoutError)):  # hf_xet's, whatever the matter was
-            if status := XET_STATUS.search(str(seen)):
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, HfHubHTTPError):
+            return _read_response(cause.response)
+        if isinstance(cause, httpx2.TimeoutException):
+            return Failure("gave no answer in time", is_temporary=True)
+        if isinstance(cause, (httpx2.NetworkError, httpx2.RemoteProtocolError, httpx2.ProxyError)):
+            return _describe_lost_connection(cause)
+        if isinstance(cause, JSONDecodeError):
+            # A proxy's page: huggingface_hub parses the body before it checks the status.
+            return Failure("gave an answer that is not its own", is_temporary=True)
+        if isinstance(cause, (ConnectionError, TimeoutError)):  # hf_xet raises these for every problem
+            if status := XET_STATUS.search(str(cause)):
                 return _read_status(int(status[1]), "the upload")
-            return Failure(f"could not be reached, or broke off ({type(seen).__name__}: {plain(seen)})", passes=True)
-        seen = seen.__cause__ or seen.__context__
+            return _describe_lost_connection(cause)
+        cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _describe_lost_connection(error: BaseException) -> Failure:
+    text = f"{type(error).__name__}: {shorten_error(error)}"
+    return Failure(f"could not be reached, or the connection broke ({text})", is_temporary=True)
 
 
 def _read_response(response: httpx2.Response) -> Failure:
     request = response.request
     limit = parse_ratelimit_headers(response.headers)
-    asked = read_retry_after(response.headers)
-    if asked is None and limit is not None and limit.remaining == 0:
-        asked = float(limit.reset_in_seconds)
-    return _read_status(response.status_code, f"{request.method} {request.url.path}", asked)
+    wait = read_retry_after(response.headers)
+    if wait is None and limit is not None and limit.remaining == 0:
+        wait = float(limit.reset_in_seconds)
+    return _read_status(response.status_code, f"{request.method} {request.url.path}", wait)
 
 
-def _read_status(status: int, where: str, asked_seconds: float | None = None) -> Failure:
-    passes = status in TOO_EARLY or status >= 500
-    return Failure(f"answered {status} to {where}", status, passes, asked_seconds)
+def _read_status(status: int, request: str, retry_after_seconds: float | None = None) -> Failure:
+    is_temporary = status in RETRY_STATUSES or status >= 500
+    return Failure(f"answered {status} to {request}", status, is_temporary, retry_after_seconds)
 
 
-def plain(error: BaseException) -> str:
-    """Its text in one line of at most 300 letters, without what would let others write to a signed address."""
+def shorten_error(error: BaseException) -> str:
+    """The error's text as one line of at most 300 letters, without the queries of signed addresses."""
     return QUERY.sub("", " ".join(str(error).split()))[:300]
 
 

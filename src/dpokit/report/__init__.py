@@ -1,1 +1,1 @@
-"""A run, or several, on one page: read from their folders, drawn, told in a sentence."""
+"""Reports of one run or several: figures, tables and a verdict on one page."""

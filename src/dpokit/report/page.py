@@ -1,4 +1,4 @@
-"""One self-contained HTML file, and a PNG of each figure beside it. No torch."""
+"""Writes a report: one self-contained HTML file, and a PNG of each figure beside it. No torch."""
 
 import json
 import re
@@ -17,18 +17,24 @@ from dpokit.figures import Drawing, css, draw
 from dpokit.report import tables
 from dpokit.report.curves import build_figures, explain_figures, letter
 from dpokit.report.read import EVAL_LOSS, Run, load_runs, mapping
-from dpokit.report.verdict import check_metric, find_judgement, judge, judge_several, sort_runs
+from dpokit.report.verdict import (
+    build_comparison,
+    build_verdict,
+    check_logged_metric,
+    find_evaluation_verdict,
+    sort_runs,
+)
 from dpokit.rundir import RunDir, write_whole
 from dpokit.terminal import escape_controls
 
-SIGNATURE = "dpokit report"  # in every file of ours, so that no other is overwritten
+SIGNATURE = "dpokit report"  # in each file of a report, so that no other file is overwritten
 MOST_SAMPLES = 20
 MOST_LETTERS = 4000  # of a prompt or an answer
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, and its verdict in words."""
+    """The written files and the verdict."""
 
     report: Path
     pngs: list[Path]
@@ -40,26 +46,26 @@ class Report:
 
 
 def write_report(paths: Sequence[Path], *, output: Path | None = None, metric: str | None = None) -> Report:
-    """Reads the folders, draws, and writes each file whole or not at all.
+    """Reads the folders, draws the figures, and writes each file atomically.
 
     Args:
-        paths: run folders; one gives its own report, several are compared.
-        output: the HTML file; without it RUN/report/report.html, or ./report.html for several runs.
-        metric: what several runs are sorted by, and the best evaluation is chosen by; the lowest eval_loss without it.
+        paths: run folders; one gives its own report, several give a comparison.
+        output: the HTML file; None for RUN/report/report.html, or ./report.html for several runs.
+        metric: sorts the runs and selects the best evaluation; None for eval_loss.
 
     Raises:
-        RunFolderError: a folder without a run, a file that is damaged or holds values of other types, a file of others
-            in the way, a disk that refuses.
-        SettingsError: a metric that a run does not have.
+        RunFolderError: a folder without a run, a file that is damaged or has values of other types, a target file that
+            dpokit did not write, or a disk error.
+        SettingsError: a run has no value of the metric.
     """
     try:
         return _write_report(paths, output=output, metric=metric)
     except (TypeError, ValueError, AttributeError, LookupError) as error:
-        # Whatever has the wrong type in JSON that is whole ends here: no file's every value is checked one by one.
+        # Values of a wrong type in valid JSON end here, because not every value of a file is checked by itself.
         raise RunFolderError(
-            f"a file in {', '.join(map(str, paths))} holds what no version of ours writes there: {error}",
-            expected="the files of a run as training and `dpokit evaluate` left them",
-            do="bring run.json, data.json and eval/ back from a copy of the folder",
+            f"a file in {', '.join(map(str, paths))} holds a value that no version of dpokit writes: {error}",
+            expected="the files of a run as training and `dpokit evaluate` wrote them",
+            do="restore run.json, data.json and eval/ from a copy of the folder",
         ) from error
 
 
@@ -70,7 +76,7 @@ def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | N
     if len(runs) > 1:
         runs = sort_runs(runs, metric or EVAL_LOSS)
     elif metric is not None:
-        check_metric(runs, metric)
+        check_logged_metric(runs, metric)
     if output is None:
         output = RunDir(runs[0].path).report / "report.html" if len(runs) == 1 else Path("report.html")
     drawings = [draw(figure, software=SIGNATURE) for figure in build_figures(runs)]
@@ -79,25 +85,26 @@ def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | N
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         for path in (output, *pngs):
-            check_ours(path)
+            check_report_overwrite(path)
         for path, drawing in zip(pngs, drawings, strict=True):
             write_whole(path, drawing.png)
-        for old in set(find_pngs(output)) - set(pngs):  # of metrics that the runs no longer have
-            if is_ours(old):
+        for old in set(find_pngs(output)) - set(pngs):  # pictures of metrics that the runs no longer have
+            if is_report_file(old):
                 old.unlink()
-        write_whole(output, render(page).encode(errors="replace"))  # a sample may hold half a letter
+        write_whole(output, render_page(page).encode(errors="replace"))  # a sample may hold a lone surrogate
     except OSError as error:
         raise _find_trouble(error) or error from None
     return Report(output, pngs, page["verdict"])
 
 
 def build_page(runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str) -> dict[str, Any]:
-    """What the template shows, as plain values; the figures' SVG alone is markup."""
+    """The template's values. Only the figures' SVG is markup; all else is plain text."""
     several = len(runs) > 1
     first = runs[0]
     notes = [f"{run.name}: {note}" if several else note for run in runs for note in (*list_alarms(run), *run.notes)]
-    notes += [] if several else [str(found) for found in (first.data or {}).get("findings") or []]
-    told = [f"{letter(at)}: {text}" for at, run in enumerate(runs) if several and (text := find_judgement(run))]
+    notes += [] if several else [str(finding) for finding in (first.data or {}).get("findings") or []]
+    verdicts = [find_evaluation_verdict(run) for run in runs] if several else []
+    judgements = [f"{letter(number)}: {text}" for number, text in enumerate(verdicts) if text]
     top = tables.compare_runs(runs, metric) if several else tables.list_pairs(first)[:1]
     below = [] if several else [*tables.list_pairs(first)[1:], tables.list_votes(first)]
     below += [] if several else [tables.list_evaluations(first, metric), tables.list_answers(first)]
@@ -105,9 +112,9 @@ def build_page(runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str)
     end = [] if several else [*tables.list_data(first), tables.list_restarts(first), *tables.list_settings(first)]
     return {
         "title": f"{len(runs)} runs compared" if several else first.name,
-        "verdict": judge_several(runs, metric) if several else judge(first, metric),
-        "proven": not several and find_judgement(first) is not None,
-        "judgements": told,
+        "verdict": build_comparison(runs, metric) if several else build_verdict(first, metric),
+        "proven": not several and find_evaluation_verdict(first) is not None,
+        "judgements": judgements,
         "facts": [] if several else list_facts(first),
         "notes": notes,
         "top": top,
@@ -122,14 +129,14 @@ def build_page(runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str)
 
 
 def list_alarms(run: Run) -> list[str]:
-    """What the evaluations during training said in plain words."""
+    """The alarms that evaluations during training raised, as sentences."""
     alarms = run.record.get("alarms")
-    found = [alarm for alarm in alarms if isinstance(alarm, dict)] if isinstance(alarms, list) else []
-    return [f"alarm at step {alarm.get('step')}: {alarm.get('text')}" for alarm in found]
+    valid = [alarm for alarm in alarms if isinstance(alarm, dict)] if isinstance(alarms, list) else []
+    return [f"alarm at step {alarm.get('step')}: {alarm.get('text')}" for alarm in valid]
 
 
-def render(page: dict[str, Any]) -> str:
-    """The page as HTML: every value is escaped by the template engine, but for the figures' SVG and our own CSS."""
+def render_page(page: dict[str, Any]) -> str:
+    """The page as HTML. The template engine escapes every value except the figures' SVG and the style sheet."""
     folder = files("dpokit.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable
@@ -140,11 +147,11 @@ def render(page: dict[str, Any]) -> str:
 
 
 def list_facts(run: Run) -> list[tuple[str, str]]:
-    """What stands under the title: state, model, data, time, machine."""
+    """The facts below the title: state, model, data, time, machine."""
     record = run.record
-    state = str(record.get("state") or "not known")
+    state = str(record.get("state") or "unknown")
     if state == "running":
-        state = "running, or killed: nobody wrote an end"
+        state = "running, or killed without a record of its end"
     if record.get("why"):
         state += f" ({record['why']})"
     steps = "none logged yet" if run.last_step is None else f"{run.last_step:,}"
@@ -165,33 +172,33 @@ def list_facts(run: Run) -> list[tuple[str, str]]:
 
 
 def find_samples(run: Run) -> tuple[list[dict[str, Any]], int]:
-    """The first answers of base and tuned with their prompts, and how many there are in all."""
+    """The first sampled answers of base and tuned with their prompts, and the number of all samples."""
     samples = []
     for record in run.answers[:MOST_SAMPLES]:
         answers = []
         for side in ("chosen", "base", "tuned"):
-            found = record.get(side)
-            text = found.get("text") if isinstance(found, dict) else found
-            cut = isinstance(found, dict) and found.get("ended") is False
+            answer = record.get(side)
+            text = answer.get("text") if isinstance(answer, dict) else answer
+            cut = isinstance(answer, dict) and answer.get("ended") is False
             if text is not None:
-                answers.append({"side": side, "text": _show(text), "cut": cut})
-        samples.append({"prompt": _show(record.get("prompt", "")), "answers": answers})
+                answers.append({"side": side, "text": _shorten(text), "cut": cut})
+        samples.append({"prompt": _shorten(record.get("prompt", "")), "answers": answers})
     return samples, len(run.answers)
 
 
-def check_ours(path: Path) -> None:
-    """Raises RunFolderError where the path is taken by anything that is not a report of ours."""
-    if path.exists() and not is_ours(path):
+def check_report_overwrite(path: Path) -> None:
+    """Raises RunFolderError if the path exists and is not a file of a report."""
+    if path.exists() and not is_report_file(path):
         raise RunFolderError(
-            f"{path} is there, and is no report of this toolkit",
-            expected="a free name, or an older report to be replaced",
-            do="--output with another file, or move that one away",
+            f"{path} exists, and is not a report by dpokit",
+            expected="a free name, or an older report to replace",
+            do="--output with another file, or move this one away",
         )
 
 
 def find_pngs(output: Path) -> list[Path]:
-    """The pictures beside a report that was written before; none where there is no report."""
-    page = output.read_text() if is_ours(output) else ""
+    """The pictures of an existing report; [] without one."""
+    page = output.read_text() if is_report_file(output) else ""
     return [_png(output, key) for key in re.findall(r'<figure id="([^"]+)"', page)]
 
 
@@ -199,22 +206,22 @@ def _png(output: Path, key: str) -> Path:
     return output.with_name(f"{output.stem}-{key}.png")
 
 
-def is_ours(path: Path) -> bool:
-    """Whether a report of this toolkit left this file."""
+def is_report_file(path: Path) -> bool:
+    """Whether `dpokit report` wrote this file."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
         return SIGNATURE.encode() in file.read(4096)
 
 
-def _show(value: object) -> str:
+def _shorten(value: object) -> str:
     text = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)).strip()
     more = len(text) - MOST_LETTERS
     return text if more <= 0 else f"{text[:MOST_LETTERS]} [... {more:,} letters more]"
 
 
 def _breakable(name: str) -> Markup:
-    """A long name that may be broken after a slash or an underscore; `join` escapes the parts."""
+    """A name in which a line may break after a slash or an underscore; `join` escapes the parts."""
     return Markup("<wbr>").join(re.split(r"(?<=[/_])", escape_controls(name)))
 
 

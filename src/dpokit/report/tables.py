@@ -14,7 +14,7 @@ from dpokit.settings.flag_facts import Fact, flags_with
 
 MOST_EVALUATIONS = 200
 MISSING = "-"
-# A cell that stands under others by its digits: a number, perhaps with its interval.
+# A cell to align by its digits: a number, perhaps with its interval.
 NUMBER = re.compile(r"-?\d[\d.,e+-]*($| \()|NaN|-?$")
 
 
@@ -23,11 +23,11 @@ class Table:
     """A table of a report.
 
     Attributes:
-        title, note: above it.
+        title, note: text above the table.
         head: names of the columns; the first column names the row.
-        rows: cells.
-        marked: numbers of the rows that stand out, and in `mark` why.
-        folded: shown when it is asked for.
+        rows: the cells.
+        marked, mark: index of the highlighted row, and the reason for it; None for no row.
+        folded: whether the table is hidden until the reader opens it.
     """
 
     title: str
@@ -38,14 +38,14 @@ class Table:
     mark: str = ""
     folded: bool = False
 
-    def words(self) -> set[int]:
-        """Columns that hold words rather than numbers; the first always does, as it names the row."""
+    def text_columns(self) -> set[int]:
+        """Indices of the columns with text instead of numbers; always with the first one, which names the row."""
         columns = range(len(self.head))
-        return {0} | {at for at in columns if not all(NUMBER.match(row[at]) for row in self.rows)}
+        return {0} | {column for column in columns if not all(NUMBER.match(row[column]) for row in self.rows)}
 
 
 def number(value: object) -> str:
-    """A number in few digits; `NaN` for what was logged but not finite."""
+    """A number in few digits; `NaN` for a logged value that is not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "NaN" if value is None else str(value)
     if finite(value) is None:
@@ -59,26 +59,26 @@ def number(value: object) -> str:
 
 
 def interval(value: object) -> str:
-    """`{value, low, high}` as `0.71 (0.69 to 0.73)`; a plain number as it is."""
+    """Formats `{value, low, high}` as `0.71 (0.69 to 0.73)`, and a plain number as `number` does."""
     if not isinstance(value, Mapping):
         return MISSING if value is None else number(value)
     text = number(value.get("value"))
     if "low" in value and "high" in value:
-        # An interval is broken before its bracket or not at all.
+        # Non-breaking spaces: a line may break only before the bracket.
         text += f" ({number(value['low'])}\u00a0to\u00a0{number(value['high'])})"
     text += f", of {number(value['pairs'])} pairs" if "pairs" in value else ""
     return text + (f", p = {number(value['p'])}" if "p" in value else "")
 
 
 def text_of(value: object) -> str:
-    """A setting's value as it would be written on the command line."""
+    """A setting's value as on the command line."""
     if isinstance(value, float):
         return f"{value:.12g}"  # 0.3, not 0.30000000000000004
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
 
 
 def list_evaluations(run: Run, metric: str = EVAL_LOSS) -> Table | None:
-    """The table that TRL's users know: a row for each evaluation. None without any."""
+    """The evaluations during training, one row each, as in TRL's own table; None without evaluations."""
     columns = {name: title for name, title in list_report_columns().items() if run.series(name)[0]}
     rows, steps, loss = [], [], MISSING
     for record in run.metrics:
@@ -94,12 +94,16 @@ def list_evaluations(run: Run, metric: str = EVAL_LOSS) -> Table | None:
     kept = set(range(0, len(rows), -(-len(rows) // MOST_EVALUATIONS))) | {len(rows) - 1}
     kept |= {marked} if marked is not None else set()
     order = sorted(kept)
-    shown = "" if len(order) == len(rows) else f"{len(order):,} of {len(rows):,}, evenly spaced, with best and last"
+    shown = (
+        ""
+        if len(order) == len(rows)
+        else f"{len(order):,} of {len(rows):,} evaluations, evenly spaced, with the best and the last"
+    )
     end = "lowest" if is_lower_better(metric) else "highest"
     return Table(
         "Evaluations during training",
         ["step", "training loss", *columns.values()],
-        [rows[at] for at in order],
+        [rows[index] for index in order],
         note=shown,
         marked=None if marked is None else order.index(marked),
         mark="" if marked is None else f"{end} {metric}",
@@ -107,25 +111,25 @@ def list_evaluations(run: Run, metric: str = EVAL_LOSS) -> Table | None:
 
 
 def list_restarts(run: Run) -> Table | None:
-    """Every start of a run that was started more than once."""
+    """The starts of a run; None for a run that was started only once."""
     if len(run.starts) < 2:
         return None
     rows = []
-    for at, start in enumerate(run.starts):
-        if at + 1 == len(run.starts):
+    for number, start in enumerate(run.starts, start=1):
+        if number == len(run.starts):
             step, ended = run.last_step, run.record.get("state")
         else:
             step, ended = start.get("ended_step"), start.get("ended")
             ended = "lost" if ended == "running" else ended
         origin = (start.get(name) for name in ("began", "host", "job", "resumed_step"))
-        cells = (at + 1, *origin, step, ended)
+        cells = (number, *origin, step, ended)
         rows.append([MISSING if cell is None else str(cell) for cell in cells])
     head = ["start", "began", "host", "job", "from step", "to step", "ended"]
-    return Table("Starts", head, rows, note="Lost: nobody wrote how it ended.")
+    return Table("Starts", head, rows, note="Lost: the process ended without a record of the reason.")
 
 
 def list_data(run: Run) -> list[Table]:
-    """Rows kept, dropped and shortened, then why each was dropped."""
+    """One table of the rows kept, dropped and shortened, and one of the reasons for dropping."""
     splits = [(name, split) for name, split in (run.data or {}).items() if isinstance(split, dict) and "rows" in split]
     if not splits:
         return []
@@ -142,7 +146,7 @@ def list_data(run: Run) -> list[Table]:
 
 
 def list_pairs(run: Run) -> list[Table]:
-    """Base against tuned on held-out pairs, then by groups of pairs; as `dpokit evaluate` left them."""
+    """The results of `dpokit evaluate`: base and tuned on held-out pairs, then by groups of pairs."""
     pairs = run.pairs or {}
     sides = {side: pairs[side] for side in ("base", "tuned") if isinstance(pairs.get(side), dict)}
     if not sides:
@@ -152,9 +156,9 @@ def list_pairs(run: Run) -> list[Table]:
     rows = [[n, *(interval(side.get(n)) for side in sides.values()), interval(changes.get(n))] for n in names]
     data = mapping(pairs.get("data"))
     count = number(data["pairs"]) if "pairs" in data else "the"
-    note = f"{count} pairs of {data.get('name', 'the data')}; with 95 % intervals."
+    note = f"{count} pairs of {data.get('name', 'the data')}, with 95 % intervals."
     if pairs.get("always_longer") is not None:
-        note += f" Always to prefer the longer answer would be right in a share of {interval(pairs['always_longer'])}."
+        note += f" Always preferring the longer answer has an accuracy of {interval(pairs['always_longer'])}."
     tables = [Table("Held-out pairs, base and tuned", ["", *sides, "difference"], rows, note=note)]
     for kind, groups in mapping(pairs.get("groups")).items():
         cells = [
@@ -168,7 +172,7 @@ def list_pairs(run: Run) -> list[Table]:
 
 
 def list_answers(run: Run) -> Table | None:
-    """Numbers of the sampled answers; None where none were sampled."""
+    """Measures of the sampled answers; None without sampled answers."""
     numbers = run.answer_numbers or {}
     sides = {side: numbers[side] for side in ("base", "tuned") if isinstance(numbers.get(side), dict)}
     names = dict.fromkeys(name for side in sides.values() for name in side)
@@ -182,7 +186,7 @@ def list_answers(run: Run) -> Table | None:
 
 
 def list_votes(run: Run) -> Table | None:
-    """Votes of those who talked to both; None without any."""
+    """The counted votes; None without votes."""
     rows = []
     for name, votes in (("blind", [v for v in run.votes if v.get("blind")]), ("all", run.votes)):
         count = count_votes(votes)
@@ -194,7 +198,7 @@ def list_votes(run: Run) -> Table | None:
 
 
 def list_settings(run: Run) -> list[Table]:
-    """Settings that somebody chose, then the defaults, each with its origin."""
+    """One table of the chosen settings, and one of the defaults, each setting with its origin."""
     rows = [[n, text_of(e.get("value")), str(e.get("origin", MISSING))] for n, e in sorted(run.settings().items())]
     head = ["setting", "value", "origin"]
     chosen, defaults = [r for r in rows if r[2] != "default"], [r for r in rows if r[2] == "default"]
@@ -204,18 +208,20 @@ def list_settings(run: Run) -> list[Table]:
 
 
 def compare_runs(runs: Sequence[Run], metric: str) -> list[Table]:
-    """Runs in the order given, each with its best value and the settings in which they differ; then what they share."""
+    """One table of the runs with their best values and differing settings, and one of the settings that they share."""
     names = sorted({name for run in runs for name in run.settings()}.difference(flags_with(Fact.RUN_NAME)))
     chosen = {name for run in runs for name, entry in run.settings().items() if entry.get("origin") != "default"}
     differ = [name for name in names if len({text_of(run.setting(name)) for run in runs}) > 1]
     rows = []
-    for at, run in enumerate(runs):
+    for index, run in enumerate(runs):
         value, step = run.best(metric) or (None, 0)
         state = [str(run.record.get("state", MISSING)), number(run.last_step or 0)]
-        rows.append([letter(at), run.name, number(value), f"{step:,}", *state, *_cells(run, differ)])
+        rows.append([letter(index), run.name, number(value), f"{step:,}", *state, *_cells(run, differ)])
     end = "lowest" if is_lower_better(metric) else "highest"
     head = ["", "run", f"{end} {metric}", "at step", "state", "last step", *differ]
-    note = f"Sorted by {metric}. " + ("After the last step: settings that differ." if differ else "No setting differs.")
+    note = f"Sorted by {metric}. " + (
+        "The columns after the last step: settings that differ." if differ else "No setting differs."
+    )
     shared = [[name, text_of(runs[0].setting(name))] for name in names if name not in differ and name in chosen]
     tables = [Table("Runs", head, rows, note=note, marked=0, mark=f"{end} {metric}")]
     return tables + ([Table("Settings that all share", ["setting", "value"], shared)] if shared else [])

@@ -1,4 +1,4 @@
-"""What a report says of its runs in a sentence, and which run comes first. No torch."""
+"""The verdict of a report in one sentence, and the order of its runs. No torch."""
 
 from collections.abc import Sequence
 
@@ -8,24 +8,24 @@ from dpokit.report.curves import find_start_loss, letter
 from dpokit.report.read import EVAL_LOSS, Run, mapping
 
 
-def judge(run: Run, metric: str = EVAL_LOSS) -> str:
-    """One sentence on one run: that of `dpokit evaluate`, which has an interval, or what training itself shows."""
-    told = find_judgement(run)
-    if told is not None:
-        return told
+def build_verdict(run: Run, metric: str = EVAL_LOSS) -> str:
+    """One sentence on one run: the verdict of `dpokit evaluate` with its interval, or else the result of training."""
+    verdict = find_evaluation_verdict(run)
+    if verdict is not None:
+        return verdict
     if not run.metrics:
         return "No step has been logged yet."
     best = run.best(metric)
     remedy = f"dpokit evaluate {run.path} compares base and tuned model"
     if best is None:
-        unknown = f"{metric} was not measured, so nothing is known of pairs that were not trained on"
-        return f"{unknown}; {remedy} on such pairs, with an interval."
+        unknown = f"{metric} was not measured, so the result on held-out pairs is unknown"
+        return f"{unknown}; {remedy} on held-out pairs, with an interval."
     start = find_start_loss(run) if metric == EVAL_LOSS else None
     return f"{_describe_best(run, metric, best)}{_compare(best[0], start)}. This has no interval; {remedy} with one."
 
 
-def find_judgement(run: Run) -> str | None:
-    """The verdict that `dpokit evaluate` left; None without one."""
+def find_evaluation_verdict(run: Run) -> str | None:
+    """The verdict of `dpokit evaluate`; None without one."""
     text = mapping((run.pairs or {}).get("verdict")).get("text")
     return text if isinstance(text, str) and text.strip() else None
 
@@ -38,21 +38,21 @@ def _describe_best(run: Run, metric: str, best: tuple[float, int]) -> str:
     if len(points) == 1:
         return f"The only {name} is {best[0]:.4g}, at step {best[1]:,}"
     last_step, last = points[-1]
-    found = f"The {end} {name} is {best[0]:.4g}, at step {best[1]:,}"
+    sentence = f"The {end} {name} is {best[0]:.4g}, at step {best[1]:,}"
     if last == best[0]:
-        return f"{found}, {'the last one' if last_step == best[1] else 'and the last is as good'}"
-    return f"{found}; the last, {last:.4g} at step {last_step:,}, is worse"
+        return f"{sentence}, {'the last one' if last_step == best[1] else 'and the last is as good'}"
+    return f"{sentence}; the last, {last:.4g} at step {last_step:,}, is worse"
 
 
 def _compare(value: float, start: tuple[float, str] | None) -> str:
     if start is None:
         return ""
     side = "below" if value < start[0] else "not below"
-    return f"; the best is {side} {start[1]}, the loss of a model that has learnt nothing"
+    return f"; the best is {side} {start[1]}, the loss of an untrained model"
 
 
-def judge_several(runs: Sequence[Run], metric: str) -> str:
-    """One sentence on runs that are sorted by the metric, the best first."""
+def build_comparison(runs: Sequence[Run], metric: str) -> str:
+    """One sentence on several runs, which must be sorted by the metric, the best first."""
     points = [run.best(metric) or (0.0, 0) for run in runs]
     end = "lowest" if is_lower_better(metric) else "highest"
     (first, step), (second, second_step) = points[0], points[1]
@@ -64,14 +64,14 @@ def judge_several(runs: Sequence[Run], metric: str) -> str:
 
 
 def sort_runs(runs: Sequence[Run], metric: str) -> list[Run]:
-    """The runs, the best by the metric first. Raises: SettingsError where one of them has no such value."""
-    check_metric(runs, metric)
+    """The runs, sorted by their best value of the metric. Raises: SettingsError: a run has no value of the metric."""
+    check_logged_metric(runs, metric)
     sign = 1 if is_lower_better(metric) else -1
     return sorted(runs, key=lambda run: sign * (run.best(metric) or (0.0, 0))[0])
 
 
-def check_metric(runs: Sequence[Run], metric: str) -> None:
-    """Raises SettingsError where a run never logged a finite value of the metric."""
+def check_logged_metric(runs: Sequence[Run], metric: str) -> None:
+    """Raises SettingsError if a run has no finite value of the metric."""
     without = [run.name for run in runs if run.best(metric) is None]
     if not without:
         return
@@ -79,6 +79,6 @@ def check_metric(runs: Sequence[Run], metric: str) -> None:
     shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
     raise SettingsError(
         f"--metric {metric}: no value of it in {shown}",
-        expected=f"a metric that every run has: {', '.join(common) or 'there is none'}",
+        expected=f"a metric that every run has: {', '.join(common) or 'they have no common metric'}",
         do=f"--metric {'loss' if 'loss' in common else common[0]}" if common else "report these runs one by one",
     )

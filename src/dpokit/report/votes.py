@@ -1,4 +1,4 @@
-"""Votes of those who talked to base and tuned: counted, with a win rate and its interval. No torch."""
+"""Counts the votes of people who compared base and tuned, with a win rate and its interval. No torch."""
 
 import json
 import math
@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 CHOICES = ("tuned", "base", "tie", "both_bad")
-Z = 1.959964  # of a 95 % interval
+Z = 1.959964  # normal quantile of a 95 % interval
 
 
 @dataclass(frozen=True)
 class VoteCount:
-    """Votes by what was preferred.
+    """Number of votes for each choice.
 
     Attributes:
-        counts: by CHOICES.
-        win_rate: of tuned where one of the two was preferred, `{value, low, high}`; None where none was.
+        counts: one for each of CHOICES.
+        win_rate: share of tuned in the votes for tuned or base, `{value, low, high}`; None without such votes.
     """
 
     counts: dict[str, int]
@@ -30,15 +30,15 @@ class VoteCount:
 
 
 def count_votes(votes: Iterable[Mapping[str, Any]]) -> VoteCount:
-    """Counts them, with the Wilson interval of the win rate (Wilson 1927, "Probable Inference, the Law of Succession,
+    """Counts votes, with the Wilson interval of the win rate (Wilson 1927, "Probable Inference, the Law of Succession,
     and Statistical Inference")."""
-    seen = Counter(vote.get("vote") for vote in votes if isinstance(vote.get("vote"), str))
-    counts = {choice: seen[choice] for choice in CHOICES}
+    totals = Counter(vote.get("vote") for vote in votes if isinstance(vote.get("vote"), str))
+    counts = {choice: totals[choice] for choice in CHOICES}
     return VoteCount(counts, find_wilson(counts["tuned"], counts["tuned"] + counts["base"]))
 
 
 def find_wilson(wins: int, decided: int) -> dict[str, float] | None:
-    """`{value, low, high}` of a share, 95 %; None of nothing."""
+    """A share with its 95 % Wilson interval, `{value, low, high}`; None if `decided` is 0."""
     if not decided:
         return None
     share, weight = wins / decided, Z * Z / decided
@@ -48,9 +48,9 @@ def find_wilson(wins: int, decided: int) -> dict[str, float] | None:
 
 
 def is_between(vote: Mapping[str, Any], names: Mapping[str, str], *, run: str | None) -> bool:
-    """Whether a vote compared these models: those of the names, or, of a run, its own model with this base.
+    """Whether a vote compared these models: both of `names`, or for a run its own model and the base in `names`.
 
-    A run's model is known by the token of its first start: the path that it was named by may be another one.
+    A run is identified by the token of its first start, because the path in the vote may differ.
     """
     models = vote.get("models")
     if not isinstance(models, dict) or vote.get("run") != run:
@@ -59,9 +59,9 @@ def is_between(vote: Mapping[str, Any], names: Mapping[str, str], *, run: str | 
 
 
 def read_votes(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a file of votes; nothing where there is none. A torn last line was never counted.
+    """The votes in a file, without lines that are not JSON, such as a torn last line; [] without the file.
 
-    Raises: OSError for one that cannot be read.
+    Raises: OSError: the file cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")

@@ -8,7 +8,7 @@ from dpokit.errors import DpokitError
 from dpokit.report.page import list_facts
 from dpokit.report.read import Run, load_run
 from dpokit.report.tables import Table, list_pairs
-from dpokit.report.verdict import find_judgement
+from dpokit.report.verdict import find_evaluation_verdict
 from dpokit.report.votes import count_votes
 from dpokit.rundir import RunDir
 from dpokit.serve.question_queue import Exchange
@@ -90,7 +90,7 @@ def show_facts(run: RunDir | None, names: Mapping[str, str]) -> str:
         else:
             facts += list_facts(found)
             tables = list_pairs(found)[:1]
-            verdict = find_judgement(found) or ""
+            verdict = find_evaluation_verdict(found) or ""
     rows = Markup("").join(Markup("<dt>{}</dt><dd>{}</dd>").format(*fact) for fact in facts)
     shown = Markup("").join(_table(table) for table in tables)
     return str(Markup('<p>{}</p><dl class="facts">{}</dl>{}').format(verdict, rows, shown))

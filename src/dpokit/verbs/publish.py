@@ -43,14 +43,14 @@ def merge(
     Every other flag is a training flag, over the run's own: --model_name_or_path NEW/PLACE/OF/THE/BASE.
     """
     with redirect_stdout(sys.stderr):
-        from dpokit.merge.merge import MergeOptions, describe, merge_run
+        from dpokit.merge.merge import MergeOptions, describe_merge, merge_run
         from dpokit.rundir import RunDir
         from dpokit.story import user_errors
 
         with user_errors():
             options = MergeOptions(dtype, max_shard_size, dequantized_base, accept_drift, limit, checkpoint, proof)
             record = merge_run(RunDir(run), options, argv=context.args)
-    echo(json.dumps(record, indent=2) if as_json else describe(record))
+    echo(json.dumps(record, indent=2) if as_json else describe_merge(record))
 
 
 @app.command()
@@ -111,9 +111,9 @@ def push(
 ) -> None:
     """A run's model, card and curves on the Hub: private, searched for secrets, and only what is not there yet."""
     with redirect_stdout(sys.stderr), errors_without_torch():
-        from dpokit.push.hub import Target
+        from dpokit.push.hub import PushTarget
         from dpokit.push.push import push_run
 
-        target = Target(repo_id, public=public, revision=revision, message=commit_message)
-        outcome = push_run(run, target, what=what, base_model=base_model, license=license, dry_run=dry_run, yes=yes)
+        target = PushTarget(repo_id, public=public, revision=revision, message=commit_message)
+        outcome = push_run(run, target, weights=what, base_model=base_model, license=license, dry_run=dry_run, yes=yes)
     echo(json.dumps(outcome.record(), indent=2) if as_json else outcome.describe())

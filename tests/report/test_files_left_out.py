@@ -1,4 +1,4 @@
-"""What a report says of files that speak of other weights or other data, or hold what nobody writes."""
+"""Files that a report leaves out or refuses: of other weights, of other data, or with invalid values."""
 
 import json
 
@@ -10,11 +10,11 @@ from dpokit.report.page import write_report
 from dpokit.report.read import load_run
 
 
-def test_an_evaluation_of_weights_that_were_trained_on_since_is_no_verdict(tmp_path):
+def test_an_outdated_evaluation_gives_no_verdict(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(20, every=5))
     add_evaluation(folder)
-    told = write_report([folder]).verdict
-    assert told.startswith("The tuned model is better")
+    verdict = write_report([folder]).verdict
+    assert verdict.startswith("The tuned model is better")
     assert load_run(folder, name="run").notes == []
     record = json.loads((folder / "run.json").read_text())
     record["generations"].append(record["generations"][-1] | {"token": "t1"})
@@ -22,26 +22,26 @@ def test_an_evaluation_of_weights_that_were_trained_on_since_is_no_verdict(tmp_p
     written = write_report([folder])
     assert "evaluation loss" in written.verdict
     page = written.report.read_text()
-    assert told not in page
-    assert "eval/pairs.json is of an earlier end" in page
-    assert "eval/answers.json is of an earlier end" in page
+    assert verdict not in page
+    assert "eval/pairs.json is out of date" in page
+    assert "eval/answers.json is out of date" in page
     run = load_run(folder, name="run")
     assert (run.pairs, run.answers, run.answer_numbers) == (None, [], None)
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_pairs_that_are_not_the_runs_own_are_named(own, tmp_path):
+@pytest.mark.parametrize("is_own", [True, False])
+def test_pairs_other_than_the_held_out_ones_are_named(is_own, tmp_path):
     folder = make_run(tmp_path / "run", make_steps(3, every=0))
     add_evaluation(folder)
     file = folder / "eval" / "pairs.json"
     record = json.loads(file.read_text())
-    record["data"] |= {"own": own, "name": "harmless.jsonl, split train"}
+    record["data"] |= {"own": is_own, "name": "harmless.jsonl, split train"}
     file.write_text(json.dumps(record))
     note = "measured on other pairs than the run holds out: harmless.jsonl, split train"
-    assert (note in write_report([folder]).report.read_text()) is not own
+    assert (note in write_report([folder]).report.read_text()) is not is_own
 
 
-def test_a_drift_is_shown_with_the_number_of_its_pairs(tmp_path):
+def test_kl_is_shown_with_its_number_of_pairs(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(3, every=0))
     add_evaluation(folder)
     file = folder / "eval" / "pairs.json"
@@ -61,9 +61,9 @@ def test_a_drift_is_shown_with_the_number_of_its_pairs(tmp_path):
         ("run.json", {"state": "finished", "generations": [{}, {"resumed_step": "5"}]}),
     ],
 )
-def test_values_of_other_types_are_one_message_that_names_the_folder(name, content, tmp_path):
+def test_values_of_wrong_types_are_one_message(name, content, tmp_path):
     folder = make_run(tmp_path / "run", make_steps(3, every=0))
     (folder / "eval").mkdir()
     (folder / name).write_text(json.dumps(content))
-    with pytest.raises(RunFolderError, match=f"a file in {folder} holds what no version of ours writes"):
+    with pytest.raises(RunFolderError, match=f"a file in {folder} holds a value that no version of dpokit writes"):
         write_report([folder])
