@@ -73,12 +73,12 @@ def test_a_resumed_search_draws_the_same_trials(search, open_search, tmp_path):
     text = f"search: {search}\n{DRAWN}".replace("trials: 6", "trials: 14")
 
     def draw(number: int, *, fresh: bool) -> list[dict]:
-        drawn, search_now = [], open_search(text)
+        drawn, current = [], open_search(text)
         for _ in range(number):
-            search_now = open_search(text) if fresh else search_now
-            trial = search_now.take()
+            current = open_search(text) if fresh else current
+            trial = current.take()
             drawn.append(trial.user_attrs[SETTINGS])
-            search_now.tell(trial.number, TrialState.COMPLETE, trial.user_attrs[SETTINGS]["learning_rate"])
+            current.tell(trial.number, TrialState.COMPLETE, trial.user_attrs[SETTINGS]["learning_rate"])
         return drawn
 
     whole = draw(14, fresh=False)
