@@ -41,9 +41,8 @@ def build_application(site: Site, *, defaults: SamplingSettings) -> tuple[FastAP
 
     Analytics, run history and uploads are off, and fonts come from the user's machine.
     """
-    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = (
-        "1"  # otherwise Gradio counts a table of 10,000 entries after every event
-    )
+    # Otherwise Gradio counts a table of 10,000 entries after every event.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
     with gr.Blocks(title="dpokit: base beside tuned", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         Page(site, defaults)
     blocks.state_session_capacity = MOST_SESSIONS
@@ -220,7 +219,7 @@ class Page(Widgets):
         if job.state == "answering":
             return "Answering ..."
         if job.state == "stopped":
-            return "Stopped. Stopped answers are not voted on."
+            return "Stopped. You cannot vote on stopped answers."
         return f"Answered in {job.seconds:.1f} s with seed {job.sampling.seed}." + (
             " Which is better?" if exchange.is_open and self.site.takes_votes else ""
         )

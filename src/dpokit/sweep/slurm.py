@@ -127,7 +127,7 @@ class QueuedRun(TrialRun):
         """As for `TrialRun`, but the time that a run waits for nodes does not count."""
         job = self.find_job()
         if job is None or self.queue.find_state(job) != "RUNNING":
-            self.start_listening()
+            self.reset_silence()
         return super().count_silent_seconds()
 
     def ask_to_save(self) -> None:

@@ -68,9 +68,9 @@ class TrialRun:
 
     def command(self, recipe: Path, *, config_file: Path | None, group: str) -> list[str]:
         """The command that trains it, the same at every start except the port."""
-        placement = (
-            [] if config_file is None else ["--config_file", str(config_file), *_build_port_arguments(config_file)]
-        )
+        placement: list[str] = []
+        if config_file is not None:
+            placement = ["--config_file", str(config_file), *_build_port_arguments(config_file)]
         flags = ["--config", str(self.settings_file), "--output_dir", str(self.run.path), "--run_group", group]
         return [*PYTHON, "-m", "accelerate.commands.launch", *placement, str(recipe), *flags]
 

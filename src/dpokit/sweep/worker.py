@@ -249,9 +249,8 @@ class Worker:
             return str(record.get("why") or f"its job is gone, the last line of the log: {last_line}")
         if state == "preempted":
             return None
-        user_error = (
-            trial_run.find_user_error() if state is None else None
-        )  # the error may come before the run creates its folder
+        # A user error may come before the run creates its folder; then only the log has it.
+        user_error = trial_run.find_user_error() if state is None else None
         if user_error is not None or (state == "failed" and is_user_error(record.get("error"))):
             return str(user_error or record.get("why"))
         ends.append("failed" if state == "failed" else "killed")
