@@ -25,7 +25,7 @@ class Session:
         streams: the number of its open streams.
         unread: the number of requests since its stream last read a message.
         joined: whether it has sent any request.
-        taken: when its stream last read a message, or before that, when it sent its first unread request.
+        taken: when its stream last read a message, or when a request last gave it time to open a stream.
     """
 
     address: str
@@ -80,9 +80,7 @@ class Sessions:
         """
         session = self._all.pop(name, None)
         if session is None:
-            from_address = [
-                session_name for session_name, kept_session in self._all.items() if kept_session.address == address
-            ]
+            from_address = [other for other, kept in self._all.items() if kept.address == address]
             if len(from_address) >= PER_ADDRESS:
                 dropped = self._find_dead(from_address)
             elif len(self._all) >= MOST_SESSIONS:

@@ -78,9 +78,8 @@ class Search:
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{find_start(os.getpid())}"
         self._heartbeat_file = folder / "workers" / f"{socket.gethostname()}-{os.getpid()}"
-        self._heartbeats: dict[
-            str, tuple[bytes, float]
-        ] = {}  # by worker on another host: heartbeat, time of its last change
+        # By worker on another host: its heartbeat, and the time of its last change.
+        self._heartbeats: dict[str, tuple[bytes, float]] = {}
         self.url = storage or f"sqlite:///{folder.absolute() / 'study.db'}"
         try:
             (folder / "workers").mkdir(parents=True, exist_ok=True)
@@ -255,19 +254,13 @@ def find_start(pid: int) -> str:
 
 def _build_distributions(space: Space) -> dict[str, BaseDistribution]:
     if space.search in ("grid", "listed"):
-        names = dict.fromkeys(name for configuration in space.configurations for name in configuration)
+        names = dict.fromkeys(name for entry in space.configurations for name in entry)
         return {
             name: CategoricalDistribution(
-                list(
-                    dict.fromkeys(
-                        _as_choice(configuration[name])
-                        for configuration in space.configurations
-                        if name in configuration
-                    )
-                )
+                list(dict.fromkeys(_as_choice(entry[name]) for entry in space.configurations if name in entry))
             )
             for name in names
-            if all(name in configuration for configuration in space.configurations)
+            if all(name in entry for entry in space.configurations)
         }
     return {name: _build_distribution(values) for name, values in space.parameters.items()}
 
