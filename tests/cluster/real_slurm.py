@@ -165,9 +165,8 @@ class Cluster:
 
     def _plug_in(self, node: str, pid: int) -> bool:
         """Adds the node's link; False while the kernel still removes that of a former node of this name."""
-        subprocess.run(
-            ["ip", "link", "delete", self._link(node)], capture_output=True
-        )  # left by a former cluster or node
+        # A former cluster or node may have left its link.
+        subprocess.run(["ip", "link", "delete", self._link(node)], capture_output=True)
         command = ["link", "add", self._link(node), "type", "veth", "peer", "name", "eth0", "netns", str(pid)]
         return subprocess.run(["ip", *command], capture_output=True).returncode == 0
 

@@ -119,9 +119,8 @@ def test_an_unbegun_start_is_requeued_if_the_job_once_began(tmp_path):
 
 def test_a_start_stops_after_another_host_took_the_run_over(tmp_path):
     run = make_run(tmp_path, start(0), start(0), start(1), state="preempted", checkpoints=(2,))
-    assert (
-        read_status(run, attempt=Attempt(since=0, host="n1")).next == "requeue"
-    )  # a launcher's own restarts are on one host
+    # A launcher's own restarts are on one host.
+    assert read_status(run, attempt=Attempt(since=0, host="n1")).next == "requeue"
     status = read_status(run, attempt=Attempt(since=0, host="n2"))
     assert (status.next, status.reason) == ("stop", "a later start, on n1, has taken the run over")
 

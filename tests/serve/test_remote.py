@@ -271,15 +271,15 @@ def _make_talkative(model: Path, folder: Path) -> None:
     """Writes the model with other weights; its greedy answers are letters and depend on every token before them."""
     shutil.copytree(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    changed = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(3)
     with torch.no_grad():
-        for weight in model.parameters():
+        for weight in changed.parameters():
             weight += 0.3 * torch.randn_like(weight)
         letters = [tokenizer.decode([token]).strip() for token in range(len(tokenizer))]
         silent = [token for token, letter in enumerate(letters) if not (letter.isascii() and letter.isalpha())]
-        model.get_input_embeddings().weight[silent] = 0.0
-    model.save_pretrained(folder)
+        changed.get_input_embeddings().weight[silent] = 0.0
+    changed.save_pretrained(folder)
     write_template(folder, tokenizer)
 
 

@@ -59,9 +59,8 @@ def test_trials_share_tokens_and_reference_log_probs(tiny_gpt2, tmp_path):
     assert [trial["state"] for trial in outcome["trials"]] == ["finished"] * 4
     logs = [run.path.with_suffix(".log").read_text() for run in sweeping.runs()]
     assert ["pairs were kept" in log for log in logs] == [False, True, True, True]
-    assert (
-        len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
-    )  # one file for the training pairs, one for the held-out pairs
+    # One file for the training pairs, one for the held-out pairs.
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
     assert ["tokenising" in log and "rows/s" in log for log in logs] == [True, False, False, False]
 
 

@@ -45,10 +45,8 @@ class OnceAMinute(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is written; the next written one has the number of omitted ones."""
-        message, now = (
-            str(record.msg),
-            time.monotonic(),
-        )  # the format string without its values, so that the table stays small
+        # The key is the format string without its values, so that the table stays small.
+        message, now = str(record.msg), time.monotonic()
         written, left_out = self._written.get(message, (-REPEAT_SECONDS, 0))
         if now - written < REPEAT_SECONDS:
             self._written[message] = written, left_out + 1
