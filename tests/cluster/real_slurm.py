@@ -180,7 +180,7 @@ class Cluster:
         """Takes the node's link down; its processes continue, and its files stay reachable."""
         ip("link", "set", self._link(node), "down")
 
-    def mend(self, node: str) -> None:
+    def reconnect(self, node: str) -> None:
         """Takes the node's link up again."""
         ip("link", "set", self._link(node), "up")
 

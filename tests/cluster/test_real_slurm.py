@@ -160,7 +160,7 @@ def restart_controller(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(
     ("lose", "regain", "places"),
-    [(Cluster.power_off, Cluster.power_on, (1, 0)), (Cluster.cut, Cluster.mend, (0,))],
+    [(Cluster.power_off, Cluster.power_on, (1, 0)), (Cluster.cut, Cluster.reconnect, (0,))],
     ids=["power", "network"],
 )
 def test_a_run_survives_the_loss_of_nodes(lose, regain, places, cluster, training_flags, uninterrupted, tmp_path):

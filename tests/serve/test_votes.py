@@ -109,7 +109,7 @@ def test_kill_9_loses_no_acknowledged_vote(tmp_path):
 @pytest.mark.parametrize(
     ("end", "kept"),
     [(b'{"vote": "tie", "answ', 1), (b"\xff\xfe", 1), (b'{"vote": "tie"}', 2), (b"", 1), (b'"', 1)],
-    ids=["torn", "bytes", "only the newline is missing", "whole", "a quote"],
+    ids=["cut", "bytes", "only the newline is missing", "complete", "a quote"],
 )
 def test_the_next_vote_repairs_a_cut_last_line(tmp_path, end, kept):
     path = tmp_path / "votes.jsonl"
@@ -132,10 +132,10 @@ def test_a_long_cut_line_is_repaired(tmp_path):
     assert [json.loads(line)["vote"] for line in path.read_bytes().splitlines()] == ["tie", "tuned"]
 
 
-@pytest.mark.parametrize("torn", [1, 5, 200], ids="{} bytes".format)
-def test_the_next_vote_repairs_a_cut_first_line(tmp_path, torn):
+@pytest.mark.parametrize("cut", [1, 5, 200], ids="{} bytes".format)
+def test_the_next_vote_repairs_a_cut_first_line(tmp_path, cut):
     path = tmp_path / "votes.jsonl"
-    path.write_text(json.dumps(vote("tie"))[:torn])
+    path.write_text(json.dumps(vote("tie"))[:cut])
     append_vote(path, vote("left"))
     assert [json.loads(line)["vote"] for line in path.read_text().splitlines()] == ["tuned"]
 

@@ -57,7 +57,7 @@ def main() -> None:
             shutil.rmtree(run.path / f"checkpoint-{step}", ignore_errors=True)
             part.rename(run.path / f"checkpoint-{step}")
         if signals:
-            run.write_run(state="preempted", why="told to end")
+            run.write_run(state="preempted", why="ended by a signal")
             sys.exit(75)
     run.write_run(state="finished", why=None)
 

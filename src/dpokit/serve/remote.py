@@ -180,5 +180,5 @@ async def _run_until(must_end: Callable[[], bool], work: Coroutine[Any, Any, Non
 def _read_event(data: str) -> Mapping[str, Any]:
     event: Mapping[str, Any] = read_json(data)
     if event.get("error"):
-        raise RefusedError("The server of the models broke off with an error; its log says more.")
+        raise RefusedError("The server of the models broke off with an error; see its log.")
     return event
