@@ -29,12 +29,12 @@ WATCH = """() => { window.seen = null; const box = document.querySelector("#answ
 # The real server, which also says when the first token of each question was there.
 TELLING = """
 import sys
-from dpokit.serve import question_queue as talk
-answer = talk.Desk._answer
-def tell(desk, job):
-    answer(desk, job)
+from dpokit.serve import question_queue
+answer = question_queue.QuestionQueue._answer
+def answer_and_print(queue, job):
+    answer(queue, job)
     print("first token", job.token_times[job.order[0]], file=sys.stderr, flush=True)
-talk.Desk._answer = tell
+question_queue.QuestionQueue._answer = answer_and_print
 from dpokit.cli import main
 main()
 """
@@ -101,7 +101,7 @@ def measure_users(run: str, *, users: int, seconds: float) -> dict[str, object]:
             while time.monotonic() < until:
                 asker.press("anew", None)  # a conversation that goes on outgrows the model
                 told = read_text(asker.ask(question, settings=(0.7, 0.95, 60, 0)))
-                kind = "answered" if "Answered in" in told else "busy" if "All is busy" in told else "error"
+                kind = "answered" if "Answered in" in told else "busy" if "The server is busy" in told else "error"
                 outcomes[kind] += 1
                 if kind == "error":
                     print(told[-2000:], file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
-"""A recipe that keeps a run folder as a run does and trains nothing: for what Slurm and train.sbatch do around a run.
+"""A recipe that writes a run folder and trains nothing, for tests of Slurm and train.sbatch.
 
-Rank 0 writes run.json, metrics.jsonl and a checkpoint a step; the other ranks end when it does.
+Rank 0 writes run.json and a checkpoint at each step; the other ranks end after a signal.
 """
 
 import argparse
@@ -22,44 +22,44 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--crash_at", type=int, nargs="*", default=[], help="First start, second start, ...")
-    parser.add_argument("--error", default="MachineError", help="What a crash is called.")
+    parser.add_argument("--error", default="MachineError", help="The name of the error that a crash records.")
     parser.add_argument("--save_from", type=int, default=1, help="No checkpoint before this step.")
     parser.add_argument("--overwrite_run", default="false")
-    asked, steps = parser.parse_args(), []
-    signal.signal(signal.SIGUSR1, lambda *_: steps.append("end"))
-    signal.signal(signal.SIGTERM, lambda *_: steps.append("end"))
+    arguments, signals = parser.parse_args(), []
+    signal.signal(signal.SIGUSR1, lambda *_: signals.append("end"))
+    signal.signal(signal.SIGTERM, lambda *_: signals.append("end"))
     if int(os.environ.get("RANK", "0")) > 0:
-        while "end" not in steps:
+        while "end" not in signals:
             time.sleep(0.1)
         time.sleep(1)
         sys.exit(75)
-    run = asked.output_dir / "run.json"
-    before = json.loads(run.read_text()) if run.exists() else {"generations": []}
-    done = max((int(one.name.partition("-")[2]) for one in asked.output_dir.glob("checkpoint-*")), default=0)
-    generations = before["generations"]
+    run = arguments.output_dir / "run.json"
+    saved_record = json.loads(run.read_text()) if run.exists() else {"generations": []}
+    done = max((int(path.name.partition("-")[2]) for path in arguments.output_dir.glob("checkpoint-*")), default=0)
+    generations = saved_record["generations"]
     if generations:
-        generations[-1] |= {"ended": before["state"], "ended_step": before["step"]}
+        generations[-1] |= {"ended": saved_record["state"], "ended_step": saved_record["step"]}
     generations.append({"resumed_step": done, "host": socket.gethostname(), "job": os.environ.get("SLURM_JOB_ID")})
-    asked.output_dir.mkdir(parents=True, exist_ok=True)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
     def record(state: str, step: int, **more: str) -> None:
         run.write_text(json.dumps({"state": state, "step": step, "generations": generations, **more}))
 
-    crash_at = dict(enumerate(asked.crash_at, start=1)).get(len(generations))
-    for step in range(done, asked.steps + 1):
+    crash_at = dict(enumerate(arguments.crash_at, start=1)).get(len(generations))
+    for step in range(done, arguments.steps + 1):
         record("running", step)
         if step == crash_at:
-            record("failed", step, error=asked.error, why=f"a crash at step {step}")
+            record("failed", step, error=arguments.error, why=f"a crash at step {step}")
             sys.exit(1)
-        if step >= asked.save_from:
-            checkpoint = asked.output_dir / f"checkpoint-{step}"
+        if step >= arguments.save_from:
+            checkpoint = arguments.output_dir / f"checkpoint-{step}"
             checkpoint.mkdir(exist_ok=True)
             write_manifest(checkpoint, step, {}, {})
-        if "end" in steps:
+        if "end" in signals:
             record("preempted", step)
             sys.exit(75)
         time.sleep(0.3)
-    record("finished", asked.steps)
+    record("finished", arguments.steps)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs under a real Slurm, on two nodes over gloo: finished, preempted, requeued, and whatever befalls a cluster."""
+"""Runs under a real Slurm, on two nodes over gloo: finished, preempted, requeued, and after failures of the cluster."""
 
 import json
 import signal
@@ -62,7 +62,7 @@ def training_flags(tmp_path_factory, tiny_gpt2) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster, training_flags, tmp_path_factory) -> list[dict]:
-    """The metrics of a two-node run that nothing happened to."""
+    """The metrics of a run on two nodes that nothing interrupted."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
     job = submit(cluster, run, *training_flags)
     assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
@@ -73,23 +73,23 @@ def uninterrupted(cluster, training_flags, tmp_path_factory) -> list[dict]:
 
 
 def check_resumed(cluster: Cluster, job: str, run: Path, expected: list[dict]) -> None:
-    """The job ends well, and the run has gone on from a checkpoint of its own."""
+    """The job is completed, and the run resumed from a checkpoint of its own."""
     check_ended(cluster, job, run, expected)
     assert record_of(run)["generations"][-1]["resumed_step"] >= 10
 
 
 def check_ended(cluster: Cluster, job: str, run: Path, expected: list[dict]) -> None:
-    """The job ends well, and nobody can tell from its metrics what befell it."""
+    """The job is completed, and the metrics equal those of the uninterrupted run."""
     assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
     assert record_of(run)["state"] == "finished"
     assert same_metrics(metrics_of(run), expected)
 
 
-def test_two_nodes_train_and_the_job_is_completed(uninterrupted):
+def test_a_run_on_two_nodes_completes_its_job(uninterrupted):
     assert [record["step"] for record in uninterrupted] == list(range(1, STEPS + 1))
 
 
-def test_a_job_of_one_node_is_submitted_by_the_verb(cluster, training_flags, tmp_path, monkeypatch):
+def test_dpokit_submit_queues_a_job_on_one_node(cluster, training_flags, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
     run = tmp_path / "run"
     options = ["--config-file", str(ONE), f"--sbatch=--output={run}.%j.out"]
@@ -101,14 +101,12 @@ def test_a_job_of_one_node_is_submitted_by_the_verb(cluster, training_flags, tmp
     assert json.loads(dpokit("status", str(run), "--json").stdout)["next"] == "done"
 
 
-def test_a_run_preempted_twice_is_saved_requeued_and_ends_as_if_nothing_had_been(
-    cluster, training_flags, uninterrupted, tmp_path
-):
+def test_a_run_preempted_twice_ends_with_the_same_metrics(cluster, training_flags, uninterrupted, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, run, *training_flags)
-    for time_no, words in enumerate((["--signal=USR1"], ["--batch", "--signal=USR1"]), start=1):
+    for time_no, options in enumerate((["--signal=USR1"], ["--batch", "--signal=USR1"]), start=1):
         wait_until_step(cluster, job, run, MID * time_no)
-        cluster.run("scancel", *words, job)
+        cluster.run("scancel", *options, job)
         cluster.wait_for_requeue(job, time_no)
         assert record_of(run)["state"] == "preempted", log_of(run)[-3000:]
         saved = saved_step(run)
@@ -117,7 +115,7 @@ def test_a_run_preempted_twice_is_saved_requeued_and_ends_as_if_nothing_had_been
     check_resumed(cluster, job, run, uninterrupted)
 
 
-def test_a_run_does_not_notice_that_the_controller_is_away(cluster, training_flags, uninterrupted, tmp_path):
+def test_a_run_survives_a_restart_of_the_controller(cluster, training_flags, uninterrupted, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, run, *training_flags)
     cluster.wait_for(job, ["RUNNING"])
@@ -130,10 +128,8 @@ def test_a_run_does_not_notice_that_the_controller_is_away(cluster, training_fla
     check_resumed(cluster, job, run, uninterrupted)
 
 
-def test_nothing_is_lost_where_the_controller_dies_before_it_has_noted_the_job(
-    cluster, training_flags, uninterrupted, tmp_path
-):
-    """Slurm may then kill the job and forget it, hold it, or let it run; the same command goes on in all of them."""
+def test_a_controller_that_dies_at_the_start_loses_no_step(cluster, training_flags, uninterrupted, tmp_path):
+    """Slurm may kill and forget the job, hold it, or let it run; the same command continues the run in each case."""
     run = tmp_path / "run"
     job = submit(cluster, run, *training_flags)
     cluster.wait_for(job, ["RUNNING"])
@@ -145,7 +141,7 @@ def test_nothing_is_lost_where_the_controller_dies_before_it_has_noted_the_job(
 
     def is_running() -> bool:
         shown = cluster.show(job)
-        if shown.get("JobState") == "PENDING":  # its nodes drained, itself held, or to begin in two minutes
+        if shown.get("JobState") == "PENDING":  # its nodes are drained, it is held, or it may start in two minutes
             for node in cluster.nodes:
                 cluster.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
             cluster.run("scontrol", "release", job)
@@ -164,11 +160,11 @@ def restart_controller(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize(
     ("lose", "regain", "places"),
-    [(Cluster.power_off, Cluster.power_on, (1, 0)), (Cluster.cut, Cluster.mend, (0,))],
+    [(Cluster.power_off, Cluster.power_on, (1, 0)), (Cluster.cut, Cluster.reconnect, (0,))],
     ids=["power", "network"],
 )
 def test_a_run_survives_the_loss_of_nodes(lose, regain, places, cluster, training_flags, uninterrupted, tmp_path):
-    """Of the node (1) that a worker runs on, and of the one (0) that runs the script besides."""
+    """First the node of a worker (1) is lost, then the node (0) that also runs the job script."""
     run = tmp_path / "run"
     job = submit(cluster, run, *training_flags)
     for time_no, place in enumerate(places, start=1):
@@ -185,10 +181,8 @@ def test_a_run_survives_the_loss_of_nodes(lose, regain, places, cluster, trainin
 
 
 @pytest.mark.parametrize("lose", [Cluster.cut, Cluster.kill_slurmd], ids=["network", "slurmd"])
-def test_a_start_whose_node_is_out_of_sight_writes_nothing_once_another_has_begun(
-    lose, cluster, training_flags, tmp_path
-):
-    """Behind a cut network it trains on, and the folder is shared; without slurmd, srun ends it sooner or later."""
+def test_a_start_on_a_lost_node_writes_nothing_after_the_next(lose, cluster, training_flags, tmp_path):
+    """With its network cut it trains on in the shared folder; without slurmd, srun ends it after a while."""
     run, steps = tmp_path / "run", 1000
     job = submit(cluster, run, *training_flags, "--max_steps", str(steps), nodes=1, config_file=ONE)
     wait_until_step(cluster, job, run, MID)
@@ -206,13 +200,13 @@ def test_a_start_whose_node_is_out_of_sight_writes_nothing_once_another_has_begu
         cluster.power_on(node)
     assert lose == Cluster.kill_slurmd or "was taken over by a later start of this run" in log_of(run)
     assert [record["step"] for record in metrics_of(run)] == list(range(1, steps + 1))
-    assert [one["host"] == node for one in record_of(run)["generations"]] == [True, False]
+    assert [start["host"] == node for start in record_of(run)["generations"]] == [True, False]
     assert record_of(run)["state"] == "finished"
     assert not any(checkpoint.trouble for checkpoint in find_checkpoints(RunDir(run), deep=True))
 
 
-def test_a_time_limit_that_is_near_is_signalled_in_either_form(cluster, training_flags, tmp_path):
-    """To the script (`B:`), as launch/train.sbatch asks for, or to the processes themselves."""
+def test_both_forms_of_the_time_limit_signal_save_the_run(cluster, training_flags, tmp_path):
+    """To the script (`B:`), as in launch/train.sbatch, or to the processes themselves."""
     forms = {"script": "B:USR1@70", "processes": "USR1@70"}
     jobs = {}
     for name, form in forms.items():
@@ -231,7 +225,7 @@ def test_a_time_limit_that_is_near_is_signalled_in_either_form(cluster, training
 
 
 @pytest.mark.parametrize("config", ["zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
-def test_a_sharded_run_on_two_nodes_is_preempted_and_goes_on(config, cluster, training_flags, tmp_path):
+def test_a_preempted_sharded_run_resumes_on_two_nodes(config, cluster, training_flags, tmp_path):
     run, steps = tmp_path / "run", 40
     flags = (*training_flags, "--max_steps", str(steps), "--gradient_accumulation_steps", "1")
     job = submit(cluster, run, *flags, config_file=CONFIGS / f"{config}.yaml")
@@ -241,11 +235,11 @@ def test_a_sharded_run_on_two_nodes_is_preempted_and_goes_on(config, cluster, tr
     assert record_of(run)["state"] == "preempted", log_of(run)[-3000:]
     saved = saved_step(run)
     assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
-    assert [one["resumed_step"] for one in record_of(run)["generations"]] == [0, saved]
+    assert [start["resumed_step"] for start in record_of(run)["generations"]] == [0, saved]
     assert [record["step"] for record in metrics_of(run)] == list(range(1, steps + 1))
 
 
-def test_a_run_survives_the_death_of_one_process(cluster, training_flags, uninterrupted, tmp_path):
+def test_a_run_survives_a_killed_process(cluster, training_flags, uninterrupted, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, run, *training_flags)
     wait_until_step(cluster, job, run, MID)
@@ -258,19 +252,23 @@ def test_a_run_survives_the_death_of_one_process(cluster, training_flags, uninte
 
 
 def workers_of(run: Path) -> list[psutil.Process]:
-    """The processes that train in this folder, on whatever node."""
+    """The processes that train in this folder, on any node."""
     return [process for process in psutil.process_iter() if is_worker(process, run)]
 
 
 def is_worker(process: psutil.Process, run: Path) -> bool:
     try:
-        words = process.cmdline()
-        return words[:1] == [sys.executable] and str(run) in words and "accelerate.commands.launch" not in words
+        arguments = process.cmdline()
+        return (
+            arguments[:1] == [sys.executable]
+            and str(run) in arguments
+            and "accelerate.commands.launch" not in arguments
+        )
     except psutil.Error:
         return False
 
 
-def test_a_mistake_of_the_user_fails_the_job_and_is_not_tried_again(cluster, training_flags, tmp_path):
+def test_a_user_error_fails_the_job_without_a_restart(cluster, training_flags, tmp_path):
     run = tmp_path / "run"
     job = submit(cluster, run, *training_flags, "--learning_rat", "1")
     assert end_of(cluster, job, run) == "FAILED"

@@ -1,4 +1,4 @@
-"""The job's text and what is checked before it is queued."""
+"""The job script, and the checks before it is queued."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from conftest import ROOT
 from documentation import read_pages
 from test_cli import dpokit
 
-from dpokit.cluster.command import facts
-from dpokit.cluster.slurm import Job, check_job, find_body, parse_seconds, render_job, submit_text
+from dpokit.cluster.command import collect_job_variables
+from dpokit.cluster.slurm import SlurmJob, check_job, find_body, parse_seconds, render_job, submit_text
 from dpokit.errors import DpokitError, MachineError, RunFolderError, SettingsError
 from dpokit.rundir import RunDir
 from dpokit.verbs.app import app
@@ -27,8 +27,8 @@ def in_the_clone(monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def job(**given: object) -> Job:
-    return Job(**{"recipe": RECIPE, "config_file": CONFIGS / "ddp_cpu.yaml"} | given)
+def job(**options: object) -> SlurmJob:
+    return SlurmJob(**{"recipe": RECIPE, "config_file": CONFIGS / "ddp_cpu.yaml"} | options)
 
 
 def options_of(text: str) -> list[str]:
@@ -39,18 +39,18 @@ def options_of(text: str) -> list[str]:
 
 
 def arguments_of(text: str) -> list[str]:
-    """The words behind the script's name as its own bash sees them."""
+    """The arguments after the script's name, as its own bash reads them."""
     setting = text[text.index("\nset -- ") : text.index("\nset -u\n")]
     command = f"{setting}\n{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\""
     return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
 
 
-def test_the_text_is_train_sbatch_with_the_jobs_own_lines():
+def test_the_script_is_train_sbatch_with_the_jobs_lines():
     body, text = find_body().read_text(), render_job(job())
     lines = text.splitlines()
     assert [line for line in body.splitlines() if line not in lines] == []
-    own = [line for line in lines if line not in body.splitlines()]
-    assert own == [
+    new_lines = [line for line in lines if line not in body.splitlines()]
+    assert new_lines == [
         "#SBATCH --job-name=dpo_gpt2",
         f"export DPOKIT_MAX_RESTARTS=3 DPOKIT_PYTHON={sys.executable}",
         "set -- --config_file accelerate_configs/ddp_cpu.yaml recipes/dpo_gpt2.py",
@@ -58,7 +58,7 @@ def test_the_text_is_train_sbatch_with_the_jobs_own_lines():
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
 
-def test_one_node_asks_for_one():
+def test_a_job_requests_one_node_by_default():
     options = options_of(render_job(job()))
     assert options[-3:] == ["--job-name=dpo_gpt2", "--nodes=1", "--signal=B:USR1@300"]
     assert "--requeue" in options
@@ -66,8 +66,8 @@ def test_one_node_asks_for_one():
     assert not any("gpus" in option or "partition" in option for option in options)
 
 
-def test_several_nodes_with_all_that_slurm_is_told():
-    asked = job(
+def test_every_option_reaches_sbatch():
+    many_options = job(
         nodes=4,
         gpus_per_node=8,
         partition="gpu",
@@ -80,7 +80,7 @@ def test_several_nodes_with_all_that_slurm_is_told():
         processes_per_node=2,
         sbatch=("--constraint=h100", "--mem=0"),
     )
-    text = render_job(asked)
+    text = render_job(many_options)
     assert options_of(text)[-10:] == [
         "--job-name=mine",
         "--nodes=4",
@@ -97,15 +97,15 @@ def test_several_nodes_with_all_that_slurm_is_told():
     assert "DPOKIT_PROCESSES_PER_NODE=2" in text
 
 
-def test_an_array_keeps_its_marks_in_the_text():
-    asked = job(array="0-3%2", flags=("--output_dir", "runs/x_%a", "--seed", "%a"))
-    check_job(asked)
-    text = render_job(asked)
+def test_the_script_of_an_array_keeps_the_index_mark():
+    array_job = job(array="0-3%2", flags=("--output_dir", "runs/x_%a", "--seed", "%a"))
+    check_job(array_job)
+    text = render_job(array_job)
     assert "--array=0-3%2" in options_of(text)
     assert arguments_of(text)[-4:] == ["--output_dir", "runs/x_%a", "--seed", "%a"]
 
 
-def test_hostile_training_flags_reach_the_run_as_they_are():
+def test_hostile_training_flags_reach_the_run_unchanged():
     hostile = ("--run_name", 'it\'s $HOME `id` $(id) "q" \\ * ;&|', "--project", "two\nlines", "--report_to", "")
     assert arguments_of(render_job(job(flags=hostile)))[3:] == list(hostile)
 
@@ -123,7 +123,7 @@ def test_options_of_sbatch_are_quoted_or_refused():
 
 
 @pytest.mark.parametrize(
-    ("given", "says"),
+    ("options", "message"),
     [
         ({"config_file": CONFIGS / "nothing.yaml"}, "there is no such file"),
         ({"recipe": Path("recipes/nothing.py")}, "there is no file recipes/nothing.py"),
@@ -132,23 +132,23 @@ def test_options_of_sbatch_are_quoted_or_refused():
         ({"processes_per_node": 0}, "--processes-per-node is 0"),
         ({"max_restarts": -1}, "--max-restarts is -1"),
         ({"signal_seconds": 0}, "--signal-seconds is 0"),
-        ({"time": "soon"}, "--time 'soon' is no time"),
+        ({"time": "soon"}, "--time 'soon' is not a time"),
         ({"time": "5"}, "--time 5 is 300 s"),
-        ({"array": "a-b"}, "--array 'a-b' is no array"),
+        ({"array": "a-b"}, "--array 'a-b' is not an array"),
         ({"array": "0-3"}, "would write to runs/dpo_gpt2"),
         ({"config_file": CONFIGS / "single_gpu.yaml", "nodes": 2}, "a placement for one process"),
         ({"config_file": CONFIGS / "single_gpu.yaml", "gpus_per_node": 8}, "a placement for one process"),
-        ({"config_file": CONFIGS / "ddp.yaml", "nodes": 2}, "takes all GPUs of a node, and the job asks for none"),
+        ({"config_file": CONFIGS / "ddp.yaml", "nodes": 2}, "takes all GPUs of a node, and the job requests none"),
         ({"flags": ("--output_dir", "README.md/run")}, "README.md is a file"),
     ],
 )
-def test_what_cannot_be_is_refused_before_it_is_queued(given, says):
-    with pytest.raises(DpokitError, match=says.replace(".", r"\.")) as refused:
-        check_job(job(**given))
+def test_an_invalid_job_is_refused_before_it_is_queued(options, message):
+    with pytest.raises(DpokitError, match=message.replace(".", r"\.")) as refused:
+        check_job(job(**options))
     assert str(refused.value).count("do this:") == 1
 
 
-def test_a_finished_run_is_no_place_for_another_unless_the_flags_say_so(tmp_path):
+def test_a_finished_run_is_refused_unless_the_flags_allow_it(tmp_path):
     RunDir(tmp_path).write_run(state="finished")
     flags = ("--output_dir", str(tmp_path))
     for more in ((), ("--overwrite_run", "false"), ("--resume_from_checkpoint", "never")):
@@ -158,11 +158,11 @@ def test_a_finished_run_is_no_place_for_another_unless_the_flags_say_so(tmp_path
         check_job(job(flags=(*flags, *more)))
 
 
-def test_a_folder_that_may_not_be_written_is_refused_and_none_is_made(tmp_path, monkeypatch):
+def test_an_unwritable_folder_is_refused_and_not_created(tmp_path, monkeypatch):
     check_job(job(flags=("--output_dir", str(tmp_path / "a" / "b"))))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(RunFolderError, match="may not be written"):
+    with pytest.raises(RunFolderError, match="is not writable"):
         check_job(job(flags=("--output_dir", str(tmp_path / "a" / "b"))))
 
 
@@ -176,24 +176,26 @@ def test_a_time_is_read_as_slurm_reads_it(text, seconds):
 
 
 def documented(start: str) -> list[list[str]]:
-    """The commands of the documentation and of train.sbatch that begin so, as words."""
+    """The commands of the documentation and of train.sbatch that begin with `start`, as arguments."""
     text = read_pages() + "\n" + find_body().read_text().replace("\\\n#", " ").replace("\n#   ", "\n")
     return [shlex.split(line) for line in text.splitlines() if line.startswith(start)]
 
 
-@pytest.mark.parametrize("words", documented("sbatch "), ids=" ".join)
-def test_a_documented_sbatch_launches_what_exists(words):
-    behind = words[words.index("launch/train.sbatch") + 1 :]
-    job_gives = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"} if "2" in words or "--nodes=2" in words else {}
-    assert facts(behind, {"SLURM_JOB_ID": "1", **job_gives})["words"]
+@pytest.mark.parametrize("arguments", documented("sbatch "), ids=" ".join)
+def test_a_documented_sbatch_names_a_recipe_that_exists(arguments):
+    launch_arguments = arguments[arguments.index("launch/train.sbatch") + 1 :]
+    environment = (
+        {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"} if "2" in arguments or "--nodes=2" in arguments else {}
+    )
+    assert collect_job_variables(launch_arguments, {"SLURM_JOB_ID": "1", **environment})["words"]
 
 
-@pytest.mark.parametrize("words", documented("dpokit submit "), ids=" ".join)
-def test_a_documented_submit_passes_its_checks(words):
+@pytest.mark.parametrize("arguments", documented("dpokit submit "), ids=" ".join)
+def test_a_documented_submit_passes_its_checks(arguments):
     verb = typer.main.get_command(app).commands["submit"]
-    context = verb.make_context("submit", words[2:])
-    given = {name: value for name, value in context.params.items() if name not in ("dry_run", "recipe", "sbatch")}
-    check_job(Job(recipe=Path(context.params["recipe"]), flags=tuple(context.args), **given))
+    context = verb.make_context("submit", arguments[2:])
+    options = {name: value for name, value in context.params.items() if name not in ("dry_run", "recipe", "sbatch")}
+    check_job(SlurmJob(recipe=Path(context.params["recipe"]), flags=tuple(context.args), **options))
 
 
 def write_sbatch(folder: Path, body: str, monkeypatch) -> None:
@@ -202,7 +204,7 @@ def write_sbatch(folder: Path, body: str, monkeypatch) -> None:
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
 
-def test_the_id_is_that_of_sbatch_and_its_refusal_is_passed_on(tmp_path, monkeypatch):
+def test_submit_returns_the_id_or_the_message_of_sbatch(tmp_path, monkeypatch):
     write_sbatch(tmp_path, f"cat > {tmp_path}/text; echo '4711;cluster'", monkeypatch)
     assert submit_text("the text") == "4711"
     assert (tmp_path / "text").read_text() == "the text"
@@ -211,10 +213,10 @@ def test_the_id_is_that_of_sbatch_and_its_refusal_is_passed_on(tmp_path, monkeyp
         submit_text("the text")
 
 
-def test_a_dry_run_prints_the_whole_text_and_nothing_else(tmp_path):
-    words = ["recipes/dpo_gpt2.py", "--config-file", "accelerate_configs/zero3.yaml", "--nodes", "2"]
+def test_a_dry_run_prints_only_the_job_script(tmp_path):
+    arguments = ["recipes/dpo_gpt2.py", "--config-file", "accelerate_configs/zero3.yaml", "--nodes", "2"]
     flags = ["--output_dir", str(tmp_path / "run"), "--beta", "0.2", "--run_name", "two words"]
-    done = dpokit("submit", *words, "--gpus-per-node", "8", "--sbatch=--constraint=h100", *flags, "--dry-run")
+    done = dpokit("submit", *arguments, "--gpus-per-node", "8", "--sbatch=--constraint=h100", *flags, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "--constraint=h100" in options_of(done.stdout)
     assert arguments_of(done.stdout) == [
@@ -228,7 +230,7 @@ def test_a_dry_run_prints_the_whole_text_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "message"),
     [
         (["no_such_recipe"], "SettingsError: there is no recipe 'no_such_recipe'"),
         (["dpo_gpt2", "--bta", "0.5"], "SettingsError: the command line: there is no setting 'bta'"),
@@ -236,14 +238,14 @@ def test_a_dry_run_prints_the_whole_text_and_nothing_else(tmp_path):
         (["dpo_gpt2"], "MachineError: there is no sbatch on this machine"),
     ],
 )
-def test_a_mistake_is_one_message_and_nothing_is_queued(words, says, monkeypatch, tmp_path):
+def test_an_invalid_submit_prints_one_message(arguments, message, monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
-    for name in ("env", "uname", "file", "gcc"):  # what imports may ask for; no sbatch
+    for name in ("env", "uname", "file", "gcc"):  # programs that imports may call; no sbatch
         (tmp_path / "bin" / name).symlink_to("/bin/false")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    done = dpokit("submit", *words)
+    done = dpokit("submit", *arguments)
     assert done.returncode == 2
-    assert says in done.stderr
+    assert message in done.stderr
     assert done.stderr.count("do this:") == 1
     assert "Traceback" not in done.stderr
     assert done.stdout == ""

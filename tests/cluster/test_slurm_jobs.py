@@ -1,4 +1,4 @@
-"""What launch/train.sbatch and Slurm make of a job, whatever it trains: a stand-in keeps a run folder, no more."""
+"""launch/train.sbatch under a real Slurm, with a stand-in recipe that writes a run folder and trains nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +24,11 @@ def clean(cluster) -> Iterator[None]:
         yield
 
 
-def stand_in(cluster: Cluster, run: Path, *flags: str, **given: object) -> str:
-    return submit(cluster, run, *flags, **{"recipe": STAND_IN, "config_file": ONE, "nodes": 1} | given)
+def stand_in(cluster: Cluster, run: Path, *flags: str, **options: object) -> str:
+    return submit(cluster, run, *flags, **{"recipe": STAND_IN, "config_file": ONE, "nodes": 1} | options)
 
 
-def test_slurms_own_preemption_saves_the_run_and_it_comes_back(cluster, tmp_path):
+def test_a_run_that_slurm_preempts_is_saved_and_requeued(cluster, tmp_path):
     run = tmp_path / "run"
     job = stand_in(cluster, run, "--steps", "1000", nodes=3, config_file=TWO)
     cluster.wait_until(lambda: record_of(run).get("step", 0) >= 3, "step 3")
@@ -42,7 +42,7 @@ def test_slurms_own_preemption_saves_the_run_and_it_comes_back(cluster, tmp_path
     assert record_of(run)["generations"][1]["resumed_step"] >= 3
 
 
-def test_a_run_whose_time_is_nearly_over_is_saved_and_goes_on(cluster, tmp_path):
+def test_a_run_near_its_time_limit_is_saved_and_requeued(cluster, tmp_path):
     run = tmp_path / "run"
     job = stand_in(cluster, run, "--steps", "1000", time="1", signal_seconds=45)
     cluster.wait_for_requeue(job)
@@ -50,7 +50,7 @@ def test_a_run_whose_time_is_nearly_over_is_saved_and_goes_on(cluster, tmp_path)
     assert record_of(run)["step"] < 250
 
 
-def test_a_cancelled_job_does_not_come_back(cluster, tmp_path):
+def test_a_cancelled_job_is_not_requeued(cluster, tmp_path):
     run = tmp_path / "run"
     job = stand_in(cluster, run, "--steps", "1000")
     cluster.wait_until(lambda: record_of(run).get("step", 0) >= 3, "step 3")
@@ -60,7 +60,7 @@ def test_a_cancelled_job_does_not_come_back(cluster, tmp_path):
     assert cluster.show(job)["JobState"] == "CANCELLED"
 
 
-def test_crashes_are_followed_by_so_many_starts_and_no_more(cluster, tmp_path):
+def test_crashes_above_max_restarts_fail_the_job(cluster, tmp_path):
     run = tmp_path / "run"
     job = stand_in(cluster, run, "--crash_at", "2", "4", "6", max_restarts=1)
     cluster.wait_for_requeue(job)
@@ -69,7 +69,7 @@ def test_crashes_are_followed_by_so_many_starts_and_no_more(cluster, tmp_path):
     assert len(record_of(run)["generations"]) == 2
 
 
-def test_a_run_that_stands_still_is_given_up(cluster, tmp_path):
+def test_a_run_without_a_new_checkpoint_fails_the_job(cluster, tmp_path):
     run = tmp_path / "run"
     job = stand_in(cluster, run, "--crash_at", "3", "3", "3", "--save_from", "9")
     cluster.wait_for_requeue(job)
@@ -77,16 +77,16 @@ def test_a_run_that_stands_still_is_given_up(cluster, tmp_path):
     assert "the last two starts both began at step 0" in log_of(run)
 
 
-def test_a_mistake_that_shows_late_is_not_tried_again(cluster, tmp_path):
+def test_a_user_error_in_a_later_step_fails_the_job(cluster, tmp_path):
     run = tmp_path / "run"
     job = stand_in(cluster, run, "--crash_at", "3", "--error", "DataError")
     assert end_of(cluster, job, run) == "FAILED"
     assert cluster.show(job)["Restarts"] == "0"
-    assert "another start would meet the same: a crash at step 3" in log_of(run)
+    assert "another start would fail in the same way: a crash at step 3" in log_of(run)
 
 
 def test_one_job_of_an_array_is_requeued_without_the_others(cluster, tmp_path):
-    # The last one has the number of the array itself: whoever requeues by number requeues all.
+    # The last job has the array's own number, so a requeue by number would requeue all jobs.
     job = stand_in(cluster, tmp_path / "run_%a", "--steps", "40", array="3-4")
     first, last = tmp_path / "run_3", tmp_path / "run_4"
     for run in (first, last):

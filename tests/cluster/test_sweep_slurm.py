@@ -1,4 +1,4 @@
-"""A search under a real Slurm: one array for its trials, found again by who comes back, cancelled jobs recorded."""
+"""A search under a real Slurm: its trials are an array, a later worker continues it, cancelled jobs are recorded."""
 
 import signal
 import time
@@ -11,7 +11,7 @@ from real_slurm import Cluster
 from slurm_jobs import nothing_left, running_cluster
 from sweeping import Sweeping
 
-from dpokit.cluster.slurm import Job
+from dpokit.cluster.slurm import SlurmJob
 from dpokit.sweep.slurm import build_array
 
 CONFIG = ROOT / "accelerate_configs" / "single_gpu.yaml"
@@ -32,15 +32,15 @@ def sweeping(cluster, tmp_path) -> Iterator[Sweeping]:
         yield Sweeping(tmp_path, text, SLURM_CONF=cluster.environment["SLURM_CONF"])
 
 
-def wait_for(found) -> None:
+def wait_for(holds) -> None:
     end = time.monotonic() + PATIENCE_SECONDS
-    while not found():
-        assert time.monotonic() < end, "it did not come"
+    while not holds():
+        assert time.monotonic() < end, "the condition stayed false"
         time.sleep(0.2)
 
 
-def test_the_trials_of_a_round_are_one_array_with_settings_and_logs_of_their_own():
-    job = Job(Path("recipes/dpo_gpt2.py"), CONFIG, sbatch=("--partition=gpu",))
+def test_an_array_has_settings_and_a_log_for_each_trial():
+    job = SlurmJob(Path("recipes/dpo_gpt2.py"), CONFIG, sbatch=("--partition=gpu",))
     array = build_array(job, "/s/trial-%a-seed-43", [4, 0, 2], group="s")
     assert array.array == "0,2,4"
     assert array.flags == (
@@ -52,7 +52,7 @@ def test_the_trials_of_a_round_are_one_array_with_settings_and_logs_of_their_own
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_grid_runs_as_an_array_and_who_leaves_comes_back_to_it(sweeping):
+def test_a_grid_runs_as_an_array_and_can_be_continued(sweeping):
     process = sweeping.begin("--slurm", "--jobs", "3")
     wait_for(lambda: any(start["run"] != "trial-0" for start in sweeping.starts()))
     process.send_signal(signal.SIGINT)
@@ -63,13 +63,13 @@ def test_a_grid_runs_as_an_array_and_who_leaves_comes_back_to_it(sweeping):
     sweeping.check_whole(3, steps=12)
     assert len(sweeping.starts()) == 3
     jobs = [run.path.with_suffix(".job").read_text().strip() for run in sweeping.runs()]
-    # The first prepares data and reference for all, so it is alone; the others are one array.
+    # The first job prepares data and reference for all and runs alone; the others are one array.
     assert jobs[0].partition("_")[0] != jobs[1].partition("_")[0] == jobs[2].partition("_")[0]
 
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_a_job_that_is_cancelled_is_a_trial_that_failed(sweeping, cluster):
+def test_a_cancelled_job_is_a_failed_trial(sweeping, cluster):
     process = sweeping.begin("--slurm", "--jobs", "3")
     wait_for(lambda: sweeping.starts())
     cluster.run("scancel", sweeping.runs()[0].path.with_suffix(".job").read_text().strip())

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from dpokit.console import say
 from dpokit.errors import DataError
 from dpokit.safe_console import SafeConsole
-from dpokit.serve.chat import describe_here, print_answers
-from dpokit.serve.failures import tell
+from dpokit.serve.chat import free_and_describe, print_answers
+from dpokit.serve.failures import log_failure
 from dpokit.terminal import CONTROLS, echo, escape_controls, one_line
 from dpokit.verbs.app import app
 
@@ -70,11 +70,11 @@ def write_console(text: str) -> None:
 
 
 def write_failure(text: str) -> None:
-    tell(ValueError(text))
+    log_failure(ValueError(text))
 
 
 def write_chat_failure(text: str) -> None:
-    print(describe_here(ValueError(text)))
+    print(free_and_describe(ValueError(text)))
 
 
 def write_answers(text: str) -> None:

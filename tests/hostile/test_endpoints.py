@@ -21,7 +21,7 @@ from dpokit.evaluate import endpoint
 from dpokit.evaluate.endpoint import Endpoint
 from dpokit.serve import remote
 from dpokit.serve.remote import RemoteModels
-from dpokit.serve.request_limits import RefusedError, Sampling
+from dpokit.serve.request_limits import RefusedError, SamplingSettings
 
 SECRET = "sk-0123456789"
 KEY = ApiKey("KEY", SECRET)
@@ -47,7 +47,7 @@ def ask_judge(url: str, seconds: float) -> str:
 def ask_model(url: str, seconds: float) -> str:
     remote.ANSWER_SECONDS = seconds
     models = RemoteModels(url, tuned="mine", base=None, api_key=KEY)
-    return models.answer("tuned", QUESTION, Sampling(), on_text=lambda _: None, is_stopped=lambda: False).text
+    return models.answer("tuned", QUESTION, SamplingSettings(), on_text=lambda _: None, is_stopped=lambda: False).text
 
 
 def complete(content: object = TEXT, tokens: object = 7) -> str:
@@ -348,7 +348,9 @@ def test_text_before_a_line_end_is_shown_before_more_comes():
     pieces = chain([head(), stream(event(TEXT), end="\r")], repeat(None))
     with serve(lambda: pieces) as server:
         models, seen = RemoteModels(server.url, tuned="mine", base=None, api_key=KEY), []
-        stopped = models.answer("tuned", QUESTION, Sampling(), on_text=seen.append, is_stopped=lambda: bool(seen))
+        stopped = models.answer(
+            "tuned", QUESTION, SamplingSettings(), on_text=seen.append, is_stopped=lambda: bool(seen)
+        )
     assert stopped.text == TEXT
 
 

@@ -221,10 +221,10 @@ def test_a_trial_that_the_space_cannot_have_drawn_is_not_started(settings, searc
 
 @pytest.mark.parametrize("text", ["--user=root", "12", "", "12_3 13_4", "x_y"])
 def test_a_file_of_a_job_that_names_none_is_no_job(text, tmp_path):
-    from dpokit.cluster.slurm import Job
+    from dpokit.cluster.slurm import SlurmJob
     from dpokit.sweep.slurm import Queue, QueuedRun
 
-    queue = Queue(Job(Path("recipe.py"), Path("placement.yaml")), group="g")
+    queue = Queue(SlurmJob(Path("recipe.py"), Path("placement.yaml")), group="g")
     run = QueuedRun(0, {}, RunDir(tmp_path / "trial-0"), queue=queue)
     run.job_file.write_text(text)
     assert run.find_job() is None

@@ -10,7 +10,7 @@ from conftest import ROOT, write_pairs
 from run_folders import make_run, make_steps
 
 from dpokit.card.card import write_card
-from dpokit.cluster.slurm import Job, render_job
+from dpokit.cluster.slurm import SlurmJob, render_job
 from dpokit.credentials import find_secrets, hide_secrets
 from dpokit.errors import DataError, SettingsError
 from dpokit.rundir import RunDir
@@ -149,8 +149,8 @@ JOBS = {
 
 @pytest.mark.parametrize("case", JOBS)
 def test_a_job_whose_text_would_hold_a_secret_is_refused(case):
-    job = Job(ROOT / "recipes" / "dpo_gpt2.py", ROOT / "accelerate_configs" / "ddp.yaml", **JOBS[case])
-    with pytest.raises(SettingsError, match="the job's text would hold a secret") as refusal:
+    job = SlurmJob(ROOT / "recipes" / "dpo_gpt2.py", ROOT / "accelerate_configs" / "ddp.yaml", **JOBS[case])
+    with pytest.raises(SettingsError, match="the job script would hold a secret") as refusal:
         render_job(job)
     assert SECRET not in str(refusal.value)
 

@@ -291,7 +291,7 @@ def test_a_visitor_of_loaded_models_writes_no_system_turn(visited):
 
 def test_a_visitor_is_told_of_a_character_that_steers(visited, monkeypatch):
     monkeypatch.setattr(visited, "renderer", Renderer(byte_level(CHATML, special=["\u00a7"], eos_token="\u00a7")))
-    with pytest.raises(RefusedError, match="takes for a command"):
+    with pytest.raises(RefusedError, match="reads as a special token"):
         visited.encode(ask("a \u00a7 b"))
 
 

@@ -1,26 +1,26 @@
-"""What a failure leaves behind: nothing of what the models held when they failed."""
+"""A failed answer frees the memory that it held, and repeated log messages are counted."""
 
 import gc
 import logging
 import weakref
 
 import pytest
-from test_question_queue import QUESTION, Desk, Gated, ask, wait
+from test_question_queue import QUESTION, Gated, QuestionQueue, ask, wait
 
 from dpokit.serve import failures
-from dpokit.serve.chat import answer_once, describe_here
-from dpokit.serve.request_limits import Limits, Sampling
+from dpokit.serve.chat import answer_once, free_and_describe
+from dpokit.serve.request_limits import RequestLimits, SamplingSettings
 
 
 class Held:
-    """As a cache of keys and values, or logits."""
+    """In place of a cache of keys and values, or of logits."""
 
 
 class Full(Gated):
-    """Has no memory left while it holds something."""
+    """Models that raise MemoryError while they hold a cache."""
 
-    def __init__(self, *words):
-        super().__init__(*words)
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
         self.held: list[weakref.ref] = []
 
     def answer(self, side, messages, sampling, *, on_text, is_stopped):
@@ -31,29 +31,29 @@ class Full(Gated):
 
 @pytest.fixture
 def models(tiny_gpt2):
-    gc.disable()  # the device is out of memory now, not when garbage is next looked for
+    gc.disable()  # memory must be freed at once, not at the next garbage collection
     yield Full(str(tiny_gpt2), None)
     gc.enable()
 
 
-def test_a_failed_answer_of_the_page_holds_nothing_any_more(models):
-    desk = Desk(models, Limits())
-    desk.open()
-    assert wait(ask(desk, order=("tuned",))).state == "failed"
+def test_a_failed_answer_of_the_page_frees_its_memory(models):
+    queue = QuestionQueue(models, RequestLimits())
+    queue.open()
+    assert wait(ask(queue, order=("tuned",))).state == "failed"
     assert [held() for held in models.held] == [None]
-    desk.close()
+    queue.close()
 
 
-def test_a_failed_answer_in_the_terminal_holds_nothing_once_it_is_described(models):
+def test_a_failed_answer_in_the_terminal_frees_its_memory(models):
     try:
-        answer_once(models, QUESTION, Sampling())
+        answer_once(models, QUESTION, SamplingSettings())
     except MemoryError as failure:
-        assert "ran out of memory" in describe_here(failure)
+        assert "ran out of memory" in free_and_describe(failure)
         assert [held() for held in models.held] == [None]
     assert models.held
 
 
-def test_a_message_is_written_once_a_minute_with_the_number_of_the_others(monkeypatch, caplog):
+def test_a_repeated_log_message_is_counted(monkeypatch, caplog):
     log = logging.getLogger("test_failures")
     log.addFilter(failures.OnceAMinute())
     for number in range(1000):

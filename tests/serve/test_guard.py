@@ -1,4 +1,4 @@
-"""Who comes in, which routes there are, and how much may be sent."""
+"""The guard of the page: passwords, routes, and sizes of requests."""
 
 import asyncio
 import base64
@@ -33,15 +33,22 @@ def ask(
     client=("10.0.0.1", 5),
     query=b"",
 ):
-    """Status and headers of the answer; the body comes in two parts."""
+    """The status and headers of the reply; the body is sent in two parts."""
     guard = guard or Guard(page, hosts=hosts, credentials=credentials, per_minute=1)
-    given = {
+    all_headers = {
         "host": "127.0.0.1:7860",
         **({"content-length": str(len(body))} if method == "POST" else {}),
         **(headers or {}),
     }
-    packed = [(name.encode(), value.encode()) for name, value in given.items() if value is not None]
-    scope = {"type": "http", "method": method, "path": path, "headers": packed, "client": client, "query_string": query}
+    encoded = [(name.encode(), value.encode()) for name, value in all_headers.items() if value is not None]
+    scope = {
+        "type": "http",
+        "method": method,
+        "path": path,
+        "headers": encoded,
+        "client": client,
+        "query_string": query,
+    }
     sent = []
     parts = [
         {"type": "http.request", "body": body[:1], "more_body": True},
@@ -73,13 +80,13 @@ def ask(
         ("POST", "/gradio_api/queue/join"),
     ],
 )
-def test_what_the_page_needs_is_let_through_with_its_policy(method, path):
+def test_a_route_of_the_page_is_forwarded_with_its_policy(method, path):
     status, headers = ask(method, path)
     assert status == 200
     assert "default-src 'self'" in headers["content-security-policy"]
 
 
-def test_a_session_that_has_asked_is_let_through_to_its_stream():
+def test_a_session_gets_its_stream_after_a_request():
     guard = Guard(page, hosts=HOSTS, credentials=None, per_minute=1)
     stream = {"guard": guard, "query": b"session_hash=abc"}
     assert ask("GET", "/gradio_api/queue/data", **stream)[0] == 404
@@ -116,24 +123,24 @@ def test_a_session_that_has_asked_is_let_through_to_its_stream():
         ("OPTIONS", "/"),
     ],
 )
-def test_nothing_else_is_there(method, path):
+def test_any_other_route_is_refused(method, path):
     assert ask(method, path)[0] == 404
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "", "localhost.evil:7860"])
-def test_a_page_that_points_its_name_to_this_machine_is_turned_away(host):
+def test_a_foreign_host_name_is_refused(host):
     assert ask("GET", "/", headers={"host": host})[0] == 421
     assert ask("GET", "/", headers={"host": host}, hosts=None)[0] == 200
 
 
-def test_another_page_may_not_post_here():
+def test_a_post_from_another_page_is_refused():
     for origin in ("http://evil.example", "null", "http://127.0.0.1:9999"):
         assert ask("POST", "/gradio_api/queue/join", headers={"origin": origin})[0] == 403
     assert ask("POST", "/gradio_api/queue/join", headers={"origin": "http://127.0.0.1:7860"})[0] == 200
 
 
 @pytest.mark.parametrize("length", [str(MOST_BODY_BYTES + 1), "-1", "lots", "", None])
-def test_a_body_too_long_or_of_unknown_length_is_refused(length):
+def test_a_body_of_too_many_or_unknown_bytes_is_refused(length):
     assert ask("POST", "/gradio_api/queue/join", headers={"content-length": length})[0] == 413
 
 
@@ -154,12 +161,12 @@ FILE = {"path": "http://example.com/huge.bin", "meta": {"_type": "gradio.FileDat
     ],
 )
 @pytest.mark.parametrize("path", ["/gradio_api/queue/join", "/gradio_api/cancel"])
-def test_only_plain_values_reach_the_page_and_each_as_it_was_sent(path, body, status):
+def test_only_plain_values_reach_the_page(path, body, status):
     assert ask("POST", path, body=json.dumps(body).encode())[0] == status
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b'{"data": []}' + b" " * MOST_BODY_BYTES])
-def test_a_body_that_is_no_json_or_longer_than_it_said_is_refused(body):
+def test_a_body_that_is_not_json_or_too_long_is_refused(body):
     assert ask("POST", "/gradio_api/queue/join", body=body, headers={"content-length": "9"})[0] == 400
 
 
@@ -167,7 +174,7 @@ def basic(text):
     return {"authorization": f"Basic {base64.b64encode(text.encode()).decode()}"}
 
 
-def test_nobody_comes_in_without_user_and_password():
+def test_a_wrong_user_or_password_is_refused():
     credentials = Credentials("ann", "s3cret:with colon")
     status, headers = ask("GET", "/", credentials=credentials)
     assert status == 401
@@ -180,29 +187,29 @@ def test_nobody_comes_in_without_user_and_password():
     assert "s3cret" not in repr(credentials)
 
 
-def test_passwords_cannot_be_tried_without_end():
+def test_too_many_wrong_passwords_are_refused():
     guard = Guard(page, hosts=None, credentials=Credentials("ann", "s3cret"), per_minute=1)
-    tried = [ask("GET", "/", headers=basic(f"ann:{number}"), guard=guard)[0] for number in range(30)]
-    assert tried == [401] * 20 + [429] * 10
+    statuses = [ask("GET", "/", headers=basic(f"ann:{number}"), guard=guard)[0] for number in range(30)]
+    assert statuses == [401] * 20 + [429] * 10
     for headers in (basic("ann:s3cret"), {}):
-        assert ask("GET", "/", headers=headers, guard=guard)[0] == 429, "the right one is not told from a wrong one"
+        assert ask("GET", "/", headers=headers, guard=guard)[0] == 429, "the right password is refused as well"
     other = ("10.0.0.2", 5)
     assert ask("GET", "/", headers=basic("ann:s3cret"), guard=guard, client=other)[0] == 200
 
 
-def test_who_knows_the_password_is_never_counted():
+def test_a_right_password_is_never_counted():
     guard = Guard(page, hosts=None, credentials=Credentials("ann", "s3cret"), per_minute=1)
-    seen = {
+    statuses = {
         ask("GET", "/", headers=headers, guard=guard)[0] for _ in range(50) for headers in (basic("ann:s3cret"), {})
     }
-    assert seen == {200, 401}
+    assert statuses == {200, 401}
 
 
 @pytest.mark.parametrize(("per_minute", "most"), [(2, 600), (100, 1000)])
-def test_posts_are_counted(per_minute, most):
+def test_too_many_posts_are_refused(per_minute, most):
     guard = Guard(page, hosts=HOSTS, credentials=None, per_minute=per_minute)
-    seen = [ask("POST", "/gradio_api/queue/join", guard=guard)[0] for _ in range(most + 5)]
-    assert seen == [200] * most + [429] * 5
+    statuses = [ask("POST", "/gradio_api/queue/join", guard=guard)[0] for _ in range(most + 5)]
+    assert statuses == [200] * most + [429] * 5
 
 
 @pytest.mark.parametrize(
@@ -214,27 +221,27 @@ def test_posts_are_counted(per_minute, most):
         (Address("127.0.0.1", auth="ann:s3cret"), "page.example", 200),
     ],
 )
-def test_a_page_has_the_names_that_it_prints_and_any_where_a_password_is_asked_for(address, name, status):
+def test_a_page_with_a_password_has_any_host_name(address, name, status):
     credentials = address.read_credentials()
     guard = Guard(page, hosts=address.find_hosts(credentials), credentials=credentials, per_minute=1)
     assert ask("GET", "/", headers={"host": name} | basic("ann:s3cret"), guard=guard)[0] == status
 
 
-def test_a_proxy_that_keeps_the_name_may_post():
+def test_a_proxy_that_keeps_the_host_may_post():
     headers = {"host": "page.example", "origin": "https://page.example"}
     assert ask("POST", "/gradio_api/queue/join", headers=headers, hosts=None)[0] == 200
 
 
-def test_an_address_has_so_many_requests_at_once():
+def test_too_many_open_requests_of_an_address_are_refused():
     guard = Guard(page, hosts=HOSTS, credentials=None, per_minute=1)
-    guard._at_once["10.0.0.1"] = MOST_AT_ONCE
+    guard._open_requests["10.0.0.1"] = MOST_AT_ONCE
     assert ask("GET", "/", guard=guard)[0] == 429
     assert ask("GET", "/", guard=guard, client=("10.0.0.2", 5))[0] == 200
-    assert list(guard._at_once) == ["10.0.0.1"], "who has gone is not remembered"
+    assert list(guard._open_requests) == ["10.0.0.1"], "a finished request is forgotten"
 
 
 @pytest.mark.parametrize("text", ["*", "proxy.example", "10.0.0.1,", "10.0.0.0/99", "10.0.0.1;10.0.0.2"])
-def test_a_proxy_is_named_by_its_address(text):
+def test_a_proxy_must_be_an_address_or_network(text):
     with pytest.raises(SettingsError, match="--forwarded-allow-ips"):
         read_proxies(text)
     assert read_proxies(None) == ()
@@ -242,7 +249,7 @@ def test_a_proxy_is_named_by_its_address(text):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "my.server"])
-def test_a_page_for_others_needs_a_password(host, monkeypatch):
+def test_a_page_for_other_machines_needs_a_password(host, monkeypatch):
     monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     with pytest.raises(SettingsError, match="no password"):
         Address(host).read_credentials()
@@ -253,18 +260,18 @@ def test_a_page_for_others_needs_a_password(host, monkeypatch):
     for auth in (None, "ann"):
         credentials = Address(host, auth=auth).read_credentials()
         assert credentials is not None
-        assert credentials.fit(basic(f"{auth or 'dpokit'}:s3cret")["authorization"])
+        assert credentials.match(basic(f"{auth or 'dpokit'}:s3cret")["authorization"])
 
 
-def test_a_file_that_is_not_of_votes_is_refused_before_anything_is_loaded(tmp_path):
+def test_a_file_without_votes_is_refused(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text('{\n  "beta": 0.1\n}')
-    with pytest.raises(RunFolderError, match="something else than a vote"):
+    with pytest.raises(RunFolderError, match="does not begin with a vote"):
         find_votes(None, path)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])
-def test_a_page_for_this_machine_alone_needs_none_and_may_have_one(host, monkeypatch):
+def test_a_local_page_may_have_a_password(host, monkeypatch):
     monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     assert Address(host).read_credentials() is None
     assert Address(host, auth="ann:s3cret").read_credentials() is not None

@@ -1,4 +1,4 @@
-"""Servers that reply with what no number or nesting should be: told in words, never a traceback."""
+"""Replies with infinite numbers or deep nesting end in one message, not in a traceback."""
 
 import threading
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from dpokit.apikey import ApiKey
 from dpokit.errors import JudgeError
 from dpokit.evaluate.endpoint import Endpoint
 from dpokit.serve.remote import RemoteModels
-from dpokit.serve.request_limits import RefusedError, Sampling
+from dpokit.serve.request_limits import RefusedError, SamplingSettings
 
 KEY = ApiKey("KEY")
 QUESTION = [{"role": "user", "content": "Why?"}]
@@ -21,8 +21,8 @@ STREAMED = '{"choices": [], "usage": {"completion_tokens": 1e999}}'
 
 
 @contextmanager
-def say(text: str) -> Iterator[str]:
-    """The URL of a server that says this to everyone."""
+def serve_text(text: str) -> Iterator[str]:
+    """The URL of a server that sends this text to every request."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -32,7 +32,7 @@ def say(text: str) -> Iterator[str]:
             self.wfile.write(text.encode())
 
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            """Writes no log."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever)
@@ -45,19 +45,22 @@ def say(text: str) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("text", [WHOLE, DEEP], ids=["endless tokens", "deep nesting"])
-def test_a_judge_of_hostile_replies_is_one_message(text):
-    says = "does not reply as chat/completions do"
+def test_a_judge_with_hostile_replies_raises_one_error(text):
+    message = "does not reply as chat/completions do"
     with (
-        say(text) as url,
+        serve_text(text) as url,
         Endpoint(url, api_key=KEY, timeout_seconds=60) as judge,
-        pytest.raises(JudgeError, match=says),
+        pytest.raises(JudgeError, match=message),
     ):
         judge.ask({"model": "judge"})
 
 
 @pytest.mark.parametrize("text", [STREAMED, DEEP], ids=["endless tokens", "deep nesting"])
-def test_a_model_of_hostile_replies_is_refused(text):
-    with say(f"data: {text}\n\n") as url, pytest.raises(RefusedError, match="does not stream as chat/completions do"):
+def test_a_model_with_hostile_replies_raises_one_error(text):
+    with (
+        serve_text(f"data: {text}\n\n") as url,
+        pytest.raises(RefusedError, match="does not stream as chat/completions do"),
+    ):
         RemoteModels(url, tuned="mine", base=None, api_key=KEY).answer(
-            "tuned", QUESTION, Sampling(), on_text=lambda _: None, is_stopped=lambda: False
+            "tuned", QUESTION, SamplingSettings(), on_text=lambda _: None, is_stopped=lambda: False
         )

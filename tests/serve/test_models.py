@@ -1,4 +1,4 @@
-"""Who answers: the same words as generate, the rewards of the trainer, one copy of the base, safetensors alone."""
+"""Local models: answers as generate samples them, the trainer's rewards, one copy of the base, safetensors only."""
 
 import json
 
@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpokit.errors import ModelError, RunFolderError, SettingsError
 from dpokit.model.generate import generate_answers
 from dpokit.rundir import RunDir
-from dpokit.serve.models import LocalModels, Reply
-from dpokit.serve.request_limits import RefusedError, Sampling
+from dpokit.serve.models import LocalModels, ModelReply
+from dpokit.serve.request_limits import RefusedError, SamplingSettings
 
 QUESTION = [{"role": "user", "content": "How do I bake bread?"}]
 RENDERED = "\n\nHuman: How do I bake bread?\n\nAssistant:"
-SAMPLING = Sampling(temperature=0.9, top_p=0.9, max_new_tokens=20, seed=3)
+SAMPLING = SamplingSettings(temperature=0.9, top_p=0.9, max_new_tokens=20, seed=3)
 
 
 @pytest.fixture(scope="module", params=["full", "adapter"])
@@ -26,14 +26,14 @@ def run(request, tiny_gpt2, tmp_path_factory) -> RunDir:
 
 @pytest.fixture
 def models(run) -> LocalModels:
-    made = LocalModels(str(run.path), None)
-    made.load()
-    return made
+    loaded = LocalModels(str(run.path), None)
+    loaded.load()
+    return loaded
 
 
-def answer(models, side, messages=QUESTION, sampling=SAMPLING, seen=None) -> Reply:
-    seen = [] if seen is None else seen
-    return models.answer(side, messages, sampling, on_text=seen.append, is_stopped=lambda: False)
+def answer(models, side, messages=QUESTION, sampling=SAMPLING, updates=None) -> ModelReply:
+    updates = [] if updates is None else updates
+    return models.answer(side, messages, sampling, on_text=updates.append, is_stopped=lambda: False)
 
 
 def load(run: RunDir, side: str, base):
@@ -42,32 +42,32 @@ def load(run: RunDir, side: str, base):
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
-def test_each_side_answers_as_generate_does_with_the_same_seed(run, models, tiny_gpt2, side):
+def test_each_side_answers_as_generate_with_the_same_seed(run, models, tiny_gpt2, side):
     model, tokenizer = load(run, side, tiny_gpt2).eval(), AutoTokenizer.from_pretrained(tiny_gpt2)
     settings = {"max_new_tokens": 20, "temperature": 0.9, "top_p": 0.9, "seed": 3}
     [expected] = generate_answers(model, tokenizer, [RENDERED], **settings)
-    for _ in range(2):  # and leaves the other one as it was
-        found = answer(models, side)
-        assert found.ids == expected.ids
+    for _ in range(2):  # a second time after the other side has answered
+        reply = answer(models, side)
+        assert reply.ids == expected.ids
         answer(models, "base" if side == "tuned" else "tuned")
     ids = tokenizer(RENDERED, return_tensors="pt")
     torch.manual_seed(3)
     plain = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.9, "top_p": 0.9, "top_k": 0}
-    whole = model.generate(**ids, **plain, pad_token_id=tokenizer.eos_token_id)[0, ids["input_ids"].shape[1] :]
-    assert tuple(whole.tolist())[: len(found.ids)] == found.ids
+    complete = model.generate(**ids, **plain, pad_token_id=tokenizer.eos_token_id)[0, ids["input_ids"].shape[1] :]
+    assert tuple(complete.tolist())[: len(reply.ids)] == reply.ids
 
 
-def test_an_answer_is_shown_as_it_grows(models):
-    seen: list[Reply] = []
-    whole = answer(models, "tuned", seen=seen)
-    assert seen
-    assert [reply.tokens for reply in seen] == sorted({reply.tokens for reply in seen})
-    assert all(whole.text.startswith(reply.text) for reply in seen)
+def test_an_answer_is_shown_while_it_grows(models):
+    updates: list[ModelReply] = []
+    complete = answer(models, "tuned", updates=updates)
+    assert updates
+    assert [reply.tokens for reply in updates] == sorted({reply.tokens for reply in updates})
+    assert all(complete.text.startswith(reply.text) for reply in updates)
 
 
 def test_the_implicit_reward_is_beta_times_the_log_ratio(run, models, tiny_gpt2):
     replies = {side: answer(models, side) for side in ("base", "tuned")}
-    found = models.find_rewards(QUESTION, replies)
+    rewards = models.find_rewards(QUESTION, replies)
     prompt = models.encode(QUESTION)
     both = {side: load(run, side, tiny_gpt2).eval() for side in ("base", "tuned")}
     for side, reply in replies.items():
@@ -78,12 +78,12 @@ def test_the_implicit_reward_is_beta_times_the_log_ratio(run, models, tiny_gpt2)
                 name: model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).gather(1, ids[0, len(prompt) :, None])
                 for name, model in both.items()
             }
-        assert found[side] == pytest.approx(0.3 * float((logps["tuned"] - logps["base"]).sum()), abs=1e-4)
+        assert rewards[side] == pytest.approx(0.3 * float((logps["tuned"] - logps["base"]).sum()), abs=1e-4)
     assert models.find_rewards(QUESTION, {"tuned": replies["tuned"]}) is None
-    assert models.find_rewards(QUESTION, replies | {"base": Reply()}) is None
+    assert models.find_rewards(QUESTION, replies | {"base": ModelReply()}) is None
 
 
-def test_a_reward_that_is_no_number_is_none_at_all(models):
+def test_a_reward_that_is_not_finite_is_none(models):
     replies = {side: answer(models, side) for side in ("base", "tuned")}
     assert models.find_rewards(QUESTION, replies) is not None
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_reward_that_is_no_number_is_none_at_all(models):
     assert models.find_rewards(QUESTION, replies) is None
 
 
-def test_a_run_on_examples_alone_answers_without_rewards(tiny_gpt2, tmp_path):
+def test_an_sft_run_answers_without_rewards(tiny_gpt2, tmp_path):
     models = LocalModels(str(make_run(tmp_path, tiny_gpt2, kind="sft").path), None)
     models.load()
     replies = {side: answer(models, side) for side in ("base", "tuned")}
@@ -99,12 +99,12 @@ def test_a_run_on_examples_alone_answers_without_rewards(tiny_gpt2, tmp_path):
     assert models.find_rewards(QUESTION, replies) is None
 
 
-def test_an_adapter_shares_its_base_and_a_whole_model_has_its_own(run, models, tiny_gpt2):
+def test_an_adapter_shares_the_base_and_a_full_model_does_not(run, models, tiny_gpt2):
     weights = {id(parameter): parameter.numel() for parameter in models.sides.tuned.parameters()}
     if models.sides.base is not None:
         weights |= {id(parameter): parameter.numel() for parameter in models.sides.base.parameters()}
-    one = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_gpt2).parameters())
-    copies = sum(weights.values()) / one
+    size = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_gpt2).parameters())
+    copies = sum(weights.values()) / size
     if run.adapter.exists():
         assert models.sides.base is None
         assert 1 < copies < 1.5
@@ -112,7 +112,7 @@ def test_an_adapter_shares_its_base_and_a_whole_model_has_its_own(run, models, t
         assert copies == 2
 
 
-def test_a_conversation_is_rendered_as_the_model_was_trained(models, tiny_qwen2):
+def test_a_conversation_is_rendered_as_in_training(models, tiny_qwen2):
     messages = [*QUESTION, {"role": "assistant", "content": "Wait."}, {"role": "user", "content": "Why?"}]
     text = models.sides.tokenizer.decode(models.encode(messages), skip_special_tokens=True)
     assert text == "\n\nHuman: How do I bake bread?\n\nAssistant: Wait.\n\nHuman: Why?\n\nAssistant:"
@@ -123,19 +123,19 @@ def test_a_conversation_is_rendered_as_the_model_was_trained(models, tiny_qwen2)
     assert shown == "<|im_start|>user\nHow do I bake bread?<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_a_conversation_without_room_is_refused_before_anything_is_computed(models):
+def test_a_conversation_longer_than_the_context_is_refused(models):
     long = [{"role": "user", "content": "bread " * 400}]
     with pytest.raises(RefusedError, match="room for 256"):
         answer(models, "tuned", long)
 
 
-def test_an_answer_ends_where_the_model_has_no_room_for_more(models):
+def test_an_answer_ends_when_the_context_is_full(models):
     long = [{"role": "user", "content": "bread " * 60}]
-    found = answer(models, "tuned", long, Sampling(temperature=0.0, max_new_tokens=400))
-    assert found.ended or found.tokens == 256 - len(models.encode(long))
+    reply = answer(models, "tuned", long, SamplingSettings(temperature=0.0, max_new_tokens=400))
+    assert reply.ended or reply.tokens == 256 - len(models.encode(long))
 
 
-def test_a_whole_model_may_stand_beside_any_base_of_its_vocabulary(run, tiny_gpt2, tiny_qwen2):
+def test_a_full_model_needs_a_base_with_its_vocabulary(run, tiny_gpt2, tiny_qwen2):
     weights = run.find_weights()
     named = LocalModels(str(weights), str(tiny_gpt2))
     assert named.names == {"base": str(tiny_gpt2), "tuned": str(weights)}
@@ -144,7 +144,7 @@ def test_a_whole_model_may_stand_beside_any_base_of_its_vocabulary(run, tiny_gpt
         LocalModels(str(tiny_gpt2), str(tiny_qwen2)).load()
 
 
-def test_weights_that_can_hold_code_are_not_loaded(tiny_gpt2, tmp_path):
+def test_pickled_weights_are_not_loaded(tiny_gpt2, tmp_path):
     folder = tmp_path / "pickled"
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2)
@@ -154,7 +154,7 @@ def test_weights_that_can_hold_code_are_not_loaded(tiny_gpt2, tmp_path):
         LocalModels(str(folder), None).load()
 
 
-def test_code_that_comes_with_a_model_is_not_run(tiny_gpt2, tmp_path):
+def test_code_in_a_models_folder_is_not_run(tiny_gpt2, tmp_path):
     folder = tmp_path / "coded"
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(folder)
     AutoModelForCausalLM.from_pretrained(tiny_gpt2).save_pretrained(folder)
@@ -168,7 +168,7 @@ def test_code_that_comes_with_a_model_is_not_run(tiny_gpt2, tmp_path):
     assert not ran.exists()
 
 
-def test_a_run_without_weights_is_refused_at_once(run, tmp_path):
+def test_a_run_without_weights_is_refused(run, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "run.json").write_text(run.run_json.read_text())

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server in place of loaded weights: streamed, stopped, and refused in words."""
+"""An OpenAI-compatible server in place of loaded weights: streamed and stopped answers, and errors as messages."""
 
 import json
 import os
@@ -24,30 +24,30 @@ from dpokit.merge.hh_chat_template import SERVE, write_template
 from dpokit.serve.app import build_models
 from dpokit.serve.models import LocalModels
 from dpokit.serve.remote import RemoteModels
-from dpokit.serve.request_limits import RefusedError, Sampling
+from dpokit.serve.request_limits import RefusedError, SamplingSettings
 
 SECRET = "sk-0123456789"
 QUESTION = [{"role": "user", "content": "Why?"}]
-SAMPLING = Sampling(temperature=0.5, top_p=0.8, max_new_tokens=9, seed=4)
+SAMPLING = SamplingSettings(temperature=0.5, top_p=0.8, max_new_tokens=9, seed=4)
 
 
 SILENCE = "silence"
 
 
 class Server(ThreadingHTTPServer):
-    """Says `lines` of an event stream; keeps what it was asked.
+    """Sends `lines` as an event stream and keeps the requests.
 
     Attributes:
-        lines: where one is SILENCE, nothing more comes while the test lasts.
-        answers: whether a request has a reply at all.
-        refused: a field that requests must not have.
+        lines: the lines to send; after a line SILENCE the server sends nothing more during the test.
+        answers: whether the server replies at all.
+        refused: a field that the server refuses.
     """
 
     status, lines, answers, refused, daemon_threads = 200, [], True, None, True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.asked: list[dict] = []
+        self.requests: list[dict] = []
         self.sent = 0
         self.is_over = threading.Event()
 
@@ -59,7 +59,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
+        self.server.requests.append({"path": self.path, "key": self.headers["Authorization"], **body})
         if not self.server.answers:
             self.server.is_over.wait()
         self.send_response(400 if self.server.refused in body else self.server.status)
@@ -76,7 +76,7 @@ class Handler(BaseHTTPRequestHandler):
             pass
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Writes no log."""
 
 
 def event(text=None, finish=None) -> str:
@@ -85,13 +85,13 @@ def event(text=None, finish=None) -> str:
 
 
 def usage(tokens: int) -> str:
-    """The last event of a server that counts."""
+    """The last event of a server that reports usage."""
     return "data: " + json.dumps({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": tokens}})
 
 
 @pytest.fixture(autouse=True)
 def proxy(monkeypatch) -> None:
-    """One that is not there: who obeys it reaches nobody."""
+    """Sets a proxy that does not exist: a client that uses it reaches no server."""
     for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
@@ -99,14 +99,14 @@ def proxy(monkeypatch) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    made = Server()
-    thread = threading.Thread(target=made.serve_forever)
+    new_server = Server()
+    thread = threading.Thread(target=new_server.serve_forever)
     thread.start()
-    yield made
-    made.is_over.set()
-    made.shutdown()
+    yield new_server
+    new_server.is_over.set()
+    new_server.shutdown()
     thread.join()
-    made.server_close()
+    new_server.server_close()
 
 
 @pytest.fixture
@@ -114,67 +114,67 @@ def models(server) -> RemoteModels:
     return RemoteModels(server.url, tuned="mine", base="gpt2", api_key=ApiKey("KEY", SECRET))
 
 
-def answer(models, side="tuned", seen=None, is_stopped=lambda: False):
-    seen = [] if seen is None else seen
-    return models.answer(side, QUESTION, SAMPLING, on_text=seen.append, is_stopped=is_stopped)
+def answer(models, side="tuned", updates=None, is_stopped=lambda: False):
+    updates = [] if updates is None else updates
+    return models.answer(side, QUESTION, SAMPLING, on_text=updates.append, is_stopped=is_stopped)
 
 
-def test_an_answer_is_asked_for_by_name_and_shown_as_it_comes(server, models):
+def test_an_answer_is_streamed_from_the_named_model(server, models):
     role = 'data: {"choices": [{"delta": {"role": "assistant", "content": ""}}]}'
-    words = [event("Be"), event("cause \u00e4"), event(None, "stop"), usage(7)]
-    server.lines = [": ping", role, *words, "data: [DONE]", event("!")]
-    seen: list = []
+    events = [event("Be"), event("cause \u00e4"), event(None, "stop"), usage(7)]
+    server.lines = [": ping", role, *events, "data: [DONE]", event("!")]
+    updates: list = []
     for side, name in (("tuned", "mine"), ("base", "gpt2")):
-        found = answer(models, side, seen)
-        assert (found.text, found.tokens, found.ended, found.ids) == ("Because \u00e4", 7, True, None)
-        asked = server.asked[-1]
-        assert asked["path"] == "/v1/chat/completions"
-        assert asked["key"] == f"Bearer {SECRET}"
+        reply = answer(models, side, updates)
+        assert (reply.text, reply.tokens, reply.ended, reply.ids) == ("Because \u00e4", 7, True, None)
+        request = server.requests[-1]
+        assert request["path"] == "/v1/chat/completions"
+        assert request["key"] == f"Bearer {SECRET}"
         expected = {"model": name, "messages": QUESTION, "temperature": 0.5, "top_p": 0.8, "max_tokens": 9, "seed": 4}
-        assert {key: asked[key] for key in expected} == expected
-        assert asked["stream_options"] == {"include_usage": True}
-    assert [reply.text for reply in seen] == ["Be", "Because \u00e4"] * 2
-    assert models.find_rewards(QUESTION, {"tuned": found, "base": found}) is None
+        assert {key: request[key] for key in expected} == expected
+        assert request["stream_options"] == {"include_usage": True}
+    assert [reply.text for reply in updates] == ["Be", "Because \u00e4"] * 2
+    assert models.find_rewards(QUESTION, {"tuned": reply, "base": reply}) is None
 
 
-def test_an_answer_that_the_limit_cut_is_not_one_that_ended(server, models):
+def test_an_answer_that_the_limit_cuts_has_not_ended(server, models):
     server.lines = [event("Be"), event(None, "length"), "data: [DONE]"]
     assert not answer(models).ended
 
 
-def test_tokens_that_the_server_does_not_count_are_not_guessed(server, models):
+def test_a_server_without_usage_gives_zero_tokens(server, models):
     server.lines = [event("Be"), event("cause"), event(None, "stop"), "data: [DONE]"]
     assert answer(models).tokens == 0
 
 
-def test_a_server_that_refuses_to_count_is_asked_without(server, models):
+def test_a_server_that_refuses_usage_is_asked_without_it(server, models):
     server.lines, server.refused = [event("Because"), event(None, "stop"), "data: [DONE]"], "stream_options"
     assert answer(models).text == "Because"
-    first, second = server.asked
+    first, second = server.requests
     assert second == {name: value for name, value in first.items() if name != "stream_options"}
 
 
-def test_what_follows_the_end_does_not_undo_it(server, models):
+def test_events_after_the_end_do_not_change_it(server, models):
     server.lines = [event("Because"), event(None, "stop"), event(""), usage(1), "data: [DONE]"]
     assert answer(models).ended
 
 
 @pytest.mark.parametrize(("answers", "text"), [(False, ""), (True, "Be")])
-def test_a_server_that_falls_silent_does_not_keep_a_stopped_answer(answers, text, server, models):
+def test_an_answer_of_a_silent_server_can_be_stopped(answers, text, server, models):
     server.answers, server.lines = answers, [event("Be"), SILENCE]
-    seen: list = []
+    updates: list = []
     looks = iter([False, False, False])
 
     def is_stopped() -> bool:
-        return bool(seen or not answers) and next(looks, True)
+        return bool(updates or not answers) and next(looks, True)
 
-    assert answer(models, seen=seen, is_stopped=is_stopped).text == text
+    assert answer(models, updates=updates, is_stopped=is_stopped).text == text
     assert not server.is_over.is_set()
 
 
-def test_a_connection_that_does_not_come_about_can_be_stopped():
+def test_a_connection_without_a_reply_can_be_stopped():
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full, socket.socket() as first, socket.socket() as second:
-        for waiting in (first, second):  # what the queue has room for; further ones get no answer
+        for waiting in (first, second):  # these fill the backlog; further connections get no answer
             waiting.setblocking(False)
             waiting.connect_ex(full.getsockname())
         url = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
@@ -182,22 +182,22 @@ def test_a_connection_that_does_not_come_about_can_be_stopped():
         assert answer(models, is_stopped=lambda: True).text == ""
 
 
-def test_a_proxy_is_for_servers_elsewhere(server, monkeypatch):
+def test_a_proxy_is_used_for_remote_servers_only(server, monkeypatch):
     server.lines = [event("Because"), "data: [DONE]"]
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
     models = RemoteModels("http://models.example/v1", tuned="mine", base=None, api_key=ApiKey("KEY"))
     assert answer(models).text == "Because"
-    assert server.asked[0]["path"] == "http://models.example/v1/chat/completions"
+    assert server.requests[0]["path"] == "http://models.example/v1/chat/completions"
 
 
-def test_a_stopped_answer_is_not_read_to_its_end(server, models):
+def test_a_stopped_answer_is_not_read_further(server, models):
     server.lines = [event("word ")] * 200_000
     assert answer(models, is_stopped=lambda: True).text == "word"
     assert server.sent < 200_000
 
 
 @pytest.mark.parametrize(
-    ("status", "lines", "says"),
+    ("status", "lines", "message"),
     [
         (401, [f"no such key: {SECRET}"], r"answers 401: no such key: \*\*\*"),
         (404, ["no such model"], "answers 404: no such model"),
@@ -208,37 +208,37 @@ def test_a_stopped_answer_is_not_read_to_its_end(server, models):
         (200, ['data: {"error": {"message": "gone"}}'], "broke off with an error"),
     ],
 )
-def test_what_goes_wrong_there_is_told_without_the_key(server, models, status, lines, says):
+def test_a_servers_error_is_shown_without_the_key(server, models, status, lines, message):
     server.status, server.lines = status, lines
-    with pytest.raises(RefusedError, match=says) as error:
+    with pytest.raises(RefusedError, match=message) as error:
         answer(models)
     assert SECRET not in str(error.value)
 
 
-def test_a_server_that_is_not_there_is_told():
+def test_a_missing_server_is_reported():
     models = RemoteModels("http://127.0.0.1:9/v1", tuned="mine", base=None, api_key=ApiKey("KEY"))
     with pytest.raises(RefusedError, match="cannot be reached"):
         answer(models)
 
 
 @pytest.mark.parametrize(
-    ("what", "base", "argv", "remote", "says"),
+    ("name", "base", "argv", "remote", "message"),
     [
-        (None, None, [], (None, "", None, "KEY"), "nothing to talk to"),
-        ("runs/mine", None, [], ("http://a/v1", "mine", None, "KEY"), "would load others"),
-        (None, None, ["--dtype", "bfloat16"], ("http://a/v1", "mine", None, "KEY"), "would load others"),
+        (None, None, [], (None, "", None, "KEY"), "no run or model is named"),
+        ("runs/mine", None, [], ("http://a/v1", "mine", None, "KEY"), "would load other models"),
+        (None, None, ["--dtype", "bfloat16"], ("http://a/v1", "mine", None, "KEY"), "would load other models"),
         (None, None, [], ("http://a/v1", "", None, "KEY"), "without a model"),
         (None, None, [], ("ftp://a/v1", "mine", None, "KEY"), "URL"),
         (None, None, [], ("http://user:word@a/v1", "mine", None, "KEY"), "URL"),
     ],
 )
-def test_an_endpoint_and_models_of_our_own_are_not_mixed(what, base, argv, remote, says):
-    with pytest.raises(SettingsError, match=says):
-        build_models(what, base, argv, remote=remote)
+def test_an_endpoint_with_local_models_is_refused(name, base, argv, remote, message):
+    with pytest.raises(SettingsError, match=message):
+        build_models(name, base, argv, remote=remote)
 
 
 @pytest.mark.slow
-def test_transformers_serve_answers_a_model_without_a_template_as_dpokit_does(tiny_gpt2, tmp_path):
+def test_transformers_serve_gives_the_same_answers(tiny_gpt2, tmp_path):
     folder, port = tmp_path / "merged", find_free_port()
     _make_talkative(tiny_gpt2, folder)
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", str(port)]
@@ -253,33 +253,33 @@ def test_transformers_serve_answers_a_model_without_a_template_as_dpokit_does(ti
         remote = RemoteModels(f"{url}/v1", tuned=str(folder), base=None, api_key=ApiKey("KEY"))
         local = LocalModels(str(folder), base=None)
         local.load()
-        greedy = Sampling(temperature=0.0, top_p=1.0, max_new_tokens=9, seed=4)
+        greedy = SamplingSettings(temperature=0.0, top_p=1.0, max_new_tokens=9, seed=4)
         turns = [{"role": "assistant", "content": "So."}, {"role": "user", "content": "And then?"}]
         for messages in (QUESTION, [*QUESTION, *turns]):
-            theirs, ours = (
+            remote_reply, local_reply = (
                 models.answer("tuned", messages, greedy, on_text=lambda _: None, is_stopped=lambda: False)
                 for models in (remote, local)
             )
-            assert (theirs.text, theirs.tokens) == (ours.text, ours.tokens)
-            assert ours.text
+            assert (remote_reply.text, remote_reply.tokens) == (local_reply.text, local_reply.tokens)
+            assert local_reply.text
     finally:
         process.terminate()
         process.wait(timeout=60)
 
 
 def _make_talkative(model: Path, folder: Path) -> None:
-    """The model with other weights, whose greedy answers are whole letters and hang on every token before them."""
+    """Writes the model with other weights; its greedy answers are letters and depend on every token before them."""
     shutil.copytree(model, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    made = AutoModelForCausalLM.from_pretrained(folder)
+    changed = AutoModelForCausalLM.from_pretrained(folder)
     torch.manual_seed(3)
     with torch.no_grad():
-        for weight in made.parameters():
+        for weight in changed.parameters():
             weight += 0.3 * torch.randn_like(weight)
         letters = [tokenizer.decode([token]).strip() for token in range(len(tokenizer))]
         silent = [token for token, letter in enumerate(letters) if not (letter.isascii() and letter.isalpha())]
-        made.get_input_embeddings().weight[silent] = 0.0
-    made.save_pretrained(folder)
+        changed.get_input_embeddings().weight[silent] = 0.0
+    changed.save_pretrained(folder)
     write_template(folder, tokenizer)
 
 

@@ -1,4 +1,4 @@
-"""The page's server, asked by hand: hostile input, files, passwords, many users at once. It answers on."""
+"""The page's server under hostile input, passwords and many users at once; it keeps answering."""
 
 import json
 import signal
@@ -29,29 +29,29 @@ def run(tiny_gpt2, tmp_path_factory) -> RunDir:
 
 @pytest.fixture(scope="module")
 def elsewhere() -> Iterator[tuple[str, list[str]]]:
-    """A server that stands for all others, as a proxy does: its URL, and what it was asked for."""
-    asked: list[str] = []
+    """A proxy in place of all other servers: its URL, and the paths that were requested from it."""
+    requests: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            asked.append(self.path)
+            requests.append(self.path)
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"huge")
 
-        def log_message(self, *words: object) -> None:
+        def log_message(self, *arguments: object) -> None:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
+    yield f"http://127.0.0.1:{server.server_port}", requests
     server.shutdown()
 
 
 @pytest.fixture(scope="module")
 def served(run, elsewhere):
-    words = (str(run.path), "--use_cpu", "--per-minute", "100000", "--max-prompt-characters", "400")
-    with serve(*words, HTTP_PROXY=elsewhere[0], http_proxy=elsewhere[0]) as made:
+    arguments = (str(run.path), "--use_cpu", "--per-minute", "100000", "--max-prompt-characters", "400")
+    with serve(*arguments, HTTP_PROXY=elsewhere[0], http_proxy=elsewhere[0]) as made:
         wait_until_ready(made.url)
         yield made
 
@@ -96,7 +96,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("place", range(7))
-def test_hostile_input_ends_in_words_and_never_in_silence(served, elsewhere, place):
+def test_hostile_input_always_gets_a_message(served, elsewhere, place):
     for value in HOSTILE:
         values = ["How do I bake bread?", *SETTINGS, False, "Right"]
         values[place] = value
@@ -105,18 +105,18 @@ def test_hostile_input_ends_in_words_and_never_in_silence(served, elsewhere, pla
         assert events[-1]["msg"] in ("process_completed", "refused"), (value, events[-1])
         assert "Traceback" not in read_text(events)
         assert "root:" not in read_text(events)
-    assert elsewhere[1] == [], "nothing is fetched for anybody"
+    assert elsewhere[1] == [], "the server fetches no address"
     assert is_answered(served.url)
 
 
 @pytest.mark.parametrize("function", [None, -1, 10_000, "ask", [], 2**70])
-def test_functions_that_are_not_there_are_refused(served, function):
+def test_an_unknown_function_is_refused(served, function):
     asker = Asker(served.url)
     assert asker.join(function, []).status_code in (200, 400, 404, 422, 500)
     assert is_answered(served.url)
 
 
-def test_bodies_that_are_no_request_are_refused(served):
+def test_an_invalid_body_is_refused(served):
     client = httpx.Client(base_url=served.url, trust_env=False)
     bodies = [b"", b"{", b"\xff\xfe\x00", b"[]", b"null", b'{"data":', b"a" * 300_000, b"[" * 100_000]
     for body in bodies:
@@ -125,7 +125,7 @@ def test_bodies_that_are_no_request_are_refused(served):
     assert is_answered(served.url)
 
 
-def test_no_file_is_reached_and_none_is_taken(served, run):
+def test_no_file_can_be_read_or_uploaded(served, run):
     client = httpx.Client(base_url=served.url, trust_env=False)
     secret = run.run_json
     paths = [f"/gradio_api/file={secret}", f"/file={secret}", f"/gradio_api/file={ROOT}/pyproject.toml"]
@@ -139,7 +139,7 @@ def test_no_file_is_reached_and_none_is_taken(served, run):
     assert upload.status_code == 404
 
 
-def test_the_page_names_no_address_but_its_own(served):
+def test_the_page_uses_no_other_address(served):
     page = httpx.get(served.url, trust_env=False)
     policy = page.headers["content-security-policy"]
     assert "http:" not in policy and "https:" not in policy and "*" not in policy
@@ -147,7 +147,7 @@ def test_the_page_names_no_address_but_its_own(served):
     assert httpx.get(served.url, trust_env=False, headers={"host": "evil.example"}).status_code == 421
 
 
-def test_a_vote_is_taken_once_from_one_who_has_two_answers(served, run):
+def test_a_vote_on_two_answers_is_stored_once(served, run):
     asker = Asker(served.url)
     before = len(read_votes(run.votes_jsonl))
     counted = f"votes: {before + 1},"
@@ -155,9 +155,9 @@ def test_a_vote_is_taken_once_from_one_who_has_two_answers(served, run):
     forged = {"exchange": {"job": {"state": "done"}}}
     assert asker.join(asker.find_function("vote-left"), [forged]).status_code == 400
     asker.ask("How do I bake bread?", blind=True)
-    told = read_text(asker.press("vote-left", None))
-    assert "your vote is kept" in told
-    assert counted in told
+    text = read_text(asker.press("vote-left", None))
+    assert "your vote is kept" in text
+    assert counted in text
     assert "nothing to vote on" in read_text(asker.press("vote-right", None))
     votes = read_votes(run.votes_jsonl)
     assert len(votes) == before + 1
@@ -170,29 +170,29 @@ def test_a_vote_is_taken_once_from_one_who_has_two_answers(served, run):
     assert votes[-1]["run"] == json.loads(run.run_json.read_text())["generations"][0]["token"]
 
 
-def test_names_and_rewards_are_not_told_before_a_blind_vote(served, run):
+def test_a_blind_vote_hides_names_and_rewards(served, run):
     asker = Asker(served.url)
-    told = read_text(asker.ask("How do I bake bread?", blind=True))
-    assert "implicit reward" not in told
-    assert str(run.adapter) not in told
+    text = read_text(asker.ask("How do I bake bread?", blind=True))
+    assert "implicit reward" not in text
+    assert str(run.adapter) not in text
     assert "implicit reward" in read_text(asker.press("vote-tie", None))
     assert "implicit reward" in read_text(asker.ask("How do I bake bread?"))
 
 
-def test_the_same_question_and_seed_have_the_same_answers(served):
+def test_an_equal_question_and_seed_have_equal_answers(served):
     answers = {json.dumps(Asker(served.url).ask("Why is it so?")[-1]["output"]["data"][3:5]) for _ in range(3)}
     assert len(answers) == 1
 
 
-@pytest.mark.alone  # how many are answered, and how much memory that takes, hangs on the machine's other work
-def test_many_users_at_once_are_answered_or_told_that_all_is_busy(served):
+@pytest.mark.alone  # the number of answers and the memory depend on the machine's other work
+def test_many_users_are_answered_or_refused_as_busy(served):
     outcomes: list[str] = []
     process = psutil.Process(served.process.pid)
 
     def use(until: float) -> None:
         while time.monotonic() < until:
-            told = read_text(Asker(served.url).ask("How do I bake bread?"))
-            outcomes.append("answered" if "Answered in" in told else "busy" if "All is busy" in told else told)
+            text = read_text(Asker(served.url).ask("How do I bake bread?"))
+            outcomes.append("answered" if "Answered in" in text else "busy" if "The server is busy" in text else text)
 
     def use_together(seconds: float) -> None:
         users = [threading.Thread(target=use, args=(time.monotonic() + seconds,)) for _ in range(20)]
@@ -209,9 +209,9 @@ def test_many_users_at_once_are_answered_or_told_that_all_is_busy(served):
     assert process.memory_info().rss < before + 2**26
 
 
-def test_a_page_for_others_lets_in_whoever_has_the_password(run):
-    words = (str(run.path), "--use_cpu", "--host", "0.0.0.0", "--auth", "ann")
-    with serve(*words, DPOKIT_SERVE_PASSWORD="s3cret") as made:
+def test_a_page_for_other_machines_checks_the_password(run):
+    arguments = (str(run.path), "--use_cpu", "--host", "0.0.0.0", "--auth", "ann")
+    with serve(*arguments, DPOKIT_SERVE_PASSWORD="s3cret") as made:
         url = made.url.replace("0.0.0.0", "127.0.0.1")
         for auth in (None, ("ann", "wrong"), ("bob", "s3cret")):
             for path in ("/", "/config", "/gradio_api/queue/data", "/assets/x.js"):
@@ -220,7 +220,7 @@ def test_a_page_for_others_lets_in_whoever_has_the_password(run):
     assert not any("s3cret" in line for line in made.said)
 
 
-def test_a_model_that_cannot_be_loaded_leaves_the_page_up_and_says_why(run, tmp_path):
+def test_a_page_shows_why_its_model_failed_to_load(run, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "run.json").write_text(run.run_json.read_text())
@@ -229,45 +229,45 @@ def test_a_model_that_cannot_be_loaded_leaves_the_page_up_and_says_why(run, tmp_
         (broken / "adapter" / file.name).write_bytes(file.read_bytes()[: 200 if "safetensors" in file.name else None])
     with serve(str(broken), "--use_cpu") as made:
         for _ in range(300):
-            told = read_text(Asker(made.url).ask("Why?"))
-            if "could not be loaded" in told:
+            text = read_text(Asker(made.url).ask("Why?"))
+            if "could not be loaded" in text:
                 break
             time.sleep(0.1)
-        assert "could not be loaded" in told
+        assert "could not be loaded" in text
         assert httpx.get(made.url, trust_env=False).status_code == 200
         assert made.process.poll() is None
 
 
-def test_out_of_memory_is_told_on_the_page_and_the_next_question_is_answered(run):
-    # Two answers a question: the third one is of the second question.
+def test_a_page_answers_after_out_of_memory(run):
+    # Each question has two answers: the third one belongs to the second question.
     with serve(str(run.path), "--use_cpu", program=AILING, AILING_ANSWER="3") as made:
         asker = Asker(made.url)
         assert "Answered in" in read_text(asker.ask("Why?"))
-        told = read_text(asker.ask("So?"))
-        assert "The model ran out of memory" in told
-        assert "Traceback" not in told
+        text = read_text(asker.ask("So?"))
+        assert "The model ran out of memory" in text
+        assert "Traceback" not in text
         assert "Answered in" in read_text(asker.ask("And?"))
 
 
-def test_the_status_follows_the_question_while_it_waits_and_is_answered(run):
+def test_the_status_shows_waiting_answering_and_answered(run):
     with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.2") as made:
         wait_until_ready(made.url)
         first, second = Asker(made.url), Asker(made.url)
         first.join(first.find_function("ask"), ["Why?", *SETTINGS, False, "Right", None]).raise_for_status()
-        stream = first.events()  # kept open: who turns away has left the page
+        stream = first.events()  # kept open: a closed stream means a closed page
         assert any("Answering ..." in read_text([event]) for event in stream)
-        told = [read_text([event]) for event in second.ask("So?")]
+        texts = [read_text([event]) for event in second.ask("So?")]
         assert "Answered in" in read_text(list(stream))
         waits, answering, answered = (
-            [place for place, text in enumerate(told) if words in text]
-            for words in ("Waiting: 1 question before yours", "Answering ...", "Answered in")
+            [place for place, text in enumerate(texts) if phrase in text]
+            for phrase in ("Waiting: 1 question before yours", "Answering ...", "Answered in")
         )
-        grows = [place for place, text in enumerate(told) if " tokens" in text]
+        grows = [place for place, text in enumerate(texts) if " tokens" in text]
         assert waits[0] < answering[0] <= grows[0] < answered[0]
         assert waits[-1] < answering[0]
 
 
-def test_it_ends_in_order_when_it_is_told_to(run):
+def test_a_signal_ends_the_server_without_a_traceback(run):
     with serve(str(run.path), "--use_cpu") as made:
         made.process.send_signal(signal.SIGINT)
         assert made.process.wait(timeout=120) in (0, -signal.SIGINT, 130)

@@ -1,4 +1,4 @@
-"""The page in a real browser: asked, streamed, stopped, voted on; by keyboard, on a phone, in two tabs."""
+"""The page in a real browser: questions, streaming, stop, votes, keyboard, narrow screens, two tabs."""
 
 import os
 import re
@@ -23,7 +23,7 @@ FLAGS = (
 )
 PATIENCE_MS = 60_000
 expect.set_options(timeout=PATIENCE_MS)
-# Where screenshots are kept to be looked at; none are made without it.
+# The folder for screenshots; without it none are taken.
 SCREENSHOTS = os.environ.get("DPOKIT_SCREENSHOTS")
 HOSTILE = (
     "<img src=/stolen onerror=\"document.title='ran'\"><script>document.title='ran'</script> ${7*7} {{7*7}} <b>x</b>"
@@ -37,8 +37,8 @@ def run(tiny_gpt2, tmp_path_factory) -> RunDir:
 
 @pytest.fixture(scope="module")
 def url(run) -> Iterator[str]:
-    with serve(str(run.path), "--use_cpu", "--per-minute", "100000", "--max-prompt-characters", "500") as made:
-        yield made.url
+    with serve(str(run.path), "--use_cpu", "--per-minute", "100000", "--max-prompt-characters", "500") as served_page:
+        yield served_page.url
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +52,10 @@ def browser():
 
 @pytest.fixture
 def context(browser):
-    made = browser.new_context(viewport={"width": 1200, "height": 1000})
-    made.set_default_timeout(PATIENCE_MS)
-    yield made
-    made.close()
+    served_page = browser.new_context(viewport={"width": 1200, "height": 1000})
+    served_page.set_default_timeout(PATIENCE_MS)
+    yield served_page
+    served_page.close()
 
 
 def open_page(context, url):
@@ -81,13 +81,13 @@ def set_tokens(page, tokens):
     page.get_by_role("button", name="How answers are sampled").click()
     field = page.get_by_label("number input for Most tokens of an answer")
     slider = page.get_by_label("range slider for Most tokens of an answer")
-    for _ in range(20):  # a slider that is just being drawn may take its first value once more
+    for _ in range(20):  # a slider that is still being drawn may reset to its first value
         field.fill(str(tokens))
         field.press("Tab")
         page.wait_for_timeout(200)
         if slider.input_value() == str(tokens):
             return
-    raise AssertionError(f"the slider stands at {slider.input_value()}")
+    raise AssertionError(f"the slider shows {slider.input_value()}")
 
 
 def wait_for_answers(page):
@@ -114,19 +114,19 @@ def test_a_question_is_answered_side_by_side_with_rewards(page):
     shoot(page, "answered")
 
 
-def test_an_answer_grows_while_it_is_written_and_stops_when_told(context, run):
-    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.05") as made:
-        page = open_page(context, made.url)
+def test_an_answer_grows_and_can_be_stopped(context, run):
+    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.05") as served_page:
+        page = open_page(context, served_page.url)
         ask(page, tokens=200)
         box = page.locator("#answer-0 textarea")
         expect(box).not_to_have_value("")
-        seen = {box.input_value()}
+        states = {box.input_value()}
         for _ in range(400):
-            seen.add(box.input_value())
-            if len(seen) > 3:
+            states.add(box.input_value())
+            if len(states) > 3:
                 break
             page.wait_for_timeout(5)
-        assert len(seen) > 3
+        assert len(states) > 3
         page.locator("#stop").click()
         expect(page.locator("#status")).to_contain_text("Stopped.")
         expect(page.locator("#vote-left")).to_be_disabled()
@@ -136,7 +136,7 @@ def test_an_answer_grows_while_it_is_written_and_stops_when_told(context, run):
 
 
 @pytest.mark.parametrize(("choice", "preferred"), [("left", "base"), ("right", "tuned"), ("tie", None)])
-def test_a_vote_is_kept_and_counted_once(page, run, choice, preferred):
+def test_a_vote_is_stored_and_counted_once(page, run, choice, preferred):
     before = len(read_votes(run.votes_jsonl))
     ask(page)
     answers = wait_for_answers(page)
@@ -152,7 +152,7 @@ def test_a_vote_is_kept_and_counted_once(page, run, choice, preferred):
     shoot(page, f"voted-{choice}")
 
 
-def test_a_blind_vote_hides_names_until_it_is_given(page, run):
+def test_a_blind_vote_hides_names_before_the_vote(page, run):
     page.locator("#blind input").check()
     ask(page)
     answers = wait_for_answers(page)
@@ -171,7 +171,7 @@ def test_a_blind_vote_hides_names_until_it_is_given(page, run):
     shoot(page, "blind-voted")
 
 
-def test_a_conversation_goes_on_with_the_preferred_answer_and_begins_anew(page):
+def test_a_conversation_follows_the_preferred_answer(page):
     ask(page, tokens=20)
     left, _ = wait_for_answers(page)
     page.locator("#vote-left").click()
@@ -179,7 +179,7 @@ def test_a_conversation_goes_on_with_the_preferred_answer_and_begins_anew(page):
     ask(page, "And then?")
     expect(page.locator("#past .turn")).to_have_count(3)
     shown = page.locator("#past .turn p").nth(1).inner_text()
-    # What an untrained model writes holds characters that no page shows.
+    # An untrained model writes characters that no page shows.
     assert [letter for letter in shown if letter.isalnum()] == [letter for letter in left if letter.isalnum()]
     wait_for_answers(page)
     shoot(page, "second-turn")
@@ -189,9 +189,9 @@ def test_a_conversation_goes_on_with_the_preferred_answer_and_begins_anew(page):
 
 
 @pytest.mark.parametrize("way", ["anew", "example"])
-def test_a_page_that_begins_something_else_sees_no_more_of_the_old_answers(context, run, way):
-    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.02") as made:
-        page = open_page(context, made.url)
+def test_a_new_conversation_shows_nothing_of_the_old_answers(context, run, way):
+    with serve(str(run.path), "--use_cpu", program=AILING, AILING_SECONDS="0.02") as served_page:
+        page = open_page(context, served_page.url)
         page.locator("#blind input").check()
         ask(page, tokens=200)
         box = page.locator("#answer-0 textarea")
@@ -203,11 +203,11 @@ def test_a_page_that_begins_something_else_sees_no_more_of_the_old_answers(conte
         expect(box).to_have_value("")
         expect(page.locator("#stop")).to_be_disabled()
         expect(page.locator("#status")).to_have_text("", use_inner_text=True)
-        seen = set()
+        states = set()
         for _ in range(20):
             page.wait_for_timeout(100)
-            seen.add((box.input_value(), page.locator("#status").inner_text()))
-        assert seen == {("", "")}
+            states.add((box.input_value(), page.locator("#status").inner_text()))
+        assert states == {("", "")}
         expect(page.locator("#vote-left")).to_be_disabled()
         ask(page, "And now?")
         page.locator("#stop").click()
@@ -215,7 +215,7 @@ def test_a_page_that_begins_something_else_sees_no_more_of_the_old_answers(conte
         expect(page.locator("#past .turn")).to_have_count(1)
 
 
-def test_a_reload_in_the_middle_of_an_answer_leaves_a_page_that_works(page):
+def test_the_page_works_after_a_reload_during_an_answer(page):
     ask(page, tokens=200)
     expect(page.locator("#answer-0 textarea")).not_to_have_value("")
     page.reload()
@@ -224,25 +224,25 @@ def test_a_reload_in_the_middle_of_an_answer_leaves_a_page_that_works(page):
     assert all(wait_for_answers(page))
 
 
-def test_two_tabs_do_not_see_each_other(context, url):
-    one, other = open_page(context, url), open_page(context, url)
-    ask(one, "The question of one?")
-    ask(other, "The question of the other?")
-    for page, own, foreign in ((one, "of one?", "of the other?"), (other, "of the other?", "of one?")):
+def test_two_tabs_have_separate_conversations(context, url):
+    first, second = open_page(context, url), open_page(context, url)
+    ask(first, "The question of one?")
+    ask(second, "The question of the other?")
+    for page, own_text, other_text in ((first, "of one?", "of the other?"), (second, "of the other?", "of one?")):
         wait_for_answers(page)
-        expect(page.locator("#past")).to_contain_text(own)
-        expect(page.locator("#past")).not_to_contain_text(foreign)
-    one.locator("#vote-tie").click()
-    expect(one.locator("#status")).to_contain_text("your vote is kept")
-    expect(other.locator("#vote-tie")).to_be_enabled()
+        expect(page.locator("#past")).to_contain_text(own_text)
+        expect(page.locator("#past")).not_to_contain_text(other_text)
+    first.locator("#vote-tie").click()
+    expect(first.locator("#status")).to_contain_text("your vote is kept")
+    expect(second.locator("#vote-tie")).to_be_enabled()
 
 
-def test_a_held_out_question_is_taken_with_a_click(page):
+def test_a_click_on_an_example_fills_the_question(page):
     page.locator("#examples").get_by_text(re.compile("How do I bake")).first.click()
     expect(page.locator("#question textarea")).to_have_value(re.compile("How do I bake .*bread number"))
 
 
-def test_everything_can_be_done_with_the_keyboard_alone(page, run):
+def test_the_page_works_with_the_keyboard_alone(page, run):
     before = len(read_votes(run.votes_jsonl))
     expect(page.locator("#question textarea")).to_be_focused()
     page.keyboard.type("How do I bake bread?")
@@ -260,7 +260,7 @@ def test_everything_can_be_done_with_the_keyboard_alone(page, run):
 
 
 @pytest.mark.parametrize("width", [320, 390, 768])
-def test_a_narrow_page_never_scrolls_sideways(context, url, width):
+def test_a_narrow_page_does_not_scroll_sideways(context, url, width):
     page = open_page(context, url)
     page.set_viewport_size({"width": width, "height": 800})
     ask(page, "word" * 60)
@@ -271,14 +271,14 @@ def test_a_narrow_page_never_scrolls_sideways(context, url, width):
     shoot(page, f"narrow-{width}")
 
 
-def test_text_is_shown_and_never_run_and_nothing_is_fetched_from_elsewhere(context, url):
+def test_hostile_text_is_shown_and_never_run(context, url):
     fetched, troubles = [], []
     page = context.new_page()
     page.on("request", lambda request: fetched.append(request.url))
     page.on("console", lambda message: troubles.append(message.text) if message.type == "error" else None)
     page.goto(url)
     expect(page.locator("#status")).to_contain_text("Ready.")
-    ask(page, HOSTILE, tokens=16)  # longer ones might leave no room for a second question
+    ask(page, HOSTILE, tokens=16)  # longer answers might fill the context before the second question
     wait_for_answers(page)
     ask(page, "And then?")
     wait_for_answers(page)
@@ -288,13 +288,15 @@ def test_text_is_shown_and_never_run_and_nothing_is_fetched_from_elsewhere(conte
     assert page.title() == "dpokit: base beside tuned"
     assert page.locator("#past b:not(.turn > b)").count() == 0
     assert page.locator("#past img, #past script, #facts b").count() == 0
-    own = tuple(f"{scheme}{rest}" for scheme in ("", "data:", "blob:") for rest in ((url,) if not scheme else ("",)))
-    assert [name for name in fetched if not name.startswith(own)] == []
+    own_text = tuple(
+        f"{scheme}{rest}" for scheme in ("", "data:", "blob:") for rest in ((url,) if not scheme else ("",))
+    )
+    assert [name for name in fetched if not name.startswith(own_text)] == []
     assert not [name for name in fetched if "stolen" in name]
     assert troubles == []
 
 
-def test_a_refused_question_is_told_and_can_be_mended(page):
+def test_a_refused_question_can_be_corrected(page):
     ask(page, "x" * 501)
     expect(page.locator("#status")).to_contain_text("at most 500")
     expect(page.locator("#question textarea")).to_have_value("x" * 501)

@@ -1,4 +1,4 @@
-"""Votes: whole lines under concurrent writers and kill -9, and pairs for whoever trains on them."""
+"""Votes: complete lines under concurrent writers and kill -9, and pairs to train on."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from conftest import ROOT
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import RunFolderError
 from dpokit.report.votes import count_votes, find_wilson, is_between, read_votes
-from dpokit.serve.votes import HEAD, append_vote, build_vote, check_votes
+from dpokit.serve.votes import LINE_START, append_vote, build_vote, check_votes
 from dpokit.settings.flags import DataArguments
 
 PROMPT = [{"role": "user", "content": "How do I bake bread?"}]
@@ -28,16 +28,16 @@ def vote(choice="left", number=0, order=("tuned", "base"), **more):
 
 @pytest.mark.parametrize("order", [("tuned", "base"), ("base", "tuned")])
 @pytest.mark.parametrize("choice", ["left", "right"])
-def test_the_preferred_side_is_chosen_wherever_it_stood(order, choice):
-    found = vote(choice, order=order)
+def test_the_preferred_side_is_chosen_in_either_order(order, choice):
+    result = vote(choice, order=order)
     preferred = order[0] if choice == "left" else order[1]
-    assert found["vote"] == preferred
-    assert found["chosen"][0]["content"] == found["answers"][preferred]
-    assert found["rejected"][0]["content"] == found["answers"]["base" if preferred == "tuned" else "tuned"]
-    assert found["left"] == order[0]
+    assert result["vote"] == preferred
+    assert result["chosen"][0]["content"] == result["answers"][preferred]
+    assert result["rejected"][0]["content"] == result["answers"]["base" if preferred == "tuned" else "tuned"]
+    assert result["left"] == order[0]
 
 
-def test_votes_are_read_as_pairs_and_those_without_a_preference_are_dropped_by_name(tmp_path, plain_tokenizer):
+def test_votes_are_read_as_pairs_without_ties(tmp_path, plain_tokenizer):
     path = tmp_path / "votes.jsonl"
     for number, choice in enumerate(["tie", "both_bad", "tie", "left", "right", "tie", "both_bad"]):
         append_vote(path, vote(choice, number, rewards=None if number % 2 else {"tuned": 0.5, "base": -0.1}))
@@ -78,7 +78,7 @@ def start_writer(path, votes, name):
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def test_no_vote_of_many_writers_is_lost_or_torn(tmp_path):
+def test_no_vote_of_many_writers_is_lost_or_cut(tmp_path):
     path = tmp_path / "votes.jsonl"
     writers = [start_writer(path, 40, str(number)) for number in range(4)]
     assert [writer.wait(timeout=300) for writer in writers] == [0] * 4
@@ -87,14 +87,14 @@ def test_no_vote_of_many_writers_is_lost_or_torn(tmp_path):
     assert sorted(written) == sorted(f"Mix flour. {name}-{number}" for name in range(4) for number in range(40))
 
 
-def test_kill_9_loses_no_vote_that_was_acknowledged_and_tears_none(tmp_path):
+def test_kill_9_loses_no_acknowledged_vote(tmp_path):
     path = tmp_path / "votes.jsonl"
     acknowledged = 0
     for life in range(3):
         writer = start_writer(path, 10_000, str(life))
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
-        assert writer.stdout.readline() == "0\n"  # a slow disk has kept one vote at least
+        assert writer.stdout.readline() == "0\n"  # at least one vote is stored, even on a slow disk
         acknowledged += 1
         time.sleep(0.2 + 0.1 * life)
         writer.send_signal(signal.SIGKILL)
@@ -109,9 +109,9 @@ def test_kill_9_loses_no_vote_that_was_acknowledged_and_tears_none(tmp_path):
 @pytest.mark.parametrize(
     ("end", "kept"),
     [(b'{"vote": "tie", "answ', 1), (b"\xff\xfe", 1), (b'{"vote": "tie"}', 2), (b"", 1), (b'"', 1)],
-    ids=["torn", "bytes", "only the newline is missing", "whole", "a quote"],
+    ids=["cut", "bytes", "only the newline is missing", "complete", "a quote"],
 )
-def test_an_end_that_a_crash_tore_is_mended_by_the_next_vote(tmp_path, end, kept):
+def test_the_next_vote_repairs_a_cut_last_line(tmp_path, end, kept):
     path = tmp_path / "votes.jsonl"
     append_vote(path, vote("tie"))
     with path.open("ab") as file:
@@ -123,19 +123,19 @@ def test_an_end_that_a_crash_tore_is_mended_by_the_next_vote(tmp_path, end, kept
     assert read_votes(path) == votes
 
 
-def test_a_torn_end_is_mended_however_long_it_is(tmp_path):
+def test_a_long_cut_line_is_repaired(tmp_path):
     path = tmp_path / "votes.jsonl"
     append_vote(path, vote("tie"))
     with path.open("ab") as file:
-        file.write(HEAD + b"x" * (3 * 2**20))
+        file.write(LINE_START + b"x" * (3 * 2**20))
     append_vote(path, vote("left"))
     assert [json.loads(line)["vote"] for line in path.read_bytes().splitlines()] == ["tie", "tuned"]
 
 
-@pytest.mark.parametrize("torn", [1, 5, 200], ids="{} bytes".format)
-def test_a_first_vote_that_a_crash_tore_is_mended_by_the_next_one(tmp_path, torn):
+@pytest.mark.parametrize("cut", [1, 5, 200], ids="{} bytes".format)
+def test_the_next_vote_repairs_a_cut_first_line(tmp_path, cut):
     path = tmp_path / "votes.jsonl"
-    path.write_text(json.dumps(vote("tie"))[:torn])
+    path.write_text(json.dumps(vote("tie"))[:cut])
     append_vote(path, vote("left"))
     assert [json.loads(line)["vote"] for line in path.read_text().splitlines()] == ["tuned"]
 
@@ -144,11 +144,11 @@ def test_a_first_vote_that_a_crash_tore_is_mended_by_the_next_one(tmp_path, torn
     "content",
     ['{\n  "beta": 0.1\n}', '{"beta": 0.1}', '{"prompt": "Why?", "chosen": "a", "rejected": "b"}\n', "\n", "\x00" * 9],
 )
-def test_a_file_of_another_kind_is_refused_and_left_as_it_was(tmp_path, content):
+def test_a_file_without_votes_is_refused_and_unchanged(tmp_path, content):
     path = tmp_path / "mine.json"
     path.write_text(content)
     for refuse in (lambda: append_vote(path, vote()), lambda: check_votes(path)):
-        with pytest.raises(RunFolderError, match="something else than a vote"):
+        with pytest.raises(RunFolderError, match="does not begin with a vote"):
             refuse()
     assert path.read_text() == content
 
@@ -166,14 +166,14 @@ def test_a_file_of_another_kind_is_refused_and_left_as_it_was(tmp_path, content)
         (None, "t0", False, False),
     ],
 )
-def test_a_win_rate_is_of_the_models_that_are_shown(models, run, among_named, among_run):
-    found = vote() | {"models": models, "run": run}
-    assert is_between(found, NAMES, run=None) is among_named
-    assert is_between(found, NAMES, run="t0") is among_run
+def test_a_win_rate_counts_the_shown_models_only(models, run, among_named, among_run):
+    result = vote() | {"models": models, "run": run}
+    assert is_between(result, NAMES, run=None) is among_named
+    assert is_between(result, NAMES, run="t0") is among_run
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small file system")
-def test_a_full_disk_is_told_and_leaves_no_part_of_a_line(tmp_path):
+def test_a_full_disk_leaves_only_complete_lines(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=False).returncode:
         pytest.skip("no file system can be mounted here")
     try:
@@ -187,17 +187,17 @@ def test_a_full_disk_is_told_and_leaves_no_part_of_a_line(tmp_path):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_votes_are_counted_and_the_win_rate_is_of_those_with_a_preference():
-    found = count_votes([vote("left"), vote("left"), vote("right"), vote("tie"), vote("both_bad"), {"vote": 7}])
-    assert found.counts == {"tuned": 2, "base": 1, "tie": 1, "both_bad": 1}
-    assert found.win_rate is not None
-    assert found.win_rate["value"] == pytest.approx(2 / 3)
+def test_the_win_rate_ignores_votes_without_a_preference():
+    result = count_votes([vote("left"), vote("left"), vote("right"), vote("tie"), vote("both_bad"), {"vote": 7}])
+    assert result.counts == {"tuned": 2, "base": 1, "tie": 1, "both_bad": 1}
+    assert result.win_rate is not None
+    assert result.win_rate["value"] == pytest.approx(2 / 3)
     assert count_votes([vote("tie")]).win_rate is None
 
 
-def test_the_interval_is_wilsons():
+def test_the_interval_equals_wilsons_in_a_published_table():
     # Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I, method 3.
     for wins, decided, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
-        found = find_wilson(wins, decided)
-        assert found is not None
-        assert (found["low"], found["high"]) == pytest.approx((low, high), abs=5e-5)
+        result = find_wilson(wins, decided)
+        assert result is not None
+        assert (result["low"], result["high"]) == pytest.approx((low, high), abs=5e-5)

@@ -1,8 +1,8 @@
-"""A recipe that keeps a run folder as a run does and trains nothing: for what a search does around its runs.
+"""A recipe that writes a run folder and trains nothing, for tests of searches.
 
-A step takes a tenth of a second, every second one is a checkpoint. By `run_tags`: `crash` raises at step 3, `early`
-before the first step, `mistake` ends with an error of ours, `hang` says nothing more from step 3 on, `nan` measures
-nothing that is finite; `slow` takes half a second a step.
+A step takes 0.1 s, and every second step writes a checkpoint. Of `run_tags`, `crash` raises at step 3, `early` before
+the first step, `mistake` ends with a SettingsError, `hang` writes nothing from step 3 on, `nan` logs an eval_loss that
+is not finite, and `slow` takes 0.5 s a step.
 """
 
 import argparse
@@ -26,13 +26,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in ("config", "output_dir", "run_group"):
         parser.add_argument(f"--{name}")
-    asked = parser.parse_args()
-    settings = {**DEFAULTS, **yaml.safe_load(Path(asked.config).read_text())}
-    tags, run = settings.get("run_tags") or [], RunDir(asked.output_dir)
+    arguments = parser.parse_args()
+    settings = {**DEFAULTS, **yaml.safe_load(Path(arguments.config).read_text())}
+    tags, run = settings.get("run_tags") or [], RunDir(arguments.output_dir)
     if "mistake" in tags:
         sys.exit("SettingsError: this cannot be")
-    told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+    signals: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
     run.make()
     done = max((int(path.name.partition("-")[2]) for path in run.checkpoints()), default=0)
     run.take_possession(done)
@@ -51,13 +51,13 @@ def main() -> None:
             raise RuntimeError("it broke")
         loss = abs(settings["learning_rate"] - 3e-5) * 1e4 + 1 / step + settings.get("seed", 0) % 7 * 1e-3
         metrics.log(step, time.monotonic() - began, {"loss": loss, "eval_loss": math.nan if "nan" in tags else loss})
-        if step % 2 == 0 or told:
+        if step % 2 == 0 or signals:
             part = run.path / f".part-{step}"
             part.mkdir(exist_ok=True)
             shutil.rmtree(run.path / f"checkpoint-{step}", ignore_errors=True)
             part.rename(run.path / f"checkpoint-{step}")
-        if told:
-            run.write_run(state="preempted", why="told to end")
+        if signals:
+            run.write_run(state="preempted", why="ended by a signal")
             sys.exit(75)
     run.write_run(state="finished", why=None)
 

@@ -1,4 +1,4 @@
-"""A search's memory: every trial is given out once, also when workers die, and drawn as if nobody had."""
+"""The study of a search: every trial is taken once, also when workers die, and a resume draws the same trials."""
 
 import sqlite3
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dpokit.errors import MachineError, SettingsError
-from dpokit.sweep.command import _check_begun, sweep
+from dpokit.sweep.command import _check_same_mode, run_sweep
 from dpokit.sweep.space import load_space
 from dpokit.sweep.study import SETTINGS, Search
 
@@ -21,30 +21,30 @@ DRAWN = "trials: 6\nparameters: {learning_rate: {low: 1e-6, high: 1e-4, log: tru
 
 @pytest.fixture
 def open_search(tmp_path):
-    def go(text: str, storage: str | None = None) -> Search:
+    def open_space(text: str, storage: str | None = None) -> Search:
         path = tmp_path / "space.yaml"
         path.write_text(f"recipe: {STAND_IN}\n{text}")
         return Search(load_space(path), tmp_path / "sweep", storage=storage, name="sweep")
 
-    return go
+    return open_space
 
 
-def test_two_workers_are_given_every_configuration_once(open_search):
+def test_two_workers_take_each_configuration_once(open_search):
     workers = [open_search(GRID), open_search(GRID)]
-    taken = [workers[turn % 2].take() for turn in range(4)]
+    trials = [workers[turn % 2].take() for turn in range(4)]
     assert [worker.take() for worker in workers] == [None, None]
-    assert sorted(trial.number for trial in taken) == [0, 1, 2, 3]
-    assert len({str(trial.user_attrs[SETTINGS]) for trial in taken}) == 4
+    assert sorted(trial.number for trial in trials) == [0, 1, 2, 3]
+    assert len({str(trial.user_attrs[SETTINGS]) for trial in trials}) == 4
 
 
-def test_no_more_is_drawn_than_was_asked_for(open_search):
+def test_no_more_than_the_given_number_of_trials_is_drawn(open_search):
     workers = [open_search(f"search: random\n{DRAWN}"), open_search(f"search: random\n{DRAWN}")]
-    taken = [workers[turn % 2].take() for turn in range(8)]
-    assert sum(trial is not None for trial in taken) == 6
+    trials = [workers[turn % 2].take() for turn in range(8)]
+    assert sum(trial is not None for trial in trials) == 6
 
 
 def take_and_die(folder: Path) -> int:
-    """The number of the trial that a worker took before it was killed."""
+    """Lets a worker take a trial and die; returns the trial's number."""
     code = f"""
 import os
 from pathlib import Path
@@ -58,7 +58,7 @@ os._exit(9)
     return int(done.stdout.split()[-1])
 
 
-def test_a_trial_whose_worker_is_gone_is_given_out_again(open_search, tmp_path):
+def test_the_trial_of_a_dead_worker_is_taken_again(open_search, tmp_path):
     first = open_search(GRID)
     lost = take_and_die(tmp_path)
     assert first.look_up(lost).state == TrialState.RUNNING
@@ -69,43 +69,43 @@ def test_a_trial_whose_worker_is_gone_is_given_out_again(open_search, tmp_path):
 
 
 @pytest.mark.parametrize("search", ["tpe", "random"])
-def test_draws_go_on_after_a_resume_as_if_nothing_had_been(search, open_search, tmp_path):
+def test_a_resumed_search_draws_the_same_trials(search, open_search, tmp_path):
     text = f"search: {search}\n{DRAWN}".replace("trials: 6", "trials: 14")
 
     def draw(number: int, *, fresh: bool) -> list[dict]:
-        found, one = [], open_search(text)
+        drawn, current = [], open_search(text)
         for _ in range(number):
-            one = open_search(text) if fresh else one
-            trial = one.take()
-            found.append(trial.user_attrs[SETTINGS])
-            one.tell(trial.number, TrialState.COMPLETE, trial.user_attrs[SETTINGS]["learning_rate"])
-        return found
+            current = open_search(text) if fresh else current
+            trial = current.take()
+            drawn.append(trial.user_attrs[SETTINGS])
+            current.tell(trial.number, TrialState.COMPLETE, trial.user_attrs[SETTINGS]["learning_rate"])
+        return drawn
 
     whole = draw(14, fresh=False)
     (tmp_path / "sweep").rename(tmp_path / "whole")
     assert draw(14, fresh=True) == whole
-    assert len({one["learning_rate"] for one in whole}) == 14
-    assert {str(one["loss_type"]) for one in whole} == {"['sigmoid', 'sft']", "['ipo']"}
+    assert len({settings["learning_rate"] for settings in whole}) == 14
+    assert {str(settings["loss_type"]) for settings in whole} == {"['sigmoid', 'sft']", "['ipo']"}
 
 
-def test_another_space_is_refused_and_more_trials_are_welcome(open_search):
+def test_another_space_is_refused_and_more_trials_are_not(open_search):
     text = f"search: random\n{DRAWN}"
     open_search(text)
     open_search(text.replace("trials: 6", "trials: 7"))
-    with pytest.raises(SettingsError, match="was begun with another space: search was random, now tpe"):
+    with pytest.raises(SettingsError, match="was started with another space: search was random, now tpe"):
         open_search(f"search: tpe\n{DRAWN}")
 
 
 @pytest.mark.parametrize(
     "storage", ["nonsense", "nonsense://x", "sqlite:////nowhere/at/all.db", "postgresql://me:pw9@127.0.0.1:1/x"]
 )
-def test_a_storage_that_cannot_be_reached_is_one_message_without_its_password(storage, open_search):
+def test_the_error_of_a_storage_hides_its_password(storage, open_search):
     with pytest.raises(MachineError, match="cannot be used") as error:
         open_search(GRID, storage)
     assert "pw9" not in str(error.value)
 
 
-def test_a_storage_that_is_away_for_a_while_is_waited_for(open_search, tmp_path):
+def test_a_search_waits_for_a_locked_storage(open_search, tmp_path):
     search = open_search(GRID)
     other = sqlite3.connect(tmp_path / "sweep" / "study.db", check_same_thread=False, isolation_level=None)
     other.execute("BEGIN EXCLUSIVE")
@@ -115,37 +115,43 @@ def test_a_storage_that_is_away_for_a_while_is_waited_for(open_search, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("there", "flags", "words"),
+    ("files", "flags", "message"),
     [
-        (["trial-0"], {}, "was begun with --storage"),
-        ([], {"watch_only": True}, "was begun with --storage"),
-        (["study.db", "trial-0.job"], {}, "was begun with --slurm"),
+        (["trial-0"], {}, "was started with --storage"),
+        ([], {"watch_only": True}, "was started with --storage"),
+        (["study.db", "trial-0.job"], {}, "was started with --slurm"),
     ],
 )
-def test_a_search_is_gone_on_with_as_it_was_begun(there, flags, words, tmp_path):
+def test_a_search_continues_with_its_storage_and_queue(files, flags, message, tmp_path):
     (tmp_path / "space.yaml").write_text(f"recipe: {STAND_IN}\n{GRID}")
     (tmp_path / "sweep" / "workers").mkdir(parents=True)
-    for name in there:
+    for name in files:
         (tmp_path / "sweep" / name).touch()
-    asked = {"output_dir": tmp_path / "sweep", "storage": None, "jobs": 1, "timeout_seconds": 9.0, "watch_only": False}
-    with pytest.raises(SettingsError, match=words):
-        sweep(tmp_path / "space.yaml", **{**asked, **flags})
+    options = {
+        "output_dir": tmp_path / "sweep",
+        "storage": None,
+        "jobs": 1,
+        "timeout_seconds": 9.0,
+        "watch_only": False,
+    }
+    with pytest.raises(SettingsError, match=message):
+        run_sweep(tmp_path / "space.yaml", **{**options, **flags})
 
 
-def test_a_search_whose_storage_was_never_reached_can_begin_without_it(tmp_path):
+def test_a_search_that_never_reached_its_storage_may_change_it(tmp_path):
     (tmp_path / "sweep" / "workers").mkdir(parents=True)
-    _check_begun(tmp_path / "sweep", storage=None, watch_only=False, slurm=False)
+    _check_same_mode(tmp_path / "sweep", storage=None, watch_only=False, slurm=False)
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_message(tmp_path):
+def test_an_unwritable_folder_is_refused(tmp_path):
     (tmp_path / "space.yaml").write_text(f"recipe: {STAND_IN}\n{GRID}")
-    asked = {"output_dir": tmp_path / "space.yaml" / "sweep", "storage": None, "jobs": 1, "timeout_seconds": 9.0}
+    options = {"output_dir": tmp_path / "space.yaml" / "sweep", "storage": None, "jobs": 1, "timeout_seconds": 9.0}
     with pytest.raises(SettingsError, match="cannot be written to: Not a directory"):
-        sweep(tmp_path / "space.yaml", **asked, watch_only=False)
+        run_sweep(tmp_path / "space.yaml", **options, watch_only=False)
 
 
-def test_a_trial_that_was_only_half_drawn_is_drawn_to_its_end(open_search):
-    """As a worker leaves it that is killed while it asks."""
+def test_a_partly_drawn_trial_is_completed(open_search):
+    """A worker that is killed while it draws leaves such a trial."""
     search = open_search(f"search: tpe\n{DRAWN}")
     search.study.ask()
     trial = search.take()
@@ -153,7 +159,7 @@ def test_a_trial_that_was_only_half_drawn_is_drawn_to_its_end(open_search):
     assert trial.user_attrs[SETTINGS].keys() == {"learning_rate", "loss_type"}
 
 
-def test_a_metric_may_be_corrected_until_trials_were_ranked_by_it(open_search, tmp_path):
+def test_a_metric_may_change_until_a_trial_is_ranked_by_it(open_search, tmp_path):
     open_search(f"metric: eval_los\n{GRID}")
     take_and_die(tmp_path)
     search = open_search(f"metric: eval_loss\n{GRID}")
@@ -163,7 +169,7 @@ def test_a_metric_may_be_corrected_until_trials_were_ranked_by_it(open_search, t
         open_search(f"metric: eval_rewards/accuracies\n{GRID}")
 
 
-def test_a_metric_is_not_corrected_under_a_worker_that_is_at_it(open_search):
+def test_a_metric_may_not_change_while_a_worker_runs(open_search):
     search = open_search(f"metric: eval_rewards/accuracies\n{GRID}")
     search.take()
     with pytest.raises(SettingsError, match="has trials that are ranked by another metric"):

@@ -1,4 +1,4 @@
-"""One run of a trial: what its files say while they grow, which devices its processes have, when Slurm has it."""
+"""A run of a trial: its growing metrics, the devices of its processes, and its state in Slurm's queue."""
 
 import os
 import sys
@@ -8,23 +8,23 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from dpokit.cluster.slurm import Job
+from dpokit.cluster.slurm import SlurmJob
 from dpokit.rundir import MetricsFile, RunDir
 from dpokit.sweep.slurm import Queue, QueuedRun
-from dpokit.sweep.trial import TrialRun, find_best, follow
+from dpokit.sweep.trial import TrialRun, find_best_value, follow
 
 HOUR = 3600
 
 
 @pytest.fixture
 def run(tmp_path) -> RunDir:
-    made = RunDir(tmp_path / "trial-0")
-    made.path.mkdir()
-    made.take_possession(0)
-    return made
+    folder = RunDir(tmp_path / "trial-0")
+    folder.path.mkdir()
+    folder.take_possession(0)
+    return folder
 
 
-def test_metrics_are_followed_while_they_grow_are_joined_and_are_written_anew(run):
+def test_metrics_are_followed_through_growth_and_resume(run):
     assert follow(run, "eval_loss") == []
     metrics = MetricsFile(run, after_step=0)
     for step in (1, 2, 3):
@@ -34,17 +34,17 @@ def test_metrics_are_followed_while_they_grow_are_joined_and_are_written_anew(ru
     metrics.log(4, 1.0, {"loss": 1.0})
     assert follow(run, "eval_loss")[-1] == {"step": 4}
     metrics.log(4, 1.0, {"eval_loss": 0.1})
-    assert find_best(run, "eval_loss") == 0.1
+    assert find_best_value(run, "eval_loss") == 0.1
     metrics = MetricsFile(run, after_step=2)  # a resume
-    assert find_best(run, "eval_loss") == 0.5
+    assert find_best_value(run, "eval_loss") == 0.5
     metrics.log(3, 1.0, {"eval_loss": 0.2})
     assert [record["step"] for record in follow(run, "eval_loss")] == [1, 2, 3]
     with run.metrics_jsonl.open("a") as file:
         file.write('{"step": 4, "eval_l')
-    assert find_best(run, "eval_loss") == 0.2
+    assert find_best_value(run, "eval_loss") == 0.2
 
 
-def test_a_run_that_lost_its_worker_is_known_by_its_share_of_the_devices(run):
+def test_a_new_worker_reads_the_slot_of_a_running_run(run):
     started = TrialRun(0, {}, run, slot=1)
     started.start([sys.executable, "-c", "import time; time.sleep(100)"], {})
     try:
@@ -56,7 +56,7 @@ def test_a_run_that_lost_its_worker_is_known_by_its_share_of_the_devices(run):
 
 @pytest.fixture
 def squeue(tmp_path, monkeypatch) -> Path:
-    """What Slurm answers; without the file it cannot be reached."""
+    """The file with the answer of squeue; without the file squeue fails."""
     answer, program = tmp_path / "answer", tmp_path / "bin" / "squeue"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\nexec cat {answer}\n")
@@ -69,12 +69,12 @@ def squeue(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def queued(run) -> QueuedRun:
     config = ROOT / "accelerate_configs" / "single_gpu.yaml"
-    made = QueuedRun(0, {}, run, queue=Queue(Job(Path("recipes/dpo_gpt2.py"), config_file=config), group="s"))
-    made.job_file.write_text("12_0\n")
-    return made
+    trial_run = QueuedRun(0, {}, run, queue=Queue(SlurmJob(Path("recipes/dpo_gpt2.py"), config_file=config), group="s"))
+    trial_run.job_file.write_text("12_0\n")
+    return trial_run
 
 
-def test_a_job_is_not_taken_for_lost_before_slurm_was_reached(queued, squeue):
+def test_a_job_counts_as_running_until_slurm_answers(queued, squeue):
     assert queued.is_running()
     squeue.write_text("12_0 RUNNING\n")
     assert queued.is_running()
@@ -82,7 +82,7 @@ def test_a_job_is_not_taken_for_lost_before_slurm_was_reached(queued, squeue):
     assert not queued.is_running()
 
 
-def test_a_run_that_waited_long_for_its_nodes_is_not_silent_when_it_gets_them(queued, squeue, monkeypatch):
+def test_the_wait_for_nodes_is_no_silence(queued, squeue, monkeypatch):
     now = time.monotonic()
     for state, hours, silent_hours in (("PENDING", 3, 0), ("RUNNING", 4, 1), ("RUNNING", 6, 3)):
         squeue.write_text(f"12_0 {state}\n")

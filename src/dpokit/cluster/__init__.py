@@ -1,1 +1,1 @@
-"""A run on a cluster: what Slurm is told, what becomes of a run that ended, what its folder says."""
+"""Runs under Slurm: the job script, the arguments of the launcher, and the state of a run and its next start."""

@@ -1,4 +1,4 @@
-"""`dpokit submit`: launch/train.sbatch with a job's own lines in it, checked before it is queued. No torch."""
+"""`dpokit submit`: adds a job's lines to launch/train.sbatch, checks the job and queues it. No torch."""
 
 import os
 import re
@@ -9,32 +9,32 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpokit.cluster.command import Command, read_placement, split_words
+from dpokit.cluster.command import Command, read_placement, split_arguments
 from dpokit.cluster.status import MAX_RESTARTS
 from dpokit.credentials import SECRET_SETTING, SECRET_VARIABLE, find_secrets
 from dpokit.errors import MachineError, RunFolderError, SettingsError
 from dpokit.rundir import RunDir
 
 BODY = Path("launch") / "train.sbatch"
-# train.sbatch asks for the same; a job's own line stands behind it and wins.
+# train.sbatch has the same value; the job's own line comes after it and overrides it.
 SIGNAL_SECONDS = 300
 
 
 @dataclass(frozen=True)
-class Job:
-    """What Slurm is asked for, and what runs there.
+class SlurmJob:
+    """A run under Slurm: its recipe and flags, and its options of sbatch.
 
     Attributes:
         recipe: the recipe's file.
-        config_file: the placement.
-        flags: training flags.
-        nodes, gpus_per_node: as Slurm has them; 0 GPUs for a job on processors.
-        processes_per_node: None leaves it to the placement and the GPUs.
-        partition, account, time, array, job_name: as Slurm has them.
-        exclusive: whole nodes.
-        signal_seconds: how long before the time limit the run is asked to save and end.
-        max_restarts: crashes that are followed by another start.
-        sbatch: further options of sbatch, each in one word, `--constraint=h100`.
+        config_file: the placement's file.
+        flags: the training flags.
+        nodes, gpus_per_node: as in sbatch; 0 GPUs for a run on CPUs.
+        processes_per_node: None takes the number from the placement or the GPUs.
+        partition, account, time, array, job_name: as in sbatch.
+        exclusive: the job shares its nodes with no other job.
+        signal_seconds: how many seconds before the time limit Slurm signals the run to save and end.
+        max_restarts: how many crashes lead to another start.
+        sbatch: further options of sbatch, each one argument: `--constraint=h100`.
     """
 
     recipe: Path
@@ -53,17 +53,19 @@ class Job:
     max_restarts: int = MAX_RESTARTS
     sbatch: tuple[str, ...] = ()
 
-    def words(self) -> tuple[str, ...]:
-        """What stands behind `accelerate launch`."""
+    def arguments(self) -> tuple[str, ...]:
+        """The arguments of `accelerate launch`."""
         return ("--config_file", str(self.config_file), str(self.recipe), *self.flags)
 
     def command(self) -> Command:
-        """The words as the job will read them; of an array, those of its first job."""
+        """The arguments as the job will read them; for an array, as its first job will."""
         first = re.match(r"\d+", self.array or "")
-        return split_words([word.replace("%a", first[0]) for word in self.words()] if first else self.words())
+        return split_arguments(
+            [word.replace("%a", first[0]) for word in self.arguments()] if first else self.arguments()
+        )
 
     def options(self) -> list[str]:
-        """The job's own options of sbatch, each in one word."""
+        """The job's own options of sbatch, each one argument."""
         named = {
             "job-name": self.job_name or self.recipe.stem,
             "nodes": self.nodes,
@@ -74,54 +76,54 @@ class Job:
             "array": self.array,
             "signal": f"B:USR1@{self.signal_seconds}",
         }
-        given = [f"--{name}={value}" for name, value in named.items() if value is not None]
-        return [*given, *(["--exclusive"] if self.exclusive else []), *self.sbatch]
+        options = [f"--{name}={value}" for name, value in named.items() if value is not None]
+        return [*options, *(["--exclusive"] if self.exclusive else []), *self.sbatch]
 
 
-def render_job(job: Job) -> str:
-    """The text that sbatch gets: train.sbatch, and the job's own lines where its first command would stand.
+def render_job(job: SlurmJob) -> str:
+    """The job script for sbatch: train.sbatch with the job's own lines before its first command.
 
     Raises:
-        SettingsError: an option that a line of its own cannot hold, or a secret, which Slurm would keep and show.
-        MachineError: train.sbatch is not there.
+        SettingsError: an option that no #SBATCH line can hold, or a secret, which Slurm would store and show.
+        MachineError: train.sbatch does not exist.
     """
     _check_secrets(job)
     lines = find_body().read_text().splitlines()
-    # sbatch reads options up to the first command, and of two that differ it takes the later.
+    # sbatch reads options up to the first command; the later of two equal options wins.
     last_option = max(place for place, line in enumerate(lines) if line.startswith("#SBATCH"))
     first_command = next(place for place, line in enumerate(lines) if line and not line.startswith("#"))
-    words = [f"DPOKIT_MAX_RESTARTS={job.max_restarts}", f"DPOKIT_PYTHON={shlex.quote(sys.executable)}"]
+    variables = [f"DPOKIT_MAX_RESTARTS={job.max_restarts}", f"DPOKIT_PYTHON={shlex.quote(sys.executable)}"]
     if job.processes_per_node is not None:
-        words.append(f"DPOKIT_PROCESSES_PER_NODE={job.processes_per_node}")
-    own = [f"export {' '.join(words)}", f"set -- {shlex.join(job.words())}"]
+        variables.append(f"DPOKIT_PROCESSES_PER_NODE={job.processes_per_node}")
+    job_lines = [f"export {' '.join(variables)}", f"set -- {shlex.join(job.arguments())}"]
     return "\n".join(
         [
             *lines[: last_option + 1],
             *(_option_line(option) for option in job.options()),
             *lines[last_option + 1 : first_command],
-            *own,
+            *job_lines,
             *lines[first_command:],
             "",
         ]
     )
 
 
-def _find_job_secrets(job: Job) -> list[str]:
-    """What among the job's flags and options is a secret, by its name or kind."""
-    names = [word.partition("=")[0] for word in job.flags if word.startswith("--")]
-    found = [name for name in names if name.replace("-", "_").endswith(SECRET_SETTING)]
+def _find_job_secrets(job: SlurmJob) -> list[str]:
+    """The job's flags, variables and values that are secrets by their name or form."""
+    flags = [word.partition("=")[0] for word in job.flags if word.startswith("--")]
+    secrets = [name for name in flags if name.replace("-", "_").endswith(SECRET_SETTING)]
     for option in job.options():
         assignments = (part.partition("=") for part in option.partition("=")[2].split(","))  # --export=A=1,B=2
-        found += [name for name, _, value in assignments if value and SECRET_VARIABLE.search(name)]
-    return found + find_secrets("\n".join([*job.options(), *job.words()]))
+        secrets += [name for name, _, value in assignments if value and SECRET_VARIABLE.search(name)]
+    return secrets + find_secrets("\n".join([*job.options(), *job.arguments()]))
 
 
-def _check_secrets(job: Job) -> None:
-    """Raises SettingsError for a job whose text would hold a secret."""
-    found = _find_job_secrets(job)
-    if found:
+def _check_secrets(job: SlurmJob) -> None:
+    """Raises SettingsError if the job script would hold a secret."""
+    secrets = _find_job_secrets(job)
+    if secrets:
         raise SettingsError(
-            f"the job's text would hold a secret ({found[0]}); Slurm keeps the text and shows it",
+            f"the job script would hold a secret ({secrets[0]}); Slurm stores the script and shows it",
             expected="a job without secrets",
             do="export HF_TOKEN or WANDB_API_KEY before dpokit submit, as sbatch passes variables on; or log in on the "
             "nodes with `hf auth login`",
@@ -132,70 +134,70 @@ def _option_line(option: str) -> str:
     name, equals, value = option.partition("=")
     if not re.fullmatch(r"--[a-z][a-z0-9-]*", name):
         raise SettingsError(
-            f"--sbatch={option!r} is no option of sbatch in one word",
-            expected="a long option, with its value behind an equals sign",
+            f"--sbatch={option!r} is not a long option of sbatch in one argument",
+            expected="a long option, with its value after an equals sign",
             do="--sbatch=--constraint=h100",
         )
     if any(ord(letter) < 32 for letter in value) or '"' in value or "\\" in value:
         raise SettingsError(
             f"{name} has a line break, a double quote or a backslash: {value!r}",
             expected="a value that a #SBATCH line can hold",
-            do="write it without those, or put the option on sbatch's own command line with launch/train.sbatch",
+            do="write it without these, or call sbatch yourself with this option and launch/train.sbatch",
         )
     plain = re.fullmatch(r"[\w@%+=:,./~\[\]*-]*", value, re.ASCII)
     return f"#SBATCH {name}{equals}{value}" if plain else f'#SBATCH {name}{equals}"{value}"'
 
 
 def find_body() -> Path:
-    """launch/train.sbatch of this folder, or of the source tree. Raises: MachineError where neither has it."""
+    """The path of launch/train.sbatch, here or in the source tree. Raises: MachineError if neither has it."""
     for folder in (Path(), Path(__file__).parents[3]):
         if (folder / BODY).is_file():
             return folder / BODY
     raise MachineError(
-        f"there is no {BODY} in {Path.cwd()}, nor beside the package",
+        f"there is no {BODY} in {Path.cwd()} or beside the package",
         expected="the folder of a clone, or an installation from one (pip install -e .)",
         do="run dpokit submit in the clone",
     )
 
 
-def check_job(job: Job) -> None:
-    """What can be known before the job is queued, but for the training flags, which need torch.
+def check_job(job: SlurmJob) -> None:
+    """Checks a job before it is queued, except its training flags, whose check needs torch.
 
     Raises:
-        SettingsError: placement, array, time or numbers that cannot be.
-        RunFolderError: the run folder cannot be written, or holds a finished run.
+        SettingsError: an invalid placement, array, time or number.
+        RunFolderError: the run folder is not writable, or holds a finished run.
     """
     _check_numbers(job)
     if not job.config_file.is_file():
-        there = ", ".join(sorted(path.stem for path in Path("accelerate_configs").glob("*.yaml"))) or "none"
+        placements = ", ".join(sorted(path.stem for path in Path("accelerate_configs").glob("*.yaml"))) or "none"
         raise SettingsError(
             f"--config-file {job.config_file}: there is no such file",
-            expected=f"a placement's file (in accelerate_configs: {there})",
+            expected=f"the file of a placement (in accelerate_configs: {placements})",
             do="--config-file accelerate_configs/ddp.yaml",
         )
     command = job.command()
     placement = read_placement(command)
     if placement.get("distributed_type", "NO") in ("NO", False) and (job.nodes > 1 or job.gpus_per_node > 1):
         raise SettingsError(
-            f"{job.nodes} nodes with {job.gpus_per_node} GPUs each, and a placement for one process "
+            f"{job.nodes} nodes with {job.gpus_per_node} GPUs each, but a placement for one process "
             f"({job.config_file})",
             expected="a placement for many processes",
-            do="--config-file accelerate_configs/ddp.yaml, or another of that folder",
+            do="--config-file accelerate_configs/ddp.yaml or another file of that folder",
         )
     if placement.get("num_processes") == "gpu" and not (job.gpus_per_node or job.processes_per_node):
         raise SettingsError(
-            f"{job.config_file} takes all GPUs of a node, and the job asks for none",
-            expected="GPUs for the job, or a placement on processors",
-            do="--gpus-per-node 8, or --config-file accelerate_configs/ddp_cpu.yaml; where the site gives GPUs by an "
-            "option of its own, --processes-per-node 8",
+            f"{job.config_file} takes all GPUs of a node, and the job requests none",
+            expected="GPUs for the job, or a placement on CPUs",
+            do="--gpus-per-node 8, or --config-file accelerate_configs/ddp_cpu.yaml; if your site assigns GPUs by "
+            "another option: --processes-per-node 8",
         )
     run = command.run_folder()
     _check_array(job, run)
-    goes_on = command.find_setting("resume_from_checkpoint") not in (None, "never")
-    check_folder(run, finished_too=goes_on or command.is_set("overwrite_run"))
+    resumes = command.find_setting("resume_from_checkpoint") not in (None, "never")
+    check_folder(run, finished_allowed=resumes or command.is_set("overwrite_run"))
 
 
-def _check_numbers(job: Job) -> None:
+def _check_numbers(job: SlurmJob) -> None:
     numbers = {
         "nodes": (job.nodes, 1),
         "gpus-per-node": (job.gpus_per_node, 0),
@@ -209,85 +211,85 @@ def _check_numbers(job: Job) -> None:
     limit = None if job.time is None else parse_seconds(job.time)
     if limit is not None and limit <= job.signal_seconds:
         raise SettingsError(
-            f"--time {job.time} is {limit} s, and the run is to be asked to end {job.signal_seconds} s before: at once",
-            expected="more time than --signal-seconds",
-            do="raise --time, or --signal-seconds 60: long enough for a step and a checkpoint",
+            f"--time {job.time} is {limit} s, and the run is to end {job.signal_seconds} s before that limit: at once",
+            expected="a --time above --signal-seconds",
+            do="raise --time, or set --signal-seconds 60, enough for a step and a checkpoint",
         )
 
 
 def parse_seconds(text: str) -> int | None:
-    """Slurm's time in seconds; None without a limit. Raises: SettingsError for what Slurm would not read."""
+    """A time of Slurm in seconds; None without a limit. Raises: SettingsError if Slurm would not accept it."""
     if text.lower() in ("infinite", "unlimited"):
         return None
-    found = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?)|(?:(?:(\d+):)?(\d+):(\d+))|(\d+)", text)
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-(\d+)(?::(\d+))?(?::(\d+))?)|(?:(?:(\d+):)?(\d+):(\d+))|(\d+)", text)
+    if match is None:
         raise SettingsError(
-            f"--time {text!r} is no time of Slurm's",
+            f"--time {text!r} is not a time that Slurm reads",
             expected="minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes[:seconds]",
             do="--time 8:00:00, or --time 2-00 for two days",
         )
-    days, hours, minutes, seconds, clock_hours, clock_minutes, clock_seconds, alone = (
-        int(x or 0) for x in found.groups()
+    days, hours, minutes, seconds, clock_hours, clock_minutes, clock_seconds, bare_minutes = (
+        int(x or 0) for x in match.groups()
     )
     clock = (clock_hours * 60 + clock_minutes) * 60 + clock_seconds
-    return ((days * 24 + hours) * 60 + minutes + alone) * 60 + seconds + clock
+    return ((days * 24 + hours) * 60 + minutes + bare_minutes) * 60 + seconds + clock
 
 
-def _check_array(job: Job, run: RunDir) -> None:
+def _check_array(job: SlurmJob, run: RunDir) -> None:
     if job.array is None:
         return
     if not re.fullmatch(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", job.array):
         raise SettingsError(
-            f"--array {job.array!r} is no array of Slurm's",
-            expected="indices, ranges, and how many may run at once",
+            f"--array {job.array!r} is not an array that Slurm reads",
+            expected="indices, ranges, and the number of jobs that may run at once",
             do="--array 0-7, or --array 0,2,4%2",
         )
-    if run.path == RunDir(str(split_words(job.words()).find_setting("output_dir"))).path:
+    if run.path == RunDir(str(split_arguments(job.arguments()).find_setting("output_dir"))).path:
         raise SettingsError(
             f"every job of --array {job.array} would write to {run.path}",
-            expected="a run folder each",
-            do="--output_dir runs/NAME_%a --seed %a: %a becomes the index of the job",
+            expected="a run folder for each job",
+            do="--output_dir runs/NAME_%a --seed %a: each job replaces %a with its index",
         )
 
 
-def check_folder(run: RunDir, *, finished_too: bool) -> None:
-    """Raises RunFolderError where the folder cannot be written or holds a finished run; makes nothing.
+def check_folder(run: RunDir, *, finished_allowed: bool) -> None:
+    """Raises RunFolderError if the folder is not writable or holds a finished run; creates nothing.
 
     Args:
         run: the folder.
-        finished_too: the flags say what becomes of a finished run.
+        finished_allowed: whether the folder may hold a finished run, because the flags resume or overwrite it.
     """
     nearest = run.path.absolute()
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        why = "may not be written" if nearest.is_dir() else "is a file"
+        reason = "is not writable" if nearest.is_dir() else "is a file"
         raise RunFolderError(
-            f"{run.path} cannot be made: {nearest} {why}",
-            expected="a folder that the job can write to, from every node",
+            f"{run.path} cannot be created: {nearest} {reason}",
+            expected="a folder that the job can write to from every node",
             do="choose another --output_dir",
         )
-    if not finished_too and (run.read_run() or {}).get("state") == "finished":
+    if not finished_allowed and (run.read_run() or {}).get("state") == "finished":
         raise RunFolderError(
             f"{run.path} holds a finished run",
             expected="an empty or a new folder",
-            do="choose another --output_dir, or --overwrite_run true; to go on with it: --resume_from_checkpoint auto",
+            do="choose another --output_dir, or --overwrite_run true; to continue it: --resume_from_checkpoint auto",
         )
 
 
 def submit_text(text: str) -> str:
-    """Queues the text; the job's id. Raises: MachineError without an sbatch, or with its words where it refuses."""
+    """Queues a job script and returns the job's id. Raises: MachineError if sbatch is missing or refuses the job."""
     if shutil.which("sbatch") is None:
         raise MachineError(
             "there is no sbatch on this machine",
             expected="Slurm's commands: a login node of the cluster",
-            do="log in there; --dry-run prints the job's text on any machine",
+            do="log in there; --dry-run prints the job script on any machine",
         )
     done = subprocess.run(["sbatch", "--parsable"], input=text, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise MachineError(
             f"sbatch refused the job: {' '.join(done.stderr.split())}",
-            expected="a job that this cluster takes",
-            do="correct the option that sbatch names; --dry-run prints the text it was given",
+            expected="a job that this cluster accepts",
+            do="correct the option that sbatch names; --dry-run prints the job script",
         )
-    return done.stdout.strip().partition(";")[0]  # behind a semicolon stands the cluster's name
+    return done.stdout.strip().partition(";")[0]  # after a semicolon comes the cluster's name

@@ -1,4 +1,4 @@
-"""What a run folder says of its run, and what should become of it: done, requeue or stop. No torch."""
+"""The status of a run from its folder, and whether its job is done, is requeued or stops. No torch."""
 
 import os
 import socket
@@ -16,30 +16,30 @@ from dpokit.errors import DpokitError, RunFolderError
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.terminal import one_line
 
-# Crashes of one job that end in another start; preemptions are not counted.
+# How many crashes of one job lead to another start; preemptions are not counted.
 MAX_RESTARTS = 3
-# What another start, on other nodes perhaps, may well survive. Every other error of ours is the user's to mend.
-WORTH_ANOTHER_START = ("MachineError", "OutOfMemoryError")
+# Errors that another start may avoid, perhaps on other nodes. The user has to correct every other DpokitError.
+RETRYABLE_ERRORS = ("MachineError", "OutOfMemoryError")
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run as its folder shows it.
+    """The status of a run, from its folder.
 
     Attributes:
         run: the folder.
-        state: `running` (or killed: nobody wrote an end), `preempted`, `finished`, `failed`; `none` without a run.json.
-        why, error: what ended a failed run, in words and as the name of its class.
-        last_step: the last logged one; None before any.
-        last_sign: when the run last wrote to its metrics, ISO 8601; None before any.
-        good_step: the step of the newest checkpoint that is whole; None without one.
+        state: `running` (or killed, as no end is recorded), `preempted`, `finished`, `failed`; `none` without run.json.
+        why, error: the cause of a failed run, as text and as the name of the error's class.
+        last_step: the last logged step; None before the first.
+        last_sign: when the run last wrote to its metrics, ISO 8601; None before the first time.
+        good_step: the step of the newest complete checkpoint; None without one.
         generations: how often the run was started.
-        restarts: starts after the first.
-        after_crash: those of them, in the job that ran last, that followed neither a preemption nor an end of its own.
-        lost_steps: steps that restarts had to train once more.
-        lost_seconds: the time they took, by the median of the steps that were kept; None before a second logged step.
+        restarts: the number of starts after the first.
+        after_crash: the number of starts, in the job that ran last, that followed a crash.
+        lost_steps: the number of steps that restarts trained again.
+        lost_seconds: the time these steps took, by the median of the kept steps; None before a second logged step.
         next: `done`, `requeue` or `stop`.
-        reason: of `next`, in a sentence.
+        reason: why, in a sentence.
     """
 
     run: str
@@ -58,21 +58,21 @@ class Status:
     reason: str
 
     def record(self) -> dict[str, Any]:
-        """JSON values, for `--json`."""
+        """The status as JSON values, for `--json`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A start of a job, which asks what should become of the job now.
+    """A start of a job, for which `decide_next` decides what the job does next.
 
     Attributes:
-        since: how many starts the run folder showed before it. Where it shows no more, this one never began, and
-            whatever the folder says is of an older one.
-        host: where it has its first process. Where the folder's last start is of another host, that one has taken the
-            run over. (Several of one host are a launcher's own restarts.)
+        since: how many starts the run folder listed before it. If the folder lists no more now, this start never began,
+            and the folder describes an older one.
+        host: the host of its first process. If the folder's last start is on another host, that one has taken over
+            the run. (Several starts on one host are the launcher's own restarts.)
         job: the job's number; None outside Slurm.
-        number: which start of the job it is, from 1.
+        number: the number of this start within the job, from 1.
     """
 
     since: int
@@ -82,7 +82,7 @@ class Attempt:
 
 
 def find_attempt(since: int) -> Attempt:
-    """The start that this process is part of."""
+    """The start that this process belongs to."""
     number = int(os.environ.get("SLURM_RESTART_COUNT") or 0) + 1
     return Attempt(since, socket.gethostname(), os.environ.get("SLURM_JOB_ID"), number)
 
@@ -92,8 +92,8 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
 
     Args:
         run: the folder; it need not exist.
-        max_restarts: crashes that may be followed by another start.
-        attempt: the start that asks; None for the last one.
+        max_restarts: how many crashes may lead to another start.
+        attempt: the start to decide for; None for the last one.
 
     Raises:
         RunFolderError: run.json is damaged.
@@ -103,7 +103,7 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
     generations: list[dict[str, Any]] = record.get("generations") or []
     good = find_good_step(run)
     after_crash = count_crashes(generations)
-    lost = sum(_lost_steps(generations))
+    lost = sum(_count_lost_steps(generations))
     step_seconds = _median_step_seconds(metrics)
     decided, reason = decide_next(
         record, good_step=good, after_crash=after_crash, max_restarts=max_restarts, attempt=attempt
@@ -114,7 +114,7 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
         why=record.get("why"),
         error=record.get("error"),
         last_step=metrics[-1]["step"] if metrics else None,
-        last_sign=_time_of(run.metrics_jsonl) if metrics else None,
+        last_sign=_read_modification_time(run.metrics_jsonl) if metrics else None,
         good_step=good,
         generations=len(generations),
         restarts=max(0, len(generations) - 1),
@@ -134,110 +134,115 @@ def decide_next(
     max_restarts: int,
     attempt: Attempt | None = None,
 ) -> tuple[str, str]:
-    """`done`, `requeue` or `stop`, and why.
+    """`done`, `requeue` or `stop`, and the reason.
 
     Args:
         record: run.json; empty without one.
-        good_step: of the newest checkpoint that is whole.
+        good_step: the step of the newest complete checkpoint.
         after_crash, max_restarts: how many starts followed a crash, and how many may.
         attempt: as for `read_status`.
     """
     state, generations = record.get("state"), record.get("generations") or []
     if attempt is not None and len(generations) <= attempt.since:
-        return _decide_for_unbegun(attempt, record, max_restarts)
+        return _decide_before_first_record(attempt, record, max_restarts)
     if attempt is not None and generations[-1].get("host") != attempt.host:
         return "stop", f"a later start, on {generations[-1].get('host')}, has taken the run over"
     if state == "finished":
         return "done", "the run is finished"
     if state not in ("running", "preempted", "failed"):
-        return "stop", "there is no run here: none began, or none of this toolkit"
-    if state == "failed" and is_users_mistake(record.get("error")):
-        return "stop", f"another start would meet the same: {record.get('why')}"
-    if stands_still(generations, good_step):
+        return "stop", "this folder holds no run of dpokit, or the run never began"
+    if state == "failed" and is_user_error(record.get("error")):
+        return "stop", f"another start would fail in the same way: {record.get('why')}"
+    if is_stuck(generations, good_step):
         return "stop", f"the last two starts both began at step {good_step or 0} and neither left a newer checkpoint"
     if state == "preempted":
         return "requeue", "the run was preempted"
-    ended = "nobody wrote an end: killed, or still running" if state == "running" else str(record.get("why"))
+    cause = "no end is recorded: killed, or still running" if state == "running" else str(record.get("why"))
     if after_crash >= max_restarts:
-        return "stop", f"{after_crash + 1} crashes, and {max_restarts} restarts are allowed; the last: {ended}"
-    return "requeue", ended
+        return "stop", f"{after_crash + 1} crashes, and {max_restarts} restarts are allowed; the last: {cause}"
+    return "requeue", cause
 
 
-def _decide_for_unbegun(attempt: Attempt, record: Mapping[str, Any], max_restarts: int) -> tuple[str, str]:
-    """Where an earlier start of the job did begin, the command is right, and what ended this one was the machines."""
-    begun = sum(one.get("job") == attempt.job for one in record.get("generations") or [])
-    lost = attempt.number - begun
-    if attempt.job is None or not begun or record.get("state") == "finished":
-        return "stop", "the run never began: the first error in the log says why"
-    if lost > max_restarts:
-        return "stop", f"{lost} starts of this job never began, and {max_restarts} restarts are allowed"
-    return "requeue", "this start ended before it began, as others of the job have not"
+def _decide_before_first_record(attempt: Attempt, record: Mapping[str, Any], max_restarts: int) -> tuple[str, str]:
+    """The decision after a start that never began.
+
+    If an earlier start of the job did begin, the command is right, and a machine ended this start.
+    """
+    begun_starts = sum(start.get("job") == attempt.job for start in record.get("generations") or [])
+    unbegun_starts = attempt.number - begun_starts
+    if attempt.job is None or not begun_starts or record.get("state") == "finished":
+        return "stop", "the run never began: see the first error in the log"
+    if unbegun_starts > max_restarts:
+        return "stop", f"{unbegun_starts} starts of this job never began, and {max_restarts} restarts are allowed"
+    return "requeue", "this start never began, but an earlier start of the job did"
 
 
-def is_users_mistake(error: str | None) -> bool:
-    """True for the name of an error of ours that no other machine would mend."""
+def is_user_error(error: str | None) -> bool:
+    """True for the name of a DpokitError that another machine would not avoid."""
     kind = getattr(errors, error or "", None)
-    ours = isinstance(kind, type) and issubclass(kind, DpokitError)
-    return ours and error not in WORTH_ANOTHER_START
+    is_dpokit_error = isinstance(kind, type) and issubclass(kind, DpokitError)
+    return is_dpokit_error and error not in RETRYABLE_ERRORS
 
 
-def stands_still(generations: Sequence[Mapping[str, Any]], good_step: int | None) -> bool:
-    """True where the last two starts of one job began at the same step, which is still the newest good one."""
-    last = _of_last_job(generations)[-2:]
-    return len(last) == 2 and {int(one.get("resumed_step") or 0) for one in last} == {good_step or 0}
+def is_stuck(generations: Sequence[Mapping[str, Any]], good_step: int | None) -> bool:
+    """True if the last two starts of one job began at the same step, and no newer complete checkpoint exists."""
+    last_starts = _select_last_job(generations)[-2:]
+    return len(last_starts) == 2 and {int(start.get("resumed_step") or 0) for start in last_starts} == {good_step or 0}
 
 
 def count_crashes(generations: Sequence[Mapping[str, Any]]) -> int:
     """How many starts of the job that ran last followed a crash.
 
-    `ended` says what state the next start found. Without it, one that lost steps has crashed: a preempted run saves its
-    last step.
+    `ended` is the state that the next start read. Without it, a start that lost steps has crashed, because a preempted
+    run saves its last step.
     """
-    mine = _of_last_job(generations)
+    starts = _select_last_job(generations)
     ends = [
-        one.get("ended") or ("failed" if lost else "preempted")
-        for one, lost in zip(mine, _lost_steps(mine), strict=False)
+        start.get("ended") or ("failed" if lost else "preempted")
+        for start, lost in zip(starts, _count_lost_steps(starts), strict=False)
     ]
     return sum(end not in ("preempted", "finished") for end in ends)
 
 
 def find_good_step(run: RunDir) -> int | None:
-    """The step of the newest checkpoint that is whole by its manifest's names and sizes; None without one."""
+    """The step of the newest checkpoint whose files match its manifest by name and size; None without one."""
     whole = (checkpoint.step for checkpoint in find_checkpoints(run, deep=False) if checkpoint.trouble is None)
     return next(whole, None)
 
 
-def _of_last_job(generations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Starts under another job than the last one's are of the past: whoever submits anew has a new count."""
-    return [one for one in generations if one.get("job") == generations[-1].get("job")]
+def _select_last_job(generations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The starts of the last start's job: a newly submitted job has a new count."""
+    return [start for start in generations if start.get("job") == generations[-1].get("job")]
 
 
-def _lost_steps(generations: Sequence[Mapping[str, Any]]) -> Iterable[int]:
-    for one, after in pairwise(generations):
-        yield max(0, int(one.get("ended_step") or 0) - int(after.get("resumed_step") or 0))
+def _count_lost_steps(generations: Sequence[Mapping[str, Any]]) -> Iterable[int]:
+    for start, next_start in pairwise(generations):
+        yield max(0, int(start.get("ended_step") or 0) - int(next_start.get("resumed_step") or 0))
 
 
 def _median_step_seconds(metrics: Sequence[Mapping[str, Any]]) -> float | None:
-    between = [(after["seconds"] - one["seconds"]) / (after["step"] - one["step"]) for one, after in pairwise(metrics)]
-    return statistics.median(between) if between else None
+    step_seconds = [
+        (after["seconds"] - before["seconds"]) / (after["step"] - before["step"]) for before, after in pairwise(metrics)
+    ]
+    return statistics.median(step_seconds) if step_seconds else None
 
 
-def _time_of(path: Path) -> str:
+def _read_modification_time(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
 
 
 def check_run(run: RunDir) -> None:
-    """Raises RunFolderError where there is no run to speak of."""
+    """Raises RunFolderError if the folder holds no run."""
     if not run.run_json.is_file():
         raise RunFolderError(
             f"{run.path} holds no run.json" if run.path.is_dir() else f"there is no folder {run.path}",
             expected="the folder of a run: its --output_dir",
-            do="correct the path, or look at the log of the job: a run that never began has no folder",
+            do="correct the path, or read the log of the job: a run that never began has no folder",
         )
 
 
-def describe(status: Status) -> str:
-    """The status in a few lines, for the screen."""
+def describe_status(status: Status) -> str:
+    """The status as a few lines of text."""
     state = f"{status.state} ({status.why})" if status.why else status.state
     if status.state == "running":
         state = f"running, or killed; last sign of life {status.last_sign or 'none yet'}"

@@ -1,6 +1,6 @@
-"""Talking to what was trained: base beside tuned in the browser and the terminal, and votes that become pairs."""
+"""Chat with base and tuned model side by side, in the browser or the terminal; votes become pairs to train on."""
 
 import os
 
-# Gradio reads it when it is imported, and would tell its makers of every start.
+# Gradio reads this at import; without it, Gradio reports every start to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

@@ -1,4 +1,4 @@
-"""`dpokit serve`: from names to a page that answers, until it is told to end."""
+"""`dpokit serve`: serves the page until Ctrl+C or SIGTERM."""
 
 import ipaddress
 import logging
@@ -20,9 +20,9 @@ from dpokit.rundir import RunDir
 from dpokit.serve.failures import OnceAMinute
 from dpokit.serve.guard import Credentials, Guard
 from dpokit.serve.models import LocalModels, Models
-from dpokit.serve.question_queue import Desk
+from dpokit.serve.question_queue import QuestionQueue
 from dpokit.serve.remote import RemoteModels
-from dpokit.serve.request_limits import Limits, Network, Rate, Sampling
+from dpokit.serve.request_limits import Network, RateLimit, RequestLimits, SamplingSettings
 from dpokit.serve.votes import check_votes
 
 PASSWORD_VARIABLE = "DPOKIT_SERVE_PASSWORD"
@@ -33,11 +33,11 @@ SEND_BYTES = 2**16
 
 @dataclass(frozen=True)
 class Address:
-    """Where the page is, and who may come in.
+    """The address of the page, and its access control.
 
     Attributes:
-        auth: USER:PASSWORD, or USER with the password in the environment; None asks for neither.
-        proxies: whose X-Forwarded-For counts.
+        auth: USER:PASSWORD, or USER with the password in the environment; None requires neither.
+        proxies: the proxies whose X-Forwarded-For header is trusted.
     """
 
     host: str = "127.0.0.1"
@@ -47,7 +47,7 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether nobody on another machine can reach it."""
+        """Whether only this machine can reach the page."""
         if self.host == "localhost":
             return True
         try:
@@ -57,18 +57,19 @@ class Address:
 
     @property
     def name(self) -> str:
-        """As a URL has it."""
+        """The host as a URL has it."""
         return f"[{self.host}]" if ":" in self.host else self.host
 
     def find_hosts(self, credentials: Credentials | None) -> set[str] | None:
-        """Names by which the page may be asked for; None for any.
+        """The allowed values of the Host header; None allows any.
 
-        A page elsewhere that has its own name point to this machine has no password to send.
+        A page without a password allows only local names. With a password any name is safe: a foreign page whose name
+        points to this machine (DNS rebinding) has no password to send.
         """
         return {"127.0.0.1", "localhost", "[::1]", self.name} if self.is_local and credentials is None else None
 
     def read_credentials(self) -> Credentials | None:
-        """User and password. Raises: SettingsError where others can reach the page and there is no password."""
+        """User and password. Raises: SettingsError if other machines can reach the page and no password is set."""
         user, _, password = (self.auth or USER).partition(":")
         password = password or os.environ.get(PASSWORD_VARIABLE, "")
         if user and password:
@@ -76,37 +77,37 @@ class Address:
         if self.auth is None and self.is_local:
             return None
         raise SettingsError(
-            f"--host {self.host} can be reached by others, and there is no password"
+            f"--host {self.host} is reachable from other machines, and there is no password"
             if not self.is_local
             else "--auth has no password",
             expected=f"a user and a password: {PASSWORD_VARIABLE} in the environment (the user is {USER}, or --auth "
             "USER), or --auth USER:PASSWORD, which other users of this machine can read",
-            do=f"export {PASSWORD_VARIABLE}=..., or leave out --host and reach the page by ssh -L 7860:127.0.0.1:7860",
+            do=f"export {PASSWORD_VARIABLE}=..., or leave out --host and use ssh -L 7860:127.0.0.1:7860",
         )
 
 
-def serve(
+def run_server(
     models: Models,
     *,
     address: Address,
     votes: Path | None,
-    limits: Limits,
-    sampling: Sampling,
+    limits: RequestLimits,
+    sampling: SamplingSettings,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Shows the page until the process is told to end (Ctrl+C, SIGTERM).
+    """Serves the page until the process gets Ctrl+C or SIGTERM.
 
     Args:
-        models: who answers; loaded while the page is already there.
-        address: where, and for whom.
-        votes: the file that votes are added to; None takes none.
-        limits: the most of everything.
-        sampling: what the page begins with.
-        on_ready: gets the page's URL once it is there.
+        models: the models that answer; they are loaded while the page is already served.
+        address: the address of the page, and its access control.
+        votes: the file that votes are appended to; None disables votes.
+        limits: the limits of requests.
+        sampling: the sampling settings that the page starts with.
+        on_ready: called with the page's URL once the server accepts connections.
 
     Raises:
-        SettingsError: a port that is taken, or a page for others without a password.
-        ModelError: weights that are not there; what cannot be loaded for another reason is said on the page.
+        SettingsError: the port is in use, or other machines can reach the page and no password is set.
+        ModelError: weights are missing; any other error of loading is shown on the page.
         MachineError: Gradio is not installed.
     """
     credentials = address.read_credentials()
@@ -116,14 +117,14 @@ def serve(
     except ImportError as error:
         raise MachineError(
             f"the page needs Gradio, which cannot be imported ({error})",
-            expected="the extra `serve`; dpokit chat needs none",
+            expected="the extra `serve` (dpokit chat does not need it)",
             do="pip install 'dpokit[serve]'",
         ) from error
     if isinstance(models, LocalModels):
         models.check_files()
-    listening = _listen(address)
-    desk = Desk(models, limits)
-    site = Site(desk, votes, find_examples(models), Rate(limits.per_minute), find_token(models))
+    listener = _listen(address)
+    queue = QuestionQueue(models, limits)
+    site = Site(queue, votes, find_examples(models), RateLimit(limits.per_minute), find_run_token(models))
     application, forms = build_application(site, defaults=sampling)
     guard = Guard(
         application,
@@ -133,23 +134,23 @@ def serve(
         forms=forms,
         sessions=site.sessions,
     )
-    desk.open()
+    queue.open()
     try:
-        _run(guard, listening, address, on_ready)
+        _run(guard, listener, address, on_ready)
     finally:
-        desk.close()
+        queue.close()
 
 
-def _run(guard: Guard, listening: socket.socket, address: Address, on_ready: Callable[[str], None]) -> None:
-    """Serves until a signal ends it."""
-    import uvicorn  # comes with Gradio
+def _run(guard: Guard, listener: socket.socket, address: Address, on_ready: Callable[[str], None]) -> None:
+    """Serves until a signal stops the server."""
+    import uvicorn  # installed with Gradio
 
     from dpokit.serve.connections import Connections, build_protocol
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            on_ready(f"http://{address.name}:{listening.getsockname()[1]}")
+            on_ready(f"http://{address.name}:{listener.getsockname()[1]}")
 
     config = uvicorn.Config(
         guard,
@@ -165,79 +166,81 @@ def _run(guard: Guard, listening: socket.socket, address: Address, on_ready: Cal
     for name in ("uvicorn.error", "asyncio"):
         logging.getLogger(name).addFilter(OnceAMinute())
     with suppress(KeyboardInterrupt):
-        Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listener])
 
 
 def _listen(address: Address) -> socket.socket:
-    """A socket that is bound. Raises: SettingsError where it cannot be."""
-    kind = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-    listening = socket.socket(kind, socket.SOCK_STREAM)
+    """A bound and listening socket. Raises: SettingsError if the address cannot be bound."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it: the system holds little for one who reads nothing, and that is soon noticed.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
-        listening.bind((address.host, address.port))
-        listening.listen()  # from now on nobody else gets the port
-    except (OSError, OverflowError, TypeError, UnicodeError) as error:  # the last two: no name of a host
-        listening.close()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit this size: with a small buffer, a client that does not read is noticed soon.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
+        listener.bind((address.host, address.port))
+        listener.listen()  # reserves the port from now on
+    except (OSError, OverflowError, TypeError, UnicodeError) as error:  # the last two: not a host name
+        listener.close()
         raise SettingsError(
             f"--host {address.host} --port {address.port}: {error.strerror if isinstance(error, OSError) else error}",
             expected="an address of this machine, and a free port",
-            do="--port 0 for any free one, or end what listens there",
+            do="--port 0 for any free port, or end the program that uses this one",
         ) from error
-    return listening
+    return listener
 
 
 def read_proxies(text: str | None) -> tuple[Network, ...]:
-    """Addresses and networks with commas between them. Raises: SettingsError for anything else, `*` too."""
+    """The networks of a comma-separated list. Raises: SettingsError for anything else, also for `*`."""
     try:
         return tuple(ipaddress.ip_network(part.strip(), strict=False) for part in text.split(",")) if text else ()
     except ValueError as error:
         raise SettingsError(
             f"--forwarded-allow-ips {text}: {error}",
-            expected="addresses or networks of proxies, with commas between them",
+            expected="addresses or networks of proxies, separated by commas",
             do="name the proxy: --forwarded-allow-ips 127.0.0.1",
         ) from error
 
 
 def build_models(
-    what: str | None, base: str | None, argv: Sequence[str], *, remote: tuple[str | None, str, str | None, str]
+    name: str | None, base: str | None, argv: Sequence[str], *, remote: tuple[str | None, str, str | None, str]
 ) -> Models:
-    """Models that are loaded here, or kept by a server; nothing is loaded yet.
+    """The models to talk to: loaded here later, or served by an endpoint.
 
     Args:
-        what, base, argv: as for `LocalModels`.
-        remote: the server's URL, which models there are tuned and base, and the variable with its key.
+        name, base, argv: as for `LocalModels`.
+        remote: the endpoint's URL, the names of its tuned and base model, and the environment variable with its key.
 
-    Raises: DpokitError: what the user can mend.
+    Raises: DpokitError: an error that the user can correct.
     """
-    url, tuned, beside, variable = remote
+    url, tuned, remote_base, variable = remote
     if url is None:
-        if what is None:
-            raise SettingsError("nothing to talk to was named", expected="a run or a model", do="name RUN or MODEL")
-        return LocalModels(what, base, argv)
-    if what is not None or base is not None or argv:
-        seen = " ".join([*filter(None, (what, base)), *argv])
+        if name is None:
+            raise SettingsError("no run or model is named", expected="a run or a model", do="name RUN or MODEL")
+        return LocalModels(name, base, argv)
+    if name is not None or base is not None or argv:
+        local_arguments = " ".join([*filter(None, (name, base)), *argv])
         raise SettingsError(
-            f"--endpoint has the models, and {seen} would load others here",
+            f"--endpoint has the models, and {local_arguments} would load other models here",
             expected="one of the two",
             do="name the server's models with --endpoint-model and --endpoint-base",
         )
     if not tuned:
-        raise SettingsError("--endpoint without a model", expected="its name there", do="--endpoint-model NAME")
-    return RemoteModels(url, tuned=tuned, base=beside, api_key=read_api_key(variable))
+        raise SettingsError(
+            "--endpoint without a model", expected="the model's name on the server", do="--endpoint-model NAME"
+        )
+    return RemoteModels(url, tuned=tuned, base=remote_base, api_key=read_api_key(variable))
 
 
-def find_token(models: Models) -> str | None:
-    """Of the run's first start, which no other run in the same folder shares; None without a run."""
+def find_run_token(models: Models) -> str | None:
+    """The token of the run's first start, which identifies the run; None without a run."""
     starts = models.record.get("generations", []) if isinstance(models, LocalModels) else []
     return starts[0].get("token") if starts else None
 
 
 def find_examples(models: Models) -> list[Messages]:
-    """The first held-out questions of a run, each once; none where its data is not at hand, which is said.
+    """The first EXAMPLES distinct held-out questions of a run; empty if its data is unavailable.
 
-    Raises nothing: they are a nicety.
+    Raises nothing: the page works without examples, so an error is only printed.
     """
     if not isinstance(models, LocalModels) or models.run is None:
         return []
@@ -248,25 +251,25 @@ def find_examples(models: Models) -> list[Messages]:
         tokenizer = load_tokenizer(name_model(settings, models.names["tuned"]))
         held_out = prepare_held_out(settings.data, tokenizer, max_length=settings.training.max_length)
     except Exception as error:
-        seen = error.seen if isinstance(error, DpokitError) else f"{type(error).__name__}: {error}"
-        say(f"no held-out questions are shown: {' '.join(seen.split())[:300]}")
+        cause = error.seen if isinstance(error, DpokitError) else f"{type(error).__name__}: {error}"
+        say(f"no held-out questions are shown: {' '.join(cause.split())[:300]}")
         return []
-    found: dict[str, Messages] = {}
+    examples: dict[str, Messages] = {}
     for prompt in held_out.prompts:
         messages: Any = parse_transcript(prompt) if isinstance(prompt, str) else prompt
         if messages and messages[-1]["role"] == "user" and messages[-1]["content"].strip():
-            found.setdefault(str(messages), messages)
-        if len(found) == EXAMPLES:
+            examples.setdefault(str(messages), messages)
+        if len(examples) == EXAMPLES:
             break
-    return list(found.values())
+    return list(examples.values())
 
 
-def find_votes(run: RunDir | None, asked: Path | None) -> Path:
-    """The file of votes. Raises: SettingsError where its folder is not there, RunFolderError where it is another."""
-    path = asked or (run.votes_jsonl if run is not None else Path("votes.jsonl"))
+def find_votes(run: RunDir | None, votes_file: Path | None) -> Path:
+    """The file of votes. Raises: SettingsError if its folder is missing, RunFolderError if the file holds no votes."""
+    path = votes_file or (run.votes_jsonl if run is not None else Path("votes.jsonl"))
     if not path.parent.is_dir() or path.is_dir():
         raise SettingsError(
-            f"--votes {path} cannot be written", expected="a file in a folder that is there", do="mkdir"
+            f"--votes {path} cannot be written", expected="a file in an existing folder", do="create the folder"
         )
     check_votes(path)
     return path

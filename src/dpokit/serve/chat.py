@@ -1,4 +1,4 @@
-"""`dpokit chat`: base beside tuned in a terminal, by the same code that answers the page."""
+"""`dpokit chat`: base and tuned side by side in a terminal, with the same models as the page."""
 
 import shutil
 import textwrap
@@ -8,27 +8,32 @@ from typing import Any, TextIO
 
 from dpokit.data.formats import Messages
 from dpokit.errors import SettingsError
-from dpokit.serve.failures import LOST, describe, revive_device
-from dpokit.serve.models import Models, Reply
-from dpokit.serve.request_limits import Limits, RefusedError, Sampling, read_question
+from dpokit.serve.failures import LOST, describe_failure, revive_device
+from dpokit.serve.models import ModelReply, Models
+from dpokit.serve.request_limits import RefusedError, RequestLimits, SamplingSettings, read_question
 from dpokit.terminal import escape_controls
 
-HELP = "Enter asks. {}/new begins anew, /end ends."
-CHOICE = "/base or /tuned sets which answer the conversation goes on with (now {}); "
+HELP = "Enter sends the question. {}/new starts a new conversation, /end ends."
+CHOICE = "/base or /tuned sets the answer that the conversation continues with (now {}); "
 GAP = "  "
 
 
 def answer_once(
-    models: Models, messages: Messages, sampling: Sampling, *, on_text: Callable[[str, Reply], None] | None = None
+    models: Models,
+    messages: Messages,
+    sampling: SamplingSettings,
+    *,
+    on_text: Callable[[str, ModelReply], None] | None = None,
 ) -> dict[str, Any]:
-    """Every side's answer, and what is known of it.
+    """The answer of every side, with its model, tokens and implicit reward, as JSON values.
 
     Args:
-        models: loaded.
+        models: loaded models.
         messages: the conversation up to the question.
-        on_text: gets each side and its answer so far.
+        sampling: how answers are sampled.
+        on_text: called with the side and its answer so far.
 
-    Raises: RefusedError: a conversation that the models have no room for.
+    Raises: RefusedError: the conversation does not fit into the model's context.
     """
     replies = {}
     for side in models.names:
@@ -56,67 +61,67 @@ def answer_once(
     }
 
 
-def ask_one(models: Models, prompt: str, sampling: Sampling, limits: Limits) -> dict[str, Any]:
-    """`answer_once` to one question. Raises: SettingsError where it is refused."""
+def ask_one(models: Models, prompt: str, sampling: SamplingSettings, limits: RequestLimits) -> dict[str, Any]:
+    """The result of `answer_once` for a single question. Raises: SettingsError if the question is refused."""
     try:
         return answer_once(models, [{"role": "user", "content": read_question(prompt, limits)}], sampling)
     except RefusedError as refusal:
         raise SettingsError(
-            str(refusal), expected="a question that can be answered", do="correct --prompt, or look at the server"
+            str(refusal), expected="a question that the models can answer", do="correct --prompt, or check the server"
         ) from None
 
 
-def talk(models: Models, sampling: Sampling, *, limits: Limits, lines: TextIO, screen: TextIO) -> None:
-    """Questions from `lines` and answers on `screen`, until there are no more or somebody says /end.
+def talk(models: Models, sampling: SamplingSettings, *, limits: RequestLimits, lines: TextIO, screen: TextIO) -> None:
+    """Reads questions from `lines` and prints answers to `screen`, until the input ends or a line is /end.
 
-    Ctrl+C stops an answer, and ends the talk where there is none on its way.
+    Ctrl+C stops an answer; between answers it ends the chat.
     """
     messages: Messages = []
-    goes_on = "tuned"
+    followed_side = "tuned"
 
     def show_help() -> None:
-        print(HELP.format(CHOICE.format(goes_on) if len(models.names) > 1 else ""), file=screen)
+        print(HELP.format(CHOICE.format(followed_side) if len(models.names) > 1 else ""), file=screen)
 
     show_help()
     while True:
         print("\n> ", end="", file=screen, flush=True)
         line = lines.readline()
-        word = line.strip()
-        if not line or word == "/end":
+        text = line.strip()
+        if not line or text == "/end":
             return
-        if word == "/new":
+        if text == "/new":
             messages = []
-        elif word.removeprefix("/") in models.names and word.startswith("/"):
-            goes_on = word.removeprefix("/")
-        elif word.startswith("/"):
+        elif text.removeprefix("/") in models.names and text.startswith("/"):
+            followed_side = text.removeprefix("/")
+        elif text.startswith("/"):
             show_help()
-        elif word:
+        elif text:
             try:
-                asked: Messages = [*messages, {"role": "user", "content": read_question(word, limits)}]
-                found = answer_once(models, asked, sampling, on_text=_Progress(screen))
+                conversation: Messages = [*messages, {"role": "user", "content": read_question(text, limits)}]
+                result = answer_once(models, conversation, sampling, on_text=_Progress(screen))
             except Exception as failure:
-                print(describe_here(failure), file=screen)
+                print(free_and_describe(failure), file=screen)
             except KeyboardInterrupt:
                 print("\nstopped", file=screen)
             else:
-                print_answers(found, screen)
-                messages = [*asked, {"role": "assistant", "content": found["answers"][goes_on]["text"]}]
+                print_answers(result, screen)
+                messages = [*conversation, {"role": "assistant", "content": result["answers"][followed_side]["text"]}]
 
 
-def describe_here(failure: Exception) -> str:
-    """A failure in words; what a failed call holds is given back."""
+def free_and_describe(failure: Exception) -> str:
+    """Frees the memory of a failed call, and returns the failure as text for the terminal."""
     if not revive_device(failure):
         return LOST
-    return escape_controls(describe(failure, hint=" ".join(str(failure).split())[:300]))
+    return escape_controls(describe_failure(failure, hint=" ".join(str(failure).split())[:300]))
 
 
 class _Progress:
-    """One line that says how far an answer is; only where somebody looks on."""
+    """Shows a growing answer on one line of a terminal; prints nothing to a file or pipe."""
 
     def __init__(self, screen: TextIO) -> None:
         self._screen = screen if screen.isatty() else None
 
-    def __call__(self, side: str, reply: Reply) -> None:
+    def __call__(self, side: str, reply: ModelReply) -> None:
         if self._screen is None:
             return
         width = shutil.get_terminal_size().columns - 1
@@ -125,21 +130,21 @@ class _Progress:
         print(f"\r\033[K{shown[:width]}", end="", file=self._screen, flush=True)
 
 
-def print_answers(found: dict[str, Any], screen: TextIO) -> None:
-    """The answers side by side, or below each other where the terminal is narrow."""
+def print_answers(result: dict[str, Any], screen: TextIO) -> None:
+    """Prints the answers side by side, or below each other in a narrow terminal."""
     if screen.isatty():
         print("\r\033[K", end="", file=screen)
-    columns = [_column(side, answer) for side, answer in found["answers"].items()]
+    columns = [_column(side, answer) for side, answer in result["answers"].items()]
     width = shutil.get_terminal_size().columns
-    each = (width - len(GAP) * (len(columns) - 1)) // len(columns)
-    if each < 30:
+    column_width = (width - len(GAP) * (len(columns) - 1)) // len(columns)
+    if column_width < 30:
         for lines in columns:
             print("\n".join(_wrap(lines, width)), end="\n\n", file=screen)
         return
-    wrapped = [_wrap(lines, each) for lines in columns]
-    for at in range(max(map(len, wrapped))):
-        cells = [lines[at] if at < len(lines) else "" for lines in wrapped]
-        print(GAP.join(cell.ljust(each) for cell in cells).rstrip(), file=screen)
+    wrapped = [_wrap(lines, column_width) for lines in columns]
+    for row in range(max(map(len, wrapped))):
+        cells = [lines[row] if row < len(lines) else "" for lines in wrapped]
+        print(GAP.join(cell.ljust(column_width) for cell in cells).rstrip(), file=screen)
 
 
 def _column(side: str, answer: dict[str, Any]) -> list[str]:

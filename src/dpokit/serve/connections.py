@@ -1,4 +1,4 @@
-"""Connections to the page's server: how many an address may have, and how long each may keep it waiting. No torch."""
+"""Limits of connections to the page's server: their number for each client, and their waiting times. No torch."""
 
 import asyncio
 from collections import Counter
@@ -8,46 +8,46 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from dpokit.serve.request_limits import Network, find_party, is_within
+from dpokit.serve.request_limits import Network, find_client, is_within
 
-MOST = 512  # of everybody
-PER_ADDRESS = 256  # 32 browsers behind one address, which open up to six each while the page is loaded
-REQUEST_SECONDS = 20.0  # from one request's end to the next one's: headers and body
-WRITE_SECONDS = 20.0  # that a reader may leave what was sent to it
+MOST = 512  # connections of all clients
+PER_ADDRESS = 256  # 32 browsers behind one address, with up to six connections each while the page loads
+REQUEST_SECONDS = 20.0  # from the end of one request to the end of the next, headers and body
+WRITE_SECONDS = 20.0  # how long a client may leave sent data unread
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\ncontent-length: 0\r\nretry-after: 20\r\nconnection: close\r\n\r\n"
 COMPLETE = (h11.DONE, h11.MUST_CLOSE, h11.CLOSED, h11.ERROR)
 
 
 class Connections:
-    """Counts connections.
+    """Counts the open connections of each client.
 
     Args:
-        proxies: whose connections are those of many, and which bound them themselves.
+        proxies: the proxies that carry the connections of many clients, and limit them themselves.
     """
 
     def __init__(self, proxies: Sequence[Network] = ()) -> None:
         self._proxies, self._held = proxies, Counter[str]()
 
     def enter(self, address: str) -> bool:
-        """Counts one more, and says whether it may stay."""
-        party = find_party(address)
-        self._held[party] += 1
+        """Counts a new connection; True if it is within the limits."""
+        client = find_client(address)
+        self._held[client] += 1
         is_proxy = is_within(address, self._proxies)
-        return self._held.total() <= MOST and (is_proxy or self._held[party] <= PER_ADDRESS)
+        return self._held.total() <= MOST and (is_proxy or self._held[client] <= PER_ADDRESS)
 
     def leave(self, address: str) -> None:
-        """One less."""
-        party = find_party(address)
-        self._held[party] -= 1
-        if not self._held[party]:
-            del self._held[party]
+        """Counts a closed connection."""
+        client = find_client(address)
+        self._held[client] -= 1
+        if not self._held[client]:
+            del self._held[client]
 
 
 def build_protocol(connections: Connections) -> type[asyncio.Protocol]:
-    """Uvicorn's protocol, with bounds.
+    """Uvicorn's h11 protocol with limits on the number of connections and on waiting times.
 
-    h11, as it bounds the headers; a connection is closed when a request is not there in time, whatever trickles in,
-    and when its reader takes nothing.
+    h11 itself limits the size of the headers. A connection is closed if a request is not complete in time, even while
+    some bytes arrive, and if the client does not read.
     """
 
     class BoundedProtocol(H11Protocol):
@@ -56,10 +56,10 @@ def build_protocol(connections: Connections) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            transport.set_write_buffer_limits(high=0)  # what is not taken at once is waited for, and timed
+            transport.set_write_buffer_limits(high=0)  # pause_writing is called as soon as data stays unread
             self._address = self.client[0] if self.client else ""
             if not connections.enter(self._address):
-                self.logger.warning("Refused a connection: there are too many.")
+                self.logger.warning("Refused a connection: too many are open.")
                 transport.write(BUSY)
                 transport.close()
                 return
@@ -83,7 +83,7 @@ def build_protocol(connections: Connections) -> type[asyncio.Protocol]:
             self._time_request()
 
         def _time_request(self) -> None:
-            """Times a request until it is there; what comes of it meanwhile wins no time."""
+            """Starts the timer of an incomplete request; bytes that arrive meanwhile do not restart it."""
             if self.conn.their_state in COMPLETE:
                 if self._request_timer is not None:
                     self._request_timer.cancel()

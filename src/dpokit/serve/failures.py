@@ -1,4 +1,4 @@
-"""What is said of a failure, and what is left of the device after one."""
+"""Describes and logs a failure of the models, and frees the device's memory after it."""
 
 import logging
 import sys
@@ -11,25 +11,25 @@ from dpokit.serve.request_limits import RefusedError
 from dpokit.terminal import echo
 
 REPEAT_SECONDS = 60.0
-LOST = "The device of the models is lost, by a CUDA error that only a new process mends: restart dpokit."
+LOST = "A CUDA error has disabled the models' device until the process ends: restart dpokit."
 
 
-def describe(error: Exception, *, hint: str = "The log of the server says more; another question may work.") -> str:
-    """A failure in a sentence for the one who asked, with a `hint` where only the code's author could say more."""
+def describe_failure(error: Exception, *, hint: str = "See the server's log; another question may work.") -> str:
+    """The failure as a sentence for the user, with a `hint` if its class has no text for users."""
     if isinstance(error, RefusedError):
         return str(error)
     if isinstance(error, DpokitError):
         return f"{error.seen}. Expected: {error.expected}. Do this: {error.do}."
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "alloc" in str(error).lower():
-        return "The model ran out of memory. Ask for a shorter answer, or begin a new conversation."
+        return "The model ran out of memory. Ask for a shorter answer, or start a new conversation."
     return f"The model failed ({type(error).__name__}). {hint}"
 
 
-def tell(error: Exception) -> None:
-    """Writes what happened to the server's log; a refusal is no news."""
+def log_failure(error: Exception) -> None:
+    """Writes a failure to the server's log; a refused question is not logged."""
     if isinstance(error, RefusedError):
         return
-    with suppress(OSError, ValueError):  # a log that was closed ends nothing
+    with suppress(OSError, ValueError):  # a closed log must not stop the server
         if isinstance(error, DpokitError):
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         else:
@@ -37,15 +37,16 @@ def tell(error: Exception) -> None:
 
 
 class OnceAMinute(logging.Filter):
-    """Writes each message once in REPEAT_SECONDS: who sends nonsense cannot fill the disk with what is said of it."""
+    """Lets each message through once in REPEAT_SECONDS, so that invalid requests cannot fill the disk."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._written: dict[str, tuple[float, int]] = {}  # when, and how often it was left out since; by message
+        self._written: dict[str, tuple[float, int]] = {}  # by message: last time, number omitted since
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the record is written; the next one tells how many were not."""
-        message, now = str(record.msg), time.monotonic()  # without its values, so that these are few
+        """Whether the record is written; the next written one has the number of omitted ones."""
+        # The key is the format string without its values, so that the table stays small.
+        message, now = str(record.msg), time.monotonic()
         written, left_out = self._written.get(message, (-REPEAT_SECONDS, 0))
         if now - written < REPEAT_SECONDS:
             self._written[message] = written, left_out + 1
@@ -57,13 +58,13 @@ class OnceAMinute(logging.Filter):
 
 
 def revive_device(error: Exception) -> bool:
-    """Gives back what a failed call holds; False where the device answers nothing any more."""
+    """Frees the memory that a failed call holds; False if the device no longer works."""
     import torch
 
-    traceback.clear_frames(error.__traceback__)  # its locals are the caches and logits that found no room
+    traceback.clear_frames(error.__traceback__)  # the frames hold the caches and logits that filled the memory
     if torch.cuda.is_initialized():
         try:
-            torch.cuda.synchronize()  # raises for ever after a device-side assert
+            torch.cuda.synchronize()  # raises from now on after a device-side assert
             torch.cuda.empty_cache()
         except RuntimeError:
             return False

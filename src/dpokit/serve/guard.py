@@ -1,9 +1,9 @@
-"""What stands before the page: who may come in, which routes there are, and how much may be sent. No torch.
+"""Checks every request before Gradio gets it: password, route, size and body. No torch.
 
-Gradio has routes for uploads, for files and for fetching other addresses. A page of text needs none of them, so only
-those that it does need are let through. It fetches whatever stands where a file may stand, too, even for a box of
-text: only plain values are let through. A number of a function that is not there, or a session without a name, is an
-error inside it: only what the page itself sends is let through.
+Gradio has routes for uploads, for files and for fetching other addresses. A page of text needs none of them, so the
+guard forwards only the routes that the page uses. Gradio also fetches a file that a request names in place of a text,
+so the guard forwards only plain values. An unknown function number or an unnamed session raises inside Gradio, so the
+guard forwards only bodies of the form that the page itself sends.
 """
 
 import base64
@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from dpokit.serve.forms import CANCEL, JOIN, NAME, RESET, Forms, is_name
-from dpokit.serve.request_limits import Rate, find_party
+from dpokit.serve.request_limits import RateLimit, find_client
 from dpokit.serve.sessions import STREAMS, Session, Sessions
 
 Scope = MutableMapping[str, Any]
@@ -25,23 +25,23 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 FILE = r"[\w.-]+"
-MOST_PATH = 250  # letters: the system has no longer name for a file
+MOST_PATH = 250  # characters: below the system's limit for file names
 DATA, HEARTBEAT = "/gradio_api/queue/data", "/gradio_api/heartbeat/"
 READ = re.compile(
     rf"/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/robots\.txt|/(assets|static|svelte)/({FILE}/)*{FILE}"
     rf"|/gradio_api/(info|app_id|startup-events|queue/status)|{DATA}|{HEARTBEAT}{NAME.pattern}",
     re.ASCII,
 )
-SESSION = re.compile(f"session_hash=({NAME.pattern})", re.ASCII)  # the whole query of a stream
+SESSION = re.compile(f"session_hash=({NAME.pattern})", re.ASCII)  # the complete query of a stream
 WRITE = re.compile("|".join((JOIN, CANCEL, RESET)))
 MOST_BODY_BYTES = 2**18
 MOST_HEADER_BYTES = 2**14
-POSTS_PER_QUESTION = 10  # joining, voting, stopping, and the page's own
-LEAST_POSTS = 600  # in a minute: several pages behind one address ask every few seconds whether the models are loaded
+POSTS_PER_QUESTION = 10  # joining, voting, stopping, and the page's own requests
+LEAST_POSTS = 600  # per minute: several pages behind one address poll every few seconds whether the models are loaded
 LOGINS_PER_MINUTE = 20
-MOST_AT_ONCE = 256  # requests of one address, streams among them: half of what the server takes
+MOST_AT_ONCE = 256  # open requests of one client, streams included: half of the server's connections
 HEADERS = {
-    # Gradio's scripts write styles and evaluate templates; nothing may come from, or go to, anywhere else.
+    # Gradio's scripts write styles and evaluate templates; the browser may reach no other origin.
     "content-security-policy": "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; "
     "frame-ancestors 'none'; object-src 'none'; base-uri 'self'; form-action 'self'",
@@ -52,7 +52,7 @@ HEADERS = {
 
 
 class Credentials:
-    """User and password; neither is ever shown."""
+    """User and password; the repr shows neither."""
 
     def __init__(self, user: str, password: str) -> None:
         self._expected = f"{user}:{password}".encode()
@@ -60,33 +60,33 @@ class Credentials:
     def __repr__(self) -> str:
         return "Credentials(***)"
 
-    def fit(self, header: str) -> bool:
-        """Whether an Authorization header (Basic) carries them."""
-        kind, _, packed = header.partition(" ")
+    def match(self, header: str) -> bool:
+        """Whether an Authorization header (Basic) has this user and password."""
+        kind, _, encoded = header.partition(" ")
         if kind.lower() != "basic":
             return False
         try:
-            given = base64.b64decode(packed.strip(), validate=True)
+            credentials = base64.b64decode(encoded.strip(), validate=True)
         except (binascii.Error, ValueError):
             return False
-        return hmac.compare_digest(given, self._expected)
+        return hmac.compare_digest(credentials, self._expected)
 
 
 class Guard:
-    """An ASGI application around the page's.
+    """An ASGI application that checks requests and forwards them to the page's application.
 
     Args:
-        page: the application.
-        hosts: names by which it may be asked for; None for any. A page elsewhere that has its own name point to this
-            machine (DNS rebinding) comes with another.
-        credentials: who may come in; None for everyone who reaches it.
-        per_minute: questions from one address.
-        forms: the bodies that are let through; None for any of plain values.
-        sessions: those of the pages, which are kept up to date here.
+        page: the page's application.
+        hosts: the allowed values of the Host header; None for any. A foreign page whose name points to this machine
+            (DNS rebinding) sends another.
+        credentials: the user and password that are required; None for a page without a password.
+        per_minute: the number of questions that one client may ask in a minute.
+        forms: the forms of body that are forwarded; None forwards any body of plain values.
+        sessions: the sessions of the open pages, which the guard updates.
 
-    An address that gave LOGINS_PER_MINUTE wrong passwords within a minute waits until the first of them is a minute
-    old, with the right one, too: else nothing slows down who tries them. Others behind the same address wait with it;
-    nobody mistypes that often.
+    After LOGINS_PER_MINUTE wrong passwords within a minute, a client is refused until the first of them is a minute
+    old, even with the right password; otherwise nothing would slow down guessing. This also refuses others behind the
+    same address, but nobody mistypes that often.
     """
 
     def __init__(
@@ -100,67 +100,68 @@ class Guard:
         sessions: Sessions | None = None,
     ) -> None:
         self._page, self._hosts, self._credentials = page, hosts, credentials
-        self._forms, self._sessions, self._at_once = forms, sessions or Sessions(), Counter[str]()
-        self._posts, self._logins = Rate(max(LEAST_POSTS, per_minute * POSTS_PER_QUESTION)), Rate(LOGINS_PER_MINUTE)
+        self._forms, self._sessions, self._open_requests = forms, sessions or Sessions(), Counter[str]()
+        self._posts, self._logins = (
+            RateLimit(max(LEAST_POSTS, per_minute * POSTS_PER_QUESTION)),
+            RateLimit(LOGINS_PER_MINUTE),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._page(scope, receive, send)
             return
-        if scope["type"] != "http":  # the page has no use for websockets
+        if scope["type"] != "http":  # the page uses no websockets
             await send({"type": "websocket.close", "code": 1008})
             return
-        address = find_party(str((scope.get("client") or ("",))[0]))
+        address = find_client(str((scope.get("client") or ("",))[0]))
         refusal = self._find_refusal(scope, address)
         if refusal is not None:
             await _refuse(send, *refusal)
             return
-        self._at_once[address] += 1
+        self._open_requests[address] += 1
         try:
-            await self._let_in(scope, receive, send, address)
+            await self._forward(scope, receive, send, address)
         finally:
-            self._at_once[address] -= 1
-            if not self._at_once[address]:
-                del self._at_once[address]  # addresses are many
-            if not self._at_once[address]:
-                del self._at_once[address]
+            self._open_requests[address] -= 1
+            if not self._open_requests[address]:
+                del self._open_requests[address]  # so that the table does not grow with each client
 
-    async def _let_in(self, scope: Scope, receive: Receive, send: Send, address: str) -> None:
-        """Hands the page what it expects, and refuses everything else."""
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, address: str) -> None:
+        """Forwards a request in the form that the page expects, and refuses any other."""
         path, query = str(scope["path"]), scope.get("query_string", b"")
-        scope["query_string"] = b""  # only a stream has use for one
+        scope["query_string"] = b""  # only a stream needs a query
         if scope["method"] == "POST":
-            await self._hand_body(scope, receive, send, address)
+            await self._forward_body(scope, receive, send, address)
         elif path.startswith(HEARTBEAT):
             session = await self._sessions.admit(path.removeprefix(HEARTBEAT), address)
-            await self._stream(scope, receive, send, session)
+            await self._forward_stream(scope, receive, send, session)
         elif path == DATA:
-            asked = SESSION.fullmatch(query.decode("latin-1"))
-            session = self._sessions.find(asked[1]) if asked else None
+            match = SESSION.fullmatch(query.decode("latin-1"))
+            session = self._sessions.find(match[1]) if match else None
             if session is None or not session.joined:
                 await _refuse(send, 404, "There is no such session.", {})
                 return
             scope["query_string"] = query
-            await self._stream(scope, receive, _noting(send, session), session)
+            await self._forward_stream(scope, receive, _note_reads(send, session), session)
         else:
             await self._page(scope, receive, _with_headers(send))
 
-    async def _hand_body(self, scope: Scope, receive: Receive, send: Send, address: str) -> None:
+    async def _forward_body(self, scope: Scope, receive: Receive, send: Send, address: str) -> None:
         body = await _read_body(receive)
-        sent = None if body is None else _read_plain(body)
-        if body is None or sent is None or (self._forms is not None and not self._forms.fits(scope["path"], sent)):
-            await _refuse(send, 400, "That is not what the page sends.", {})
+        fields = None if body is None else _read_plain(body)
+        if body is None or fields is None or (self._forms is not None and not self._forms.fits(scope["path"], fields)):
+            await _refuse(send, 400, "The page sends no such request.", {})
             return
-        if scope["path"] == JOIN and is_name(sent.get("session_hash")):
-            session = await self._sessions.admit(sent["session_hash"], address)
+        if scope["path"] == JOIN and is_name(fields.get("session_hash")):
+            session = await self._sessions.admit(fields["session_hash"], address)
             if session is None or not session.ask():
-                await _refuse(send, 429, "All is busy; please wait a minute.", {"retry-after": "60"})
+                await _refuse(send, 429, "The server is busy; try again in a minute.", {"retry-after": "60"})
                 return
         await self._page(scope, _replay(body, receive), _with_headers(send))
 
-    async def _stream(self, scope: Scope, receive: Receive, send: Send, session: Session | None) -> None:
+    async def _forward_stream(self, scope: Scope, receive: Receive, send: Send, session: Session | None) -> None:
         if session is None or session.streams >= STREAMS:
-            await _refuse(send, 429, "All is busy; please wait a minute.", {"retry-after": "60"})
+            await _refuse(send, 429, "The server is busy; try again in a minute.", {"retry-after": "60"})
             return
         session.streams += 1
         try:
@@ -172,29 +173,29 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get("host", "")
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
-            return 431, "That is too much.", {}
+            return 431, "The headers are too large.", {}
         if self._hosts is not None and _strip_port(host) not in self._hosts:
-            return 421, "This page is not served under that name.", {}
+            return 421, "This page is not served under this host name.", {}
         if self._credentials is not None and self._logins.is_spent(address):
             return 429, "Too many attempts; please wait a minute.", {"retry-after": "60"}
-        if self._credentials is not None and not self._credentials.fit(headers.get("authorization", "")):
+        if self._credentials is not None and not self._credentials.match(headers.get("authorization", "")):
             if "authorization" in headers:
                 self._logins.allows(address)
             return 401, "A user and a password are needed.", {"www-authenticate": 'Basic realm="dpokit"'}
         path, method = str(scope["path"]), str(scope["method"])
         routes = {"GET": READ, "HEAD": READ, "POST": WRITE}.get(method)
         if routes is None or not routes.fullmatch(path) or ".." in path or len(path) > MOST_PATH:
-            return 404, "There is nothing here.", {}
-        if self._at_once[address] >= MOST_AT_ONCE:
-            return 429, "All is busy; please wait a minute.", {"retry-after": "60"}
+            return 404, "Not found.", {}
+        if self._open_requests[address] >= MOST_AT_ONCE:
+            return 429, "The server is busy; try again in a minute.", {"retry-after": "60"}
         if method == "POST":
             origin = headers.get("origin")
             if origin is not None and origin.partition("://")[2] != host:
-                return 403, "Another page asked.", {}
+                return 403, "The request comes from another page.", {}
             if not headers.get("content-length", "").isdecimal() or int(headers["content-length"]) > MOST_BODY_BYTES:
-                return 413, "That is too much.", {}
+                return 413, "The body is too large, or its length is missing.", {}
             if not self._posts.allows(address):
-                return 429, "All is busy; please wait a minute.", {"retry-after": "60"}
+                return 429, "The server is busy; try again in a minute.", {"retry-after": "60"}
         return None
 
 
@@ -203,8 +204,10 @@ def _strip_port(host: str) -> str:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The whole body; None where it breaks off. The server has held the sender to its content-length; the bound is for
-    whatever it lets through."""
+    """The complete body; None if it breaks off or is too large.
+
+    The server already enforces the content-length; the limit here covers whatever it lets through.
+    """
     body = b""
     while len(body) <= MOST_BODY_BYTES:
         message = await receive()
@@ -217,51 +220,51 @@ async def _read_body(receive: Receive) -> bytes | None:
 
 
 def _read_plain(body: bytes) -> dict[str, Any] | None:
-    """The JSON object; None where it is none, or its `data` holds more than texts, numbers, truths and nothings."""
+    """The body as a JSON object; None if it is not one, or `data` has values other than str, number, bool, null."""
     try:
-        sent = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    data = sent.get("data", []) if isinstance(sent, dict) else None
+    data = fields.get("data", []) if isinstance(fields, dict) else None
     is_plain = isinstance(data, list) and all(
         value is None or isinstance(value, bool | int | float | str) for value in data
     )
-    return sent if is_plain else None
+    return fields if is_plain else None
 
 
-def _noting(send: Send, session: Session) -> Send:
-    """Notes what the reader took: the server waits until it has handed on what it was given."""
+def _note_reads(send: Send, session: Session) -> Send:
+    """A `send` that notes each message that the client has read: the server waits until its data is sent."""
 
-    async def tell(message: MutableMapping[str, Any]) -> None:
+    async def send_and_note(message: MutableMapping[str, Any]) -> None:
         await send(message)
         session.take()
 
-    return tell
+    return send_and_note
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """The body that was read, then what comes after it."""
-    left = [{"type": "http.request", "body": body, "more_body": False}]
+    """A `receive` that returns the body read before, then the messages after it."""
+    remaining = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def read() -> MutableMapping[str, Any]:
-        return left.pop() if left else await receive()
+        return remaining.pop() if remaining else await receive()
 
     return read
 
 
 def _with_headers(send: Send) -> Send:
-    async def tell(message: MutableMapping[str, Any]) -> None:
+    async def send_with_headers(message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
             message = {**message, "headers": [*message.get("headers", []), *added]}
         await send(message)
 
-    return tell
+    return send_with_headers
 
 
 async def _refuse(send: Send, status: int, text: str, headers: dict[str, str]) -> None:
     body = text.encode()
-    shown = {"content-type": "text/plain; charset=utf-8", "content-length": str(len(body)), **HEADERS, **headers}
-    packed = [(name.encode(), value.encode()) for name, value in shown.items()]
-    await send({"type": "http.response.start", "status": status, "headers": packed})
+    all_headers = {"content-type": "text/plain; charset=utf-8", "content-length": str(len(body)), **HEADERS, **headers}
+    encoded_headers = [(name.encode(), value.encode()) for name, value in all_headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded_headers})
     await send({"type": "http.response.body", "body": body})

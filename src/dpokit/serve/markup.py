@@ -1,4 +1,4 @@
-"""What the page shows, as HTML in which every value is escaped. No torch."""
+"""The HTML parts of the page; every value in them is escaped. No torch."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,13 +18,13 @@ BLIND_NAMES = ("Answer A", "Answer B")
 
 
 def name_side(side: str, names: Mapping[str, str], *, short: int = 60) -> str:
-    """`tuned: runs/mine/model`, its head left out where it is long."""
+    """`tuned: runs/mine/model`; a name longer than `short` loses its beginning."""
     name = names.get(side, "")
     return f"{side}: {name if len(name) <= short else '...' + name[3 - short :]}"
 
 
 def show_past(messages: Sequence[Mapping[str, str]]) -> str:
-    """What was said before the current question; nothing where nothing was."""
+    """The conversation so far; empty without messages."""
     turns = Markup("").join(
         Markup('<div class="turn {}"><b>{}</b><p>{}</p></div>').format(
             "you" if message["role"] == "user" else "model",
@@ -37,7 +37,7 @@ def show_past(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 def show_note(exchange: Exchange, place: int) -> str:
-    """The line under an answer: its length, how it ended, and its implicit reward once names may be known."""
+    """The line under an answer: its length, how it ended, and its implicit reward unless names are hidden."""
     job = exchange.job
     if place >= len(job.order):
         return ""
@@ -60,7 +60,7 @@ def _line(text: str) -> str:
 
 
 def show_status(text: str, kind: str = "") -> str:
-    """What a screen reader says when it changes."""
+    """The status line, which a screen reader reads out when it changes."""
     return str(Markup('<p class="status {}" role="status" aria-live="polite">{}</p>').format(kind, text))
 
 
@@ -70,30 +70,32 @@ def show_votes(votes: Sequence[Mapping[str, object]]) -> str:
     if not count.votes:
         return _line("No votes yet.")
     rate = count.win_rate
-    words = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in count.counts.items())
-    head = "no answer was preferred yet"
+    counts_text = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in count.counts.items())
+    win_rate_text = "no answer was preferred yet"
     if rate is not None:
-        head = f"tuned wins {rate['value']:.0%} (95 % interval {rate['low']:.0%} to {rate['high']:.0%})"
-    return str(Markup('<p class="votes"><b>{}</b> votes: {}, of them {}</p>').format(head, count.votes, words))
+        win_rate_text = f"tuned wins {rate['value']:.0%} (95 % interval {rate['low']:.0%} to {rate['high']:.0%})"
+    return str(
+        Markup('<p class="votes"><b>{}</b> votes: {}, of them {}</p>').format(win_rate_text, count.votes, counts_text)
+    )
 
 
 def show_facts(run: RunDir | None, names: Mapping[str, str]) -> str:
-    """Names, and what the run's folder tells of data, steps and evaluation."""
+    """The models' names, and the facts, first table and verdict of the run."""
     facts: list[tuple[str, str]] = list(names.items())
     tables: list[Table] = []
     verdict = ""
     if run is not None:
         try:
-            found: Run = load_run(run.path, name=run.path.name)
+            loaded: Run = load_run(run.path, name=run.path.name)
         except DpokitError as error:
             facts.append(("run", error.seen))
         else:
-            facts += list_facts(found)
-            tables = list_pairs(found)[:1]
-            verdict = find_evaluation_verdict(found) or ""
+            facts += list_facts(loaded)
+            tables = list_pairs(loaded)[:1]
+            verdict = find_evaluation_verdict(loaded) or ""
     rows = Markup("").join(Markup("<dt>{}</dt><dd>{}</dd>").format(*fact) for fact in facts)
-    shown = Markup("").join(_table(table) for table in tables)
-    return str(Markup('<p>{}</p><dl class="facts">{}</dl>{}').format(verdict, rows, shown))
+    tables_markup = Markup("").join(_table(table) for table in tables)
+    return str(Markup('<p>{}</p><dl class="facts">{}</dl>{}').format(verdict, rows, tables_markup))
 
 
 def _table(table: Table) -> Markup:

@@ -1,4 +1,4 @@
-"""Models that an OpenAI-compatible server keeps: its answers, streamed. No torch."""
+"""Models of an OpenAI-compatible server, whose answers are streamed. No torch."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
@@ -19,24 +19,24 @@ from dpokit.bounded_http import (
 )
 from dpokit.data.formats import Messages
 from dpokit.rundir import RunDir
-from dpokit.serve.models import Reply
-from dpokit.serve.request_limits import RefusedError, Sampling
+from dpokit.serve.models import ModelReply
+from dpokit.serve.request_limits import RefusedError, SamplingSettings
 from dpokit.terminal import one_line
 
 SILENCE_SECONDS, CONNECT_SECONDS = 120.0, 5.0
-ANSWER_SECONDS = 1800.0  # of an answer from its question to its end, however slowly it comes
-MOST_ANSWER_BYTES = 2**24  # of its stream: some 300 a token
-LOOK_SECONDS = 0.1  # between two looks at whether an answer was stopped
+ANSWER_SECONDS = 1800.0  # the most time from the question to the end of the answer
+MOST_ANSWER_BYTES = 2**24  # of the stream: about 300 bytes a token
+LOOK_SECONDS = 0.1  # between two checks whether the answer was stopped
 MOST_LETTERS = 2**20
-COUNTED = {"stream_options": {"include_usage": True}}
+WITH_USAGE = {"stream_options": {"include_usage": True}}
 
 
 @dataclass
-class _Heard:
-    """What has come of an answer so far.
+class _ReceivedReply:
+    """The part of an answer that was received so far.
 
     Attributes:
-        began: an event brought a choice, as every chat completion has one.
+        began: whether an event had a choice, which every chat completion has.
     """
 
     text: str = ""
@@ -46,36 +46,36 @@ class _Heard:
     _half: str = ""
 
     def add(self, event: Mapping[str, Any]) -> bool:
-        """Takes an event of the stream; whether it brought text."""
+        """Adds an event of the stream; True if it has text."""
         self.tokens = read_count((event.get("usage") or {}).get("completion_tokens")) or self.tokens
         piece = self._half
         for choice in (event.get("choices") or [])[:1]:
             self.began = True
             piece += read_text((choice.get("delta") or {}).get("content"))
             self.ended = self.ended or choice.get("finish_reason") == "stop"
-        # Servers that count in UTF-16 may send the halves of a character in two events.
+        # Servers with UTF-16 strings may send the two surrogates of a character in two events.
         self._half = piece[-1:] if "\ud800" <= piece[-1:] <= "\udbff" else ""
         piece = mend_halves(piece.removesuffix(self._half))
         self.text += piece
         return bool(piece)
 
-    def reply(self) -> Reply:
-        return Reply(self.text.strip(), self.tokens, self.ended)
+    def reply(self) -> ModelReply:
+        return ModelReply(self.text.strip(), self.tokens, self.ended)
 
 
 class RemoteModels:
     """One or two models of a server, by name.
 
     Attributes:
-        workers: how many questions may be asked at once: a server bears several.
+        workers: the number of questions that are sent to the server at once.
 
     Args:
-        url: as OpenAI's clients take it, mostly with /v1 at its end.
-        tuned: the model there that is talked to.
-        base: the one that stands beside it; None for none.
-        api_key: sent with each request.
+        url: the URL as for OpenAI's clients, usually with /v1 at its end.
+        tuned: the name of the tuned model on the server.
+        base: the name of the base model; None without one.
+        api_key: the key that each request sends.
 
-    Raises: SettingsError: a URL of another form, or one that carries a secret.
+    Raises: SettingsError: the URL has another form, or contains a secret.
     """
 
     workers = 16
@@ -87,9 +87,9 @@ class RemoteModels:
         self._tls = httpx.create_ssl_context()
 
     def load(self) -> None:
-        """Nothing: the server has them, and may be started later."""
+        """Does nothing: the server loads the models, and may start later."""
 
-    def find_rewards(self, messages: Messages, replies: Mapping[str, Reply]) -> dict[str, float] | None:
+    def find_rewards(self, messages: Messages, replies: Mapping[str, ModelReply]) -> dict[str, float] | None:
         """None: a server that streams answers does not score other models' answers."""
         return None
 
@@ -97,14 +97,14 @@ class RemoteModels:
         self,
         side: str,
         messages: Messages,
-        sampling: Sampling,
+        sampling: SamplingSettings,
         *,
-        on_text: Callable[[Reply], None],
+        on_text: Callable[[ModelReply], None],
         is_stopped: Callable[[], bool],
-    ) -> Reply:
-        """As `Models`; its tokens are those that the server counted at the end, 0 where it does not or was stopped.
+    ) -> ModelReply:
+        """As for `Models`; the number of tokens is the server's, 0 if it reports none or the answer was stopped.
 
-        Raises: RefusedError where the server cannot be reached, refuses, or speaks otherwise.
+        Raises: RefusedError if the server is unreachable, refuses, or does not follow the protocol.
         """
         body = {
             "model": self.names[side],
@@ -115,62 +115,62 @@ class RemoteModels:
             "max_tokens": sampling.max_new_tokens,
             "seed": sampling.seed,
         }
-        heard = _Heard()
+        received = _ReceivedReply()
 
-        def is_over() -> bool:
-            return is_stopped() or len(heard.text) > MOST_LETTERS
+        def must_end() -> bool:
+            return is_stopped() or len(received.text) > MOST_LETTERS
 
         try:
-            asyncio.run(_until(is_over, self._listen(body, heard, on_text=on_text, is_over=is_over)))
+            asyncio.run(_run_until(must_end, self._receive(body, received, on_text=on_text, must_end=must_end)))
         except httpx.HTTPError as error:
-            words = one_line(f"{type(error).__name__}: {error}")  # it may repeat what came
-            raise self._refusal(f"cannot be reached, or broke off ({self._key.hide(words)[:200]})") from None
+            message = one_line(f"{type(error).__name__}: {error}")  # the error may repeat data of the server
+            raise self._refusal(f"cannot be reached, or broke off ({self._key.hide(message)[:200]})") from None
         except ReplyError as error:
             raise self._refusal(f"does not stream as chat/completions do: it {error}") from None
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
             raise self._refusal("does not stream as chat/completions do") from None
-        return heard.reply()
+        return received.reply()
 
-    async def _listen(
+    async def _receive(
         self,
         body: Mapping[str, Any],
-        heard: _Heard,
+        received: _ReceivedReply,
         *,
-        on_text: Callable[[Reply], None],
-        is_over: Callable[[], bool],
+        on_text: Callable[[ModelReply], None],
+        must_end: Callable[[], bool],
     ) -> None:
-        limits: Any = {"silence_seconds": SILENCE_SECONDS, "connect_seconds": CONNECT_SECONDS}
-        async with build_client(self.url, self._key, tls=self._tls, **limits) as client:
-            for more in (COUNTED, {}):
+        timeouts: Any = {"silence_seconds": SILENCE_SECONDS, "connect_seconds": CONNECT_SECONDS}
+        async with build_client(self.url, self._key, tls=self._tls, **timeouts) as client:
+            for options in (WITH_USAGE, {}):
                 url = f"{self.url}/chat/completions"
-                bounds: Any = {"most_seconds": ANSWER_SECONDS, "most_bytes": MOST_ANSWER_BYTES}
-                async with post(client, url, {**body, **more}, **bounds) as reply:
-                    if reply.status in (400, 422) and more:
-                        continue  # a server that does not know the option says so thus
+                limits: Any = {"most_seconds": ANSWER_SECONDS, "most_bytes": MOST_ANSWER_BYTES}
+                async with post(client, url, {**body, **options}, **limits) as reply:
+                    if reply.status in (400, 422) and options:
+                        continue  # a server that does not support the option replies with these
                     if reply.status != 200:
-                        words = self._key.hide(await reply.read_excerpt())[:200]
-                        raise self._refusal(f"answers {reply.status}: {words}")
+                        excerpt = self._key.hide(await reply.read_excerpt())[:200]
+                        raise self._refusal(f"answers {reply.status}: {excerpt}")
                     async for data in reply.read_events():
                         if data.strip() == "[DONE]":
                             break
-                        if heard.add(_read_event(data)):
-                            on_text(heard.reply())
-                        if is_over():
+                        if received.add(_read_event(data)):
+                            on_text(received.reply())
+                        if must_end():
                             return
-                if not heard.began:
-                    raise ValueError("no event is one of a chat completion")
+                if not received.began:
+                    raise ValueError("the stream has no event of a chat completion")
                 return
 
-    def _refusal(self, seen: str) -> RefusedError:
-        return RefusedError(f"The server of the models {self._key.hide(seen)}.")
+    def _refusal(self, problem: str) -> RefusedError:
+        return RefusedError(f"The server of the models {self._key.hide(problem)}.")
 
 
-async def _until(is_over: Callable[[], bool], work: Coroutine[Any, Any, None]) -> None:
-    """Does the work, and gives it up as soon as it is over: a silent server would not let it look itself."""
+async def _run_until(must_end: Callable[[], bool], work: Coroutine[Any, Any, None]) -> None:
+    """Runs the work, and cancels it once `must_end`, also while the server sends nothing."""
     task = asyncio.create_task(work)
     while not task.done():
         await asyncio.wait({task}, timeout=LOOK_SECONDS)
-        if not task.done() and is_over():
+        if not task.done() and must_end():
             task.cancel()
             await asyncio.wait({task})
     if not task.cancelled():
@@ -180,5 +180,5 @@ async def _until(is_over: Callable[[], bool], work: Coroutine[Any, Any, None]) -
 def _read_event(data: str) -> Mapping[str, Any]:
     event: Mapping[str, Any] = read_json(data)
     if event.get("error"):
-        raise RefusedError("The server of the models broke off with an error; its log says more.")
+        raise RefusedError("The server of the models broke off with an error; see its log.")
     return event

@@ -1,31 +1,31 @@
-"""Sessions of pages: which there are, whose, and whether anybody reads what is told to them. No torch.
+"""The sessions of open pages: their clients, and whether the page still reads its messages. No torch.
 
-Gradio makes a session of any name that is sent to it, and keeps what it tells each one until somebody reads it. Here
-an address has a bounded number of them, and one that nobody reads is bounded, too.
+Gradio creates a session for any name that it receives, and keeps the messages for each session until the page reads
+them. Here each client has a limited number of sessions, and each unread session a limited number of requests.
 """
 
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
-PER_ADDRESS = 64  # a class room behind one address, twice
-MOST_SESSIONS = 1000  # of all addresses
-STREAMS = 4  # of one session: a page has two, and opens new ones before it has closed the old ones
-MOST_UNREAD = 16  # requests of a session that reads nothing
-# A session that has asked, and whose stream took nothing for so long, is not read by anybody.
+PER_ADDRESS = 64  # about two school classes behind one address
+MOST_SESSIONS = 1000  # sessions of all clients
+STREAMS = 4  # open streams of one session: a page has two, and opens new ones before it closes the old ones
+MOST_UNREAD = 16  # requests of a session that does not read its messages
+# A session whose stream has read nothing for this long after a request counts as closed.
 UNREAD_SECONDS = 20.0
 
 
 @dataclass
 class Session:
-    """What is known of one.
+    """The session of a page.
 
     Attributes:
-        address: who began it.
-        streams: how many of its streams are open.
-        unread: requests since its stream last took something.
-        joined: it has asked for something, ever.
-        taken: when its stream last took something; before that, when it last asked.
+        address: the client that started it.
+        streams: the number of its open streams.
+        unread: the number of requests since its stream last read a message.
+        joined: whether it has sent any request.
+        taken: when its stream last read a message, or when a request last gave it time to open a stream.
     """
 
     address: str
@@ -35,16 +35,16 @@ class Session:
     taken: float = field(default_factory=time.monotonic)
 
     def ask(self) -> bool:
-        """Notes a request; False where too many were not read."""
+        """Counts a request; False if too many requests are unread."""
         if self.unread >= MOST_UNREAD:
             return False
         if not self.unread or not self.is_read:
-            self.taken = time.monotonic()  # a stream is about to be opened; further requests win it no time
+            self.taken = time.monotonic()  # the page opens a stream now; further requests do not extend its time
         self.unread, self.joined = self.unread + 1, True
         return True
 
     def take(self) -> None:
-        """Notes that its stream took something."""
+        """Records that its stream has read a message."""
         self.unread, self.taken = 0, time.monotonic()
 
     @property
@@ -53,35 +53,36 @@ class Session:
 
     @property
     def is_live(self) -> bool:
-        """Whether it has a page: a stream that is open, or one that is about to be."""
+        """Whether its page is open: it has an open stream, or opens one soon."""
         return self.streams > 0 or (self.unread > 0 and self.is_read)
 
 
 async def _forget_nothing(name: str) -> None:
-    """Where nothing is kept elsewhere."""
+    """Does nothing; the default of `Sessions.forget`."""
 
 
 class Sessions:
-    """All of them. Everything is called from the server's one thread.
+    """All sessions of the server. Every method is called from the server's one thread.
 
     Attributes:
-        forget: gets the name of each that is dropped, to drop what is kept of it elsewhere.
+        forget: called with the name of each session that is dropped, to drop its data elsewhere.
     """
 
     def __init__(self) -> None:
         self.forget: Callable[[str], Awaitable[None]] = _forget_nothing
-        self._all: dict[str, Session] = {}  # the one that was used last comes last
+        self._all: dict[str, Session] = {}  # in the order of last use
 
     async def admit(self, name: str, address: str) -> Session | None:
-        """The session, a new one where there is none of that name; None where the address or all have too many.
+        """The session of that name, created if it is new; None if the client or the server has too many.
 
-        A new one takes the place of the oldest that has no page any more, of the address's own first.
+        At a limit, the new session replaces the least recently used one without an open page: of the same client at
+        the client's limit, of any client at the server's.
         """
         session = self._all.pop(name, None)
         if session is None:
-            own = [other for other, kept in self._all.items() if kept.address == address]
-            if len(own) >= PER_ADDRESS:
-                dropped = self._find_dead(own)
+            from_address = [other for other, kept in self._all.items() if kept.address == address]
+            if len(from_address) >= PER_ADDRESS:
+                dropped = self._find_dead(from_address)
             elif len(self._all) >= MOST_SESSIONS:
                 dropped = self._find_dead(list(self._all))
             else:
@@ -101,10 +102,10 @@ class Sessions:
         return next((name for name in names if not self._all[name].is_live), None)
 
     def find(self, name: str) -> Session | None:
-        """The one of that name; None where there is none."""
+        """The session of that name; None if there is no such session."""
         return self._all.get(name)
 
     def is_read(self, name: str) -> bool:
-        """Whether somebody reads what is told to it."""
+        """Whether the session's page reads its messages."""
         session = self._all.get(name)
         return session is not None and session.is_read

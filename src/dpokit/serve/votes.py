@@ -1,4 +1,4 @@
-"""Votes: a JSONL file that is only ever added to, whole lines at a time, and that `dpokit.data` reads as pairs."""
+"""Votes: a JSONL file that is only appended to, in complete lines; `dpokit.data` reads it as pairs."""
 
 import errno
 import fcntl
@@ -13,7 +13,7 @@ from dpokit.errors import RunFolderError, find_disk_trouble
 from dpokit.rundir import sync_folder
 
 CHOICES = ("left", "right", "tie", "both_bad")
-HEAD = b'{"prompt": ['  # of every line of ours
+LINE_START = b'{"prompt": ['  # of every line that build_vote makes
 CHUNK_BYTES = 2**20
 
 
@@ -27,19 +27,19 @@ def build_vote(
     blind: bool,
     **more: Any,
 ) -> dict[str, Any]:
-    """One line of the file.
+    """A vote as one line of the file.
 
-    `prompt`, `chosen` and `rejected` are message lists, the layout that chat models are trained from. Without a
-    preference both answers are empty there, so that no reader takes them for one; `answers` has the texts.
+    `prompt`, `chosen` and `rejected` are message lists, the format of chat training data. Without a preference `chosen`
+    and `rejected` have empty answers, so that no reader takes them for a pair; `answers` has the texts.
 
     Args:
         choice: one of CHOICES.
         prompt: the conversation up to the question.
-        order: which of `base` and `tuned` stood left, and which right.
-        answers: of each of the two.
-        names: of the models.
-        blind: the names were hidden when it was voted.
-        more: values to keep beside it.
+        order: the sides `base` and `tuned` in the order left, right.
+        answers: the text of each side.
+        names: the model name of each side.
+        blind: whether the names were hidden during the vote.
+        more: further values to store.
     """
     preferred = {"left": order[0], "right": order[1]}.get(choice)
     other = {"left": order[1], "right": order[0]}.get(choice)
@@ -60,11 +60,11 @@ def build_vote(
 
 
 def append_vote(path: Path, vote: Mapping[str, Any]) -> None:
-    """Adds one line, on disk when this returns; any number of processes may do so at once.
+    """Appends one line and syncs it to disk; safe for any number of processes at once.
 
-    An end that a crash tore is mended first: nobody was told that this vote was counted.
+    It first repairs a last line that a crash cut; that vote was never confirmed to the user.
 
-    Raises: RunFolderError where the disk refuses, or the file holds something else; it is then as it was.
+    Raises: RunFolderError if the write fails or the file holds something else; the file is then unchanged.
     """
     line = (json.dumps(vote, allow_nan=False) + "\n").encode()
     try:
@@ -73,7 +73,7 @@ def append_vote(path: Path, vote: Mapping[str, Any]) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             check_votes(path)
-            _mend(file)
+            _repair_last_line(file)
             size = os.fstat(file).st_size
             try:
                 written = os.write(file, line)
@@ -85,22 +85,22 @@ def append_vote(path: Path, vote: Mapping[str, Any]) -> None:
                 raise OSError(errno.ENOSPC, "no space left for a whole line", str(path))
             os.fsync(file)
         finally:
-            os.close(file)  # and with it the lock
+            os.close(file)  # also releases the lock
         if is_new:
             sync_folder(path.parent)
     except OSError as error:
         trouble = find_disk_trouble(error)
         raise RunFolderError(
             f"the vote could not be written to {path}: {trouble.seen if trouble else error.strerror}",
-            expected="a file that can be added to",
-            do="free some space or mend its rights, or --votes with another file",
+            expected="a file that can be appended to",
+            do="free some space or correct its permissions, or --votes with another file",
         ) from error
 
 
 def check_votes(path: Path) -> None:
-    """Raises RunFolderError for a file that does not begin with a vote: somebody else's, whose end is not ours to mend.
+    """Raises RunFolderError for a file that does not begin with a vote, or cannot be read.
 
-    So it does for one that cannot be read. A torn first line is one of ours where it begins as they do.
+    A file that dpokit did not write must not be repaired. A cut first line counts as a vote if it begins like one.
     """
     try:
         with path.open("rb") as file:
@@ -110,38 +110,38 @@ def check_votes(path: Path) -> None:
     except OSError as error:
         raise RunFolderError(
             f"{path} cannot be read: {error.strerror}",
-            expected="a file that votes were added to, or none",
-            do="mend its rights, or --votes with another file",
+            expected="a file of votes, or no file",
+            do="correct its permissions, or --votes with another file",
         ) from error
     try:
-        found = json.loads(first)
-        ours = isinstance(found, dict) and found.get("vote") in ("base", "tuned", *CHOICES)
+        fields = json.loads(first)
+        is_vote = isinstance(fields, dict) and fields.get("vote") in ("base", "tuned", *CHOICES)
     except ValueError:
-        ours = not first.endswith(b"\n") and first[: len(HEAD)] == HEAD[: len(first)]
-    if not ours:
+        is_vote = not first.endswith(b"\n") and first[: len(LINE_START)] == LINE_START[: len(first)]
+    if not is_vote:
         raise RunFolderError(
-            f"{path} begins with something else than a vote",
-            expected="a file that votes were added to, or none",
+            f"{path} does not begin with a vote",
+            expected="a file of votes, or no file",
             do="--votes with another file",
         )
 
 
-def _mend(file: int) -> None:
-    """Cuts off a last line that is not whole, or ends it where only its newline is missing."""
-    size = at = os.fstat(file).st_size
-    last = b""
-    while at and b"\n" not in last:
-        begin = max(0, at - CHUNK_BYTES)
-        last = os.pread(file, at - begin, begin) + last
-        at = begin
-    last = last[last.rfind(b"\n") + 1 :]
-    if not last:
+def _repair_last_line(file: int) -> None:
+    """Removes an incomplete last line, or adds its newline if only that is missing."""
+    size = offset = os.fstat(file).st_size
+    last_line = b""
+    while offset and b"\n" not in last_line:
+        start = max(0, offset - CHUNK_BYTES)
+        last_line = os.pread(file, offset - start, start) + last_line
+        offset = start
+    last_line = last_line[last_line.rfind(b"\n") + 1 :]
+    if not last_line:
         return
     try:
-        whole = isinstance(json.loads(last), dict)
+        is_complete = isinstance(json.loads(last_line), dict)
     except ValueError:
-        whole = False
-    if whole:
+        is_complete = False
+    if is_complete:
         os.write(file, b"\n")
     else:
-        os.ftruncate(file, size - len(last))
+        os.ftruncate(file, size - len(last_line))

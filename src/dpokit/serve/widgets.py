@@ -1,4 +1,4 @@
-"""What all pages share, and the parts that Gradio draws."""
+"""The data that all pages share, and the widgets of a page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,54 +8,54 @@ import gradio as gr
 
 from dpokit.data.formats import Messages
 from dpokit.serve.markup import PLACES, name_side, show_facts, show_status
-from dpokit.serve.question_queue import Desk
-from dpokit.serve.request_limits import MOST_SEED, MOST_TEMPERATURE, Rate, Sampling
+from dpokit.serve.question_queue import QuestionQueue
+from dpokit.serve.request_limits import MOST_SEED, MOST_TEMPERATURE, RateLimit, SamplingSettings
 from dpokit.serve.sessions import Sessions
 from dpokit.serve.votes import CHOICES
 
-CHOICE_WORDS = ("Left is better", "Right is better", "Tie", "Both are bad")
+CHOICE_LABELS = ("Left is better", "Right is better", "Tie", "Both are bad")
 
 
 @dataclass
 class Site:
-    """What all pages share.
+    """The data that all pages share.
 
     Attributes:
-        desk: where questions wait.
-        votes: the file of votes; None where none are taken.
-        examples: conversations up to a held-out question.
-        rate: of questions, by address.
-        run_token: of the run that is talked to; kept with each vote.
-        sessions: of the pages that are open.
+        queue: the queue of questions.
+        votes: the file of votes; None if votes are disabled.
+        examples: conversations that end with a held-out question.
+        rate: the limit of questions of each client.
+        run_token: the token of the run, which is stored with each vote; None without a run.
+        sessions: the sessions of the open pages.
     """
 
-    desk: Desk
+    queue: QuestionQueue
     votes: Path | None
     examples: Sequence[Messages]
-    rate: Rate
+    rate: RateLimit
     run_token: str | None = None
     sessions: Sessions = field(default_factory=Sessions)
 
     @property
     def sides(self) -> tuple[str, ...]:
-        return tuple(self.desk.models.names)
+        return tuple(self.queue.models.names)
 
     @property
     def takes_votes(self) -> bool:
         return self.votes is not None and len(self.sides) == 2
 
 
-class Parts:
-    """What is on the page: nothing of it does anything yet."""
+class Widgets:
+    """The widgets of the page, without their event handlers."""
 
-    def __init__(self, site: Site, defaults: Sampling) -> None:
+    def __init__(self, site: Site, defaults: SamplingSettings) -> None:
         self.site = site
-        self.names = site.desk.models.names
-        self.two = len(site.sides) == 2
+        self.names = site.queue.models.names
+        self.is_pair = len(site.sides) == 2
         self._draw(defaults)
 
-    def _draw(self, defaults: Sampling) -> None:
-        gr.Markdown("# Base beside tuned" if self.two else "# Talk to the model")
+    def _draw(self, defaults: SamplingSettings) -> None:
+        gr.Markdown("# Base beside tuned" if self.is_pair else "# Talk to the model")
         self.conversation = gr.State(time_to_live=6 * 3600)
         self.status = gr.HTML(show_status("Connecting ..."), elem_id="status")
         self.past = gr.HTML(visible=False, elem_id="past")
@@ -76,9 +76,9 @@ class Parts:
         self._draw_votes()
         self.question = gr.Textbox(
             label="Your question",
-            lines=1,  # with more, Enter begins a new line
+            lines=1,  # with more than one, Enter would start a new line
             max_lines=12,
-            placeholder="Enter asks, Shift+Enter begins a new line.",
+            placeholder="Enter sends the question, Shift+Enter starts a new line.",
             autofocus=True,
             elem_id="question",
         )
@@ -97,22 +97,22 @@ class Parts:
             elem_id="examples",
         )
         with gr.Accordion("What is this?", open=False):
-            self.facts = gr.HTML(show_facts(self.site.desk.models.run, self.names), elem_id="facts")
+            self.facts = gr.HTML(show_facts(self.site.queue.models.run, self.names), elem_id="facts")
         self.timer = gr.Timer(3.0)
 
     def _draw_votes(self) -> None:
         shown = self.site.takes_votes
         with gr.Row(visible=shown):
             self.buttons = [
-                gr.Button(word, interactive=False, elem_id=f"vote-{choice}", min_width=120)
-                for choice, word in zip(CHOICES, CHOICE_WORDS, strict=True)
+                gr.Button(label, interactive=False, elem_id=f"vote-{choice}", min_width=120)
+                for choice, label in zip(CHOICES, CHOICE_LABELS, strict=True)
             ]
-        with gr.Row(visible=self.two):
-            with gr.Column(min_width=240):  # on a phone one below the other
-                self.goes_on = gr.Radio(
+        with gr.Row(visible=self.is_pair):
+            with gr.Column(min_width=240):  # below each other on a phone
+                self.followed = gr.Radio(
                     list(PLACES),
                     value=PLACES[-1],
-                    label="The conversation goes on with the answer",
+                    label="The conversation continues with the answer on the",
                     elem_id="goes-on",
                 )
             with gr.Column(min_width=240):
@@ -121,8 +121,8 @@ class Parts:
                 )
         self.tally = gr.HTML(visible=shown, elem_id="tally")
 
-    def _draw_settings(self, defaults: Sampling) -> None:
-        most = self.site.desk.limits.new_tokens
+    def _draw_settings(self, defaults: SamplingSettings) -> None:
+        most = self.site.queue.limits.new_tokens
         with gr.Accordion("How answers are sampled", open=False), gr.Row():
             self.settings = [
                 gr.Slider(0, MOST_TEMPERATURE, defaults.temperature, step=0.05, label="Temperature (0: greedy)"),

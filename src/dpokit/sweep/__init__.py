@@ -1,1 +1,1 @@
-"""Searches: many runs of one recipe, each its own processes, ranked at the end."""
+"""Hyperparameter searches: many runs of one recipe, each in its own processes, ranked at the end."""

@@ -1,4 +1,4 @@
-"""A search on the screen: a table that is drawn anew, and what was found at the end."""
+"""The screen of a search: a table that is updated while it runs, and its result at the end."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -19,14 +19,14 @@ MOST_ROWS = 40
 
 
 class Screen:
-    """Shows a search on stderr: a living table on a terminal, else a line for each trial whose state changed."""
+    """Shows a search on stderr: a live table on a terminal, else a line for each trial whose state changes."""
 
     def __init__(self, space: Space, search: Search) -> None:
         self.space = space
         self.search = search
         self.console = SafeConsole(stderr=True, highlight=False)
         self.live: Live | None = None
-        self._said: dict[int, str] = {}
+        self._printed_states: dict[int, str] = {}
 
     def __enter__(self) -> "Screen":
         if self.console.is_terminal:
@@ -40,31 +40,31 @@ class Screen:
             self.live.stop()
 
     def show(self) -> None:
-        """Brings it up to date."""
+        """Updates the table, or prints a line for each changed state."""
         if self.live is not None:
             self.live.update(build_table(self.space, self.search), refresh=True)
             return
-        for one in sorted(rank(self.space, self.search), key=lambda one: one.number):
-            if self._said.get(one.number) != one.state and one.state != "waiting":
-                self._said[one.number] = one.state
-                value = f", {self.space.metric} {describe_values(one.values)}" if one.value is not None else ""
-                echo(f"trial {one.number}: {describe_state(one.record())}{value}", err=True)
+        for trial in sorted(rank(self.space, self.search), key=lambda trial: trial.number):
+            if self._printed_states.get(trial.number) != trial.state and trial.state != "waiting":
+                self._printed_states[trial.number] = trial.state
+                value = f", {self.space.metric} {describe_values(trial.values)}" if trial.value is not None else ""
+                echo(f"trial {trial.number}: {describe_state(trial.record())}{value}", err=True)
 
 
 def build_table(space: Space, search: Search) -> Table:
-    """Trials in their order so far."""
+    """A table of the trials in their current order."""
     ranked = rank(space, search)
-    names = list(dict.fromkeys(name for one in ranked for name in one.settings))
-    done = sum(one.state in ("finished", "pruned", "failed") for one in ranked)
-    table = Table(title=f"{search.folder}: {done} of {space.trials} trials", title_justify="left", box=None)
+    names = list(dict.fromkeys(name for trial in ranked for name in trial.settings))
+    ended = sum(trial.state in ("finished", "pruned", "failed") for trial in ranked)
+    table = Table(title=f"{search.folder}: {ended} of {space.trials} trials", title_justify="left", box=None)
     for name in ("trial", *names, space.metric, "state"):
         table.add_column(name, justify="left" if name in names else "right" if name != "state" else "left")
-    for one in ranked[:MOST_ROWS]:
-        state = describe_state(one.record())[:60]
-        if one.state == "running":
-            state += "".join(f", {_describe_progress(RunDir(run), space.metric)}" for run in one.runs[-1:])
-        cells = [describe_setting(one.settings.get(name, "")) for name in names]
-        table.add_row(str(one.number), *cells, describe_values(one.values), state)
+    for trial in ranked[:MOST_ROWS]:
+        state = describe_state(trial.record())[:60]
+        if trial.state == "running":
+            state += "".join(f", {_describe_progress(RunDir(run), space.metric)}" for run in trial.runs[-1:])
+        cells = [describe_setting(trial.settings.get(name, "")) for name in names]
+        table.add_row(str(trial.number), *cells, describe_values(trial.values), state)
     if len(ranked) > MOST_ROWS:
         table.add_row("...", *[""] * len(names), "", f"and {len(ranked) - MOST_ROWS} more")
     return table
@@ -78,7 +78,7 @@ def _describe_progress(run: RunDir, metric: str) -> str:
 def watch(
     space: Space, search: Search, *, every_seconds: float = 2.0, pause: Callable[[float], None] = time.sleep
 ) -> None:
-    """Shows a search that others work on, until it is over or the user leaves."""
+    """Shows a search of other workers until it is over or the user interrupts."""
     with Screen(space, search) as screen:
         while True:
             screen.show()
@@ -88,10 +88,10 @@ def watch(
 
 
 def print_outcome(outcome: Mapping[str, Any]) -> None:
-    """The end of a search, on stdout."""
+    """Prints the result of a search on stdout."""
     echo(outcome["verdict"])
     for name, share in outcome["importances"].items():
-        echo(f"  {name}: {share:.0%} of what made trials differ")
+        echo(f"  {name}: {share:.0%} of the differences between trials")
     for name in ("best", "report"):
         if outcome[name] is not None:
             echo(f"{name}: {outcome[name]}")

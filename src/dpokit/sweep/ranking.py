@@ -1,4 +1,4 @@
-"""What a search found: trials in order, what mattered, whether the first is better than the second beyond noise."""
+"""The result of a search: ranked trials, the importance of parameters, the best trial against the second."""
 
 import math
 import os
@@ -18,10 +18,10 @@ from dpokit.report.page import write_report
 from dpokit.rundir import RunDir, write_json, write_whole
 from dpokit.sweep.space import Space
 from dpokit.sweep.study import SETTINGS, WHY, Search
-from dpokit.sweep.trial import find_best, name_runs
+from dpokit.sweep.trial import find_best_value, name_runs
 
-LEAST_TRIALS = 8  # fewer say nothing of a parameter's importance
-# Student's t, 97.5 %, by degrees of freedom (any table of the distribution).
+LEAST_TRIALS = 8  # fewer trials give no reliable importance of a parameter
+# Student's t, 97.5 % quantile, by degrees of freedom (from any table of the distribution).
 T_97_5: tuple[float, ...] = (
     12.71,
     4.303,
@@ -47,12 +47,12 @@ class Ranked:
     """A trial in the table.
 
     Attributes:
-        number: of the trial.
+        number: the trial's number.
         state: finished, pruned, failed, running or waiting.
-        settings: what it differs in.
-        values: the metric at its best, of each seed.
-        runs: folders, as many.
-        why: of one that was pruned or failed.
+        settings: the settings that differ between trials.
+        values: the best value of the metric, of each seed.
+        runs: the folders of its runs.
+        why: why the trial was pruned or failed; else None.
     """
 
     number: int
@@ -67,10 +67,10 @@ class Ranked:
         return statistics.fmean(self.values) if self.values and self.state == "finished" else None
 
     def record(self) -> dict[str, Any]:
-        """JSON values."""
+        """The trial as JSON values."""
         runs = [str(run) for run in self.runs]
-        told = {"trial": self.number, "state": self.state, "value": self.value, "values": self.values}
-        return told | {"settings": self.settings, "runs": runs, "why": self.why}
+        values = {"trial": self.number, "state": self.state, "value": self.value, "values": self.values}
+        return values | {"settings": self.settings, "runs": runs, "why": self.why}
 
 
 STATES = {
@@ -83,26 +83,31 @@ STATES = {
 
 
 def rank(space: Space, search: Search) -> list[Ranked]:
-    """All trials, the finished ones first, the best of them at the top."""
-    found = [_read_trial(space, search.folder, trial) for trial in search.trials()]
+    """All trials, finished ones first, best first."""
+    trials = [_read_trial(space, search.folder, trial) for trial in search.trials()]
     sign = 1 if is_lower_better(space.metric) else -1
-    order = list(STATES.values())
+    states = list(STATES.values())
     worst = math.inf
     return sorted(
-        found, key=lambda one: (order.index(one.state), worst if one.value is None else sign * one.value, one.number)
+        trials,
+        key=lambda trial: (
+            states.index(trial.state),
+            worst if trial.value is None else sign * trial.value,
+            trial.number,
+        ),
     )
 
 
 def _read_trial(space: Space, folder: Path, trial: FrozenTrial) -> Ranked:
     settings = trial.user_attrs.get(SETTINGS, {})
     runs = [folder / name for name, _ in name_runs(space, trial.number, {**space.settings, **settings})]
-    there = [run for run in runs if RunDir(run).run_json.is_file()]
-    values = [value for run in there if (value := find_best(RunDir(run), space.metric)) is not None]
-    return Ranked(trial.number, STATES[trial.state], settings, values, there, trial.user_attrs.get(WHY))
+    started = [run for run in runs if RunDir(run).run_json.is_file()]
+    values = [value for run in started if (value := find_best_value(RunDir(run), space.metric)) is not None]
+    return Ranked(trial.number, STATES[trial.state], settings, values, started, trial.user_attrs.get(WHY))
 
 
 def find_importances(search: Search) -> dict[str, float]:
-    """Share of each parameter in what made trials differ, the largest first; empty where too few have finished."""
+    """Each parameter's share of the differences between trials, largest first; empty if too few have finished."""
     finished = [trial for trial in search.trials() if trial.state == TrialState.COMPLETE]
     varied = {name for trial in finished for name in trial.params if trial.params[name] != finished[0].params.get(name)}
     if len(finished) < LEAST_TRIALS or len(varied) < 2:
@@ -111,50 +116,53 @@ def find_importances(search: Search) -> dict[str, float]:
     try:
         return dict(optuna.importance.get_param_importances(search.study, evaluator=evaluator))
     except (ValueError, RuntimeError) as error:
-        say(f"the importance of parameters is not known: {error}")
+        say(f"the importance of the parameters is unknown: {error}")
         return {}
 
 
-def judge(ranked: Sequence[Ranked], metric: str) -> str:
-    """One sentence: whether the best trial differs from the second by more than seeds do."""
-    finished = [one for one in ranked if one.value is not None]
+def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
+    """A sentence on whether the best trial differs from the second by more than the noise between seeds."""
+    finished = [trial for trial in ranked if trial.value is not None]
     if not finished:
         return "No trial has finished."
     first = finished[0]
-    lead = (
+    sentence = (
         f"Trial {first.number} has the {'lowest' if is_lower_better(metric) else 'highest'} {metric}, {first.value:.4g}"
     )
     if len(finished) == 1:
-        return f"{lead}; no other has finished."
+        return f"{sentence}; no other has finished."
     second = finished[1]
-    lead += f"; next is trial {second.number} with {second.value:.4g}."
+    sentence += f"; next is trial {second.number} with {second.value:.4g}."
     if min(len(first.values), len(second.values)) < 2:
-        return f"{lead} Each was trained with one seed, so nobody knows whether that is noise: seeds: 3 would tell."
+        return f"{sentence} Each has one seed, so the noise is unknown: set seeds: 3 to estimate it."
     low, high = find_interval(first.values, second.values)
-    within = low <= 0 <= high
+    is_within_noise = low <= 0 <= high
     return (
-        f"{lead} By their {len(first.values)} seeds the difference is {low:+.2g} to {high:+.2g} (95 %, Welch's t): "
-        + ("within noise, so either may be the better." if within else "beyond noise.")
+        f"{sentence} By their {len(first.values)} seeds the difference is {low:+.2g} to {high:+.2g} (95 %, Welch's t): "
+        + ("within noise, so either may be better." if is_within_noise else "beyond noise.")
     )
 
 
 def find_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the difference of two means of two values or more, by Welch's t (B. L. Welch, 1947)."""
-    parts = [statistics.variance(values) / len(values) for values in (first, second)]
-    gap, error = statistics.fmean(first) - statistics.fmean(second), math.sqrt(sum(parts))
+    """The 95 % interval of the difference of two means, of two or more values each, by Welch's t (Welch, 1947)."""
+    squared_errors = [statistics.variance(values) / len(values) for values in (first, second)]
+    difference, error = statistics.fmean(first) - statistics.fmean(second), math.sqrt(sum(squared_errors))
     if error == 0:
-        return gap, gap
-    below = sum(part**2 / (len(values) - 1) for part, values in zip(parts, (first, second), strict=True))
-    freedom = int(sum(parts) ** 2 / below)  # rounded down: the wider interval
+        return difference, difference
+    denominator = sum(
+        squared_error**2 / (len(values) - 1)
+        for squared_error, values in zip(squared_errors, (first, second), strict=True)
+    )
+    freedom = int(sum(squared_errors) ** 2 / denominator)  # rounded down, which gives the wider interval
     width = (T_97_5[freedom - 1] if freedom <= len(T_97_5) else 1.96) * error
-    return gap - width, gap + width
+    return difference - width, difference + width
 
 
 def write_outcome(space: Space, search: Search) -> dict[str, Any]:
-    """Writes sweep.json, README.md, the report of all runs and the link `best`; returns what sweep.json holds."""
+    """Writes sweep.json, README.md, the report of all runs and the link `best`; returns the content of sweep.json."""
     ranked, importances = rank(space, search), find_importances(search)
-    # A run that ended before its first evaluation has no place among the others' curves; the table says why.
-    runs = [run for one in ranked for run in one.runs if find_best(RunDir(run), space.metric) is not None]
+    # A run that ended before its first evaluation has no curve to show; the table says why it ended.
+    runs = [run for trial in ranked for run in trial.runs if find_best_value(RunDir(run), space.metric) is not None]
     report = None
     try:
         if runs:
@@ -165,11 +173,11 @@ def write_outcome(space: Space, search: Search) -> dict[str, Any]:
     best = _link_best(search.folder, ranked)
     outcome = {
         "metric": space.metric,
-        "verdict": judge(ranked, space.metric),
+        "verdict": compare_best_two(ranked, space.metric),
         "best": None if best is None else str(best),
         "report": None if report is None else str(report),
         "importances": importances,
-        "trials": [one.record() for one in ranked],
+        "trials": [trial.record() for trial in ranked],
     }
     write_json(search.folder / "sweep.json", outcome)
     write_whole(search.folder / "README.md", describe_outcome(search.folder, outcome).encode())
@@ -177,53 +185,53 @@ def write_outcome(space: Space, search: Search) -> dict[str, Any]:
 
 
 def _link_best(folder: Path, ranked: Sequence[Ranked]) -> Path | None:
-    """`best` points to the best trial's best run."""
+    """Points the link `best` to a run of the best trial and returns its folder; None without a finished trial."""
     link = folder / "best"
     if not ranked or ranked[0].value is None:
         return None
     first = ranked[0]
-    gaps = [abs(value - first.value) for value in first.values] if first.value is not None else []
-    # Of several seeds the one nearest to their mean: the luckiest would promise more than the settings keep.
-    best = first.runs[gaps.index(min(gaps))]
-    new = folder / f".best-{os.getpid()}"
-    new.symlink_to(best.name)
-    new.replace(link)  # another worker may do the same just now
+    distances = [abs(value - first.value) for value in first.values] if first.value is not None else []
+    # Of several seeds the run nearest to their mean: the best seed would overstate the settings.
+    best = first.runs[distances.index(min(distances))]
+    temporary = folder / f".best-{os.getpid()}"
+    temporary.symlink_to(best.name)
+    temporary.replace(link)  # atomic, as another worker may do the same at this moment
     return best
 
 
 def describe_outcome(folder: Path, outcome: Mapping[str, Any]) -> str:
-    """The search's README.md."""
-    names = list(dict.fromkeys(name for one in outcome["trials"] for name in one["settings"]))
+    """The text of the search's README.md."""
+    names = list(dict.fromkeys(name for trial in outcome["trials"] for name in trial["settings"]))
     lines = [f"# Search {folder.name}", "", outcome["verdict"], ""]
     if outcome["best"] is not None:
         lines += [f"Best run: [{Path(outcome['best']).name}]({Path(outcome['best']).name})"]
     if outcome["report"] is not None:
         lines += ["Curves of all runs: [report/report.html](report/report.html)"]
     lines += ["", _row(["trial", *names, outcome["metric"], "state"]), _row(["---"] * (len(names) + 3))]
-    for one in outcome["trials"]:
-        cells = [describe_setting(one["settings"].get(name, "")) for name in names]
-        lines.append(_row([str(one["trial"]), *cells, describe_values(one["values"]), describe_state(one)]))
+    for trial in outcome["trials"]:
+        cells = [describe_setting(trial["settings"].get(name, "")) for name in names]
+        lines.append(_row([str(trial["trial"]), *cells, describe_values(trial["values"]), describe_state(trial)]))
     if outcome["importances"]:
-        lines += ["", "What made trials differ:", ""]
+        lines += ["", "Share of the differences between trials:", ""]
         lines += [f"- {name}: {share:.0%}" for name, share in outcome["importances"].items()]
     return "\n".join(lines) + "\n"
 
 
 def describe_setting(value: Any) -> str:
-    """A setting in a table; sweep.json has all of its digits."""
+    """A setting for the table, numbers with four digits; sweep.json has all digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def describe_values(values: Sequence[float]) -> str:
-    """A mean, with the seeds' standard deviation where there are several."""
+    """The mean, with the standard deviation between seeds if there are several."""
     if not values:
         return ""
     spread = f" +- {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.4f}{spread}"
 
 
-def describe_state(one: Mapping[str, Any]) -> str:
-    return f"{one['state']}: {one['why']}" if one["why"] else str(one["state"])
+def describe_state(trial: Mapping[str, Any]) -> str:
+    return f"{trial['state']}: {trial['why']}" if trial["why"] else str(trial["state"])
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""A search's memory: an Optuna study, from which several workers, on several nodes, take trials; none twice.
+"""The Optuna study of a search: workers on several nodes take trials from it, each trial once.
 
-Configurations that are known beforehand (grid, listed) are put into the study when it is made. Those of random and TPE
-are drawn one by one, each from a random stream of its own number: a search that was interrupted goes on as if it had
-not been, where a sampler with one seed would begin with its first draws again.
+The configurations of `grid` and `listed` are added to the study when it is created. Those of random and TPE are drawn
+one by one, each with a seed from the trial's number. So an interrupted search draws the same trials as one that was
+not interrupted; a sampler with one seed would repeat its first draws.
 """
 
 import fcntl
@@ -28,47 +28,47 @@ from dpokit.rundir import write_json
 from dpokit.sweep.space import Range, Space
 
 SPACE, SETTINGS, WORKER, WHY = "space", "settings", "worker", "why"
-# A worker of another host that has not been heard of for so long is gone.
+# A worker on another host whose heartbeat has not changed for this long counts as dead.
 SILENT_SECONDS = 120.0
-# How long a storage that was reached once may be away: a database is started anew, a file is locked by others.
+# How long a storage that answered once may fail: a database restarts, or another process locks the file.
 STORAGE_SECONDS = 300.0
 
 
-Asked = ParamSpec("Asked")
-Answer = TypeVar("Answer")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def patiently(
-    ask: Callable[Concatenate["Search", Asked], Answer],
-) -> Callable[Concatenate["Search", Asked], Answer]:
-    """Asks the storage again where it does not answer. Raises: MachineError after STORAGE_SECONDS."""
+def retry_storage(
+    call: Callable[Concatenate["Search", Arguments], Result],
+) -> Callable[Concatenate["Search", Arguments], Result]:
+    """Repeats a call of the storage until it answers. Raises: MachineError after STORAGE_SECONDS."""
 
-    @wraps(ask)
-    def asked(search: "Search", /, *args: Asked.args, **options: Asked.kwargs) -> Answer:
+    @wraps(call)
+    def retry(search: "Search", /, *args: Arguments.args, **options: Arguments.kwargs) -> Result:
         end = time.monotonic() + STORAGE_SECONDS
         while True:
             try:
-                return ask(search, *args, **options)
+                return call(search, *args, **options)
             except optuna.exceptions.StorageInternalError as error:
                 if time.monotonic() > end:
                     raise _unreachable(search.url, error) from error
                 time.sleep(1.0)
 
-    return asked
+    return retry
 
 
 class Search:
-    """The study of one space, as this worker sees it.
+    """A worker's access to the study of one space.
 
     Args:
-        space: what is searched.
-        folder: of the search; the same for all workers.
+        space: the space to search.
+        folder: the search's folder, the same for all workers.
         storage: Optuna's URL; None for a SQLite file in the folder.
-        name: of the study.
+        name: the study's name.
 
     Raises:
-        MachineError: a storage that cannot be reached.
-        SettingsError: the study was begun with another space, or a folder that cannot be written to.
+        MachineError: the storage cannot be reached.
+        SettingsError: the study has another space, or the folder is not writable.
     """
 
     def __init__(self, space: Space, folder: Path, *, storage: str | None, name: str) -> None:
@@ -77,17 +77,18 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
         self.worker = f"{socket.gethostname()}:{os.getpid()}:{find_start(os.getpid())}"
-        self._sign = folder / "workers" / f"{socket.gethostname()}-{os.getpid()}"
-        self._signs: dict[str, tuple[bytes, float]] = {}  # of workers on other hosts, and since when they are the same
+        self._heartbeat_file = folder / "workers" / f"{socket.gethostname()}-{os.getpid()}"
+        # By worker on another host: its heartbeat, and the time of its last change.
+        self._heartbeats: dict[str, tuple[bytes, float]] = {}
         self.url = storage or f"sqlite:///{folder.absolute() / 'study.db'}"
         try:
             (folder / "workers").mkdir(parents=True, exist_ok=True)
-            self.give_sign()
+            self.write_heartbeat()
         except OSError as error:
             raise SettingsError(
                 f"{folder} cannot be written to: {error.strerror}",
-                expected="a folder of yours",
-                do="name another: --output-dir",
+                expected="a folder that you can write to",
+                do="set another --output-dir",
             ) from error
         with self._locked():
             self.study = self._open(self.url, name)
@@ -95,18 +96,18 @@ class Search:
 
     def _open(self, url: str, name: str) -> optuna.Study:
         direction = "minimize" if is_lower_better(self.space.metric) else "maximize"
-        asked = {"storage": url, "study_name": name, "direction": direction, "load_if_exists": True}
-        asked["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1)
+        options = {"storage": url, "study_name": name, "direction": direction, "load_if_exists": True}
+        options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1)
         try:
-            study = optuna.create_study(**asked)
+            study = optuna.create_study(**options)
             if study.direction.name.lower() != direction and not any(
                 trial.state == TrialState.COMPLETE or self._is_alive(trial.user_attrs.get(WORKER))
                 for trial in study.get_trials(deepcopy=False)
-            ):  # the metric was corrected; runs that are finished are found again by their folders
+            ):  # the metric was corrected; finished runs are read again from their folders
                 optuna.delete_study(study_name=name, storage=url)
-                study = optuna.create_study(**asked)
-            then = study.user_attrs.get(SPACE)
-            if then is None:
+                study = optuna.create_study(**options)
+            saved_space = study.user_attrs.get(SPACE)
+            if saved_space is None:
                 study.set_user_attr(SPACE, self.space.identity())
         except (OSError, ValueError, ImportError, RuntimeError, optuna.exceptions.OptunaError) as error:
             raise _unreachable(url, error) from error
@@ -114,43 +115,43 @@ class Search:
             if type(error).__module__.split(".")[0] == "sqlalchemy":
                 raise _unreachable(url, error) from error
             raise
-        _check_same(then, self.space, name)
+        _check_same(saved_space, self.space, name)
         if study.direction.name.lower() != direction:
             raise SettingsError(
-                f"the study {name} has trials that are ranked by another metric; {self.space.metric} is to "
-                f"{'fall' if direction == 'minimize' else 'rise'}, that one was not",
-                expected="a metric that is better in the same direction",
-                do="set the metric back, or begin a search in another --output-dir",
+                f"the study {name} has trials that are ranked by another metric; {self.space.metric} is better "
+                f"when {'lower' if direction == 'minimize' else 'higher'}, and the former metric is not",
+                expected="a metric that improves in the same direction",
+                do="set the former metric, or start a search in another --output-dir",
             )
         return study
 
     def _fill(self) -> None:
-        """Puts in the configurations that are known beforehand; those that a killed worker put in are there."""
+        """Adds the configurations of grid and listed to the study, except those that a killed worker has added."""
         if self.space.search not in ("grid", "listed"):
             return
-        there = {trial.user_attrs.get("place") for trial in self.trials()}
+        places = {trial.user_attrs.get("place") for trial in self.trials()}
         for place, configuration in enumerate(self.space.configurations):
-            if place not in there:
+            if place not in places:
                 texts = {name: _as_choice(value) for name, value in configuration.items()}
                 self.study.enqueue_trial(texts, user_attrs={"place": place, SETTINGS: configuration})
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One worker at a time, on all nodes that see the folder."""
+        """Lets one worker at a time run, on all nodes that share the folder."""
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     # -- trials ----------------------------------------------------------------------------------------------------
 
-    @patiently
+    @retry_storage
     def trials(self) -> list[FrozenTrial]:
-        """All there are, oldest first."""
+        """All trials of the study, oldest first."""
         return list(self.study.get_trials(deepcopy=False))
 
-    @patiently
+    @retry_storage
     def take(self) -> FrozenTrial | None:
-        """The next trial, now this worker's: one whose worker is gone, one that waits, or a new one; None for none."""
+        """Assigns this worker a trial whose worker is dead, a waiting trial, or a new one; None if no trial is left."""
         with self._locked():
             trials = self.trials()
             for trial in trials:
@@ -173,20 +174,23 @@ class Search:
         self.study.sampler = kind(seed=self.space.sampler_seed * 1_000_003 + number)
 
     def _complete(self, number: int, trial: Trial) -> None:
-        """Makes a trial this worker's; what a worker killed while it drew had left undrawn is drawn."""
+        """Assigns a trial to this worker, and draws the values that a worker killed during the draw left open."""
         if SETTINGS not in trial.user_attrs:
             self._seed(number)
-            drawn = {name: _draw(trial, name, one) for name, one in _build_distributions(self.space).items()}
+            drawn = {
+                name: _draw(trial, name, distribution)
+                for name, distribution in _build_distributions(self.space).items()
+            }
             trial.set_user_attr(SETTINGS, {name: _from_choice(value) for name, value in drawn.items()})
         trial.set_user_attr(WORKER, self.worker)
 
     def look_up(self, number: int) -> FrozenTrial:
-        """A trial as the storage has it."""
+        """The trial of that number, from the storage."""
         return self.trials()[number]
 
-    @patiently
+    @retry_storage
     def tell(self, number: int, state: TrialState, value: float | None = None, why: str | None = None) -> None:
-        """How a trial ended; a second word on it changes nothing."""
+        """Records how a trial ended; a second call changes nothing."""
         if why is not None:
             self._trial(self.look_up(number)).set_user_attr(WHY, why)
         self.study.tell(number, value, state=state, skip_if_finished=True)
@@ -196,49 +200,49 @@ class Search:
         trials = self.trials()
         return len(trials) >= self.space.trials and all(trial.state.is_finished() for trial in trials)
 
-    @patiently
+    @retry_storage
     def report(self, number: int, evaluation: int, value: float) -> bool:
-        """Notes a trial's n-th evaluation; whether it is so bad that it may end now."""
-        known = self.look_up(number)
-        trial = self._trial(known)
-        if evaluation not in known.intermediate_values:
+        """Records a trial's n-th evaluation; True if the trial should be pruned."""
+        frozen = self.look_up(number)
+        trial = self._trial(frozen)
+        if evaluation not in frozen.intermediate_values:
             trial.report(value, evaluation)
         return self.space.prune and trial.should_prune()
 
     def _trial(self, frozen: FrozenTrial) -> Trial:
-        # Optuna gives a trial to write to only once, to the process that asked for it; this is how it makes one.
+        # Optuna returns a writable trial only from `ask`, in the process that asked; `ask` creates it in this way.
         return Trial(self.study, frozen._trial_id)
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
-    def give_sign(self) -> None:
-        """Tells workers on other hosts that this one lives; called every few seconds."""
-        write_json(self._sign, {"worker": self.worker, "beat": time.monotonic_ns()})
+    def write_heartbeat(self) -> None:
+        """Writes this worker's heartbeat for workers on other hosts; called every few seconds."""
+        write_json(self._heartbeat_file, {"worker": self.worker, "beat": time.monotonic_ns()})
 
     def leave(self) -> None:
-        """No sign any more: others may take over what this worker had."""
-        self._sign.unlink(missing_ok=True)
+        """Removes the heartbeat: other workers may take over this worker's trials."""
+        self._heartbeat_file.unlink(missing_ok=True)
 
     def _is_alive(self, worker: str | None) -> bool:
-        if worker is None:  # killed between being given a trial and saying so
+        if worker is None:  # killed after the study created the trial and before it was assigned
             return False
         host, pid, start = worker.split(":")
         try:
-            sign = (self.folder / "workers" / f"{host}-{pid}").read_bytes()
+            heartbeat = (self.folder / "workers" / f"{host}-{pid}").read_bytes()
             if host == socket.gethostname():
                 return find_start(int(pid)) == start
         except (OSError, psutil.Error):
             return False
-        # Another host's clock may be wrong: this worker watches whether the sign changes.
-        before, since = self._signs.get(worker, (b"", 0.0))
-        if sign != before:
-            since = time.monotonic()
-            self._signs[worker] = sign, since
-        return time.monotonic() - since < SILENT_SECONDS
+        # Another host's clock may be wrong, so this worker times the changes of the heartbeat with its own.
+        last, changed_at = self._heartbeats.get(worker, (b"", 0.0))
+        if heartbeat != last:
+            changed_at = time.monotonic()
+            self._heartbeats[worker] = heartbeat, changed_at
+        return time.monotonic() - changed_at < SILENT_SECONDS
 
 
 def find_start(pid: int) -> str:
-    """When a process began: in ticks since the machine did (Linux), which setting the clock leaves as they are.
+    """The start time of a process: on Linux in ticks since boot, which a change of the clock does not affect.
 
     Raises: psutil.NoSuchProcess.
     """
@@ -250,13 +254,13 @@ def find_start(pid: int) -> str:
 
 def _build_distributions(space: Space) -> dict[str, BaseDistribution]:
     if space.search in ("grid", "listed"):
-        names = dict.fromkeys(name for one in space.configurations for name in one)
+        names = dict.fromkeys(name for entry in space.configurations for name in entry)
         return {
             name: CategoricalDistribution(
-                list(dict.fromkeys(_as_choice(one[name]) for one in space.configurations if name in one))
+                list(dict.fromkeys(_as_choice(entry[name]) for entry in space.configurations if name in entry))
             )
             for name in names
-            if all(name in one for one in space.configurations)
+            if all(name in entry for entry in space.configurations)
         }
     return {name: _build_distribution(values) for name, values in space.parameters.items()}
 
@@ -270,7 +274,7 @@ def _build_distribution(values: list[Any] | Range) -> BaseDistribution:
 
 
 def _draw(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
-    """A trial's value of one parameter: the value that it has already, else a new one."""
+    """A trial's value of one parameter: the value that it has, else a new draw."""
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(name, distribution.choices)
     low, high, step, log = distribution.low, distribution.high, distribution.step, distribution.log
@@ -279,7 +283,7 @@ def _draw(trial: Trial, name: str, distribution: BaseDistribution) -> Any:
 
 
 def _as_choice(value: Any) -> Any:
-    """A value that a storage can keep: lists and mappings as JSON."""
+    """The value in a form that a storage can keep: lists and mappings as JSON."""
     return json.dumps(value) if isinstance(value, list | dict) else value
 
 
@@ -287,25 +291,27 @@ def _from_choice(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and value[:1] in ("[", "{") else value
 
 
-def _check_same(then: Mapping[str, Any] | None, space: Space, name: str) -> None:
-    now = space.identity()
-    if then is None or then == now:
+def _check_same(saved: Mapping[str, Any] | None, space: Space, name: str) -> None:
+    current = space.identity()
+    if saved is None or saved == current:
         return
-    told = "; ".join(f"{key} was {then.get(key)}, now {value}" for key, value in now.items() if then.get(key) != value)
+    changes = "; ".join(
+        f"{key} was {saved.get(key)}, now {value}" for key, value in current.items() if saved.get(key) != value
+    )
     raise SettingsError(
-        f"the study {name} was begun with another space: {told}",
-        expected="the space it was begun with; trials, metric and prune may change",
-        do="set them back, or begin a search in another --output-dir",
+        f"the study {name} was started with another space: {changes}",
+        expected="the space of the first start; trials, metric and prune may change",
+        do="restore the former values, or start a search in another --output-dir",
     )
 
 
 def _unreachable(url: str, error: BaseException) -> MachineError:
-    # A URL may hold a password.
+    # The message leaves out user and password of the URL.
     where = f"{url.partition('://')[0]}://{url.rpartition('@')[2].removeprefix(url.partition('://')[0] + '://')}"
     cause = getattr(error, "orig", None) or error
     return MachineError(
         f"the storage {where} cannot be used: {' '.join(str(cause).split())[:200]}",
-        expected="a URL that Optuna knows, of a database that this machine reaches",
+        expected="a URL that Optuna supports, of a database that this machine can reach",
         do="correct --storage (sqlite:///FILE, postgresql://USER@HOST/NAME, ...), or leave it out for a file in the "
         "search's folder",
     )

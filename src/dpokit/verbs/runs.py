@@ -99,7 +99,7 @@ def submit(
     Every other flag is a training flag: dpokit submit recipes/dpo_8b.py --nodes 2 --gpus-per-node 8 --beta 0.2.
     """
     with redirect_stdout(sys.stderr):
-        from dpokit.cluster.slurm import Job, check_job, render_job, submit_text
+        from dpokit.cluster.slurm import SlurmJob, check_job, render_job, submit_text
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
 
@@ -108,7 +108,7 @@ def submit(
         from dpokit.settings.layers import find_recipe
 
         with user_errors():
-            job = Job(
+            job = SlurmJob(
                 recipe=find_recipe(recipe),
                 flags=tuple(context.args),
                 config_file=config_file,
@@ -146,7 +146,7 @@ def status(
     ] = False,
 ) -> None:
     """State, last step, last good checkpoint and restarts of a run, and what should become of it now."""
-    from dpokit.cluster.status import check_run, describe, find_attempt, read_status
+    from dpokit.cluster.status import check_run, describe_status, find_attempt, read_status
     from dpokit.rundir import RunDir
 
     folder = RunDir(run)
@@ -154,7 +154,7 @@ def status(
         if not as_json:
             check_run(folder)
         found = read_status(folder, max_restarts=max_restarts, attempt=None if since is None else find_attempt(since))
-    echo(json.dumps(found.record(), indent=2) if as_json else describe(found))
+    echo(json.dumps(found.record(), indent=2) if as_json else describe_status(found))
 
 
 @app.command()

@@ -45,13 +45,13 @@ def sweep(
     not over then, 1 where no trial has finished.
     """
     with redirect_stdout(sys.stderr):
-        from dpokit.cluster.slurm import Job
+        from dpokit.cluster.slurm import SlurmJob
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
-        from dpokit.sweep.command import sweep as search
+        from dpokit.sweep.command import run_sweep
 
         quiet_dependencies()
-        job = Job(
+        job = SlurmJob(
             recipe=space,  # the space names recipe and placement
             config_file=space,
             nodes=nodes,
@@ -60,7 +60,7 @@ def sweep(
             sbatch=tuple(sbatch or ()),
         )
         with user_errors():
-            outcome = search(
+            outcome = run_sweep(
                 space,
                 output_dir=output_dir,
                 storage=storage,

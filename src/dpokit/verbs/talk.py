@@ -62,9 +62,8 @@ def serve(
         from dpokit.story import user_errors
 
         quiet_dependencies()
-        from dpokit.serve.app import Address, build_models, find_votes, read_proxies
-        from dpokit.serve.app import serve as serve_page
-        from dpokit.serve.request_limits import Limits, Sampling
+        from dpokit.serve.app import Address, build_models, find_votes, read_proxies, run_server
+        from dpokit.serve.request_limits import RequestLimits, SamplingSettings
 
         with user_errors():
             address = Address(host, port, auth, read_proxies(forwarded_allow_ips))
@@ -72,14 +71,14 @@ def serve(
             remote = (endpoint, endpoint_model, endpoint_base, endpoint_key)
             models = build_models(what, base, context.args, remote=remote)
             with left_to_python():  # a signal is how a server is ended
-                serve_page(
+                run_server(
                     models,
                     address=address,
                     votes=find_votes(models.run, votes),
-                    limits=Limits(
+                    limits=RequestLimits(
                         max_prompt_characters, new_tokens=max_new_tokens, waiting=max_waiting, per_minute=per_minute
                     ),
-                    sampling=Sampling(),
+                    sampling=SamplingSettings(),
                     on_ready=lambda url: typer.echo(url, file=stdout),
                 )
 
@@ -113,8 +112,8 @@ def chat(
 
         quiet_dependencies()
         from dpokit.serve.app import build_models
-        from dpokit.serve.chat import ask_one, describe_here, print_answers, talk
-        from dpokit.serve.request_limits import Limits, Sampling
+        from dpokit.serve.chat import ask_one, free_and_describe, print_answers, talk
+        from dpokit.serve.request_limits import RequestLimits, SamplingSettings
 
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused as a question is
@@ -122,7 +121,7 @@ def chat(
             remote = (endpoint, endpoint_model, endpoint_base, endpoint_key)
             models = build_models(what, base, context.args, remote=remote)
             models.load()
-            sampling, limits = Sampling(temperature, top_p, max_new_tokens, seed), Limits()
+            sampling, limits = SamplingSettings(temperature, top_p, max_new_tokens, seed), RequestLimits()
             if prompt is None:
                 with left_to_python(), suppress(KeyboardInterrupt):  # at the prompt it ends the talk
                     talk(models, sampling, limits=limits, lines=sys.stdin, screen=stdout)
@@ -132,7 +131,7 @@ def chat(
             except DpokitError:
                 raise
             except Exception as failure:
-                echo(describe_here(failure), err=True)
+                echo(free_and_describe(failure), err=True)
                 raise typer.Exit(1) from None
     if as_json:
         echo(json.dumps(found, indent=2))
