@@ -93,10 +93,37 @@ def value(middle: float, width: float = 0.01) -> dict:
 )
 def test_the_verdict_says_no_more_than_the_intervals(loss, accuracy, fallen, better, says):
     record = {
-        "data": {"pairs": 300},
+        "data": {"pairs": 300, "prompts": 300},
         "tuned": {"loss": value(loss), "accuracy": value(accuracy)},
         "difference": {"logps_per_token/chosen": value(fallen)},
     }
     found = judge(record)
     assert found["better"] is better
     assert says in found["text"]
+
+
+def judge_alike(margins: list[float], prompts: list[bytes]) -> dict:
+    """The verdict on a tuned model with these reward margins, each of a fall of 2 nats a chosen token."""
+    number = len(margins)
+    tuned, base = np.array([[-2.0] * number, [-2.0 - margin for margin in margins]]), np.zeros((2, number))
+    measured = describe(Scores(tuned, base, np.ones((2, number))), None, prompts, beta=1.0)
+    return judge(measured | {"data": {"pairs": number, "prompts": len(set(prompts))}})
+
+
+def test_one_pair_shows_no_difference():
+    verdict = judge_alike([1.0], [b"a"])
+    assert verdict["better"] is None
+    assert verdict["text"] == "No difference to its base is shown: 1 held-out prompt, fewer than 10, has no interval."
+
+
+@pytest.mark.parametrize(("prompts", "better"), [(9, None), (10, True)])
+def test_a_verdict_needs_ten_prompts(prompts, better):
+    margins = [1.0 + at % 10 / 10 for at in range(30)]
+    assert judge_alike(margins, [bytes([at % prompts]) for at in range(30)])["better"] is better
+
+
+@pytest.mark.parametrize("margin", [1.0, -1.0])
+def test_equal_losses_show_no_difference(margin):
+    verdict = judge_alike([margin] * 20, [bytes([at]) for at in range(20)])
+    assert verdict["better"] is None
+    assert verdict["text"] == "No difference to its base is shown: all 20 held-out pairs have one loss, so no interval."

@@ -54,6 +54,7 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
             "name": held_out.tally.source,
             "own": subject.own_data,
             "pairs": len(rows),
+            "prompts": len(set(prompts)),
             "fingerprint": fingerprint_ids([pairs]),
         },
         "beta": beta,
