@@ -42,4 +42,4 @@ DEFAULTS = {
 }
 
 if __name__ == "__main__":
-    main(__file__, DEFAULTS, program="dpokit.quickstart.run")
+    main(__file__, DEFAULTS, program="dpokit.quickstart.run.train_and_judge")

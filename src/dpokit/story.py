@@ -16,10 +16,10 @@ from dpokit.interrupts import ending_on_signals, working
 GC_THRESHOLD = 100_000
 
 
-def main(recipe: str, defaults: Mapping[str, Any], program: str = "dpokit.run") -> None:
+def main(recipe: str, defaults: Mapping[str, Any], program: str = "dpokit.run.train") -> None:
     """Trains with the recipe's defaults and the flags of the command line.
 
-    `kind` in the defaults is `dpo` (if it is missing) or `sft`; `program` is the module whose `train` is called.
+    `kind` in the defaults is `dpo` (if it is missing) or `sft`; `program` is the full name of the function that trains.
 
     An error that the user can correct ends in one message on rank 0 and exit code 2; a signal in one line and exit code
     75; any other error keeps its traceback.
@@ -28,7 +28,8 @@ def main(recipe: str, defaults: Mapping[str, Any], program: str = "dpokit.run") 
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(recipe).stem}: importing torch, transformers and TRL", file=sys.stderr, flush=True)
         gc.set_threshold(GC_THRESHOLD)
-        train = import_module(program).train
+        module, _, function = program.rpartition(".")
+        train = getattr(import_module(module), function)
         with user_errors():
             train(recipe, defaults, sys.argv[1:])
 

@@ -1,4 +1,4 @@
-"""`dpokit evaluate` whole: pairs, answers and a judge, and what stays in the run's folder."""
+"""The whole `dpokit evaluate` command: pairs, answers and a judge, and the files in the run's folder."""
 
 import json
 import threading
@@ -16,7 +16,7 @@ SECRET = "sk-0123456789"
 
 
 class AlwaysA(BaseHTTPRequestHandler):
-    """A judge that likes the first answer, whichever that is."""
+    """A judge that always prefers the first answer."""
 
     def do_POST(self) -> None:
         assert self.headers["Authorization"] == f"Bearer {SECRET}"
@@ -28,7 +28,7 @@ class AlwaysA(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def url(monkeypatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("changes", [{}, {"use_peft": True}], ids=["full", "lora"])
-def test_pairs_answers_and_verdicts_stay_in_the_runs_folder(changes, url, tiny_gpt2, tmp_path):
+def test_the_runs_folder_keeps_pairs_answers_and_judgement(changes, url, tiny_gpt2, tmp_path):
     run = make_run(tmp_path, tiny_gpt2, **changes)
     flags = ["--limit", "4", "--answers", "3", "--max-new-tokens", "8", "--temperature", "1"]
     done = dpokit("evaluate", str(run.path), *flags, "--judge", url, "--judge-model", "m", "--judge-key", "JUDGE_KEY")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "3 sampled answers" in done.stdout
-    assert "judged by m: 0 won, 3 tied, 0 lost" in done.stdout  # the first in both orders: a tie
+    assert "judged by m: 0 won, 3 tied, 0 lost" in done.stdout  # preferring the first answer in both orders is a tie
     assert json.loads(run.pairs_json.read_text())["data"]["pairs"] == 4
     answers = [json.loads(line) for line in run.answers_jsonl.read_text().splitlines()]
     assert len(answers) == 3
@@ -60,6 +60,6 @@ def test_pairs_answers_and_verdicts_stay_in_the_runs_folder(changes, url, tiny_g
     assert not any(SECRET in path.read_text() for path in run.eval.iterdir())
 
 
-def test_a_judge_without_answers_is_one_message(tmp_path):
+def test_a_judge_without_answers_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no answers are sampled"):
         evaluate_model(str(tmp_path), **NOTHING, limit=None, argv=[], judge=Judge("http://x", "m", "KEY", 1))

@@ -1,4 +1,4 @@
-"""A judge over real HTTP on this machine: fair in both orders, bounded, remembered, and discreet."""
+"""A judge over real HTTP on this machine: both orders, limits, the cache of replies, errors, and the secret key."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def prefer_longer(shown: dict) -> tuple[int, dict, str]:
 
 
 class Judge(ThreadingHTTPServer):
-    """An endpoint that answers as `play` says, which gets what the judge is shown; it keeps the requests."""
+    """An endpoint that replies with `play` of the content shown to the judge; it keeps the requests."""
 
     daemon_threads = True
 
@@ -52,7 +52,7 @@ class Judge(ThreadingHTTPServer):
         self.piece_bytes, self.pause_seconds = 10**9, 0.0
 
     def handle_error(self, request, client_address) -> None:
-        """A client that went away while it was kept waiting is part of the play."""
+        """Ignores errors: some tests make clients disconnect while they wait."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data[piece : piece + judge.piece_bytes])
             judge.closing.wait(judge.pause_seconds)
 
-    def log_message(self, *words) -> None:
+    def log_message(self, *arguments) -> None:
         pass
 
 
@@ -93,7 +93,7 @@ def judge(monkeypatch) -> Iterator[Judge]:
 
 @pytest.fixture
 def ask(judge, tmp_path):
-    """Has the records judged; waits are short."""
+    """Returns a function that has records judged, with short waits."""
 
     def judge_records(records=RECORDS, **changes) -> dict:
         usual = {"url": judge.url, "model": "judge-1", "api_key": ApiKey("JUDGE_KEY", SECRET), "limit": 100}
@@ -103,18 +103,18 @@ def ask(judge, tmp_path):
     return judge_records
 
 
-def outcome(found: dict) -> tuple[int, ...]:
-    return tuple(found[name] for name in ("wins", "ties", "losses", "unclear", "left_out"))
+def outcome(counts: dict) -> tuple[int, ...]:
+    return tuple(counts[name] for name in ("wins", "ties", "losses", "unclear", "left_out"))
 
 
-def test_wins_losses_and_ties_are_counted_from_the_side_of_the_tuned_model(ask):
-    found = ask([*RECORDS, record(" A long answer.", " Short."), record(" Four.", " Five.")])
-    assert outcome(found) == (4, 1, 1, 0, 0)
-    assert found["win_rate"] == estimate_win_rate(4, ties=1, losses=1)
-    assert (found["asked"], found["cached"], found["tokens"]) == (12, 0, 120)
+def test_wins_losses_and_ties_count_for_the_tuned_model(ask):
+    counts = ask([*RECORDS, record(" A long answer.", " Short."), record(" Four.", " Five.")])
+    assert outcome(counts) == (4, 1, 1, 0, 0)
+    assert counts["win_rate"] == estimate_win_rate(4, ties=1, losses=1)
+    assert (counts["asked"], counts["cached"], counts["tokens"]) == (12, 0, 120)
 
 
-def test_each_pair_is_shown_in_both_orders_and_the_request_is_what_the_endpoint_expects(ask, judge):
+def test_each_pair_is_sent_in_both_orders_as_a_chat_completion(ask, judge):
     ask(RECORDS[:1])
     shown = [json.loads(body["messages"][-1]["content"]) for body in judge.bodies]
     tuned = RECORDS[0]["tuned"]["text"].strip()
@@ -128,11 +128,11 @@ def test_each_pair_is_shown_in_both_orders_and_the_request_is_what_the_endpoint_
 
 
 @pytest.mark.parametrize("always", ["A", "B", "TIE"])
-def test_a_judge_that_looks_at_the_place_alone_finds_ties_only(ask, judge, always):
+def test_a_judge_that_only_favours_a_position_gives_ties(ask, judge, always):
     judge.play = lambda _: chat(always)
-    found = ask()
-    assert outcome(found) == (0, 4, 0, 0, 0)
-    assert found["win_rate"]["value"] == 0.5
+    counts = ask()
+    assert outcome(counts) == (0, 4, 0, 0, 0)
+    assert counts["win_rate"]["value"] == 0.5
 
 
 def test_one_win_and_one_tie_are_a_tie(ask, judge):
@@ -140,20 +140,20 @@ def test_one_win_and_one_tie_are_a_tie(ask, judge):
     assert outcome(ask()) == (0, 4, 0, 0, 0)
 
 
-@pytest.mark.parametrize("said", ["I would rather not say.", "", None, "A and B", "C"])
-def test_a_verdict_that_is_none_is_unclear_and_no_part_of_the_rate(ask, judge, said):
-    judge.play = lambda shown: prefer_longer(shown) if "0 h" in str(shown) else chat(said)
-    found = ask()
-    assert outcome(found) == (1, 0, 0, 3, 0)
-    assert found["win_rate"] == estimate_win_rate(1, ties=0, losses=0)
+@pytest.mark.parametrize("reply", ["I would rather not say.", "", None, "A and B", "C"])
+def test_a_reply_without_a_verdict_is_unclear_and_not_rated(ask, judge, reply):
+    judge.play = lambda shown: prefer_longer(shown) if "0 h" in str(shown) else chat(reply)
+    counts = ask()
+    assert outcome(counts) == (1, 0, 0, 3, 0)
+    assert counts["win_rate"] == estimate_win_rate(1, ties=0, losses=0)
 
 
-def test_equal_answers_are_a_tie_that_nobody_is_asked_about(ask, judge):
+def test_equal_answers_are_a_tie_without_a_request(ask, judge):
     assert outcome(ask([record(" Yes.", " Yes. ")])) == (0, 1, 0, 0, 0)
     assert judge.bodies == []
 
 
-def test_a_second_call_asks_nothing_and_finds_the_same(ask, judge):
+def test_a_second_call_reads_all_replies_from_the_cache(ask, judge):
     first = ask()
     judge.play = lambda _: (500, {}, "must not be asked")
     second = ask(api_key=ApiKey("JUDGE_KEY"))
@@ -161,22 +161,22 @@ def test_a_second_call_asks_nothing_and_finds_the_same(ask, judge):
     assert len(judge.bodies) == 8
 
 
-def test_a_second_call_asks_for_what_is_new_or_damaged_only(ask, tmp_path):
+def test_a_second_call_requests_only_new_and_damaged_replies(ask, tmp_path):
     ask(RECORDS[:3])
     damaged, *_ = (tmp_path / "cache").glob("*.json")
     damaged.write_text('{"reply": ')
-    found = ask()
-    assert (found["asked"], found["cached"]) == (3, 5)
-    assert outcome(found) == (4, 0, 0, 0, 0)
+    counts = ask()
+    assert (counts["asked"], counts["cached"]) == (3, 5)
+    assert outcome(counts) == (4, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("change", [{"model": "judge-2"}, {"max_reply_tokens": 17}], ids=str)
-def test_another_question_is_not_answered_from_the_cache(ask, change):
+def test_another_request_is_not_answered_from_the_cache(ask, change):
     ask()
     assert ask(**change)["cached"] == 0
 
 
-def test_the_same_pair_twice_is_asked_once(ask, judge):
+def test_the_same_pair_twice_is_requested_once(ask, judge):
     assert outcome(ask([RECORDS[0], RECORDS[0]])) == (2, 0, 0, 0, 0)
     assert len(judge.bodies) == 2
 
@@ -186,32 +186,32 @@ def test_no_more_pairs_than_the_limit_are_judged(ask, judge):
     assert len(judge.bodies) == 6
 
 
-def test_no_more_requests_than_allowed_are_sent_and_the_rest_is_counted_as_left_out(ask, judge):
-    found = ask(max_requests=5)
-    assert len(judge.bodies) == found["asked"] == 5
-    assert outcome(found)[0] + found["left_out"] == 4
-    assert 1 <= outcome(found)[0] <= 2
-    assert outcome(ask()) == (4, 0, 0, 0, 0), "what was left out is judged by the next call"
+def test_pairs_beyond_the_request_limit_are_left_out(ask, judge):
+    counts = ask(max_requests=5)
+    assert len(judge.bodies) == counts["asked"] == 5
+    assert outcome(counts)[0] + counts["left_out"] == 4
+    assert 1 <= outcome(counts)[0] <= 2
+    assert outcome(ask()) == (4, 0, 0, 0, 0), "the next call judges the pairs that were left out"
     assert len(judge.bodies) == 8
 
 
-def test_further_tries_are_requests_too(ask, judge):
+def test_repeated_tries_count_as_requests(ask, judge):
     judge.play = lambda _: (429, {"retry-after": "0"}, "slow down")
     assert outcome(ask(max_requests=3, workers=1)) == (0, 0, 0, 0, 4)
     assert len(judge.bodies) == 3
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_a_busy_or_failing_server_is_asked_again(ask, judge, status):
+def test_a_busy_or_failing_server_is_tried_again(ask, judge, status):
     busy = iter([True] * 3)
     judge.play = lambda shown: (status, {}, "busy") if next(busy, False) else prefer_longer(shown)
-    found = ask(workers=1)
-    assert outcome(found) == (4, 0, 0, 0, 0)
-    assert found["asked"] == 8 + 3
+    counts = ask(workers=1)
+    assert outcome(counts) == (4, 0, 0, 0, 0)
+    assert counts["asked"] == 8 + 3
 
 
 @pytest.mark.parametrize("kind", ["seconds", "date"])
-def test_the_wait_is_the_servers_but_has_a_bound(ask, judge, monkeypatch, kind):
+def test_the_wait_follows_the_server_up_to_a_limit(ask, judge, monkeypatch, kind):
     monkeypatch.setattr(endpoint, "MOST_WAIT_SECONDS", 0.5)
     times = []
 
@@ -229,16 +229,16 @@ def test_the_wait_is_the_servers_but_has_a_bound(ask, judge, monkeypatch, kind):
 def test_a_connection_that_is_dropped_is_tried_again(ask, judge):
     dropped = iter([True])
     judge.play = lambda shown: (200, {"content-length": "1000"}, "{") if next(dropped, False) else prefer_longer(shown)
-    judge_closes = Handler.protocol_version
-    Handler.protocol_version = "HTTP/1.0"  # the server hangs up after each reply
+    protocol = Handler.protocol_version
+    Handler.protocol_version = "HTTP/1.0"  # the server closes the connection after each reply
     try:
         assert outcome(ask(RECORDS[:1], workers=1)) == (1, 0, 0, 0, 0)
     finally:
-        Handler.protocol_version = judge_closes
+        Handler.protocol_version = protocol
     assert len(judge.bodies) == 3
 
 
-def test_a_server_that_fails_for_ever_is_given_up_and_replies_so_far_are_kept(ask, judge):
+def test_a_server_that_always_fails_is_an_error_keeping_replies(ask, judge):
     judge.play = lambda shown: prefer_longer(shown) if "0 h" in str(shown) else (500, {}, "out of order")
     with pytest.raises(JudgeError, match=r"answers 500 out of order, 5 times in a row") as error:
         ask(workers=1)
@@ -247,7 +247,7 @@ def test_a_server_that_fails_for_ever_is_given_up_and_replies_so_far_are_kept(as
     assert ask()["cached"] == 2
 
 
-def test_a_server_that_hangs_is_given_up_after_the_time_out(ask, judge):
+def test_a_server_that_hangs_is_an_error_after_the_timeout(ask, judge):
     def hang(shown: dict) -> tuple[int, dict, str]:
         judge.closing.wait(30)
         return prefer_longer(shown)
@@ -257,27 +257,27 @@ def test_a_server_that_hangs_is_given_up_after_the_time_out(ask, judge):
         ask(timeout_seconds=0.1)
 
 
-def test_a_server_that_drips_is_given_up_after_the_time_out_too(ask, judge):
+def test_a_server_that_sends_slowly_is_an_error_after_timeout(ask, judge):
     judge.piece_bytes, judge.pause_seconds = 1, 0.05
     with pytest.raises(JudgeError, match=r"gave no reply within 0.3 s, 5 times in a row"):
         ask(RECORDS[:1], timeout_seconds=0.3)
 
 
-def test_a_reply_without_end_is_cut_off(ask, judge, monkeypatch):
+def test_a_reply_above_the_size_limit_is_an_error(ask, judge, monkeypatch):
     monkeypatch.setattr(endpoint, "MOST_REPLY_BYTES", 1000)
     judge.play = lambda _: chat("A" * 2000)
     with pytest.raises(JudgeError, match="more than 1,000 bytes"):
         ask(RECORDS[:1])
 
 
-def test_a_server_that_is_not_there_is_said_at_once(ask):
+def test_an_unreachable_server_is_an_error_at_once(ask):
     with pytest.raises(JudgeError, match="cannot be reached") as error:
         ask(url=f"http://127.0.0.1:{find_free_port()}/v1", first_wait_seconds=60.0)
     assert "check the URL" in error.value.do
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_rejected_key_is_named_by_its_variable_and_asked_about_no_further(ask, judge, status):
+def test_a_rejected_key_is_named_by_variable_after_one_request(ask, judge, status):
     judge.play = lambda _: (status, {}, f"Incorrect API key provided: {SECRET}")
     with pytest.raises(JudgeError, match=rf"does not accept the key in JUDGE_KEY: {status} Incorrect API key") as error:
         ask(workers=1)
@@ -285,14 +285,14 @@ def test_a_rejected_key_is_named_by_its_variable_and_asked_about_no_further(ask,
     assert len(judge.bodies) == 1
 
 
-def test_a_missing_key_is_not_sent_and_named_where_one_was_needed(ask, judge):
+def test_a_missing_key_is_not_sent_and_is_named_on_a_401(ask, judge):
     judge.play = lambda _: (401, {}, "no key")
     with pytest.raises(JudgeError, match=r"a request without a key \(JUDGE_KEY\)"):
         ask(api_key=ApiKey("JUDGE_KEY"))
     assert all("Authorization" not in headers for headers in judge.headers)
 
 
-def test_a_model_or_path_that_is_not_there_is_named(ask, judge):
+def test_a_missing_model_or_path_is_named(ask, judge):
     judge.play = lambda _: (404, {}, "no such model")
     with pytest.raises(JudgeError, match="has no chat/completions for judge-1: 404 no such model"):
         ask()
@@ -301,29 +301,29 @@ def test_a_model_or_path_that_is_not_there_is_named(ask, judge):
 @pytest.mark.parametrize(
     "reply", [(200, {}, "<html>welcome</html>"), (200, {}, '{"choices": []}'), (200, {}, "[]"), (302, {}, "elsewhere")]
 )
-def test_what_is_no_chat_completion_is_an_error_and_no_verdict(ask, judge, reply):
+def test_a_reply_that_is_no_chat_completion_is_an_error(ask, judge, reply):
     judge.play = lambda _: reply
     with pytest.raises(JudgeError, match=r"does not reply as chat/completions do|answers 302"):
         ask()
 
 
-def test_a_pair_that_the_judge_refuses_is_unclear_and_asked_about_again_next_time(ask, judge):
+def test_a_refused_pair_is_unclear_and_requested_again_next_time(ask, judge):
     judge.play = lambda shown: (400, {}, "against the rules") if "0 h" in str(shown) else prefer_longer(shown)
     assert outcome(ask()) == (3, 0, 0, 1, 0)
     assert (ask()["cached"], len(judge.bodies)) == (6, 10)
 
 
-def test_a_judge_that_refuses_everything_is_an_error_in_its_own_words(ask, judge):
+def test_a_judge_that_refuses_everything_is_an_error_quoting_it(ask, judge):
     judge.play = lambda _: (400, {}, "max_tokens is not supported")
     with pytest.raises(JudgeError, match="refuses every request: 400 max_tokens is not supported"):
         ask()
 
 
-def test_a_judge_that_never_gives_a_verdict_is_an_error_with_what_it_said(ask, judge):
+def test_a_judge_without_any_verdict_is_an_error_quoting_it(ask, judge):
     judge.play = lambda _: chat("<think>The first answer is")
     with pytest.raises(JudgeError, match=r"(?s)no verdict in 8 replies of 16 .*first answer.*judge-max-tokens"):
         ask()
-    judge.play = prefer_longer  # with more room it is asked anew, and what was cut off is not taken for its reply
+    judge.play = prefer_longer  # with a higher limit nothing comes from the cache: the truncated replies do not count
     assert ask(max_reply_tokens=2048)["cached"] == 0
 
 
@@ -339,11 +339,11 @@ def test_hostile_answers_stay_inside_their_own_string(ask, judge):
     shown = [json.loads(body["messages"][-1]["content"]) for body in judge.bodies]
     assert all(text.keys() == {"prompt", "A", "B"} for text in shown)
     assert all("No." in (text["A"], text["B"]) for text in shown)
-    seen = {text["A"] for text in shown} | {text["B"] for text in shown}
-    assert seen == {"No.", *injected[:4], "half a character: ?, a whole one: \u4f60"}
+    answers = {text["A"] for text in shown} | {text["B"] for text in shown}
+    assert answers == {"No.", *injected[:4], "half a character: ?, a whole one: \u4f60"}
 
 
-def test_the_key_is_in_no_file_no_message_no_log_and_no_repr(ask, judge, tmp_path, capfd, caplog, monkeypatch):
+def test_the_key_is_in_no_file_message_log_or_repr(ask, judge, tmp_path, capfd, caplog, monkeypatch):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MY_KEY", f" {SECRET}\n")
     key = read_api_key("MY_KEY")
@@ -360,14 +360,14 @@ def test_the_key_is_in_no_file_no_message_no_log_and_no_repr(ask, judge, tmp_pat
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) == 8
     assert not any(SECRET in path.read_text() for path in files)
-    said = capfd.readouterr()
-    assert SECRET not in said.out + said.err + caplog.text + repr(key) + str(key) + f"{[key]}"
+    output = capfd.readouterr()
+    assert SECRET not in output.out + output.err + caplog.text + repr(key) + str(key) + f"{[key]}"
     assert "MY_KEY" in repr(key)
 
 
 @pytest.mark.parametrize("secret", ["sk 123", "sk\n123", "sk-\u00e9", "sk\x00"], ids=ascii)
-def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(monkeypatch, secret):
-    if "\x00" not in secret:  # which no environment can hold
+def test_a_key_unfit_for_a_header_is_refused_and_not_shown(monkeypatch, secret):
+    if "\x00" not in secret:  # an environment variable cannot hold a null byte
         monkeypatch.setenv("MY_KEY", secret)
         assert os.environ["MY_KEY"] == secret
     with pytest.raises(SettingsError, match="the key in MY_KEY") as error:
@@ -378,14 +378,14 @@ def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(monkeypat
 @pytest.mark.parametrize(
     "url", ["api.openai.com/v1", "ftp://h/v1", f"https://u:{SECRET}@h/v1", f"https://h/?k={SECRET}"]
 )
-def test_a_url_of_another_form_or_with_a_secret_is_refused_without_being_shown(ask, url):
+def test_a_malformed_url_or_one_with_a_secret_is_not_shown(ask, url):
     with pytest.raises(SettingsError, match="URL is not http") as error:
         ask(url=url)
     assert SECRET not in str(error.value)
 
 
 @pytest.mark.parametrize("ending", ["/", "/chat/completions"])
-def test_a_url_may_end_in_a_slash_or_in_the_whole_path(ask, judge, ending):
+def test_a_url_may_end_in_a_slash_or_the_full_path(ask, judge, ending):
     ask(url=judge.url + ending)
     assert set(judge.paths) == {"/v1/chat/completions"}
 
@@ -396,14 +396,14 @@ def test_a_bound_below_one_is_refused(ask, name):
         ask(**{name: 0})
 
 
-def test_a_cache_that_cannot_be_written_is_the_users_error(ask, tmp_path):
+def test_a_cache_that_cannot_be_written_is_a_run_folder_error(ask, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="a part of the path is a file"):
         ask(cache=Path(tmp_path / "file" / "cache"))
 
 
 @pytest.mark.parametrize(
-    ("said", "verdict"),
+    ("text", "verdict"),
     [
         *[(text, "A") for text in ("A", " a.\n", "**A**", "[[A]]", "Answer A", "Final verdict: A", "The better is A")],
         *[(text, "B") for text in ("`B`", "```\nB\n```", '{"verdict": "B"}', "<think>A? No.</think>\n\nB", "It's B!")],
@@ -411,11 +411,11 @@ def test_a_cache_that_cannot_be_written_is_the_users_error(ask, tmp_path):
         *[(text, None) for text in ("", "AB", "A or B", "A is better", "Apple", "Neither", "A" + "." * 200, "B A")],
     ],
 )
-def test_a_verdict_is_read_in_its_wrappings_and_never_guessed(said, verdict):
-    assert read_verdict(said) == verdict
+def test_a_verdict_is_read_from_its_wrapping_and_never_guessed(text, verdict):
+    assert read_verdict(text) == verdict
 
 
-def test_the_interval_is_wilsons():
+def test_the_win_rates_interval_is_wilsons():
     # Newcombe 1998, table I, and the closed form for no failure: n / (n + z^2).
     assert estimate_win_rate(81, ties=0, losses=182) == pytest.approx(
         {"value": 81 / 263, "low": 0.2553, "high": 0.3662}, abs=5e-5

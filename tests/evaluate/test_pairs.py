@@ -1,4 +1,4 @@
-"""A finished run evaluated: the trainer's own numbers, and what it has none for."""
+"""Evaluations of a finished run: numbers equal to the trainer's, drift, another base or data, and refusals."""
 
 import json
 import subprocess
@@ -53,10 +53,10 @@ def run(tiny_gpt2, tmp_path) -> RunDir:
     [{}, {"use_peft": True}, {"beta": 0.3}, {"attn_implementation": "eager"}],
     ids=["full", "lora", "beta", "padded"],
 )
-def test_the_numbers_are_those_of_the_trainers_own_evaluation(changes, tiny_gpt2, tmp_path):
+def test_numbers_equal_the_trainers_own_evaluation(changes, tiny_gpt2, tmp_path):
     run = make_run(tmp_path, tiny_gpt2, **changes)
-    trained = {name: value for record in read_metrics(run.metrics_jsonl) for name, value in record.items()}
-    found = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
+    trained = {name: value for line in read_metrics(run.metrics_jsonl) for name, value in line.items()}
+    record = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
     names = {
         "loss": "loss",
         "accuracy": "rewards/accuracies",
@@ -66,14 +66,14 @@ def test_the_numbers_are_those_of_the_trainers_own_evaluation(changes, tiny_gpt2
         "logps/chosen": "logps/chosen",
         "logps/rejected": "logps/rejected",
     }
-    assert found["tuned"]["margin"]["value"] != 0.0
-    for ours, theirs in names.items():
-        assert found["tuned"][ours]["value"] == pytest.approx(trained[f"eval_{theirs}"], rel=1e-4, abs=1e-5), ours
-    assert json.loads(run.pairs_json.read_text()) == json.loads(json.dumps(found))
+    assert record["tuned"]["margin"]["value"] != 0.0
+    for name, metric in names.items():
+        assert record["tuned"][name]["value"] == pytest.approx(trained[f"eval_{metric}"], rel=1e-4, abs=1e-5), name
+    assert json.loads(run.pairs_json.read_text()) == json.loads(json.dumps(record))
 
 
-def test_drift_is_the_divergence_of_whole_distributions(run, tiny_gpt2):
-    found = evaluate_model(str(run.path), **NOTHING, limit=3, argv=[])
+def test_drift_is_the_kl_of_whole_distributions(run, tiny_gpt2):
+    record = evaluate_model(str(run.path), **NOTHING, limit=3, argv=[])
     subject = load_subject(str(run.path), **NOTHING, argv=[])
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (run.model, tiny_gpt2)]
     drifts = []
@@ -82,30 +82,30 @@ def test_drift_is_the_divergence_of_whole_distributions(run, tiny_gpt2):
         with torch.no_grad():
             tuned, base = (model(ids).logits[0, first:-1].softmax(-1) for model in models)
         drifts.append((tuned * (tuned / base).log()).sum(-1).mean().item())
-    assert found["tuned"]["kl_per_token"]["value"] == pytest.approx(sum(drifts) / 3, rel=1e-4)
+    assert record["tuned"]["kl_per_token"]["value"] == pytest.approx(sum(drifts) / 3, rel=1e-4)
 
 
-def test_drift_is_measured_on_answers_spread_over_all():
+def test_drift_pairs_are_spread_evenly():
     assert find_drift_pairs([10] * 5) == [0, 1, 2, 3, 4]
     spread = find_drift_pairs([DRIFT_TOKENS // 2] * 100)
     assert spread == [0, 50]
 
 
-def test_a_model_is_compared_with_a_base_on_data_that_is_named(run, tiny_gpt2, tmp_path):
+def test_a_model_is_compared_with_a_base_on_named_data(run, tiny_gpt2, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write_pairs(folder / "test.jsonl", 9)
-    found = evaluate_model(str(run.model), base=str(tiny_gpt2), data=str(folder), split="test", limit=7, argv=[])
-    assert found["data"]["pairs"] == 7
-    assert found["base"]["model"] == str(tiny_gpt2)
-    assert "verdict" in found
+    record = evaluate_model(str(run.model), base=str(tiny_gpt2), data=str(folder), split="test", limit=7, argv=[])
+    assert record["data"]["pairs"] == 7
+    assert record["base"]["model"] == str(tiny_gpt2)
+    assert "verdict" in record
     assert not run.eval.exists()
     alone = evaluate_model(str(run.model), base=None, data=str(folder), split="test", limit=7, argv=[])
-    assert alone["tuned"]["ranking_accuracy"] == found["tuned"]["ranking_accuracy"]
+    assert alone["tuned"]["ranking_accuracy"] == record["tuned"]["ranking_accuracy"]
     assert "verdict" not in alone
 
 
-def test_an_adapter_without_its_run_is_compared_with_its_own_base(tiny_gpt2, tmp_path):
+def test_an_adapter_by_itself_is_compared_with_its_own_base(tiny_gpt2, tmp_path):
     run = make_run(tmp_path, tiny_gpt2, use_peft=True)
     of_run = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
     data = {"base": None, "data": str(tmp_path / "pairs.jsonl"), "split": "train"}
@@ -116,27 +116,27 @@ def test_an_adapter_without_its_run_is_compared_with_its_own_base(tiny_gpt2, tmp
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_numbers_of_one(run):
-    one = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
+def test_two_processes_give_the_numbers_of_one_process(run):
+    record = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "ddp_cpu.yaml")]
-    words = [sys.executable, *launcher, "-m", "dpokit.cli", "evaluate", str(run.path), "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    command = [sys.executable, *launcher, "-m", "dpokit.cli", "evaluate", str(run.path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout[done.stdout.index("{") :]) == json.loads(json.dumps(one))
+    assert json.loads(done.stdout[done.stdout.index("{") :]) == json.loads(json.dumps(record))
 
 
-def test_the_verb_shows_a_table_and_the_verdict_in_80_columns(run):
+def test_the_command_prints_table_and_verdict_in_80_columns(run):
     done = dpokit("evaluate", str(run.path), "--limit", "5")
     assert done.returncode == 0, done.stderr
     assert "5 held-out pairs" in done.stdout
     assert "ranking accuracy" in done.stdout
     assert "base:" in " ".join(done.stdout.split())
-    table = done.stdout[: done.stdout.index("whoever")]
+    table = done.stdout[: done.stdout.index("accuracy of always")]
     assert max(map(len, table.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
-    ("what", "data", "error", "says"),
+    ("run_or_model", "data", "error", "message"),
     [
         ("", None, RunFolderError, "holds neither a run"),
         ("nothing", "pairs.jsonl", ModelError, "no tokenizer could be loaded"),
@@ -145,18 +145,18 @@ def test_the_verb_shows_a_table_and_the_verdict_in_80_columns(run):
     ],
 )
 @pytest.mark.usefixtures("run")
-def test_what_cannot_be_evaluated_is_one_message(what, data, error, says, tmp_path):
-    given = NOTHING | {"data": data and str(tmp_path / data)}
-    with pytest.raises(error, match=says):
-        evaluate_model(str(tmp_path / what), **given, limit=None, argv=[])
+def test_an_invalid_model_or_data_is_refused(run_or_model, data, error, message, tmp_path):
+    arguments = NOTHING | {"data": data and str(tmp_path / data)}
+    with pytest.raises(error, match=message):
+        evaluate_model(str(tmp_path / run_or_model), **arguments, limit=None, argv=[])
 
 
-def test_a_run_without_weights_is_one_message(run):
+def test_a_run_without_weights_is_refused(run):
     run.model.rename(run.path / "elsewhere")
     with pytest.raises(RunFolderError, match="holds no weights"):
         evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
 
 
-def test_a_base_with_other_words_does_not_fit(run, tiny_qwen2):
+def test_a_base_with_another_vocabulary_is_refused(run, tiny_qwen2):
     with pytest.raises(ModelError, match="has another vocabulary"):
         evaluate_model(str(run.path), **NOTHING | {"base": str(tiny_qwen2)}, limit=None, argv=[])

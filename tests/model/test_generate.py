@@ -1,4 +1,4 @@
-"""Sampling answers: repeatable, the same in any batch, and without a trace afterwards."""
+"""Sampled answers: repeatable, the same in any batch, without side effects; and streamed answers."""
 
 import logging
 from pathlib import Path
@@ -26,7 +26,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBa
 
 @pytest.fixture
 def model(tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
-    # Large weights make an untrained model opinionated: greedy answers that do not hang on rounding.
+    # Large weights separate the logits of an untrained model, so that greedy answers do not depend on rounding.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         end = tokenizer.eos_token_id
@@ -46,7 +46,7 @@ def test_a_seed_repeats_the_answers_and_another_does_not(
 def test_greedy_answers_are_the_same_in_batches_of_any_size(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    assert len({len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS}) > 1, "padding is not met"
+    assert len({len(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS}) > 1, "no prompt needs padding"
     alone, three, all_together = (
         generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0, batch_size=size)
         for size in (1, 3, 32)
@@ -54,9 +54,7 @@ def test_greedy_answers_are_the_same_in_batches_of_any_size(
     assert alone == three == all_together
 
 
-def test_greedy_answers_are_those_of_a_plain_argmax_loop(
-    model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_greedy_answers_equal_a_plain_argmax_loop(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
     [answer] = generate_answers(model, tokenizer, PROMPTS[:1], max_new_tokens=6, temperature=0.0)
     ids = tokenizer(PROMPTS[0], return_tensors="pt")["input_ids"]
     start = ids.shape[1]
@@ -69,7 +67,7 @@ def test_greedy_answers_are_those_of_a_plain_argmax_loop(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_global_rng_and_padding_side_are_afterwards_as_they_were(
+def test_mode_global_rng_and_padding_side_are_restored(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, training: bool
 ) -> None:
     model.train(training)
@@ -80,49 +78,49 @@ def test_mode_global_rng_and_padding_side_are_afterwards_as_they_were(
     assert tokenizer.padding_side == side
 
 
-def test_the_mode_is_restored_after_an_error_too(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_mode_is_restored_after_an_error(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
     model.train()
     with pytest.raises(IndexError):
         generate_answers(model, tokenizer, ["far too long " * 200], max_new_tokens=4)
     assert model.training
 
 
-def test_dropout_never_meets_an_answer(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    calm = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
-    assert generate_answers(model.train(), tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == calm
+def test_answers_are_sampled_without_dropout(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    answers = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
+    assert generate_answers(model.train(), tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == answers
 
 
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(
-    "habits",
+    "defaults",
     [
         {"repetition_penalty": 5.0, "top_k": 1, "top_p": 0.1, "temperature": 0.01},
         {"min_p": 1.0, "min_new_tokens": 8, "suppress_tokens": list(range(0, 300, 2))},
         {"num_beams": 2},
     ],
 )
-def test_the_habits_of_the_model_are_off_and_its_warnings_too(
+def test_the_models_generation_config_and_warnings_are_off(
     model: GPT2LMHeadModel,
     tokenizer: PreTrainedTokenizerBase,
     caplog: pytest.LogCaptureFixture,
-    habits: dict,
+    defaults: dict,
     adapted: bool,
 ) -> None:
-    plain = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
+    greedy = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0)
     sampled = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8)
-    own = model.generation_config
-    for habit, value in habits.items():
-        setattr(own, habit, value)
-    if adapted:  # an untrained one changes no answer
+    config = model.generation_config
+    for name, value in defaults.items():
+        setattr(config, name, value)
+    if adapted:  # an untrained adapter changes no answer
         model = get_peft_model(model, LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
     logging.getLogger("transformers").propagate = True
     try:
-        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == plain
+        assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8, temperature=0.0) == greedy
         assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=8) == sampled
     finally:
         logging.getLogger("transformers").propagate = False
     assert not caplog.records
-    assert model.generation_config is own
+    assert model.generation_config is config
 
 
 def test_answers_have_no_special_tokens_and_no_prompt(
@@ -132,13 +130,13 @@ def test_answers_have_no_special_tokens_and_no_prompt(
         assert "<|endoftext|>" not in answer.text and "Human: " not in answer.text[:10]
 
 
-def test_an_answer_ends_by_its_end_token_which_is_not_counted_or_by_the_limit(
+def test_an_answer_ends_before_an_end_token_or_at_the_limit(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     whole = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0)
     assert not whole[0].ended
     assert all(len(answer.ids) == 12 for answer in whole if not answer.ended)
-    # Whatever the first answer says third is made a second end token: all of them end where they first say it.
+    # The first answer's third token becomes a second end token: all answers now end at its first occurrence.
     end = whole[0].ids[2]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
     short = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=12, temperature=0.0)
@@ -150,34 +148,34 @@ def test_an_answer_ends_by_its_end_token_which_is_not_counted_or_by_the_limit(
         assert now.text == tokenizer.decode(now.ids, skip_special_tokens=True)
 
 
-def test_prompts_may_be_ids_too(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_prompts_may_be_token_ids(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [encode_prompt(tokenizer, prompt) for prompt in PROMPTS]
     texts, numbers = (generate_answers(model, tokenizer, prompts, max_new_tokens=8) for prompts in (PROMPTS, ids))
     assert texts == numbers
 
 
-def test_no_prompts_have_no_answers(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_no_prompts_give_no_answers(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert generate_answers(model, tokenizer, [], max_new_tokens=4) == []
 
 
 def stream(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, **more) -> tuple[Answer, list[int]]:
-    seen: list[int] = []
-    settings = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 0.9, "seed": 5, "on_token": seen.append} | more
-    return stream_answer(model, tokenizer, encode_prompt(tokenizer, PROMPTS[0]), **settings), seen
+    tokens: list[int] = []
+    settings = {"max_new_tokens": 16, "temperature": 1.0, "top_p": 0.9, "seed": 5, "on_token": tokens.append} | more
+    return stream_answer(model, tokenizer, encode_prompt(tokenizer, PROMPTS[0]), **settings), tokens
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("seed", [0, 5])
-def test_a_streamed_answer_is_the_one_that_comes_whole(
+def test_a_streamed_answer_equals_the_generated_one(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, temperature: float, seed: int
 ) -> None:
-    answer, seen = stream(model, tokenizer, temperature=temperature, seed=seed)
+    answer, tokens = stream(model, tokenizer, temperature=temperature, seed=seed)
     settings = {"max_new_tokens": 16, "temperature": temperature, "top_p": 0.9, "seed": seed}
     assert [answer] == generate_answers(model, tokenizer, PROMPTS[:1], **settings)
-    assert tuple(seen) == answer.ids
+    assert tuple(tokens) == answer.ids
 
 
-def test_a_streamed_answer_is_that_of_transformers_for_the_same_seed(
+def test_a_streamed_answer_equals_that_of_transformers(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     answer, _ = stream(model, tokenizer)
@@ -190,19 +188,19 @@ def test_a_streamed_answer_is_that_of_transformers_for_the_same_seed(
     assert list(answer.ids) == row[: len(row) - answer.ended]
 
 
-def test_the_token_that_ends_a_streamed_answer_is_not_handed_over(
+def test_the_end_token_of_a_streamed_answer_is_not_reported(
     model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     whole, _ = stream(model, tokenizer, temperature=0.0)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, whole.ids[2]]
-    answer, seen = stream(model, tokenizer, temperature=0.0)
+    answer, tokens = stream(model, tokenizer, temperature=0.0)
     assert answer.ended
-    assert tuple(seen) == answer.ids == whole.ids[: whole.ids.index(whole.ids[2])]
+    assert tuple(tokens) == answer.ids == whole.ids[: whole.ids.index(whole.ids[2])]
 
 
-def test_a_streamed_answer_stops_when_it_is_told_to(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_streamed_answer_stops_on_request(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase) -> None:
     whole, _ = stream(model, tokenizer)
-    seen: list[int] = []
-    answer, _ = stream(model, tokenizer, on_token=seen.append, is_stopped=lambda: len(seen) == 3)
-    assert answer.ids == tuple(seen) == whole.ids[:3]
+    tokens: list[int] = []
+    answer, _ = stream(model, tokenizer, on_token=tokens.append, is_stopped=lambda: len(tokens) == 3)
+    assert answer.ids == tuple(tokens) == whole.ids[:3]
     assert not answer.ended

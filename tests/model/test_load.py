@@ -1,4 +1,4 @@
-"""Policies, adapters and what cannot be loaded: real tiny models from disk."""
+"""Loading policies and adapters from tiny models on disk, and the errors of broken ones."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def read_settings(tiny_qwen2, tmp_path):
 
 @pytest.fixture
 def sft_adapter(tiny_qwen2, tmp_path) -> Path:
-    """An adapter that changes its base, without tokenizer files: what supervised training leaves behind."""
+    """An adapter that changes its base, without tokenizer files, like the result of supervised training."""
     torch.manual_seed(0)
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_qwen2), LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -41,19 +41,19 @@ def build(settings):
 
 
 @pytest.mark.parametrize("named", [["q_proj"], ["q_proj", "down_proj"], ["all-linear"]], ids=" ".join)
-def test_named_target_modules_are_those_that_are_trained(named, read_settings):
+def test_named_target_modules_are_trained(named, read_settings):
     policy, config = build(read_settings("--use_peft", "--lora_target_modules", *named))
     trained = {
         name.split(".lora_A")[0].rsplit(".", 1)[-1]
         for name, weight in get_peft_model(policy, config).named_parameters()
         if weight.requires_grad and "lora_A" in name
     }
-    everything = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    assert trained == (everything if named == ["all-linear"] else set(named))
+    all_linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert trained == (all_linear if named == ["all-linear"] else set(named))
 
 
 @pytest.mark.parametrize("named", [["c_attn"], ["q_proj", "c_attn"]], ids=" ".join)
-def test_a_target_module_that_is_not_there_is_named_beside_those_that_are(named, read_settings):
+def test_an_unknown_target_module_is_refused_with_the_known_ones(named, read_settings):
     with pytest.raises(SettingsError, match="lora_target_modules names c_attn") as error:
         build(read_settings("--use_peft", "--lora_target_modules", *named))
     assert "q_proj" in error.value.expected
@@ -69,7 +69,7 @@ def test_a_folder_without_a_model_is_named(tmp_path, read_settings):
         build(read_settings("--model_name_or_path", str(tmp_path)))
 
 
-def test_an_adapter_is_loaded_trainable_onto_its_base_with_the_bases_tokenizer(sft_adapter, read_settings):
+def test_an_adapter_is_loaded_trainable_with_its_bases_tokenizer(sft_adapter, read_settings):
     policy, config = build(read_settings("--model_name_or_path", str(sft_adapter), "--use_peft"))
     assert isinstance(policy, PeftModel)
     assert config is None, "no second adapter on top"
@@ -79,9 +79,7 @@ def test_an_adapter_is_loaded_trainable_onto_its_base_with_the_bases_tokenizer(s
     }
 
 
-def test_an_sft_adapter_is_its_own_reference_and_what_is_saved_is_the_trained_adapter(
-    sft_adapter, tiny_qwen2, pairs_file, tmp_path
-):
+def test_an_sft_adapter_is_its_own_reference_and_saved_trained(sft_adapter, tiny_qwen2, pairs_file, tmp_path):
     flags = ["--use_peft", "--model_name_or_path", str(sft_adapter), "--dataset_name", str(pairs_file)]
     flags += [
         "--output_dir",
@@ -108,20 +106,20 @@ def test_an_sft_adapter_is_its_own_reference_and_what_is_saved_is_the_trained_ad
     assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
-def test_an_adapter_on_the_lm_head_is_refused_as_it_would_never_be_trained(read_settings):
+def test_an_adapter_on_the_lm_head_is_refused(read_settings):
     with pytest.raises(SettingsError, match="lora_target_modules names lm_head") as error:
         build(read_settings("--use_peft", "--lora_target_modules", "q_proj", "lm_head"))
     assert "--lora_modules_to_save" in error.value.do
 
 
-def test_a_broken_tokenizer_of_an_adapter_is_not_passed_over(sft_adapter, read_settings):
+def test_a_broken_tokenizer_of_an_adapter_is_an_error(sft_adapter, read_settings):
     (sft_adapter / "tokenizer_config.json").write_text("{")
     with pytest.raises(ModelError, match="no tokenizer could be loaded"):
         build(read_settings("--model_name_or_path", str(sft_adapter), "--use_peft"))
 
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flash_atention"])
-def test_an_attention_that_is_not_there_is_an_error_that_names_what_works(name, read_settings):
+def test_a_missing_attention_kernel_is_an_error_that_names_sdpa(name, read_settings):
     with pytest.raises(ModelError, match=f"--attn_implementation {name}") as error:
         build(read_settings("--attn_implementation", name))
     assert "sdpa" in error.value.expected

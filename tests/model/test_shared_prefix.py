@@ -19,12 +19,12 @@ from trl.trainer.utils import add_fused_lm_head
 from dpokit.model.score import find_mismatch, find_obstacle, score_batch, share_prefix
 from dpokit.model.shared_prefix import pack_pairs
 
-WORDS = 120
-SIZE = {"vocab_size": WORDS, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+VOCABULARY = 120
+SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZE |= {"num_attention_heads": 4, "max_position_embeddings": 128}
 GROUPED = SIZE | {"num_key_value_heads": 2}
 FAMILIES = {
-    "gpt2": GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128),
     "llama": LlamaConfig(**GROUPED),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen3": Qwen3Config(**GROUPED, head_dim=8),
@@ -32,7 +32,7 @@ FAMILIES = {
     "gemma": GemmaConfig(**GROUPED, head_dim=8),
     "gpt_neox": GPTNeoXConfig(**SIZE),
 }
-# Prompt, chosen and rejected tokens: answers and prompts of one token, the longest answer on either side.
+# Tokens of prompt, chosen and rejected answer: with prompts and answers of one token, and either answer the longest.
 LENGTHS = [(9, 5, 8), (1, 1, 3), (20, 12, 1), (1, 1, 1)]
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -58,9 +58,9 @@ def make_batch(lengths=LENGTHS, same_prefix: int = 0) -> dict[str, torch.Tensor]
     width = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
     rows = {name: torch.zeros(2 * len(lengths), width, dtype=torch.long) for name in ("ids", "mask", "answer")}
     for pair, (prompt, *answers) in enumerate(lengths):
-        before, begin = torch.randint(1, WORDS, (prompt,)), torch.randint(1, WORDS, (same_prefix,))
+        before, begin = torch.randint(1, VOCABULARY, (prompt,)), torch.randint(1, VOCABULARY, (same_prefix,))
         for row, tokens in zip((pair, pair + len(lengths)), answers, strict=True):
-            answer = torch.cat([begin, torch.randint(1, WORDS, (tokens,))])[: max(tokens, 1)]
+            answer = torch.cat([begin, torch.randint(1, VOCABULARY, (tokens,))])[: max(tokens, 1)]
             rows["ids"][row, : prompt + tokens] = torch.cat([before, answer])
             rows["mask"][row, : prompt + tokens] = 1
             rows["answer"][row, prompt : prompt + tokens] = 1
@@ -68,7 +68,7 @@ def make_batch(lengths=LENGTHS, same_prefix: int = 0) -> dict[str, torch.Tensor]
 
 
 def run(model, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Summed log-probs, and the gradients of a weighted sum of them."""
+    """Returns summed log-probs, and the gradients of a weighted sum of them."""
     model.zero_grad()
     scores = score_batch(model, batch)
     (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
@@ -95,22 +95,22 @@ def test_log_probs_and_gradients_equal_those_of_padded_rows(family, lora, checkp
     check_equal(build(FAMILIES[family], lora, checkpointing), make_batch())
 
 
-def test_answers_that_begin_alike_are_computed_each_by_itself():
+def test_answers_with_an_equal_beginning_are_scored_separately():
     check_equal(build(FAMILIES["llama"]), make_batch([(7, 6, 9), (3, 5, 5)], same_prefix=4))
 
 
-def test_every_field_of_trls_output_is_where_trl_puts_it():
+def test_every_output_field_equals_trls():
     model, batch = build(FAMILIES["gpt2"]), make_batch()
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-    padded = model(**given, fused_lm_head=True)
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    padded = model(**inputs, fused_lm_head=True)
     share_prefix(model)
-    packed = model(**given, fused_lm_head=True)
+    packed = model(**inputs, fused_lm_head=True)
     for name in (*OUTPUTS, "label_mask"):
         torch.testing.assert_close(packed[name], padded[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_pair_takes_its_prompt_once_and_nothing_is_padded():
+def test_a_pair_holds_its_prompt_once_and_no_padding():
     batch = make_batch([(9, 5, 8), (20, 12, 1)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     packed = pack_pairs(batch["input_ids"], labels)
@@ -139,9 +139,9 @@ def test_offsets_for_flash_attention_give_each_branch_its_prompt():
     assert order.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8]
 
 
-def test_generation_is_as_before():
+def test_generation_does_not_change():
     model = build(FAMILIES["llama"]).eval()
-    prompt = torch.randint(1, WORDS, (2, 7), generator=torch.Generator().manual_seed(0))
+    prompt = torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))
     settings = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     before = model.generate(prompt, **settings)
     share_prefix(model)
@@ -149,19 +149,19 @@ def test_generation_is_as_before():
 
 
 @pytest.mark.parametrize(
-    ("config", "words"),
+    ("config", "reason"),
     [
         (MistralConfig(**GROUPED, sliding_window=16), "sliding window of 16 tokens"),
-        (GPT2Config(vocab_size=WORDS, n_embd=32, n_layer=1, n_head=4), "dropout is on"),
+        (GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4), "dropout is on"),
         (LlamaConfig(**GROUPED, attn_implementation="eager"), "attn_implementation is eager"),
     ],
 )
-def test_what_cannot_be_packed_is_known_beforehand(config, words):
-    assert words in find_obstacle(AutoModelForCausalLM.from_config(config), longest=64)
+def test_models_that_cannot_be_packed_are_recognised(config, reason):
+    assert reason in find_obstacle(AutoModelForCausalLM.from_config(config), longest=64)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_speaks_against_the_families_that_are_tested(family):
+def test_the_tested_families_have_no_obstacle(family):
     assert find_obstacle(build(FAMILIES[family]), longest=64) is None
 
 
@@ -183,7 +183,7 @@ def test_attention_that_ignores_the_layout_is_a_mismatch(monkeypatch):
     assert find_mismatch(model, shared, batch)[0] > 1e-3
 
 
-def test_a_kernel_that_refuses_a_packed_batch_is_a_mismatch_and_one_without_memory_is_not(monkeypatch):
+def test_a_kernel_error_is_a_mismatch_unless_memory_ran_out(monkeypatch):
     from dpokit.model import shared_prefix
 
     model, batch = build(FAMILIES["llama"]), make_batch()
@@ -197,7 +197,10 @@ def test_a_kernel_that_refuses_a_packed_batch_is_a_mismatch_and_one_without_memo
 
     monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, refuse)
     error = RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
-    assert find_mismatch(model, shared, batch) == (float("inf"), f"its forward does not take a packed batch ({error})")
+    assert find_mismatch(model, shared, batch) == (
+        float("inf"),
+        f"its forward does not accept a packed batch ({error})",
+    )
     error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
         find_mismatch(model, shared, batch)

@@ -1,4 +1,4 @@
-"""The quickstart's base model: a few steps teach it something, and its folder is an ordinary one."""
+"""The quickstart's base model: training lowers its loss, and its folder is an ordinary model folder."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_more_epochs_lower_the_loss(corpus: Path, tmp_path: Path) -> None:
     assert later < 0.7 * first
 
 
-def test_the_folder_reloads_as_model_and_tokenizer_that_know_their_end(corpus: Path, tmp_path: Path) -> None:
+def test_the_folder_reloads_as_model_and_tokenizer_with_an_eos(corpus: Path, tmp_path: Path) -> None:
     build_base(tmp_path / "base", corpus=corpus, seed=0, epochs=1, show_progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
@@ -43,7 +43,7 @@ def test_the_tokenizer_keeps_every_character_and_adds_no_token(corpus: Path, tmp
         assert tokenizer.eos_token_id not in ids
 
 
-def test_a_seed_repeats_the_weights_and_leaves_the_global_rng_alone(corpus: Path, tmp_path: Path) -> None:
+def test_a_seed_repeats_the_weights_and_keeps_the_global_rng(corpus: Path, tmp_path: Path) -> None:
     before = torch.random.get_rng_state()
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         build_base(tmp_path / name, corpus=corpus, seed=seed, epochs=1, show_progress=False)

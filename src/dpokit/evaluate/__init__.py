@@ -1,1 +1,1 @@
-"""Did it get better? Base beside tuned on held-out pairs, each number with its interval; their answers; a judge."""
+"""Compares base and tuned model on held-out pairs, with intervals, and by sampled answers and a judge."""

@@ -1,4 +1,4 @@
-"""Answers of base and tuned to the same held-out prompts, and what can be counted in them."""
+"""Samples answers of base and tuned model to the same held-out prompts, and writes them with their statistics."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from dpokit.rundir import sync_folder, write_json
 
 @dataclass(frozen=True)
 class Prompt:
-    """A held-out prompt as the model meets it.
+    """A held-out prompt in the form that the model receives.
 
     Attributes:
-        text: rendered: chat template applied, or an HH transcript.
-        chosen: the answer that was preferred, to be shown beside those of the models.
-        ids: the prompt's tokens; None has the text encoded.
+        text: the rendered prompt: chat template applied, or an HH transcript.
+        chosen: the preferred answer of the data, shown beside the models' answers.
+        ids: the prompt's tokens; with None the text is encoded.
     """
 
     text: str
@@ -39,9 +39,9 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled; temperature 0 is greedy.
+    """Settings for sampling answers; temperature 0 is greedy.
 
-    Raises: SettingsError for a value that nothing can be sampled with.
+    Raises: SettingsError for a value out of range.
     """
 
     max_new_tokens: int = 256
@@ -51,34 +51,34 @@ class Sampling:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        sound = {
+        checks = {
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "temperature": (self.temperature >= 0, "0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, and 1 at most"),
             "seed": (self.seed >= 0, "0 or more"),
             "batch_size": (self.batch_size >= 1, "1 or more"),
         }
-        for name, (is_sound, expected) in sound.items():
-            if not is_sound:
+        for name, (is_valid, expected) in checks.items():
+            if not is_valid:
                 raise SettingsError(f"{name} is {getattr(self, name)}", expected=expected, do=f"correct {name}")
 
 
 def build_prompts(split: Dataset, tokenizer: PreTrainedTokenizerBase, *, limit: int | None = None) -> list[Prompt]:
-    """The first prompts of a tokenised split, each once, with the tokens that training gives the model.
+    """Returns the first distinct prompts of a tokenised split, with the tokens that the model receives in training.
 
     Args:
-        split: pairs with `prompt_ids` and `chosen_ids`, as `prepare_data` makes them.
-        tokenizer: it was tokenised with.
-        limit: most prompts; None is all.
+        split: pairs with `prompt_ids` and `chosen_ids`, from `prepare_data`.
+        tokenizer: the one that tokenised the split.
+        limit: maximum number of prompts; None for all.
     """
-    first: dict[tuple[int, ...], list[int]] = {}
+    chosen_ids: dict[tuple[int, ...], list[int]] = {}
     for row in split.select_columns(["prompt_ids", "chosen_ids"]):
-        first.setdefault(tuple(row["prompt_ids"]), row["chosen_ids"])
-        if len(first) == limit:
+        chosen_ids.setdefault(tuple(row["prompt_ids"]), row["chosen_ids"])
+        if len(chosen_ids) == limit:
             break
     return [
         Prompt(tokenizer.decode(ids), tokenizer.decode(chosen, skip_special_tokens=True), ids)
-        for ids, chosen in islice(first.items(), limit)
+        for ids, chosen in islice(chosen_ids.items(), limit)
     ]
 
 
@@ -92,94 +92,97 @@ def write_answers(
     sampling: Sampling,
     end: str | None = None,
 ) -> dict[str, Any]:
-    """Samples both models' answers and writes answers.jsonl and answers.json; returns what the second holds.
+    """Samples both models' answers and writes answers.jsonl and answers.json; returns the content of answers.json.
 
     answers.jsonl has a record for each prompt: `prompt`, `chosen`, and under `base` and `tuned` each answer's `text`,
-    `tokens` and `ended`. answers.json has the `settings`, with how many prompts there were and how many lost their head
-    because prompt and answer exceed the model's positions, and under `base` and `tuned` what `count_answers` counts.
+    `tokens` and `ended`. answers.json has the `settings`, the number of prompts, the number of prompts that lost their
+    beginning because prompt and answer exceed the model's positions, and under `base` and `tuned` the statistics of
+    `count_answers`.
 
-    All processes call this together, each with whole models (nothing sharded). They take turns with batches, which are
-    cut and seeded by their number: as many processes as there are give the same answers.
+    All processes call this together, each with whole models (nothing sharded). Each takes every n-th batch, and a
+    batch's number sets its rows and its seed: the answers do not depend on the number of processes.
 
     Args:
-        folder: exists; files of these names are written anew.
+        folder: exists; files of these names are replaced.
         prompts: at least one.
-        base: None where `tuned` is a PeftModel on it: its adapter is then switched off. A run that trained an adapter
-            further has that adapter as it was as its base, which must be given.
+        base: None if `tuned` is a PeftModel on it: its adapter is then switched off. If a run continued the training of
+            an adapter, its base is the adapter before that run, and must be passed.
         tuned: the model with the tuned weights or adapter.
-        tokenizer: of both.
-        sampling: how.
+        tokenizer: of both models.
+        sampling: settings of both models.
         end: the token of the start that wrote the tuned weights (`RunDir.find_end`); kept in answers.json.
 
     Raises:
         DataError: no prompts.
-        ModelError, SettingsError: as `find_room`.
+        ModelError, SettingsError: as `find_prompt_limit`.
         RunFolderError: the files cannot be written; on every process.
     """
     if not prompts:
         raise DataError("no prompts to answer", expected="one or more", do="name held-out data with usable rows")
-    room = find_room(base, tuned, sampling)
+    limit = find_prompt_limit(base, tuned, sampling)
     encoded = [list(p.ids) if p.ids is not None else encode_prompt(tokenizer, p.text) for p in prompts]
-    fitting = [_keep_end(ids, room, bos=tokenizer.bos_token_id) for ids in encoded]
+    shortened = [_keep_end(ids, limit, bos=tokenizer.bos_token_id) for ids in encoded]
     with _switch_to_base(base, tuned):
-        of_base = _sample(tuned if base is None else base, tokenizer, fitting, sampling=sampling, name="base")
-    of_tuned = _sample(tuned, tokenizer, fitting, sampling=sampling, name="tuned")
-    cut = sum(len(short) < len(ids) for short, ids in zip(fitting, encoded, strict=True))
+        base_answers = _sample(tuned if base is None else base, tokenizer, shortened, sampling=sampling, name="base")
+    tuned_answers = _sample(tuned, tokenizer, shortened, sampling=sampling, name="tuned")
+    cut = sum(len(short) < len(ids) for short, ids in zip(shortened, encoded, strict=True))
     outcome = {
         "end": end,
         "settings": asdict(sampling) | {"prompts": len(prompts), "cut_prompts": cut},
-        "base": count_answers(of_base),
-        "tuned": count_answers(of_tuned),
+        "base": count_answers(base_answers),
+        "tuned": count_answers(tuned_answers),
     }
     records = (
-        {"prompt": prompt.text, "chosen": prompt.chosen, "base": _record(one), "tuned": _record(other)}
-        for prompt, one, other in zip(prompts, of_base, of_tuned, strict=True)
+        {"prompt": prompt.text, "chosen": prompt.chosen, "base": _record(base_answer), "tuned": _record(tuned_answer)}
+        for prompt, base_answer, tuned_answer in zip(prompts, base_answers, tuned_answers, strict=True)
     )
     decide_on_main_process(lambda: _write(folder, records, outcome))
     return outcome
 
 
-def find_room(base: PreTrainedModel | None, tuned: PreTrainedModel | PeftModel, sampling: Sampling) -> int | None:
-    """Most tokens of a prompt, so that its answer still has positions; None where no model has such a limit.
+def find_prompt_limit(
+    base: PreTrainedModel | None, tuned: PreTrainedModel | PeftModel, sampling: Sampling
+) -> int | None:
+    """Returns the most tokens a prompt may have if its answer must fit as well; None if no model limits positions.
 
     Raises:
         ModelError: no base, and no adapter to switch off.
-        SettingsError: answers so long that no prompt fits the model beside them.
+        SettingsError: the longest answer alone fills the model's positions.
     """
     if base is None and not isinstance(tuned, PeftModel):
         raise ModelError(
             "the tuned model has no adapter to switch off, and no base was given",
-            expected="the base model beside a fully tuned one",
+            expected="a base model for a tuned model that is not an adapter",
             do="name the model that the run began with as the base",
         )
     models = [model for model in (base, tuned) if model is not None]
-    known = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    positions = min((number for number in known if number is not None), default=None)
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    positions = min((number for number in limits if number is not None), default=None)
     if positions is None:
         return None
     if sampling.max_new_tokens >= positions:
         raise SettingsError(
             f"max_new_tokens is {sampling.max_new_tokens:,}, but the model has only {positions:,} positions",
-            expected="room for the prompt beside its answer",
+            expected="positions for the prompt and its answer",
             do=f"lower max_new_tokens, to {positions // 2:,} for instance",
         )
     return positions - sampling.max_new_tokens
 
 
-def _keep_end(ids: list[int], room: int | None, *, bos: int | None) -> list[int]:
-    """The prompt's end, as training keeps it; a BOS stays in front where there is room for more than that."""
-    if room is None or len(ids) <= room:
+def _keep_end(ids: list[int], limit: int | None, *, bos: int | None) -> list[int]:
+    """Returns the prompt's last tokens, as training does; a BOS stays in front if the limit is above 1."""
+    if limit is None or len(ids) <= limit:
         return ids
-    head = ids[:1] if ids[0] == bos and room > 1 else []
-    return head + ids[len(ids) - room + len(head) :]
+    head = ids[:1] if ids[0] == bos and limit > 1 else []
+    return head + ids[len(ids) - limit + len(head) :]
 
 
 def _switch_to_base(base: PreTrainedModel | None, tuned: PreTrainedModel | PeftModel) -> AbstractContextManager[Any]:
     if base is not None:
         return nullcontext()
     assert isinstance(tuned, PeftModel)
-    switched: AbstractContextManager[Any] = tuned.disable_adapter()
-    return switched
+    without_adapter: AbstractContextManager[Any] = tuned.disable_adapter()
+    return without_adapter
 
 
 def _sample(
@@ -190,12 +193,12 @@ def _sample(
     sampling: Sampling,
     name: str,
 ) -> list[Answer]:
-    """All answers in the order of the prompts, on every process: each samples its share of the batches."""
+    """Returns all answers in the order of the prompts, on every process: each samples its share of the batches."""
     state, size = PartialState(), sampling.batch_size
     starts = range(0, len(prompts), size)
-    mine = range(state.process_index, len(starts), state.num_processes)
+    share = range(state.process_index, len(starts), state.num_processes)
     answers: list[tuple[int, list[Answer]]] = []
-    for number in track_progress(mine, desc=f"answers of {name}", unit="batch"):
+    for number in track_progress(share, desc=f"answers of {name}", unit="batch"):
         batch = generate_answers(
             model,
             tokenizer,
@@ -207,7 +210,7 @@ def _sample(
             batch_size=size,
         )
         answers.append((number, batch))
-    return [answer for _, batch in sorted(gather_object(answers), key=lambda one: one[0]) for answer in batch]
+    return [answer for _, batch in sorted(gather_object(answers), key=lambda item: item[0]) for answer in batch]
 
 
 def _record(answer: Answer) -> dict[str, Any]:
@@ -215,7 +218,10 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def _write(folder: Path, records: Iterable[Mapping[str, Any]], outcome: dict[str, Any]) -> None:
-    """Both files; answers.json goes first and comes last, so that it never speaks of other answers; so does a judge."""
+    """Writes both files. The old answers.json and judge.json are deleted first and answers.json is written last.
+
+    So neither of them ever describes other answers than those in answers.jsonl.
+    """
     path = folder / "answers.jsonl"
     part = folder / f".{path.name}.part-{os.getpid()}"
     try:

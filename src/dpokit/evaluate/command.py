@@ -1,4 +1,4 @@
-"""From names to the records: what `dpokit evaluate` does."""
+"""The steps of `dpokit evaluate`: load models and pairs, score, sample answers, judge, write the records."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dpokit.apikey import check_url, read_api_key
 from dpokit.console import quiet_dependencies, say
 from dpokit.distributed.coordination import decide_on_main_process, peer_errors
 from dpokit.errors import SettingsError, find_disk_trouble
-from dpokit.evaluate.answers import Sampling, build_prompts, find_room, write_answers
+from dpokit.evaluate.answers import Sampling, build_prompts, find_prompt_limit, write_answers
 from dpokit.evaluate.inputs import Subject, load_subject
 from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
@@ -21,16 +21,16 @@ from dpokit.rundir import noticing_loss, write_json
 
 @dataclass(frozen=True)
 class Judge:
-    """Who compares answers.
+    """The judge model that compares answers.
 
     Attributes:
-        url: of an OpenAI-compatible endpoint, to which `/chat/completions` is added.
-        model: which model there.
-        key_variable: the environment variable with its key.
-        limit: of the answers that are judged, at two requests each.
+        url: of an OpenAI-compatible endpoint; `/chat/completions` is appended.
+        model: name of the judge at this endpoint.
+        key_variable: the environment variable with the API key.
+        limit: most pairs of answers that are judged, with two requests each.
         max_tokens: most tokens of a reply.
 
-    Raises: SettingsError for a URL, a key or a name that nobody can be asked with.
+    Raises: SettingsError for a malformed URL or key, or an empty model name.
     """
 
     url: str
@@ -43,11 +43,11 @@ class Judge:
         check_url(self.url)
         read_api_key(self.key_variable)
         if not self.model:
-            raise SettingsError("a judge's URL was named, and no model there", expected="both", do="--judge-model NAME")
+            raise SettingsError("--judge names a URL, but no model was named", expected="both", do="--judge-model NAME")
 
 
 def evaluate_model(
-    what: str,
+    run_or_model: str,
     *,
     base: str | None,
     data: str | None,
@@ -58,18 +58,18 @@ def evaluate_model(
     sampling: Sampling | None = None,
     judge: Judge | None = None,
 ) -> dict[str, Any]:
-    """What eval/pairs.json holds, and under `answers` and `judge` what was sampled and judged. Collective.
+    """Returns the content of eval/pairs.json, and those of answers.json and judge.json as `answers` and `judge`.
 
-    A run's folder keeps it. Of a model that was named, answers are counted and judged, and not kept.
+    Collective. For a run, its folder keeps the records and answers. For a model they are only returned.
 
     Args:
-        what, base, data, split, argv: as for `load_subject`.
-        limit: of the pairs, the first so many.
-        answers: prompts that both models answer; 0 for none.
-        sampling: how they answer.
-        judge: who compares the answers.
+        run_or_model, base, data, split, argv: as for `load_subject`.
+        limit: only the first `limit` pairs are scored; None for all.
+        answers: number of prompts that both models answer; 0 for none.
+        sampling: settings of the sampled answers.
+        judge: compares the answers; None for no judge.
 
-    Raises: DpokitError: what the user can mend.
+    Raises: DpokitError: an error that the user can correct.
     """
     quiet_dependencies()
     if judge is not None and not answers:
@@ -77,11 +77,11 @@ def evaluate_model(
             "a judge was named, and no answers are sampled", expected="answers to judge", do="--answers 50"
         )
     sampling = sampling or Sampling()
-    with noticing_loss(what):
-        subject = load_subject(what, base=base, data=data, split=split, argv=argv)
+    with noticing_loss(run_or_model):
+        subject = load_subject(run_or_model, base=base, data=data, split=split, argv=argv)
         if answers:
-            # What cannot be answered is an error before anything is scored.
-            find_room(subject.base, subject.tuned, sampling)
+            # Called for its errors: they must come before the scoring, which takes long.
+            find_prompt_limit(subject.base, subject.tuned, sampling)
         with peer_errors(subject.settings.training.ddp_timeout):
             record = evaluate_pairs(subject, limit=limit)
             if subject.run is not None:
@@ -89,8 +89,8 @@ def evaluate_model(
                 decide_on_main_process(lambda: _write(path, record))
                 say(str(path))
             if answers:
-                with TemporaryDirectory(prefix="dpokit-answers-") as unkept:
-                    folder = Path(unkept) if subject.run is None else subject.run.eval
+                with TemporaryDirectory(prefix="dpokit-answers-") as temporary:
+                    folder = Path(temporary) if subject.run is None else subject.run.eval
                     record |= _answer(subject, folder, answers, sampling, judge)
         return record
 
@@ -106,16 +106,16 @@ def _answer(subject: Subject, folder: Path, number: int, sampling: Sampling, jud
         sampling=sampling,
         end=None if subject.run is None else subject.run.find_end(),
     )
-    found: dict[str, Any] = {"answers": outcome}
+    records: dict[str, Any] = {"answers": outcome}
     if judge is not None:
-        found["judge"] = decide_on_main_process(lambda: _judge(folder, judge))
-    return found
+        records["judge"] = decide_on_main_process(lambda: _judge(folder, judge))
+    return records
 
 
 def _judge(folder: Path, judge: Judge) -> dict[str, Any]:
-    records = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    found = judge_answers(
-        records,
+    answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    counts = judge_answers(
+        answers,
         url=judge.url,
         model=judge.model,
         api_key=read_api_key(judge.key_variable),
@@ -123,9 +123,9 @@ def _judge(folder: Path, judge: Judge) -> dict[str, Any]:
         limit=judge.limit,
         max_reply_tokens=judge.max_tokens,
     )
-    found = {"model": judge.model, "url": judge.url, **found}
-    _write(folder / "judge.json", found)
-    return found
+    record = {"model": judge.model, "url": judge.url, **counts}
+    _write(folder / "judge.json", record)
+    return record
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A chat-completions endpoint, asked with care: bounded requests and waits, and a key that nobody sees. No torch."""
+"""Client of a chat-completions endpoint: bounded tries, waits and replies, and a key that is never shown. No torch."""
 
 import random
 from collections.abc import Mapping
@@ -29,18 +29,18 @@ from dpokit.terminal import one_line
 TRIES = 5
 MOST_WAIT_SECONDS = 60.0
 MOST_REPLY_BYTES = 2**20
-# What a server says to this one request (too long, against its rules), not to all of them.
+# Statuses that concern one request alone (too long, against the server's rules): the next one may succeed.
 REFUSALS = (400, 413, 422)
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What an endpoint said.
+    """An endpoint's reply to one request.
 
     Attributes:
-        text: of its message; where it refused this request, its reason.
-        tokens: of request and reply, as the endpoint counts them; 0 where it does not say.
-        refused: this one request was not answered.
+        text: the message; if the endpoint refused the request, its reason.
+        tokens: of request and reply, as the endpoint counts them; 0 if it reports none.
+        refused: the endpoint refused this request.
     """
 
     text: str
@@ -57,20 +57,20 @@ class _Response:
 
 
 class Endpoint:
-    """`{url}/chat/completions`, which any number of threads may ask inside of its context.
+    """Client of `{url}/chat/completions`; inside its context any number of threads may call `ask`.
 
     Args:
-        url: as OpenAI's clients take it, mostly with /v1 at its end.
+        url: as OpenAI's clients take it, usually ending in /v1.
         api_key: sent with each request.
-        timeout_seconds: longest time for a reply to be there as a whole.
-        max_requests: most requests that are ever sent, further tries included; None is no limit.
-        first_wait_seconds: before the second try; it doubles from one to the next.
+        timeout_seconds: longest time until a reply is complete.
+        max_requests: most requests sent in all, repeated tries included; None for no limit.
+        first_wait_seconds: wait before the second try; each further wait is twice as long.
 
     Attributes:
         sent: how many requests were sent.
 
     Raises:
-        SettingsError: a URL of another form, or one that carries a secret.
+        SettingsError: a malformed URL, or one that contains a secret.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Endpoint:
         )
 
     def __enter__(self) -> "Endpoint":
-        # One event loop beside the threads: only there can a request be given up in the middle of anything.
+        # The requests run in an event loop of their own thread: only there can a request be cancelled at any point.
         self._portal = self._resources.enter_context(start_blocking_portal())
         self._resources.callback(self._portal.call, self._client.aclose)
         return self
@@ -106,44 +106,44 @@ class Endpoint:
         self._resources.__exit__(kind, error, at)
 
     def stop(self) -> None:
-        """No further request is sent, and no try is waited for any more."""
+        """Prevents further requests, and ends the waits between tries."""
         self._stopped.set()
 
     def ask(self, body: Mapping[str, Any]) -> Reply | None:
-        """The reply; None where no request is left to be sent.
+        """Returns the reply; None if `stop` was called or `max_requests` is reached.
 
-        Too many requests (429), errors of the server (5xx), a lost connection and silence are tried again, after the
-        wait that the server asks for, at most `MOST_WAIT_SECONDS`.
+        Too many requests (429), server errors (5xx), a lost connection and a timeout are tried again, after the wait
+        that the server asks for, at most `MOST_WAIT_SECONDS`.
 
         Raises:
-            JudgeError: it cannot be reached, rejects the key, knows no such model, or goes on failing.
+            JudgeError: the endpoint cannot be reached, rejects the key, lacks the model, or fails `TRIES` times.
         """
-        seen = ""
+        failure = ""
         for past in range(TRIES):
             if not self._may_send():
                 return None
-            asked_seconds = None
+            requested_seconds = None
             try:
                 response = self._portal.call(self._post, body)
             except httpx.ConnectError as error:
                 raise self._error(f"cannot be reached ({error})", "check the URL, and that the server runs") from None
             except httpx.TimeoutException:
-                seen = f"gave no reply within {self._timeout:g} s"
+                failure = f"gave no reply within {self._timeout:g} s"
             except ReplyError as error:
                 raise self._error(f"does not reply as chat/completions do: it {error}", "check the URL") from None
             except httpx.RequestError as error:
-                words = self._key.hide(one_line(f"{type(error).__name__}: {error}"))[:200]  # it may repeat what came
-                seen = f"broke off its reply ({words})"
+                reason = self._key.hide(one_line(f"{type(error).__name__}: {error}"))[:200]  # may quote the reply
+                failure = f"broke off its reply ({reason})"
             else:
                 if response.status != 429 and response.status < 500:
                     return self._read(response, str(body.get("model")))
-                seen = f"answers {self._words(response)}"
-                asked_seconds = read_retry_after(response.headers)
+                failure = f"answers {self._show(response)}"
+                requested_seconds = read_retry_after(response.headers)
             if past < TRIES - 1:
-                self._stopped.wait(self._find_wait(past, asked_seconds))
+                self._stopped.wait(self._find_wait(past, requested_seconds))
         raise self._error(
-            f"{seen}, {TRIES} times in a row",
-            "try again later, when it is less busy or works again: replies so far are kept, and not asked for anew",
+            f"{failure}, {TRIES} times in a row",
+            "try again later; replies so far are kept and not requested again",
         )
 
     def _may_send(self) -> bool:
@@ -161,37 +161,37 @@ class Endpoint:
                 return _Response(reply.status, reply.headers, await reply.read())
             return _Response(reply.status, reply.headers, excerpt=await reply.read_excerpt())
 
-    def _find_wait(self, past: int, asked_seconds: float | None) -> float:
-        # Threads that were turned away together do not come back together.
+    def _find_wait(self, past: int, requested_seconds: float | None) -> float:
+        # Random, so that threads that failed at the same time do not all try again at the same time.
         wait = self._first_wait * 2**past * random.uniform(0.5, 1.0)
-        return min(wait if asked_seconds is None else asked_seconds, MOST_WAIT_SECONDS)
+        return min(wait if requested_seconds is None else requested_seconds, MOST_WAIT_SECONDS)
 
     def _read(self, response: _Response, model: str) -> Reply:
-        status, words = response.status, self._words(response)
+        status, shown = response.status, self._show(response)
         if status in REFUSALS:
-            return Reply(words, refused=True)
+            return Reply(shown, refused=True)
         if status in (401, 403):
             key = f"the key in {self._key.variable}" if self._key else f"a request without a key ({self._key.variable})"
-            raise self._error(f"does not accept {key}: {words}", f"export {self._key.variable} with a valid key")
+            raise self._error(f"does not accept {key}: {shown}", f"export {self._key.variable} with a valid key")
         if status == 404:
-            raise self._error(f"has no chat/completions for {model}: {words}", "check the URL and the model's name")
+            raise self._error(f"has no chat/completions for {model}: {shown}", "check the URL and the model's name")
         if not 200 <= status < 300:
-            raise self._error(f"answers {words}", "check the URL, and the account behind the key")
+            raise self._error(f"answers {shown}", "check the URL, and the account that the key belongs to")
         try:
             record = read_json(response.body)
             text = mend_halves(read_text(record["choices"][0]["message"].get("content")))
             tokens = read_count((record.get("usage") or {}).get("total_tokens"))
             return Reply(self._key.hide(text), tokens)
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
-            raise self._error(f"does not reply as chat/completions do: {words}", "check the URL") from None
+            raise self._error(f"does not reply as chat/completions do: {shown}", "check the URL") from None
 
-    def _words(self, response: _Response) -> str:
+    def _show(self, response: _Response) -> str:
         excerpt = response.excerpt or one_line(response.body[:EXCERPT_BYTES].decode(errors="replace"))
         return f"{response.status} {self._key.hide(excerpt)[:300]}"
 
-    def _error(self, seen: str, do: str) -> JudgeError:
+    def _error(self, failure: str, do: str) -> JudgeError:
         return JudgeError(
-            f"the judge at {self.url} {self._key.hide(seen)}",
-            expected="an OpenAI-compatible endpoint, as https://api.openai.com/v1",
+            f"the judge at {self.url} {self._key.hide(failure)}",
+            expected="an OpenAI-compatible endpoint, such as https://api.openai.com/v1",
             do=do,
         )

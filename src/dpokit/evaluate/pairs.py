@@ -1,4 +1,4 @@
-"""Base beside tuned on held-out pairs: loss, accuracies, margin, drift, and what they hide."""
+"""Scores base and tuned model on held-out pairs: loss, accuracies, margin, drift, groups of pairs, verdict."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,20 +13,28 @@ from dpokit.console import track_progress
 from dpokit.data.columns import fingerprint_ids, hash_prompts, read_column
 from dpokit.errors import ModelError
 from dpokit.evaluate.inputs import Subject
-from dpokit.evaluate.measures import Scores, compare, describe, describe_groups, judge, name_bands, name_gap
+from dpokit.evaluate.measures import (
+    Scores,
+    compare_models,
+    decide_verdict,
+    describe_groups,
+    name_bands,
+    name_gap,
+    summarize_scores,
+)
 from dpokit.model.score import PairScorer
 
 FORMAT = 1
 BATCH_PAIRS = 8
-DRIFT_TOKENS = 1024  # chosen tokens whose whole distributions are compared: a vocabulary each
+DRIFT_TOKENS = 1024  # chosen tokens whose whole distributions are compared: each is as long as the vocabulary
 
 
 def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, Any]:
-    """What eval/pairs.json holds, the same on every rank and for every number of ranks. Collective.
+    """Returns the content of eval/pairs.json, the same on every rank and for any number of ranks. Collective.
 
     Args:
         subject: the models and the pairs.
-        limit: of the pairs, the first so many.
+        limit: only the first `limit` pairs are scored; None for all.
 
     Raises: ModelError for log-probs that are not finite; on every rank.
     """
@@ -40,29 +48,30 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
     base = tuned if subject.base is None else PairScorer(subject.base, pad_id=pad_id, longest=subject.longest)
     scores = Scores(score_all(tuned, rows, "tuned"), None, count_answer_tokens(rows))
     numbers = read_column(pairs, "row")
-    check_finite(scores.tuned, subject.tuned_name, numbers)
+    check_finite_log_probs(scores.tuned, subject.tuned_name, numbers)
     drift = None
     if has_base:
         with subject.as_base():
             scores.base = score_all(base, rows, "base")
-        check_finite(scores.base, str(subject.base_name), numbers)
+        check_finite_log_probs(scores.base, str(subject.base_name), numbers)
         drift = measure_drift(subject, rows)
-    beta = float(getattr(subject.settings.training, "beta", DPOConfig.beta))  # a supervised run has none of its own
+    beta = float(getattr(subject.settings.training, "beta", DPOConfig.beta))  # a supervised run has no beta
     record: dict[str, Any] = {
         "format": FORMAT,
         "data": {
             "name": held_out.tally.source,
             "own": subject.own_data,
             "pairs": len(rows),
+            "prompts": len(set(prompts)),
             "fingerprint": fingerprint_ids([pairs]),
         },
         "beta": beta,
-        **describe(scores, drift, prompts, beta=beta),
+        **summarize_scores(scores, drift, prompts, beta=beta),
     }
     record["tuned"]["model"] = subject.tuned_name
     if has_base:
         record["base"]["model"] = subject.base_name
-        columns = compare(scores, beta=beta)
+        columns = compare_models(scores, beta=beta)
         kinds = {
             "source": held_out.sources[: len(rows)],
             "prompt tokens": name_bands([len(row["prompt_ids"]) for row in rows]),
@@ -70,71 +79,71 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
             "length gap": [name_gap(chosen, rejected) for chosen, rejected in scores.tokens.T],
         }
         record["groups"] = describe_groups(columns, kinds, prompts)
-        record["verdict"] = judge(record)
+        record["verdict"] = decide_verdict(record)
     return record
 
 
 def score_all(scorer: PairScorer, rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """`(2, pairs)`, fp64, the same on every rank: batches are made of pairs of like length and dealt in turn."""
+    """Returns log-probs, `(2, pairs)`, fp64, on every rank. A batch holds pairs of similar length; ranks take turns."""
     state = PartialState()
     order = sorted(range(len(rows)), key=lambda at: -sum(len(ids) for ids in rows[at].values()))
     batches = [order[at : at + BATCH_PAIRS] for at in range(0, len(order), BATCH_PAIRS)]
-    mine = batches[state.process_index :: state.num_processes]
+    share = batches[state.process_index :: state.num_processes]
     table = torch.zeros(2, len(rows), dtype=torch.float64)
-    for places in track_progress(mine, desc=f"scoring, {name}", unit="batch"):
-        table[:, places] = scorer([rows[place] for place in places]).double()
+    for batch in track_progress(share, desc=f"scoring, {name}", unit="batch"):
+        table[:, batch] = scorer([rows[at] for at in batch]).double()
     return _add_ranks(table)
 
 
-def check_finite(log_probs: np.ndarray, name: str, numbers: Sequence[int]) -> None:
-    """Raises ModelError for pairs with a NaN or an infinity: their loss is none, and a mean without them is no mean.
+def check_finite_log_probs(log_probs: np.ndarray, name: str, numbers: Sequence[int]) -> None:
+    """Raises ModelError for NaN or infinite log-probs: such a pair has no loss, and means must not leave pairs out.
 
     Args:
         log_probs: `(2, pairs)`.
         name: of the model.
-        numbers: of the pairs' rows in the data.
+        numbers: row numbers of the pairs in the data.
     """
-    lost = [number for number, sound in zip(numbers, np.isfinite(log_probs).all(0), strict=True) if not sound]
-    if lost:
+    bad = [number for number, finite in zip(numbers, np.isfinite(log_probs).all(0), strict=True) if not finite]
+    if bad:
         raise ModelError(
-            f"{name} gives log-probs that are not finite for {len(lost):,} of {len(numbers):,} held-out pairs, first "
-            f"in rows {', '.join(map(str, lost[:5]))} (counted from 0)",
+            f"{name} gives log-probs that are not finite for {len(bad):,} of {len(numbers):,} held-out pairs, first "
+            f"in rows {', '.join(map(str, bad[:5]))} (counted from 0)",
             expected="a number for each answer",
             do="--dtype float32; if that does not help, its weights are damaged: name an older checkpoint",
         )
 
 
 def count_answer_tokens(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """`(2, pairs)`: chosen, rejected."""
+    """Returns the number of tokens of each answer, `(2, pairs)`: chosen, rejected."""
     return np.array([[len(row[name]) for row in rows] for name in ("chosen_ids", "rejected_ids")])
 
 
 @torch.no_grad()
 def measure_drift(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """KL(tuned || base) of the next token, averaged over a chosen answer's positions: `(pairs,)`, nats.
+    """Returns KL(tuned || base) of the next token, averaged over a chosen answer's positions: `(pairs,)`, nats.
 
-    NaN for pairs that were not looked at: whole distributions of both models are compared, at about `DRIFT_TOKENS`
-    positions spread over the pairs. The mean is that of the answers the data holds, not of sampled ones.
+    NaN for pairs that were not selected: the comparison takes the whole distributions of both models, at about
+    `DRIFT_TOKENS` positions spread over the pairs. The answers are those of the data, not sampled ones.
     """
     state, drift = PartialState(), torch.zeros(2, len(rows), dtype=torch.float64)
-    taken = find_drift_pairs([len(row["chosen_ids"]) for row in rows])
-    for at in taken[state.process_index :: state.num_processes]:
+    selected = find_drift_pairs([len(row["chosen_ids"]) for row in rows])
+    for at in selected[state.process_index :: state.num_processes]:
         row = rows[at]
         ids = torch.tensor([[*row["prompt_ids"], *row["chosen_ids"]]], device=subject.tuned.device)
         positions = len(row["chosen_ids"]) + 1
         logits = [find_logits(subject.tuned, ids, positions)]
         with subject.as_base() as model:
             logits.append(find_logits(model, ids, positions))
-        # Models of one tokenizer may have rows behind its last token, one more of them than the other.
-        words = min(side.shape[-1] for side in logits)
-        tuned, base = (side[:, :words].log_softmax(-1) for side in logits)
+        # LM heads may have more rows than the tokenizer has tokens, and not the same number in both models.
+        vocabulary = min(side.shape[-1] for side in logits)
+        tuned, base = (side[:, :vocabulary].log_softmax(-1) for side in logits)
         drift[:, at] = torch.stack([(tuned.exp() * (tuned - base)).sum(-1).mean().double().cpu(), torch.tensor(1.0)])
     total = _add_ranks(drift)
     return np.where(total[1] > 0, total[0], np.nan)
 
 
 def find_logits(model: Any, ids: torch.Tensor, positions: int) -> torch.Tensor:
-    """Of every next token at a row's last positions but one: `(positions - 1, rows of the head)`, fp32."""
+    """Returns the logits of a row's last `positions` without the final one: `(positions - 1, head rows)`, fp32."""
     logits: torch.Tensor = model(
         input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=positions
     ).logits
@@ -142,7 +151,7 @@ def find_logits(model: Any, ids: torch.Tensor, positions: int) -> torch.Tensor:
 
 
 def find_drift_pairs(lengths: Sequence[int]) -> list[int]:
-    """Pairs spread evenly over all, whose answers have about `DRIFT_TOKENS` tokens together."""
+    """Returns indices of pairs, evenly spread, whose answers have about `DRIFT_TOKENS` tokens in all."""
     number = max(1, min(len(lengths), round(DRIFT_TOKENS * len(lengths) / max(sum(lengths), 1))))
     return sorted({len(lengths) * at // number for at in range(number)})
 

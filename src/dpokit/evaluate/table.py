@@ -1,4 +1,4 @@
-"""The evaluation on screen."""
+"""Prints an evaluation."""
 
 import sys
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dpokit.safe_console import SafeConsole
 
 
 def print_evaluation(record: Mapping[str, Any]) -> None:
-    """Base beside tuned with 95 % intervals, the groups, the verdict; on stdout, in 80 columns."""
+    """Prints base and tuned with 95 % intervals, the groups and the verdict; on stdout, in 80 columns."""
     console = SafeConsole(file=sys.stdout, highlight=False)
     base, tuned = record.get("base", {}), record["tuned"]
     console.print(f"{record['data']['pairs']:,} held-out pairs of {escape(record['data']['name'])}, 95 % intervals")
@@ -27,12 +27,16 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
             continue
         cells = [escape(_cell(name, side.get(name))) for side in ((base, tuned) if base else (tuned,))]
         p = record["difference"].get(name, {}).get("p") if base else None
-        shown = [] if not base else ["<.001" if p < 0.001 else f"{p:.3f}"] if p is not None and name != "loss" else [""]
-        table.add_row(measure.title, *cells, *shown)
+        p_cell = [""] if base else []
+        if base and p is not None and name != "loss":
+            p_cell = ["<.001" if p < 0.001 else f"{p:.3f}"]
+        table.add_row(measure.title, *cells, *p_cell)
     console.print(table)
     if "kl_per_token" in tuned:
-        console.print(f"KL was measured on {tuned['kl_per_token']['pairs']:,} of the pairs")
-    console.print(f"whoever always took the longer answer: {escape(_cell('accuracy', record['always_longer']))}")
+        console.print(f"KL is measured on {tuned['kl_per_token']['pairs']:,} of the pairs")
+    console.print(
+        f"accuracy of always choosing the longer answer: {escape(_cell('accuracy', record['always_longer']))}"
+    )
     for kind, groups in record.get("groups", {}).items():
         parts = [
             f"{group['name'] or 'none'}: {group['accuracy']['value']:.1%} of {group['pairs']:,}" for group in groups
@@ -41,23 +45,23 @@ def print_evaluation(record: Mapping[str, Any]) -> None:
     if "answers" in record:
         console.print(_build_answers(record["answers"]))
     if "judge" in record:
-        found = record["judge"]
+        judge = record["judge"]
         console.print(
-            f"judged by {escape(found['model'])}: {found['wins']} won, {found['ties']} tied, {found['losses']} lost, "
-            f"{found['unclear']} unclear; win rate {escape(_cell('accuracy', found['win_rate']))}"
+            f"judged by {escape(judge['model'])}: {judge['wins']} won, {judge['ties']} tied, {judge['losses']} lost, "
+            f"{judge['unclear']} unclear; win rate {escape(_cell('accuracy', judge['win_rate']))}"
         )
     if "verdict" in record:
         if base:
-            console.print("[dim]p: how probable so large a difference is if the two are alike[/dim]")
+            console.print("[dim]p: probability of a difference at least this large if the models are equal[/dim]")
         console.print(f"\n[bold]{escape(record['verdict']['text'])}[/bold]")
 
 
 def _build_answers(answers: Mapping[str, Any]) -> Table:
-    """What was counted in sampled answers."""
+    """Returns the table of the sampled answers' statistics."""
     table = Table(box=None, padding=(0, 1, 0, 0))
     for title in (f"{answers['settings']['prompts']} sampled answers", "base", "tuned"):
         table.add_column(title, justify="left" if not table.columns else "right", no_wrap=True)
-    titles = {"mean_tokens": "tokens", "repetition": "4-grams said before", "distinct_1": "distinct tokens"}
+    titles = {"mean_tokens": "tokens", "repetition": "repeated 4-grams", "distinct_1": "distinct tokens"}
     titles |= {"distinct_2": "distinct 2-grams", "ended": "ended by the model"}
     for name, title in titles.items():
         form = ".1f" if name == "mean_tokens" else ".1%"

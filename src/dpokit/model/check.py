@@ -1,7 +1,7 @@
-"""What the files of a model or an adapter say, checked before anything is built of them, and the tensors after it.
+"""Checks the files of a model or an adapter before loading, and the loaded tensors.
 
-The files may come from anybody. A config is held against bounds and against the size of the weights, so that nothing
-absurd is allocated; weights are safetensors alone; what was loaded must be all that the files hold, and finite.
+The files may come from anybody. A config is checked against bounds and against the size of the weights, so that no
+absurd size is allocated. Weights must be safetensors. Loaded tensors must be complete and finite.
 """
 
 import math
@@ -23,10 +23,10 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
-# The largest numbers that a config may hold, by the names that models give them; far above any model there is.
+# The largest values of a config's keys, under the names that different models use; far above any existing model.
 LAYERS = ("num_hidden_layers", "n_layer", "num_layers")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-OF_EXPERTS = (*EXPERTS, "moe_intermediate_size")  # 0 in a model without any
+EXPERT_KEYS = (*EXPERTS, "moe_intermediate_size")  # 0 in a model without experts
 BOUNDS = {
     **dict.fromkeys(LAYERS, 10_000),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model"), 2**20),
@@ -36,13 +36,13 @@ BOUNDS = {
     **dict.fromkeys(("vocab_size",), 2**28),
     **dict.fromkeys(("max_position_embeddings", "n_positions"), 2**31),
 }
-MOST_BLOCKS = 200_000  # layers times experts: each is a module of its own
+MOST_BLOCKS = 200_000  # layers times experts: each is a separate module
 MOST_PARAMETERS_A_BYTE = 8  # weights of one bit each
-FEW_PARAMETERS = 10**9  # so many do no harm; what of them is missing is named when they are loaded
+FEW_PARAMETERS = 10**9  # up to this number memory suffices; `check_loaded` names those missing from the files
 MOST_RANK, MOST_REPLICATED = 2**14, 10_000
-# A repeated group that repeats something itself takes time without end on a name that does not match.
+# A repeated group that contains a repetition takes exponential time on a name that does not match.
 NESTED_REPETITION = re.compile(r"\([^()]*[+*][^()]*\)[+*{]")
-# Buffers that earlier versions of transformers saved and that no model needs any more.
+# Buffers that earlier versions of transformers saved and that models no longer need.
 OLD_BUFFERS = re.compile(
     r"(^|\.)((attn|attention)\.(masked_)?bias|rotary_emb\.(inv_freq|(cos|sin)_cached)|position_ids)$"
 )
@@ -50,22 +50,27 @@ WHOLE_FILES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # read 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_weights_file(name: str, revision: str | None, wanted: tuple[str, ...] = WEIGHTS) -> None:
-    """Raises ModelError where a model or an adapter has no safetensors: to load a pickle is to run what it says."""
+def check_weights_file(name: str, revision: str | None, names: tuple[str, ...] = WEIGHTS) -> None:
+    """Raises ModelError if a model or an adapter has no safetensors file: loading a pickle may run any code.
+
+    Args:
+        name, revision: of the model or adapter.
+        names: files of which one is enough.
+    """
     try:
-        found = [cached_file(name, file, revision=revision, **QUIET) for file in wanted]
+        files = [cached_file(name, file, revision=revision, **QUIET) for file in names]
     except OSError as error:
         raise ModelError(
             f"--model_name_or_path {name}: no model could be loaded: {' '.join(str(error).split())[:300]}",
             expected="a run's folder, a model's folder, or a Hub id that this machine can reach",
             do="correct the name; for a gated model log in with `hf auth login`",
         ) from error
-    if not any(found):
+    if not any(files):
         raise ModelError(
-            f"{name} has no weights as safetensors ({', '.join(wanted)}) that this machine can reach",
-            expected="safetensors: weights in another form can hold a program",
-            do="check the name; weights in another form are converted by loading and saving them with transformers, "
-            "where you trust them",
+            f"{name} has no weights as safetensors ({', '.join(names)}) that this machine can reach",
+            expected="safetensors: weights in another format can contain a program",
+            do="check the name; weights in another format that you trust can be converted: load and save them "
+            "with transformers",
         )
 
 
@@ -73,15 +78,15 @@ def check_weights_file(name: str, revision: str | None, wanted: tuple[str, ...] 
 
 
 def check_config(name: str, revision: str | None) -> None:
-    """Raises ModelError for a config.json with numbers that no model has, and for a huge file beside it.
+    """Raises ModelError for a config.json with values out of bounds, and for a huge file in the model's folder.
 
-    A config that cannot be read at all is left to transformers, which says why.
+    An unreadable config passes: transformers reports it with the reason.
     """
     for file in sorted(Path(name).iterdir()) if Path(name).is_dir() else ():
         if file.suffix in WHOLE_FILES and file.is_file() and file.stat().st_size > OTHER_FILE_BYTES:
             raise ModelError(
                 f"{file} has {file.stat().st_size:,} bytes",
-                expected=f"at most {OTHER_FILE_BYTES:,} of a file that is no weights",
+                expected=f"at most {OTHER_FILE_BYTES:,} for a file other than weights",
                 do="take another copy of the model",
             )
     described = _read_config(name, revision)
@@ -100,9 +105,9 @@ def _read_config(name: str, revision: str | None) -> Any:
         return {}
 
 
-def _bad_config(name: str, seen: str) -> ModelError:
+def _bad_config(name: str, problem: str) -> ModelError:
     return ModelError(
-        f"{name}: config.json describes no model that can be built: {seen}",
+        f"{name}: config.json describes no model that can be built: {problem}",
         expected="the config that the model was saved with",
         do="take another copy of the model, or name another one",
     )
@@ -111,10 +116,10 @@ def _bad_config(name: str, seen: str) -> ModelError:
 def _check_bounds(name: str, described: Mapping[str, Any]) -> None:
     for key, most in BOUNDS.items():
         value = described.get(key)
-        if value is None:  # the class's own
+        if value is None:  # the config class has a default
             continue
-        least = 0 if key in OF_EXPERTS else 1
-        # A size may differ from layer to layer.
+        least = 0 if key in EXPERT_KEYS else 1
+        # A list holds one size for each layer.
         for number in value if isinstance(value, list) and value and key not in LAYERS else [value]:
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
                 raise _bad_config(name, f"{key} is {str(number)[:60]}, not a whole number from {least} to {most:,}")
@@ -128,9 +133,9 @@ def _largest(value: Any) -> int:
 
 
 def check_size(name: str, revision: str | None) -> None:
-    """Raises ModelError where a local folder's config describes no model, or more weights than its files can hold.
+    """Raises ModelError if a local folder's config describes no model, or more weights than its files can hold.
 
-    The parameters are counted on torch's meta device, without memory. Comes after `check_config`.
+    Counts the parameters on torch's meta device, without memory. To be called after `check_config`.
     """
     if not Path(name).is_dir() or _read_config(name, revision).get("auto_map"):
         return
@@ -139,48 +144,48 @@ def check_size(name: str, revision: str | None) -> None:
         config = AutoConfig.from_pretrained(name, revision=revision)
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except Exception:
-        return  # no such model: loading it says why
+        return  # no such model: loading it reports the reason
     try:
         with torch.device("meta"):
             parameters = sum(weight.numel() for weight in kind(config).parameters())
     except ImportError:
-        return  # of an attention that is not installed: loading it says so
-    except Exception as error:  # a constructor may fail in any way on values that it does not check
+        return  # an attention kernel is not installed: loading the model reports it
+    except Exception as error:  # a constructor may raise anything for values that it does not check
         raise _bad_config(name, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     if parameters > max(MOST_PARAMETERS_A_BYTE * weights, FEW_PARAMETERS):
-        raise _bad_config(name, f"{parameters:,} parameters, and its files have {weights:,} bytes")
+        raise _bad_config(name, f"{parameters:,} parameters, but its files have {weights:,} bytes")
 
 
 def check_loaded(name: str, info: Mapping[str, Any]) -> None:
-    """Raises ModelError where tensors were missing, left over or of another shape; a tied head may be missing.
+    """Raises ModelError if tensors were missing, unexpected or of another shape; a tied head may be missing.
 
     Args:
         name: of the model.
-        info: what `from_pretrained` tells with `output_loading_info`.
+        info: from `from_pretrained` with `output_loading_info`.
     """
-    words = {
+    problems = {
         "missing_keys": "lacks tensors of the model, which would be random",
         "unexpected_keys": "holds tensors that the model has no place for",
         "mismatched_keys": "holds tensors of another shape than its config describes",
     }
-    for key, what in words.items():
-        names = sorted(str(found[0] if isinstance(found, tuple) else found) for found in info.get(key) or ())
-        names = [found for found in names if key != "unexpected_keys" or not OLD_BUFFERS.search(found)]
+    for key, problem in problems.items():
+        names = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get(key) or ())
+        names = [tensor for tensor in names if key != "unexpected_keys" or not OLD_BUFFERS.search(tensor)]
         if names:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
             raise ModelError(
-                f"{name} {what}: {names[0]}{more}",
-                expected="weights and config.json of one model, whole",
-                do="take another copy of the model; --gates warn goes on with this one",
+                f"{name} {problem}: {names[0]}{more}",
+                expected="complete weights and the config.json of the same model",
+                do="take another copy of the model; --gates warn continues with this one",
             )
 
 
-def check_finite(name: str, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raises ModelError for a weight that is not finite. Of a weight that ZeRO-3 shards, this rank's part is read.
+def check_finite_weights(name: str, weights: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raises ModelError for a weight that is not finite. Under ZeRO-3 each rank checks its own shards.
 
     Args:
         name: of the model.
-        weights: `named_parameters`, or some of them.
+        weights: all or some of the model's `named_parameters`.
     """
     for place, weight in weights:
         values = getattr(weight, "ds_tensor", weight).detach()
@@ -198,11 +203,11 @@ def check_finite(name: str, weights: Iterable[tuple[str, nn.Parameter]]) -> None
 
 
 def check_adapter_config(name: str, file: str) -> None:
-    """Raises ModelError for an adapter_config.json that describes no LoRA adapter of a model.
+    """Raises ModelError for an adapter_config.json that does not describe a LoRA adapter of a model.
 
     Args:
         name: of the adapter.
-        file: its adapter_config.json.
+        file: path of its adapter_config.json.
     """
     try:
         described = read_record(Path(file))
@@ -210,22 +215,22 @@ def check_adapter_config(name: str, file: str) -> None:
         raise _bad_adapter(name, f"it cannot be read ({type(error).__name__})") from error
     if not isinstance(described, dict):
         raise _bad_adapter(name, f"a {type(described).__name__}, not a mapping")
-    for trouble in _find_troubles(name, described):
-        raise _bad_adapter(name, trouble)
+    for problem in _find_problems(name, described):
+        raise _bad_adapter(name, problem)
 
 
-def _bad_adapter(name: str, seen: str) -> ModelError:
+def _bad_adapter(name: str, problem: str) -> ModelError:
     return ModelError(
-        f"the adapter {name} cannot be used: its {ADAPTER_CONFIG}: {seen}",
+        f"the adapter {name} cannot be used: its {ADAPTER_CONFIG}: {problem}",
         expected="a LoRA adapter (also rsLoRA, DoRA) as PEFT saves it",
         do="take another copy of the adapter, or correct the file",
     )
 
 
-def _find_troubles(name: str, described: Mapping[str, Any]) -> Iterator[str]:
+def _find_problems(name: str, described: Mapping[str, Any]) -> Iterator[str]:
     if described.get("peft_type") != "LORA":
-        yield f"peft_type is {_show(described.get('peft_type'))}, and LORA alone is supported"
-    yield from _find_base_trouble(name, described.get("base_model_name_or_path"))
+        yield f"peft_type is {_show(described.get('peft_type'))}, but only LORA is supported"
+    yield from _find_base_problem(name, described.get("base_model_name_or_path"))
     ranks = {"r": described.get("r", 8), **_mapping(described.get("rank_pattern"))}
     for key, rank in ranks.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MOST_RANK:
@@ -240,36 +245,36 @@ def _find_troubles(name: str, described: Mapping[str, Any]) -> Iterator[str]:
     if not _is_number(dropout) or not 0 <= dropout < 1:
         yield f"lora_dropout is {_show(dropout)}, not a share below 1"
     for key in ("target_modules", "modules_to_save", "exclude_modules", "target_parameters"):
-        yield from _find_names_trouble(key, described.get(key))
+        yield from _find_names_problem(key, described.get(key))
     if described.get("megatron_config"):  # PEFT would import the module that it names
         yield "it is for Megatron (megatron_config)"
-    yield from _find_replication_trouble(described.get("layer_replication"))
+    yield from _find_replication_problem(described.get("layer_replication"))
 
 
-def _find_base_trouble(name: str, base: Any) -> Iterator[str]:
+def _find_base_problem(name: str, base: Any) -> Iterator[str]:
     if not isinstance(base, str) or not base:
         yield f"base_model_name_or_path is {_show(base)}, not the name of a model"
     elif "://" in base or base.endswith(PICKLES) or Path(base).is_file():
-        yield f"base_model_name_or_path is {_show(base)}: a base is a folder or a Hub id"
+        yield f"base_model_name_or_path is {_show(base)}, which is neither a folder nor a Hub id"
     elif Path(base).is_dir() and Path(base).resolve() == Path(name).resolve():
         yield "base_model_name_or_path names the adapter itself"
     elif (Path(base) / ADAPTER_CONFIG).is_file() and not (Path(base) / "config.json").is_file():
-        yield f"base_model_name_or_path is {_show(base)}, an adapter itself"
+        yield f"base_model_name_or_path is {_show(base)}, another adapter"
 
 
-def _find_names_trouble(key: str, names: Any) -> Iterator[str]:
+def _find_names_problem(key: str, names: Any) -> Iterator[str]:
     if isinstance(names, str):
         try:
             re.compile(names)
         except (re.error, RecursionError, OverflowError) as error:
             yield f"{key} is no regular expression ({error})"
         if NESTED_REPETITION.search(names) or len(names) > 10_000:
-            yield f"{key} is a regular expression that may take time without end"
-    elif names is not None and not (isinstance(names, list) and all(isinstance(one, str) for one in names)):
+            yield f"{key} is a regular expression that may never finish"
+    elif names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         yield f"{key} is {_show(names)}, neither a list of names nor a regular expression"
 
 
-def _find_replication_trouble(ranges: Any) -> Iterator[str]:
+def _find_replication_problem(ranges: Any) -> Iterator[str]:
     if ranges is None:
         return
     try:

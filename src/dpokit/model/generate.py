@@ -1,4 +1,4 @@
-"""Sampling of answers, the one place; and what can be counted in them."""
+"""Samples answers, for all of dpokit, and computes statistics of them."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,12 +20,12 @@ REPEATED_TOKENS = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered.
+    """A model's answer.
 
     Attributes:
-        text: without special tokens, its leading space kept.
-        ids: its tokens, the one that ended it left out.
-        ended: by a token that ends answers; else by the limit.
+        text: without special tokens, with its leading space.
+        ids: its tokens, without the end token.
+        ended: True if an end token ended it, False if the limit did.
     """
 
     text: str
@@ -45,21 +45,22 @@ def generate_answers(
     seed: int = 0,
     batch_size: int = 32,
 ) -> list[Answer]:
-    """One answer for each rendered prompt.
+    """Returns one answer for each rendered prompt.
 
     Args:
         model: a causal LM; its mode is restored afterwards.
         tokenizer: with an EOS token.
-        prompts: as the model shall meet them: chat template applied, or an HH transcript; as text or as token ids.
+        prompts: as text or token ids, rendered: chat template applied, or an HH transcript.
         max_new_tokens: most tokens of an answer; EOS ends it earlier.
         temperature: 0 is greedy.
-        top_p: share of the probability mass that is sampled from.
-        seed: repeats the answers for the same prompts and batch size; torch's own random state is left alone.
+        top_p: share of the probability mass to sample from.
+        seed: the same seed, prompts and batch size give the same answers; torch's global random state does not change.
+        batch_size: prompts per forward pass.
     """
     settings = _settings(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     answers: list[Answer] = []
-    with _in_evaluation(model), _own_randomness(model.device, seed):
+    with _in_evaluation(model), _seeded(model.device, seed):
         for start in range(0, len(encoded), batch_size):
             rows = _sample(model, encoded[start : start + batch_size], settings)
             answers += [_read_answer(tokenizer, row, _ends(settings)) for row in rows]
@@ -79,43 +80,43 @@ def stream_answer(
     on_token: Callable[[int], None],
     is_stopped: Callable[[], bool] = lambda: False,
 ) -> Answer:
-    """The answer of `generate_answers` to this prompt alone, token by token on its way.
+    """Returns the answer of `generate_answers` to this one prompt, and reports each token when it is sampled.
 
     Args:
         model, tokenizer, max_new_tokens, temperature, top_p, seed: as for `generate_answers`.
         prompt: token ids.
-        on_token: gets each token as soon as it is there, the one that ends the answer left out; on this thread.
-        is_stopped: asked after each token; True ends the answer there, as the limit would.
+        on_token: called on this thread with each sampled token, except for an end token.
+        is_stopped: called after each token; True ends the answer there, as the limit would.
     """
     settings = _settings(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     ends = _ends(settings)
-    with _in_evaluation(model), _own_randomness(model.device, seed):
+    with _in_evaluation(model), _seeded(model.device, seed):
         watch = StoppingCriteriaList([_Watch(ends, on_token, is_stopped)])
         [row] = _sample(model, [list(prompt)], settings, stopping_criteria=watch)
     return _read_answer(tokenizer, row, ends)
 
 
 class _Watch(StoppingCriteria):
-    """Hands over each token of one row, and ends it where it is told to.
+    """Stopping criterion that passes each token of a single row to `on_token` and ends the row on `is_stopped`.
 
-    A streamer would get a token only after the criteria were asked, so one too many would be sampled.
+    A streamer receives a token after the stopping criteria, so that one token too many would be sampled.
     """
 
     def __init__(self, ends: Sequence[int], on_token: Callable[[int], None], is_stopped: Callable[[], bool]) -> None:
         self._ends, self._on_token, self._is_stopped = ends, on_token, is_stopped
-        self._over = False
+        self._has_ended = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         token = int(input_ids[0, -1])
-        self._over = self._over or token in self._ends
-        if not self._over:
+        self._has_ended = self._has_ended or token in self._ends
+        if not self._has_ended:
             self._on_token(token)
-            self._over = self._is_stopped()
-        return torch.full((len(input_ids),), self._over, device=input_ids.device, dtype=torch.bool)
+            self._has_ended = self._is_stopped()
+        return torch.full((len(input_ids),), self._has_ended, device=input_ids.device, dtype=torch.bool)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """A rendered prompt's ids: one BOS where the tokenizer writes one, and no EOS, which would end the prompt."""
+    """Returns a rendered prompt's ids: one BOS if the tokenizer adds it, no EOS, which would end the prompt."""
     has_bos = bool(tokenizer.bos_token) and prompt.startswith(tokenizer.bos_token)
     ids: list[int] = tokenizer(prompt, add_special_tokens=not has_bos)["input_ids"]
     closed = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
@@ -125,25 +126,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
 def _sample(
     model: PreTrainedModel, prompts: Sequence[list[int]], settings: GenerationConfig, **more: Any
 ) -> list[list[int]]:
-    """What follows each prompt, padded after the token that ends it."""
+    """Returns the tokens after each prompt, padded after an end token."""
     ids, mask = _pad_left(prompts, settings.pad_token_id)
     ids, mask = ids.to(model.device), mask.to(model.device)
-    with _without_habits(model):
-        whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
-    rows: list[list[int]] = whole[:, ids.shape[1] :].tolist()
+    with _without_generation_config(model):
+        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **more)
+    rows: list[list[int]] = sequences[:, ids.shape[1] :].tolist()
     return rows
 
 
 @contextmanager
-def _without_habits(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """What settings leave out, generate() takes from the model's generation_config.json: top-k, penalties, beams."""
-    whole = model.get_base_model() if isinstance(model, PeftModel) else model
-    habits = whole.generation_config
-    whole.generation_config = GenerationConfig()
+def _without_generation_config(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Removes the model's generation config: generate() would take unset settings from it (top-k, penalties, beams)."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = inner.generation_config
+    inner.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        whole.generation_config = habits
+        inner.generation_config = config
 
 
 @contextmanager
@@ -161,14 +162,14 @@ def _ends(settings: GenerationConfig) -> list[int]:
 
 
 def _read_answer(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], ends: Sequence[int]) -> Answer:
-    """The tokens before the first that ends answers; padding follows that one only."""
-    length = next((place for place, token in enumerate(row) if token in ends), len(row))
+    """Returns the tokens before the first end token; padding only follows an end token."""
+    length = next((at for at, token in enumerate(row) if token in ends), len(row))
     text = str(tokenizer.decode(row[:length], skip_special_tokens=True))
     return Answer(text, tuple(row[:length]), ended=length < len(row))
 
 
 def _pad_left(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask, both int64 (rows, tokens): every row ends in the last column, where generation goes on."""
+    """Returns ids and mask, both int64 (rows, tokens); rows end in the last column, where generation continues."""
     longest = max(map(len, rows))
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
@@ -183,7 +184,7 @@ def _settings(
     temperature: float,
     top_p: float,
 ) -> GenerationConfig:
-    # Of the model's habits its list of end tokens is the one thing to keep.
+    # The end tokens are the only part of the model's generation config to keep.
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = tokenizer.eos_token_id if ends is None else ends
     pad = tokenizer.pad_token_id
@@ -199,8 +200,8 @@ def _settings(
 
 
 @contextmanager
-def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
-    # torch.manual_seed would seed every GPU, and fork_rng would have to open each of them to restore it.
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    # torch.manual_seed seeds every GPU; fork_rng would have to initialise each of them to restore its state.
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.default_generator.manual_seed(seed)
@@ -211,18 +212,18 @@ def _own_randomness(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def count_answers(answers: Sequence[Answer]) -> dict[str, float]:
-    """Plain statistics of one model's answers, at least one.
+    """Returns statistics of a model's answers, of which there is at least one.
 
-    They are counted in tokens, as base and tuned share their tokenizer: words between spaces would see nothing in
-    languages that write none, nor in a loop such as "hahahaha".
+    They count tokens, because base and tuned model share their tokenizer. Counts of words between spaces fail for
+    languages without spaces, and for a loop such as "hahahaha".
 
-    mean_tokens: length in tokens, without the end token.
+    mean_tokens: mean length in tokens, without the end token.
     repetition: share of an answer's 4-grams that occurred in it before, averaged over the answers (seq-rep-4 of Welleck
-        et al. 2020, "Neural Text Generation with Unlikelihood Training"); 0 for one without a 4-gram.
+        et al. 2020, "Neural Text Generation with Unlikelihood Training"); 0 for an answer without a 4-gram.
     distinct_1, distinct_2: different n-grams / all n-grams, over all answers together (Li et al. 2016, "A
-        Diversity-Promoting Objective Function for Neural Conversation Models"); 0 where there are none.
-        They fall with the length and number of answers: compare them at like `mean_tokens`.
-    ended: share that a token of the model ended; the others ran into the limit.
+        Diversity-Promoting Objective Function for Neural Conversation Models"); 0 without any n-gram.
+        They fall with the length and number of answers: compare them at similar `mean_tokens`.
+    ended: share of answers that an end token ended; the others reached the limit.
     """
     rows = [answer.ids for answer in answers]
     return {

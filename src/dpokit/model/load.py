@@ -1,4 +1,4 @@
-"""Tokenizer, policy and reference from a name or a folder; the folder may be an adapter's."""
+"""Loads tokenizer, policy and reference from a Hub id or a folder, of a whole model or an adapter."""
 
 import re
 from collections.abc import Iterator
@@ -22,21 +22,21 @@ from dpokit.model.check import (
     QUIET,
     check_adapter_config,
     check_config,
-    check_finite,
+    check_finite_weights,
     check_loaded,
     check_size,
     check_weights_file,
 )
 from dpokit.settings.load import Settings
 
-# What loading may raise though the files are right.
-NOT_OF_THE_FILES = (DpokitError, MemoryError, torch.OutOfMemoryError)
+# Errors of loading that are not caused by the model's files.
+UNRELATED_TO_FILES = (DpokitError, MemoryError, torch.OutOfMemoryError)
 
 
 def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, or its base's for an adapter; EOS pads where it has no padding token of its own.
+    """Returns the tokenizer of the model, or of an adapter's base; without a padding token, it pads with EOS.
 
-    Raises: ModelError where there is none. That it has an EOS is checked where answers are rendered.
+    Raises: ModelError if there is no tokenizer. The code that renders answers checks for an EOS token.
     """
     name, revision, base = model.model_name_or_path, model.model_revision, find_base(model)
     if base is not None and _find_file(model, "tokenizer_config.json") is None:
@@ -46,26 +46,26 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
     tokenizer: PreTrainedTokenizerBase = _load(
         AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code
     )
-    if not tokenizer.encode("a", add_special_tokens=False):  # transformers builds an empty one where there is no file
+    if not tokenizer.encode("a", add_special_tokens=False):  # without a file transformers builds an empty tokenizer
         raise ModelError(
             f"{name}: the tokenizer has no vocabulary",
-            expected="the files of a tokenizer (tokenizer.json, or those of its kind) beside the weights",
+            expected="tokenizer files (tokenizer.json, or those of its class) in the folder of the weights",
             do="take the whole folder of the model",
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # The model's own limit is checked by `find_max_length`; the tokenizer's would warn about prompts yet to be cut.
+    # `find_max_length` checks the model's limit; the tokenizer's would warn about prompts that are truncated later.
     tokenizer.model_max_length = int(1e30)
     return tokenizer
 
 
 def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
-    """The model to train, in `--dtype`, quantised where asked for; with its adapter, where the name is an adapter's.
+    """Returns the model to train, in `--dtype`, quantised by the settings; for an adapter, its base with the adapter.
 
-    An adapter is trained further on its own base; DPOTrainer keeps a copy of it as the reference.
+    The training of an adapter continues on its own base; DPOTrainer keeps a copy of the adapter as the reference.
 
     Raises:
-        ModelError: it cannot be loaded, or is not the tokenizer's.
+        ModelError: the model cannot be loaded, or has fewer embedding rows than the tokenizer has tokens.
         SettingsError: an adapter without `--use_peft`.
     """
     base = find_base(settings.model)
@@ -73,7 +73,7 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if base is not None:
         policy = _attach_adapter(policy, settings.model)
     embedding = policy.get_input_embeddings()
-    # Under ZeRO-3 the weight itself is empty on a rank; an adapter on the embedding wraps it.
+    # Under ZeRO-3 a rank's weight may be empty, so its shape says nothing; an adapter on the embedding wraps it.
     rows = getattr(embedding, "base_layer", embedding).num_embeddings
     if len(tokenizer) > rows:
         raise ModelError(
@@ -85,32 +85,32 @@ def load_policy(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 
 def _attach_adapter(policy: PreTrainedModel, model: ModelConfig) -> PeftModel:
-    """The base with the adapter that the settings name. Raises: ModelError where it is damaged or does not fit."""
+    """Returns the base with the settings' adapter attached. Raises: ModelError if the adapter is damaged or misfits."""
     name, revision = model.model_name_or_path, model.model_revision
     check_weights_file(str(name), revision, (ADAPTER_FILE,))
     try:
         file = _find_file(model, ADAPTER_FILE)
         rows = None if file is None else _find_embedding_rows(policy, file)
         if rows is not None and rows != policy.get_input_embeddings().num_embeddings:
-            # Tokens were added before the adapter was trained: it brings the embedding, the base only makes room.
+            # Tokens were added before the adapter was trained: its file has the embedding, so the base is only resized.
             policy.resize_token_embeddings(rows, mean_resizing=False)
         adapted = PeftModel.from_pretrained(policy, name, revision=revision, is_trainable=True)
         _check_adapter_fits(adapted, file or str(name))
-        check_finite(f"the adapter {name}", _find_brought(adapted))
+        check_finite_weights(f"the adapter {name}", _find_adapter_weights(adapted))
         return adapted
     except SafetensorError as error:
-        seen, do = f"cannot be read: {error}", "take another copy of it, or merge or evaluate an older checkpoint"
-    except NOT_OF_THE_FILES:
+        problem, do = f"cannot be read: {error}", "take another copy of it, or merge or evaluate an older checkpoint"
+    except UNRELATED_TO_FILES:
         raise
-    except Exception as error:  # of PEFT, for whatever in the files it did not expect
+    except Exception as error:  # PEFT may raise anything for unexpected file contents
         first = re.search(r"size mismatch for .*", str(error))
-        seen = f"does not fit its base {policy.name_or_path}: {first[0] if first else ' '.join(str(error).split())}"
+        problem = f"does not fit its base {policy.name_or_path}: {first[0] if first else ' '.join(str(error).split())}"
         do = "name the base that the adapter was trained on, in base_model_name_or_path of its adapter_config.json"
-    raise ModelError(f"the adapter {name} {seen[:400]}", expected="a whole adapter, on the base it belongs to", do=do)
+    raise ModelError(f"the adapter {name} {problem[:400]}", expected="a complete adapter on its own base", do=do)
 
 
-def _find_brought(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
-    """The weights that an adapter's file may bring: all that is trained, and the embeddings; the base is checked."""
+def _find_adapter_weights(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Yields the weights that an adapter's file may set: trainable ones and embeddings; the others are checked."""
     ends = [end for end in (adapted.get_input_embeddings(), adapted.get_output_embeddings()) if end is not None]
     embeddings = {id(weight) for end in ends for weight in end.parameters()}
     for place, weight in adapted.named_parameters():
@@ -119,62 +119,62 @@ def _find_brought(adapted: PeftModel) -> Iterator[tuple[str, Any]]:
 
 
 def _check_adapter_fits(policy: PeftModel, file: str) -> None:
-    """Raises ModelError where the file lacks a tensor of the adapter, or has one that nothing on the base takes."""
+    """Raises ModelError if the file lacks a tensor of the adapter, or holds one that neither adapter nor base has."""
     with safe_open(file, framework="pt") as tensors:
-        held = set(tensors.keys())
-    # PEFT would ask the Hub whether the embedding belongs to the adapter; here the file itself says so.
-    wanted = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
-    for names, what in (
-        (wanted - held, "lacks tensors of the adapter"),
-        (held - wanted - set(policy.state_dict()), "holds tensors that its base has no layer for"),
+        in_file = set(tensors.keys())
+    # Without this argument PEFT asks the Hub whether the adapter includes the embedding; the file itself shows it.
+    of_adapter = set(get_peft_model_state_dict(policy, save_embedding_layers=False))
+    for names, problem in (
+        (of_adapter - in_file, "lacks tensors of the adapter"),
+        (in_file - of_adapter - set(policy.state_dict()), "holds tensors that its base has no layer for"),
     ):
         if names:
             raise ModelError(
-                f"{file} {what}: {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
-                expected="the adapter of adapter_config.json, on the base it was trained on",
+                f"{file} {problem}: {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""),
+                expected="the adapter that adapter_config.json describes, on the base it was trained on",
                 do="take another copy of the adapter, or correct base_model_name_or_path in adapter_config.json",
             )
 
 
 def _find_embedding_rows(policy: PreTrainedModel, file: str) -> int | None:
-    """Rows of the input embedding that an adapter's file brings along; None where it brings none."""
+    """Returns the rows of the input embedding in an adapter's file; None if the file has no embedding."""
     embedding = policy.get_input_embeddings()
-    place = next(name for name, module in policy.named_modules() if module is embedding)
+    path = next(name for name, module in policy.named_modules() if module is embedding)
     with safe_open(file, framework="pt") as tensors:
-        held = set(tensors.keys())
-        for name in (f"base_model.model.{place}.weight", f"base_model.model.{place}.base_layer.weight"):
-            if name in held:
+        in_file = set(tensors.keys())
+        for name in (f"base_model.model.{path}.weight", f"base_model.model.{path}.base_layer.weight"):
+            if name in in_file:
                 return int(tensors.get_slice(name).get_shape()[0])
     return None
 
 
 def name_model(settings: Settings, name: str) -> ModelConfig:
-    """A run's model settings for another model: what the run made, or its base. It may be an adapter's."""
-    asked = deepcopy(settings.model)
-    asked.model_name_or_path = name
-    asked.use_peft = True
-    if name != settings.model.model_name_or_path and find_base(asked) != settings.model.model_name_or_path:
-        asked.model_revision = "main"  # the run's own says nothing of another model
-    return asked
+    """Returns a run's model settings with another model: the run's result or its base, a whole model or an adapter."""
+    config = deepcopy(settings.model)
+    config.model_name_or_path = name
+    config.use_peft = True
+    if name != settings.model.model_name_or_path and find_base(config) != settings.model.model_name_or_path:
+        config.model_revision = "main"  # the run's revision belongs to the run's own model
+    return config
 
 
 def load_frozen(settings: Settings, name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
-    """Another model by a run's settings, on its device; nothing of it is trained. Raises: ModelError."""
+    """Loads a model with a run's settings, without gradients, on the run's device. Raises: ModelError."""
     model = load_policy(replace(settings, model=name_model(settings, name)), tokenizer).requires_grad_(False)
     return model if getattr(model, "hf_device_map", None) else model.to(settings.training.device)
 
 
 def find_base(model: ModelConfig) -> str | None:
-    """The base model of the adapter that `--model_name_or_path` names; None where it names a whole model.
+    """Returns the base model of the adapter that `--model_name_or_path` names; None if it names a whole model.
 
     Raises:
         SettingsError: an adapter without `--use_peft`.
-        ModelError: an adapter_config.json that describes no LoRA adapter.
+        ModelError: an adapter_config.json that does not describe a LoRA adapter.
     """
     name, revision = model.model_name_or_path, model.model_revision
     try:
         file = find_adapter_config_file(name, revision=revision) if name else None
-    except OSError:  # no such model: said where it is loaded
+    except OSError:  # no such model: loading it reports the error
         return None
     if file is None:
         return None
@@ -190,9 +190,9 @@ def find_base(model: ModelConfig) -> str | None:
 
 
 def load_reference(settings: Settings) -> PreTrainedModel | None:
-    """The same weights once more, frozen; None where none is kept in memory.
+    """Returns a frozen copy of the initial weights; None if the run needs no reference model in memory.
 
-    With an adapter, the policy with the adapter switched off is the reference; with precomputed log-probs TRL asks the
+    With an adapter, the policy with the adapter switched off is the reference; with precomputed log-probs TRL runs the
     untrained policy before the first step.
     """
     if settings.kind != "dpo" or settings.model.use_peft or settings.training.precompute_ref_log_probs:
@@ -201,7 +201,7 @@ def load_reference(settings: Settings) -> PreTrainedModel | None:
 
 
 def build_peft_config(settings: Settings, policy: PreTrainedModel | PeftModel) -> PeftConfig | None:
-    """LoRA by TRL's flags for the policy; None where the whole model or an adapter of its own is trained.
+    """Returns the LoRA config of TRL's flags; None if the run trains the whole model or continues an adapter.
 
     Raises: SettingsError for target modules that the model does not have.
     """
@@ -209,17 +209,17 @@ def build_peft_config(settings: Settings, policy: PreTrainedModel | PeftModel) -
         return None
     config: PeftConfig = get_peft_config(settings.model)
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
-        # TRL hands a single name over as text, which PEFT takes for a pattern of the whole path.
+        # TRL passes a single name as a string, which PEFT would match as a regular expression of the whole path.
         config.target_modules = {config.target_modules}
     check_target_modules(config, policy)
     return config
 
 
 def check_target_modules(config: PeftConfig, policy: PreTrainedModel) -> None:
-    """Raises SettingsError for a target module that is not there; PEFT passes over it as long as another is."""
+    """Raises SettingsError for a target module that the model lacks; PEFT ignores it if another one exists."""
     names = [name for name, _ in policy.named_modules()]
-    wanted = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
-    missing = sorted(w for w in wanted if not any(name == w or name.endswith(f".{w}") for name in names))
+    targets = config.target_modules if isinstance(config.target_modules, (set, list)) else ()
+    missing = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names))
     if missing:
         layers = {name.rsplit(".", 1)[-1] for name, layer in policy.named_modules() if hasattr(layer, "weight")}
         raise SettingsError(
@@ -228,37 +228,37 @@ def check_target_modules(config: PeftConfig, policy: PreTrainedModel) -> None:
             do="correct --lora_target_modules",
         )
     head = next((n for n, layer in policy.named_modules() if layer is policy.get_output_embeddings()), None)
-    if head is not None and (head in wanted or head.rpartition(".")[2] in wanted):
+    if head is not None and (head in targets or head.rpartition(".")[2] in targets):
         raise SettingsError(
-            f"lora_target_modules names {head}, the LM head: answers are scored by its base weight, so an adapter "
-            "there would never be trained",
+            f"lora_target_modules names {head}, the LM head: scoring uses its base weight, so its adapter would never "
+            "be trained",
             expected="layers below the head",
             do=f"remove {head} from --lora_target_modules, or train it whole: --lora_modules_to_save {head}",
         )
 
 
 def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
-    """Most tokens a pair may have: `--max_length`, else TRL's default or the model's positions, whichever is less.
+    """Returns the most tokens of a pair: `--max_length`, else the lesser of TRL's default and the model's positions.
 
-    Raises: SettingsError where more is asked for than the model has positions.
+    Raises: SettingsError if `--max_length` exceeds the model's positions.
     """
     positions: int | None = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
-    asked = settings.training.max_length
-    if asked is None or positions is None:
-        return asked or positions
-    if asked > positions and "max_length" in settings.origins:
+    max_length = settings.training.max_length
+    if max_length is None or positions is None:
+        return max_length or positions
+    if max_length > positions and "max_length" in settings.origins:
         raise SettingsError(
-            f"max_length is {asked}, but the model has only {positions} positions",
+            f"max_length is {max_length}, but the model has only {positions} positions",
             expected=f"at most {positions}",
             do=f"--max_length {positions}",
         )
-    return min(asked, positions)
+    return min(max_length, positions)
 
 
 def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedModel:
     model = settings.model
     name = base or model.model_name_or_path
-    # The revision of an adapter on the Hub says nothing of its base; an adapter's folder has none of its own.
+    # An adapter's revision on the Hub does not apply to its base; a folder has no revision, so it is the base's.
     revision = "main" if base and not Path(str(model.model_name_or_path)).is_dir() else model.model_revision
     if name:
         check_weights_file(name, revision)
@@ -271,7 +271,7 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
         revision=revision,
         use_safetensors=True,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # `check_loaded` names them
+        ignore_mismatched_sizes=True,  # `check_loaded` reports them
         dtype=model.dtype,
         attn_implementation=model.attn_implementation,
         trust_remote_code=settings.training.trust_remote_code,
@@ -283,45 +283,45 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
         if settings.data.gates != "warn":
             raise
         say(f"gates: warn: {error.seen}")
-    check_finite(str(name), policy.named_parameters())
+    check_finite_weights(str(name), policy.named_parameters())
     for module in policy.modules():
-        # On processors with AVX512-BF16 bitsandbytes repacks 4-bit weights in place when it evaluates (0.50.2), and a
-        # repacked layer passes no gradient back: each rank that evaluated and did not save since would train wrongly.
-        # Delete when bitsandbytes unpacks them to train.
+        # On processors with AVX512-BF16, bitsandbytes (0.50.2) repacks 4-bit weights in place during evaluation, and a
+        # repacked layer passes no gradient back: each rank that evaluated and has not saved since would train wrongly.
+        # Delete when bitsandbytes unpacks the weights for training.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return policy
 
 
 def _find_file(model: ModelConfig, file: str) -> str | None:
-    found: str | None = cached_file(model.model_name_or_path, file, revision=model.model_revision, **QUIET)
-    return found
+    path: str | None = cached_file(model.model_name_or_path, file, revision=model.model_revision, **QUIET)
+    return path
 
 
 def _load(kind: Any, name: str | None, **options: Any) -> Any:
     if not name:
         raise ModelError("no model was named", expected="a Hub id or a folder", do="--model_name_or_path ID|FOLDER")
-    what = "tokenizer" if kind is AutoTokenizer else "model"
+    noun = "tokenizer" if kind is AutoTokenizer else "model"
     try:
         return kind.from_pretrained(name, **options)
-    except NOT_OF_THE_FILES:
+    except UNRELATED_TO_FILES:
         raise
-    except Exception as error:  # of transformers or tokenizers, for whatever in the files they did not expect
-        asked = options.get("attn_implementation")
-        if asked is not None and re.search("attention|attn|flash", str(error), re.I):
+    except Exception as error:  # transformers and tokenizers may raise anything for unexpected file contents
+        attention = options.get("attn_implementation")
+        if attention is not None and re.search("attention|attn|flash", str(error), re.I):
             raise ModelError(
-                f"--attn_implementation {asked}: {' '.join(str(error).split())[:300]}",
-                expected="sdpa, the default and what shared prompts need; eager; or a kernel that is installed",
+                f"--attn_implementation {attention}: {' '.join(str(error).split())[:300]}",
+                expected="sdpa (the default, required for shared prompts), eager, or an installed kernel",
                 do="--attn_implementation sdpa",
             ) from error
         if "trust_remote_code" in str(error):
             raise ModelError(
-                f"--model_name_or_path {name}: the {what} has Python code of its own, which is not run",
-                expected="a model that transformers knows, or this command line's word that its code may run",
+                f"--model_name_or_path {name}: the {noun} has Python code of its own, which is not run",
+                expected="a model that transformers supports, or permission to run the model's code",
                 do="read that code; if you trust it, add --trust_remote_code true",
             ) from error
         raise ModelError(
-            f"--model_name_or_path {name}: no {what} could be loaded: {' '.join(str(error).split())[:300]}",
+            f"--model_name_or_path {name}: no {noun} could be loaded: {' '.join(str(error).split())[:300]}",
             expected="a Hub id that this machine can reach, or a folder with config.json, weights and tokenizer",
-            do="check the name; for a gated model log in with `hf auth login`; without a network give a folder",
+            do="check the name; for a gated model log in with `hf auth login`; without a network name a folder",
         ) from error

@@ -1,8 +1,8 @@
-"""Reference log-probs: computed once, kept on disk, and found again by what they depend on.
+"""Cache of reference log-probs: computed once, kept on disk under a hash of everything they depend on.
 
 They depend on the scored token ids, the reference's weights, the precision and `ld_alpha`; not on learning rate, beta
-or output folder, so restarts and the trials of a sweep find them. Rank 0 alone touches the disk: a folder that only
-one node sees serves all.
+or output folder, so restarts and the trials of a sweep reuse them. Only rank 0 reads and writes the disk: a folder that
+only one node sees serves all ranks.
 """
 
 import hashlib
@@ -25,19 +25,19 @@ from dpokit.errors import find_disk_trouble
 from dpokit.model.load import find_base
 from dpokit.settings.load import Settings
 
-PART_PAIRS = 256  # what an interruption costs at most
+PART_PAIRS = 256  # an interruption loses at most one part
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 SPOT_CHECKS = 4
 
 
 def find_cache_folder() -> Path:
-    """`DPOKIT_CACHE`, else dpokit's folder among the user's caches."""
+    """Returns `reference` in the folder `DPOKIT_CACHE`, else in dpokit's folder among the user's caches."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DPOKIT_CACHE") or Path(caches) / "dpokit") / "reference"
 
 
 def find_identity(settings: Settings) -> dict[str, object]:
-    """What a reference's log-probs depend on beside token ids and autocast; for one process to ask: it reads files."""
+    """Returns what log-probs depend on besides token ids, autocast, `ld_alpha`; reads files: call it in one process."""
     model = settings.model
     base = find_base(model)
     return {
@@ -49,15 +49,15 @@ def find_identity(settings: Settings) -> dict[str, object]:
 
 
 def describe_scores(identity: dict[str, object], training: DPOConfig, token_ids: str) -> dict[str, object]:
-    """Everything that log-probs depend on; `token_ids` stands for the scored rows, by their fingerprint."""
+    """Returns everything that the log-probs depend on; `token_ids` is the fingerprint of the scored rows."""
     autocast = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
     return {**identity, "autocast": autocast, "ld_alpha": training.ld_alpha, "token_ids": token_ids}
 
 
 def is_kept(settings: Settings, token_ids: str, pairs: int) -> bool:
-    """Whether the log-probs of all these pairs are on disk already; for one process to ask."""
+    """Returns whether the log-probs of all these pairs are on disk. Reads files: to be called by one process."""
     folder = find_cache_folder()
-    with suppress(OSError):  # a folder of somebody else's
+    with suppress(OSError):  # the folder may belong to another user
         if folder.is_dir():
             depends_on = describe_scores(find_identity(settings), settings.training, token_ids)
             return ReferenceCache(folder, depends_on, pairs).is_complete()
@@ -65,7 +65,7 @@ def is_kept(settings: Settings, token_ids: str, pairs: int) -> bool:
 
 
 def can_be_computed_ahead(settings: Settings) -> bool:
-    """Whether the reference stays as it is, over pairs that can be gone through beforehand."""
+    """Returns whether the reference is constant, and the pairs are known, before training starts."""
     training = settings.training
     if training.sync_ref_model or settings.data.dataset_streaming or not training.disable_dropout:
         return False
@@ -73,9 +73,9 @@ def can_be_computed_ahead(settings: Settings) -> bool:
 
 
 def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
-    """Turns `precompute_ref_log_probs` on where that is nobody's decision, can be done, and pays; whether it did.
+    """Enables `precompute_ref_log_probs` if it is unset, possible and worthwhile; returns whether it did.
 
-    It pays where each pair is met more than once, and where the numbers are `kept` already.
+    It is worthwhile if training uses each pair more than once, or if the log-probs are `kept` on disk already.
     """
     if settings.kind != "dpo":
         return False
@@ -89,7 +89,7 @@ def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
 
 
 def hash_weights(name: str, revision: str | None) -> str:
-    """What a model's weights are known by: the sha256 of a folder's files, or a Hub id with its commit."""
+    """Returns an identifier of a model's weights: the sha256 of a folder's files, or a Hub id with its commit."""
     folder = Path(name)
     if not folder.is_dir():
         config = cached_file(name, "config.json", revision=revision)
@@ -103,12 +103,12 @@ def hash_weights(name: str, revision: str | None) -> str:
 
 
 class ReferenceCache:
-    """The log-probs of one list of pairs under one reference, in parts.
+    """Cached log-probs of a list of pairs under one reference, in parts.
 
     Args:
         folder: `find_cache_folder()`.
-        depends_on: everything the numbers depend on; its hash names their folder.
-        pairs: how many pairs there are.
+        depends_on: everything the log-probs depend on; its hash is the name of their folder.
+        pairs: number of pairs.
     """
 
     def __init__(self, folder: Path, depends_on: dict[str, object], pairs: int) -> None:
@@ -116,18 +116,18 @@ class ReferenceCache:
         text = json.dumps(depends_on, sort_keys=True, default=str)
         self.folder = folder / hashlib.sha256(text.encode()).hexdigest()[:32]
         self.pairs = pairs
-        self._full = False
+        self._has_failed = False
 
     def parts(self) -> list[range]:
-        """The pairs of each part."""
+        """Returns the indices of each part's pairs."""
         return [range(at, min(at + PART_PAIRS, self.pairs)) for at in range(0, self.pairs, PART_PAIRS)]
 
     def is_complete(self) -> bool:
-        """Whether every part is there; what is in them is looked at by `read`."""
+        """Returns whether every part exists; `read` checks the contents."""
         return self.pairs > 0 and all(self._path(part).is_file() for part in self.parts())
 
     def read(self, part: range) -> torch.Tensor | None:
-        """`(2, pairs of the part)`, fp32: chosen, rejected. None where missing, torn, or not what was written."""
+        """Returns `(2, pairs of the part)`, fp32: chosen, rejected. None if the part is missing, torn or changed."""
         path = self._path(part)
         try:
             if not path.is_file():
@@ -139,26 +139,26 @@ class ReferenceCache:
             say(f"reference log-probs: {path} cannot be read ({str(error)[:80]}), so they are computed again")
             return None
         if checksum != _hash(values) or values.shape != (2, len(part)):
-            say(f"reference log-probs: {path} is not what was written, so they are computed again")
+            say(f"reference log-probs: {path} has another checksum or shape, so they are computed again")
             return None
         return values
 
     def write(self, part: range, values: torch.Tensor) -> None:
-        """Keeps a part; it appears whole or not at all, also when two runs write it. A full disk costs one line."""
+        """Writes a part, completely or not at all, also if two runs write it. A full disk prints one line, no error."""
         path = self._path(part)
-        beside = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"log_probs": values.contiguous()}, beside, metadata={"sha256": _hash(values)})
-            beside.replace(path)
+            save_file({"log_probs": values.contiguous()}, temporary, metadata={"sha256": _hash(values)})
+            temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            if not self._full:
+            if not self._has_failed:
                 trouble = find_disk_trouble(error)
-                why = trouble.seen if trouble else str(error)[:80]
-                say(f"reference log-probs: not kept in {self.folder}: {why}; the run goes on")
-            self._full = True
+                reason = trouble.seen if trouble else str(error)[:80]
+                say(f"reference log-probs: not kept in {self.folder}: {reason}; the run continues")
+            self._has_failed = True
             with suppress(OSError):
-                beside.unlink()
+                temporary.unlink()
 
     def forget(self) -> None:
         """Deletes all parts."""
@@ -170,9 +170,9 @@ class ReferenceCache:
         return self.folder / f"{part.start:08d}.safetensors"
 
 
-def choose_spot_checks(known: Sequence[range]) -> list[int]:
-    """A few pairs, spread over the parts that were read."""
-    rows = [row for part in known for row in part]
+def choose_spot_checks(parts: Sequence[range]) -> list[int]:
+    """Returns the indices of up to `SPOT_CHECKS` pairs, spread over the parts that were read."""
+    rows = [row for part in parts for row in part]
     return sorted({rows[len(rows) * i // SPOT_CHECKS] for i in range(SPOT_CHECKS)}) if rows else []
 
 

@@ -1,4 +1,4 @@
-"""Answer log-probs, the one place: TRL's fused head at answer positions alone, prompts shared where that works."""
+"""Computes answer log-probs, for all of dpokit: TRL's fused head at answer positions only, with shared prompts."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,25 +14,25 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from dpokit.console import say
 from dpokit.model.shared_prefix import NAME, SharedPrefix
 
-# TRL's head scores answer positions alone where it has Triton kernels, and every position elsewhere, so that shapes
-# stay the same for compilers of other devices (trl/trainer/utils.py, `add_fused_lm_head`, 1.16). On a CPU nothing is
-# compiled for a shape, and most positions are prompts. Delete when TRL selects them on CPU.
+# With Triton kernels TRL's head scores answer positions only; without them it scores all, so that shapes stay the same
+# for compilers of other devices (trl/trainer/utils.py, `add_fused_lm_head`, 1.16). On a CPU nothing is compiled for a
+# shape, and most positions are prompts. Delete when TRL selects answer positions on CPU.
 _uses_triton = trl_utils._use_triton
 trl_utils._use_triton = lambda device: device.type == "cpu" or _uses_triton(device)
 
-# How far a pair's log-probs may be from those of TRL's padded batch, as a share of them.
+# Largest relative difference between a pair's log-probs and those of TRL's padded batch.
 TOLERANCE_FP32 = 1e-4
 TOLERANCE_16_BIT = 2e-2
 
-PROOF_PAIRS = 2  # of an evaluation's first batch: computing both ways costs more than sharing saves on a few pairs
+PROOF_PAIRS = 2  # of an evaluation's first batch; more would cost more than shared prompts save in a small evaluation
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 LAYERS = {"full_attention", "sliding_attention"}
 
 
 def find_dropout(model: nn.Module) -> bool:
-    """Whether chance plays a part in a training forward.
+    """Returns whether a training forward is random.
 
-    `disable_dropout` reaches dropout modules alone, so the rates that modules keep for themselves are looked at too.
+    `disable_dropout` only changes dropout modules, so this also reads the rates that other modules keep as attributes.
     """
     for module in model.modules():
         rates = [value for name, value in vars(module).items() if "drop" in name or "jitter" in name]
@@ -43,19 +43,19 @@ def find_dropout(model: nn.Module) -> bool:
 
 
 def find_obstacle(model: PreTrainedModel | PeftModel, longest: int | None) -> str | None:
-    """Why a model's prompts cannot be shared; None where nothing speaks against it (its first batch will tell).
+    """Returns why a model cannot share prompts; None if no reason is known (the first batch is checked as well).
 
     Args:
-        longest: most tokens of a row; None where nobody knows.
+        longest: most tokens of a row; None if unknown.
     """
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "the adapter puts tokens of its own before the prompt"
+        return "the adapter adds tokens before the prompt"
     config = model.config.get_text_config()
     layers = set(getattr(config, "layer_types", None) or LAYERS)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     implementation = model.config._attn_implementation
     if find_dropout(model):
-        return "dropout is on, and the answers of a pair must not share its mask"
+        return "dropout is on, and the answers of a pair must not share a dropout mask"
     if hasattr(model.config, "vision_config"):
         return "the model takes images"
     if not layers <= LAYERS:
@@ -70,22 +70,22 @@ def find_obstacle(model: PreTrainedModel | PeftModel, longest: int | None) -> st
 
 
 def share_prefix(model: PreTrainedModel | PeftModel) -> SharedPrefix:
-    """Switches the packed forward on in a model with TRL's fused head. Raises: ValueError where it cannot take it."""
+    """Enables the packed forward of a model with TRL's fused head. Raises: ValueError if the model cannot use it."""
     return SharedPrefix(model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
 def score_batch(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probs of each row's answer, summed over its tokens: `(2 pairs,)`, fp32; arguments as `score_tokens`."""
+    """Returns each row's answer log-prob, summed over tokens: `(2 pairs,)`, fp32; arguments as `score_tokens`."""
     return score_tokens(model, batch).sum(dim=1)
 
 
 def score_tokens(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Log-probs of each row's answer tokens: `(2 pairs, width - 1)`, fp32; the chosen rows come first.
+    """Returns the log-probs of each row's answer tokens: `(2 pairs, width - 1)`, fp32; the chosen rows come first.
 
-    Each stands where its token is predicted; 0 stands wherever no answer token is.
+    A token's log-prob is at the position that predicts it; all other positions hold 0.
 
     Args:
-        model: with TRL's fused head; packed where its `SharedPrefix` is on.
+        model: with TRL's fused head; packs the batch if its `SharedPrefix` is on.
         batch: `input_ids`, `attention_mask`, `completion_mask`, each `(2 pairs, width)`.
     """
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -101,9 +101,9 @@ def score_tokens(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def find_mismatch(model: Any, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> tuple[float, str]:
-    """How far packed and padded log-probs of a batch are apart, as a share of them, and that in words.
+    """Returns the largest relative difference of a batch's packed and padded log-probs, and a message that states it.
 
-    Infinite where no layer packed, or the model or its attention kernel refuses a packed batch.
+    It is infinite if no layer used the packed layout, or if the model or its attention kernel rejects a packed batch.
     """
     with torch.no_grad():
         with shared.switched_off():
@@ -113,18 +113,20 @@ def find_mismatch(model: Any, shared: SharedPrefix, batch: Mapping[str, torch.Te
         except (torch.OutOfMemoryError, dist.DistError):
             raise
         except (TypeError, ValueError, RuntimeError) as error:
-            return float("inf"), f"its forward does not take a packed batch ({' '.join(str(error).split())[:120]})"
-    apart = float(((packed - padded).abs() / padded.abs().clamp(min=1.0)).max()) if shared.attended else float("inf")
-    return apart, f"the first pairs' log-probs differ by {apart:.1e} from those of padded rows"
+            return float("inf"), f"its forward does not accept a packed batch ({' '.join(str(error).split())[:120]})"
+    difference = float("inf")
+    if shared.attended:
+        difference = float(((packed - padded).abs() / padded.abs().clamp(min=1.0)).max())
+    return difference, f"the first pairs' log-probs differ by {difference:.1e} from those of padded rows"
 
 
 class PairScorer:
-    """Scores tokenised pairs outside training, prompts shared where the model allows it and its first batch proves it.
+    """Scores tokenised pairs outside training; shares prompts if the model can and its first batch confirms it.
 
     Args:
-        model: a causal LM or one with an adapter; put into evaluation mode, its dropout switched off for good.
-        pad_id: fills rows that are not packed.
-        longest: most tokens of a row; None where nobody knows.
+        model: a causal LM, also with an adapter; put into evaluation mode, with its dropout disabled permanently.
+        pad_id: pads rows that are not packed.
+        longest: most tokens of a row; None if unknown.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, *, pad_id: int, longest: int | None) -> None:
@@ -133,15 +135,15 @@ class PairScorer:
         trl_utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
         self._collate = DataCollatorForPreference(pad_token_id=pad_id)
         self._shared: SharedPrefix | None = None
-        self._proven = False
-        why = find_obstacle(model, longest)
-        if why is None:
+        self._is_checked = False
+        reason = find_obstacle(model, longest)
+        if reason is None:
             self._shared = share_prefix(model)
         else:
-            say(f"shared prefix: off, as {why}")
+            say(f"shared prefix: off, as {reason}")
 
     def __call__(self, pairs: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        """Log-probs of the answers, summed over their tokens: `(2, pairs)`, fp32, on the CPU; chosen, rejected.
+        """Returns the answers' log-probs, summed over tokens: `(2, pairs)`, fp32, on the CPU; chosen, rejected.
 
         Args:
             pairs: with `prompt_ids`, `chosen_ids`, `rejected_ids`.
@@ -150,19 +152,23 @@ class PairScorer:
 
     @torch.no_grad()
     def score_tokens(self, pairs: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-        """Log-probs of each answer token: `(2, pairs, width - 1)`, fp32, on the CPU; as the function of this name."""
-        if self._shared is not None and not self._proven:
-            self._prove(self._shared, self._batch(pairs[:PROOF_PAIRS]))
-        found = score_tokens(self.model, self._batch(pairs)).cpu()
-        return found.reshape(2, len(pairs), -1)
+        """Returns each answer token's log-prob, as `score_tokens` does: `(2, pairs, width - 1)`, fp32, on the CPU.
+
+        Args:
+            pairs: with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        """
+        if self._shared is not None and not self._is_checked:
+            self._check(self._shared, self._batch(pairs[:PROOF_PAIRS]))
+        log_probs = score_tokens(self.model, self._batch(pairs)).cpu()
+        return log_probs.reshape(2, len(pairs), -1)
 
     def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         collated = self._collate([dict(pair) for pair in pairs])
         return {name: values.to(self.model.device) for name, values in collated.items()}
 
-    def _prove(self, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> None:
-        self._proven = True
-        apart, why = find_mismatch(self.model, shared, batch)
-        if not apart <= (TOLERANCE_FP32 if self.model.dtype == torch.float32 else TOLERANCE_16_BIT):
+    def _check(self, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> None:
+        self._is_checked = True
+        difference, message = find_mismatch(self.model, shared, batch)
+        if not difference <= (TOLERANCE_FP32 if self.model.dtype == torch.float32 else TOLERANCE_16_BIT):
             shared.on = False
-            say(f"shared prefix: off, as {why}")
+            say(f"shared prefix: off, as {message}")

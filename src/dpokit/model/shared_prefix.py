@@ -1,16 +1,16 @@
-"""A prompt is computed once: both answers of a pair in one packed row, without padding.
+"""Computes a pair's prompt once: packs both answers of a pair into one row, without padding.
 
-TRL's batch holds `prompt + chosen` and `prompt + rejected` as two padded rows. Here a pair is laid out as
+TRL's batch holds `prompt + chosen` and `prompt + rejected` as two padded rows. The packed layout of a pair is
 
     prompt without its last token | last token + chosen | last token + rejected
 
-one pair behind the other, in a single row. The two branches take the positions that follow the prompt, and attention
-lets each see the shared part and itself. Each token of a branch predicts one answer token, so that exactly the branches
-meet the LM head (an answer's last token predicts nothing, and is not computed at all). The log-probs go back to the
-places where TRL's loss looks for them, so losses, metrics, PEFT, checkpointing and sharding are TRL's, untouched.
+and all pairs follow each other in a single row. Both branches take the positions after the prompt, and each attends to
+the shared part and to itself. Each token of a branch predicts one answer token, so the LM head computes the branches
+only. (An answer's last token predicts nothing and is left out.) The log-probs are written back to the positions where
+TRL's loss reads them, so losses, metrics, PEFT, checkpointing and sharding remain TRL's.
 
-Measured and derived in arXiv 2410.20305 (prefix sharing for DPO); the layout with a branch's own copy of the prompt's
-last token is ours, as it lets one forward pass of TRL's own head do.
+arXiv 2410.20305 derives and measures prefix sharing for DPO. The layout here differs: each branch has its own copy of
+the prompt's last token, so that one forward pass of TRL's own head is enough.
 """
 
 from collections.abc import Iterator
@@ -26,20 +26,20 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-NAME = "shared_prefix"  # under which transformers finds `attend`
+NAME = "shared_prefix"  # the name of `attend` in transformers' registry of attention functions
 IGNORED = -100  # a position whose label is not scored
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
 @dataclass
 class Packed:
-    """A batch of pairs in one row of `tokens` tokens.
+    """A batch of pairs, packed into one row of `tokens` tokens.
 
     Attributes:
         input_ids, position_ids, labels: `(1, tokens)`, int64; labels are already shifted.
-        places: `(scored tokens,)`, int64: where each log-prob stands in TRL's flat `(2 pairs, width - 1)`.
+        places: `(scored tokens,)`, int64: index of each log-prob in TRL's flattened `(2 pairs, width - 1)`.
         lengths: tokens of the shared part, the chosen and the rejected branch of each pair.
-        attended: the layers that attended by this layout; one that did not has mixed the answers.
+        attended: ids of the layers that followed this layout; any other layer has mixed the answers.
     """
 
     input_ids: torch.Tensor
@@ -54,7 +54,7 @@ class Packed:
         self._offsets: tuple[torch.Tensor, ...] | None = None
 
     def masks(self) -> list[torch.Tensor]:
-        """Who a pair's rejected branch sees: `(rejected, shared + rejected)`, bool, one a pair."""
+        """Returns each pair's mask of the rejected branch: `(rejected, shared + rejected)`, bool, True attends."""
         if self._masks is None:
             device = self.input_ids.device
             self._masks = [
@@ -64,9 +64,10 @@ class Packed:
         return self._masks
 
     def offsets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """For kernels of unequal lengths: where queries and keys of each attention begin, `(2 pairs + 1,)` int32, and
+        """Returns offsets of queries and of keys, and the keys' token indices, for kernels of variable lengths.
 
-        which tokens the keys are, `(keys,)` int64: the shared part stands before each of its branches.
+        A pair is two sequences, one for each branch. Offsets are `(2 pairs + 1,)` int32: the start of each sequence and
+        the end of the last. Token indices are `(keys,)` int64: the keys of each branch begin with the shared part.
         """
         if self._offsets is None:
             queries, keys, order, start = [0], [0], [], 0
@@ -85,17 +86,17 @@ class Packed:
 
 
 def pack_pairs(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
-    """Lays out TRL's batch.
+    """Packs TRL's batch.
 
     Args:
         input_ids: `(2 pairs, width)`, int64: the chosen rows, then the rejected ones, in the same order.
-        labels: the same shape; `IGNORED` wherever the token is not an answer's.
+        labels: the same shape; `IGNORED` for every token that is not an answer's.
 
-    Raises: ValueError where the two prompts of a pair differ.
+    Raises: ValueError if the two prompts of a pair differ.
     """
     pairs, width = len(input_ids) // 2, input_ids.shape[1]
     answers = labels != IGNORED
-    # One trip from the device: where each answer begins and ends.
+    # The start and end of each answer, in a single copy from the device.
     begins, ends = torch.stack([answers.int().argmax(1), width - answers.flip(1).int().argmax(1)]).tolist()
     tokens, positions, targets, places, lengths = [], [], [], [], []
     for chosen in range(pairs):
@@ -132,12 +133,13 @@ def attend(
     packed: Packed | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention for transformers: SDPA, unless a packed batch says who sees whom.
+    """Attention function for transformers: SDPA, or for a packed batch attention by its layout.
 
     Args:
-        query: `(1, heads, tokens, width)`; key and value may have fewer heads, each serving a group of query heads.
+        query: `(1, heads, tokens, width)`; key and value may have fewer heads, each for a group of query heads.
+        packed: the layout of a packed batch; None for any other batch.
 
-    Returns: `(1, tokens, heads, width)`, and no weights.
+    Returns: `(1, tokens, heads, width)`, and None instead of attention weights.
     """
     if packed is None:
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -175,7 +177,7 @@ def attend(
 def _attend_by_flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, packed: Packed
 ) -> torch.Tensor:
-    """All pairs in one kernel. Flash attention aligns a causal mask with the last key, as a branch needs it."""
+    """Attends all pairs in one kernel. Flash attention aligns a causal mask with the last key, which suits a branch."""
     queries_at, keys_at, order = packed.offsets()
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     longest_query = max(max(shared + chosen, rejected) for shared, chosen, rejected in packed.lengths)
@@ -196,26 +198,26 @@ def _attend_by_flash(
     return out[None]
 
 
-# Lengths differ from step to step: torch.compile would compile packing and attention anew for each set of them.
+# Excluded from torch.compile, which would recompile packing and attention for the new lengths of each step.
 AttentionInterface.register(NAME, torch.compiler.disable(attend))
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class SharedPrefix:
-    """The switch of a model's packed forward.
+    """Replaces a model's forward by one that packs batches while `on` is True.
 
     Args:
-        model: a causal LM that has TRL's fused head already (`add_fused_lm_head`); its forward is replaced, and asked
-            for a fused head it packs the batch while the switch is on.
+        model: a causal LM that already has TRL's fused head (`add_fused_lm_head`); only calls with `fused_lm_head=True`
+            are packed.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.on = True
-        self.attended = 0  # layers that followed the layout in the last forward pass
+        self.attended = 0  # number of layers that followed the layout in the last forward pass
         original = model.forward
         model.set_attn_implementation(NAME)
 
-        @wraps(original)  # `generate` looks at the arguments
+        @wraps(original)  # `generate` inspects the signature
         def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if fused_lm_head and self.on:
                 return self._forward(original, **kwargs)
@@ -230,7 +232,7 @@ class SharedPrefix:
         outputs = original(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
-            # Of four dimensions, so that transformers takes it for a mask made ready; `attend` does not look at it.
+            # Four-dimensional, so that transformers treats it as a finished mask; `attend` ignores it.
             attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
             shift_labels=packed.labels,
             fused_lm_head=True,
@@ -249,7 +251,7 @@ class SharedPrefix:
 
     @contextmanager
     def switched_off(self) -> Iterator[None]:
-        """TRL's own forward meanwhile."""
+        """Uses TRL's own forward inside this context."""
         before, self.on = self.on, False
         try:
             yield

@@ -1,4 +1,4 @@
-"""The quickstart's base model: a small GPT-2, taught both kinds of answer until it writes either."""
+"""Builds the quickstart's base model: a small GPT-2, trained on kind and curt answers until it writes both."""
 
 import json
 from collections.abc import Iterator
@@ -18,26 +18,26 @@ IGNORED = -100
 BATCH_PAIRS = 16
 LEARNING_RATE = 3e-3
 
-# A pair's ids: prompt, and its two answers with their END.
+# A pair's ids: the prompt, and its two answers, each with END.
 Pair = tuple[list[int], list[int], list[int]]
 
 
 def build_base(folder: Path, *, corpus: Path, seed: int, epochs: int = 6, show_progress: bool = True) -> float:
-    """Trains tokenizer and model on both answers of each pair, equally often, and saves them as one folder.
+    """Trains tokenizer and model on both answers of each pair, equally often, and saves them in one folder.
 
-    Torch's own random state is left alone.
+    Torch's global random state does not change.
 
     Args:
-        folder: gets an ordinary Hugging Face model folder, whole or not at all.
+        folder: becomes an ordinary Hugging Face model folder, complete or not at all.
         corpus: JSONL with prompt, chosen, rejected.
-        seed: of weights and order.
-        epochs: times that each answer is seen.
+        seed: of the initial weights and the order of the pairs.
+        epochs: number of passes over the corpus.
 
     Returns: the mean loss of the last epoch, nats per answer token.
     """
     rows = [json.loads(line) for line in corpus.read_text().splitlines()]
     tokenizer = _train_tokenizer([row[name] for row in rows for name in ("prompt", "chosen", "rejected")])
-    # Prompt and answers are tokenised apart, as training and inference do.
+    # Prompt and answers are tokenised separately, as in training and inference.
     pairs = [
         (
             tokenizer.encode(row["prompt"]),
@@ -47,7 +47,7 @@ def build_base(folder: Path, *, corpus: Path, seed: int, epochs: int = 6, show_p
         for row in rows
     ]
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would touch the GPUs' state, too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would change the GPUs' state as well
         model = GPT2LMHeadModel(_config(len(tokenizer), tokenizer.eos_token_id))
         losses = _fit(model, pairs, epochs=epochs, show_progress=show_progress)
     with new_folder(folder) as part:
@@ -59,8 +59,8 @@ def build_base(folder: Path, *, corpus: Path, seed: int, epochs: int = 6, show_p
 def _train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator(texts, vocab_size=VOCABULARY, special_tokens=[END], show_progress=False)
-    plain = Tokenizer.from_str(bpe.to_str())  # transformers expects the tokenizer itself, not this wrapper
-    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token=END, eos_token=END, pad_token=END)
+    tokenizer = Tokenizer.from_str(bpe.to_str())  # transformers expects a Tokenizer, not this wrapper class
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END)
 
 
 def _config(vocabulary: int, end: int) -> GPT2Config:
@@ -70,7 +70,7 @@ def _config(vocabulary: int, end: int) -> GPT2Config:
         n_embd=96,
         n_layer=3,
         n_head=3,
-        # Dropout slows the learning of a grammar and protects from nothing here: the corpus is the world.
+        # Dropout slows the learning of a grammar, and prevents nothing here: all prompts come from this grammar.
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -81,7 +81,10 @@ def _config(vocabulary: int, end: int) -> GPT2Config:
 
 
 def _fit(model: GPT2LMHeadModel, pairs: list[Pair], *, epochs: int, show_progress: bool) -> list[float]:
-    """The losses of the last epoch's steps. The rate falls to zero, which makes sampled answers clean."""
+    """Trains the model; returns the losses of the last epoch's steps.
+
+    The learning rate falls to zero, which makes sampled answers well-formed.
+    """
     steps_an_epoch = -(-len(pairs) // BATCH_PAIRS)
     steps = epochs * steps_an_epoch
     optimizer = torch.optim.AdamW(
@@ -94,13 +97,13 @@ def _fit(model: GPT2LMHeadModel, pairs: list[Pair], *, epochs: int, show_progres
     model.train()
     batches = track_progress(
         _build_batches(pairs, epochs=epochs),
-        desc="warming up the base model",
+        desc="training the base model",
         total=steps,
         unit="step",
         hidden=not show_progress,
     )
     for ids, labels in batches:
-        # Padding is on the right, where no earlier token sees it, so no mask; only answer tokens meet the LM head.
+        # Padding on the right needs no mask: no earlier token attends to it. Only answer tokens pass the LM head.
         hidden = model.transformer(inputs_embeds=model.transformer.wte(ids)).last_hidden_state[:, :-1]
         answer = labels[:, 1:] != IGNORED
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[answer]), labels[:, 1:][answer])
@@ -115,9 +118,9 @@ def _fit(model: GPT2LMHeadModel, pairs: list[Pair], *, epochs: int, show_progres
 
 
 def _build_batches(pairs: list[Pair], *, epochs: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Ids and labels (2 x pairs, tokens), int64, padded on the right; IGNORED where no answer token is.
+    """Yields ids and labels (2 x pairs, tokens), int64, padded on the right; labels are IGNORED except on answers.
 
-    A batch holds both answers of each of its prompts, so no step pulls towards one kind: their shares stay equal.
+    A batch holds both answers of each of its prompts, so that no step favours one kind of answer.
     """
     for _ in range(epochs):
         for batch in torch.randperm(len(pairs)).split(BATCH_PAIRS):

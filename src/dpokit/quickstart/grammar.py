@@ -1,10 +1,10 @@
 """The quickstart's corpus: small requests, each with a kind and a curt answer, and the grammar that judges answers.
 
-A prompt asks for help with one of 40 tasks for one of 12 people (or pets) in one of 10 shapes: 4,800 prompts. An answer
-opens, names the task and its first step, and closes with a line about who it is for; 96 kind and 96 curt answers fit
-each prompt. Nothing is estimated: an answer belongs to the grammar or it does not. Both kinds say the
-same and differ little in length: 21.1 words kind, 19.3 curt on average. That is not nothing: the longer answer is the
-kind one in 83 % of pairs (ties counted half), so a reward accuracy near that figure would prove no more than length.
+A prompt asks for help with one of 40 tasks for one of 12 people (or pets) in one of 10 phrasings: 4,800 prompts. An
+answer has an opening, the task with its first step, and a closing line about the person; each prompt has 96 kind and 96
+curt answers. The judgement is exact: an answer belongs to the grammar or it does not. Both kinds have the same content
+and differ little in length: 21.1 words kind, 19.3 curt on average. Still, the longer answer is the kind one in 83 % of
+pairs (ties counted half), so length alone could explain a reward accuracy near that figure.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dpokit.data.formats import ASSISTANT, HUMAN
 
-TASKS = (  # what to do, with what, and the first step towards it
+TASKS = (  # verb, object, first step
     ("bake", "a lemon cake", "whisk three eggs"),
     ("bake", "an apple pie", "chill the dough"),
     ("bake", "a loaf of bread", "wake up the yeast"),
@@ -78,16 +78,16 @@ REQUESTS = (
 
 @dataclass(frozen=True)
 class Manner:
-    """How an answer of one kind opens, what it says, and how it closes."""
+    """The templates of one kind of answer: openings, bodies and closings."""
 
     openers: tuple[str, ...]
     bodies: tuple[str, ...]
     closers: tuple[str, ...]
 
-    def answers(self, words: dict[str, str]) -> list[str]:
-        """Every answer of this manner that these words make, each beginning with one space."""
+    def answers(self, fields: dict[str, str]) -> list[str]:
+        """Returns every answer of this kind with the fields filled in; each begins with one space."""
         parts = product(self.openers, self.bodies, self.closers)
-        return [(" " + " ".join(three)).format_map(words) for three in parts]
+        return [(" " + " ".join(three)).format_map(fields) for three in parts]
 
 
 KIND = Manner(
@@ -138,60 +138,61 @@ CURT = Manner(
 
 @dataclass(frozen=True)
 class Request:
-    """One request of the grammar: its prompt, in the HH transcript form, and the words that its answers name."""
+    """A request of the grammar: its prompt as an HH transcript, and the template fields of its answers."""
 
     prompt: str
-    words: dict[str, str]
+    fields: dict[str, str]
 
     def kind_answers(self) -> list[str]:
-        """Every kind answer to it, each beginning with one space."""
-        return KIND.answers(self.words)
+        """Returns every kind answer to the request, each beginning with one space."""
+        return KIND.answers(self.fields)
 
     def curt_answers(self) -> list[str]:
-        """Every curt answer to it, each beginning with one space."""
-        return CURT.answers(self.words)
+        """Returns every curt answer to the request, each beginning with one space."""
+        return CURT.answers(self.fields)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the grammar says of an answer: `well_formed`, it is a whole answer to its prompt; `kind`, and a kind one."""
+    """The grammar's verdict on an answer: `well_formed` for a complete answer to its prompt, `kind` for a kind one."""
 
     kind: bool
     well_formed: bool
 
 
 def all_requests() -> list[Request]:
-    """Every request there is, in a fixed order (4,800)."""
+    """Returns all 4,800 requests in a fixed order."""
     return list(_requests().values())
 
 
 def write_corpus(folder: Path, *, train_pairs: int, eval_pairs: int, seed: int) -> None:
     """Writes train.jsonl and test.jsonl: one pair a line, `prompt`, `chosen` (kind) and `rejected` (curt).
 
-    No prompt is met twice, in one file or in both, and the same seed writes the same bytes.
+    Every prompt occurs once in both files together, and the same seed writes the same bytes.
 
-    Raises: ValueError where more pairs are asked for than there are requests.
+    Raises: ValueError for more pairs than the grammar has requests.
     """
-    draw = random.Random(seed)
+    generator = random.Random(seed)
     requests = all_requests()
     if train_pairs + eval_pairs > len(requests):
-        raise ValueError(f"{train_pairs + eval_pairs} pairs asked for, the grammar has {len(requests)} requests")
-    draw.shuffle(requests)
+        raise ValueError(f"{train_pairs + eval_pairs} pairs asked for, but the grammar has {len(requests)} requests")
+    generator.shuffle(requests)
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"train": requests[:train_pairs], "test": requests[train_pairs : train_pairs + eval_pairs]}
     for name, part in parts.items():
         with (folder / f"{name}.jsonl").open("w", encoding="ascii", newline="\n") as file:
             for request in part:
-                chosen, rejected = draw.choice(request.kind_answers()), draw.choice(request.curt_answers())
+                chosen = generator.choice(request.kind_answers())
+                rejected = generator.choice(request.curt_answers())
                 file.write(json.dumps({"prompt": request.prompt, "chosen": chosen, "rejected": rejected}) + "\n")
 
 
 def judge_answer(prompt: str, answer: str) -> Verdict:
-    """Whether the whole answer, its leading space included, is one that the grammar has for this prompt.
+    """Returns whether the answer, with its leading space, is exactly one of the grammar's answers to this prompt.
 
-    An answer that begins kindly and breaks later is neither well-formed nor kind.
+    An answer that begins like a kind one and then differs is neither well-formed nor kind.
 
-    Raises: ValueError for a prompt that is not of the grammar.
+    Raises: ValueError for a prompt outside the grammar.
     """
     request = _requests().get(prompt)
     if request is None:
@@ -202,9 +203,9 @@ def judge_answer(prompt: str, answer: str) -> Verdict:
 
 @cache
 def _requests() -> dict[str, Request]:
-    found = {}
-    for asked, (verb, thing, step), guest in product(REQUESTS, TASKS, GUESTS):
-        words = {"do": f"{verb} {thing}", "thing": thing, "step": step, "guest": guest}
-        prompt = f"{HUMAN} {asked.format_map(words)}{ASSISTANT}"
-        found[prompt] = Request(prompt, words)
-    return found
+    requests = {}
+    for question, (verb, thing, step), guest in product(REQUESTS, TASKS, GUESTS):
+        fields = {"do": f"{verb} {thing}", "thing": thing, "step": step, "guest": guest}
+        prompt = f"{HUMAN} {question.format_map(fields)}{ASSISTANT}"
+        requests[prompt] = Request(prompt, fields)
+    return requests

@@ -1,4 +1,4 @@
-"""The quickstart: a world small enough to judge exactly. Corpus and base model, then an ordinary run, then proof."""
+"""The quickstart: builds a corpus and a base model, runs ordinary DPO training, and judges sampled answers exactly."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,22 +20,22 @@ from dpokit.safe_console import SafeConsole
 
 TRAIN_PAIRS, EVAL_PAIRS = 4200, 400
 SEED = 0
-# The longest answer of the grammar has 30-odd tokens; a broken one may run on and is then cut.
+# The longest answer of the grammar has 30-odd tokens; an answer that never ends is cut here.
 MOST_NEW_TOKENS = 60
 
 
-def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> None:
-    """Builds base and corpus where they are missing, trains, judges; arguments as for `dpokit.run.train`."""
+def train_and_judge(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> None:
+    """Builds corpus and base model if missing, trains, judges the answers; arguments as for `dpokit.run.train`."""
     quiet_dependencies()
     if is_main_process():
-        build_world(Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
+        build_corpus_and_base(Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
     run = train_recipe(recipe, defaults, argv)
     if is_main_process():
-        judge(run, Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
+        judge_run(run, Path(defaults["dataset_name"]), Path(defaults["model_name_or_path"]))
 
 
-def build_world(corpus: Path, base: Path) -> None:
-    """Writes the corpus and warms up the base model; what is there already is kept."""
+def build_corpus_and_base(corpus: Path, base: Path) -> None:
+    """Writes the corpus and trains the base model on it, unless the base model exists."""
     if base.exists():
         return
     write_corpus(corpus, train_pairs=TRAIN_PAIRS, eval_pairs=EVAL_PAIRS, seed=SEED)
@@ -43,8 +43,8 @@ def build_world(corpus: Path, base: Path) -> None:
     build_base(base, corpus=corpus / "train.jsonl", seed=SEED)
 
 
-def judge(run: RunDir, corpus: Path, base: Path) -> dict[str, dict[str, float]]:
-    """Samples answers to unseen prompts from base and tuned, judges them, shows and writes the outcome."""
+def judge_run(run: RunDir, corpus: Path, base: Path) -> dict[str, dict[str, float]]:
+    """Samples and judges answers of base and tuned to test prompts; prints, writes and returns the shares."""
     prompts = [json.loads(line)["prompt"] for line in (corpus / "test.jsonl").read_text().splitlines()]
     tuned = run.adapter if run.adapter.exists() else run.model
     answers = {name: _sample(folder, prompts) for name, folder in (("base", base), ("tuned", tuned))}
@@ -52,7 +52,7 @@ def judge(run: RunDir, corpus: Path, base: Path) -> dict[str, dict[str, float]]:
         name: [judge_answer(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
         for name, texts in answers.items()
     }
-    outcome = {name: _shares(found) for name, found in verdicts.items()}
+    outcome = {name: _shares(judged) for name, judged in verdicts.items()}
     write_json(run.path / "quickstart.json", {"prompts": len(prompts), **outcome})
     _show(outcome, prompts, answers)
     return outcome
@@ -76,23 +76,23 @@ def _shares(verdicts: list[Verdict]) -> dict[str, float]:
 
 def _show(outcome: Mapping[str, Mapping[str, float]], prompts: list[str], answers: Mapping[str, list[str]]) -> None:
     console = SafeConsole(highlight=False)
-    table = Table(title=f"\n{len(prompts)} sampled answers to prompts never seen", title_justify="left", box=None)
+    table = Table(title=f"\n{len(prompts)} sampled answers to held-out prompts", title_justify="left", box=None)
     for name in ("model", "kind", "well-formed"):
         table.add_column(name, justify="left" if name == "model" else "right")
     for name, shares in outcome.items():
         table.add_row(name, f"{shares['kind']:.1%}", f"{shares['well_formed']:.1%}")
     console.print(table)
     console.print()
-    # Prompts whose base answer is curt show the difference; the share of those is in the table above.
+    # Only prompts whose base answer is not kind, because they show the difference; the table above has their share.
     base = answers["base"]
     shown = [i for i, prompt in enumerate(prompts) if not judge_answer(prompt, base[i]).kind][:4]
     for i in shown:
-        asked = prompts[i].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
-        console.print(f"[bold]{escape(asked)}[/bold]")
+        question = prompts[i].removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")
+        console.print(f"[bold]{escape(question)}[/bold]")
         for name, texts in answers.items():
             console.print(f"  {name:<6}{escape(texts[i])}")
     console.print(
-        "\nWhat next:\n"
+        "\nNext steps:\n"
         "  accelerate launch recipes/dpo_gpt2.py             GPT-2 on Anthropic's HH preferences\n"
         "  accelerate launch recipes/dpo_gpt2.py --help      every setting\n"
         "  accelerate launch recipes/dpo_gpt2.py --dataset_name pairs.jsonl --eval_fraction 0.05   your own pairs"

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from dpokit.data.formats import Messages, UnusableError
 from dpokit.data.tokens import Renderer
-from dpokit.model.base_and_tuned import Sides, find_names, find_run, load_sides, read_defaults
+from dpokit.model.base_and_tuned import Sides, find_names, find_run, load_sides, read_run_defaults
 from dpokit.model.check import ADAPTER_FILE, WEIGHTS, check_weights_file
 from dpokit.model.generate import stream_answer
 from dpokit.model.load import find_base, name_model
@@ -86,7 +86,7 @@ class LocalModels:
 
     def __init__(self, name: str, base: str | None, argv: Sequence[str] = ()) -> None:
         self.run, self.record = find_run(name)
-        defaults = {key: value for key, value in read_defaults(self.record, name).items() if value is not None}
+        defaults = {key: value for key, value in read_run_defaults(self.record, name).items() if value is not None}
         base_flags = [] if base is None else ["--model_name_or_path", base]
         self.settings = load_settings("serve", defaults | {"trust_remote_code": False}, [*base_flags, *argv])
         self.settings.training.trust_remote_code = False
