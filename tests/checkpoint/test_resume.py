@@ -130,10 +130,10 @@ def test_no_file_of_a_checkpoint_may_be_damaged(damage, broken):
         if damage != "deleted":
             path.write_bytes(DAMAGE[damage](whole))
         newest, before = find_checkpoints(broken, deep=True)
-        assert newest.trouble is not None, path.name
-        assert before.trouble is None
+        assert newest.problem is not None, path.name
+        assert before.problem is None
         path.write_bytes(whole)
-    assert find_checkpoints(broken, deep=True)[0].trouble is None
+    assert find_checkpoints(broken, deep=True)[0].problem is None
 
 
 def test_where_no_checkpoint_can_be_used_the_run_begins_anew_and_says_so(defaults, broken, capfd):

@@ -12,12 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from dpokit.checkpoint.store import (
+    check_checkpoint,
     describe_files,
     discard,
     find_checkpoints,
     find_part,
     list_files,
-    look_at,
     restore_replaced,
     retire,
     seal,
@@ -25,6 +25,7 @@ from dpokit.checkpoint.store import (
     write_manifest,
 )
 from dpokit.errors import RunFolderError
+from dpokit.merge.find_weights import find_weights
 from dpokit.rundir import MetricsFile, RunDir, read_metrics
 from dpokit.verbs.app import app
 
@@ -77,8 +78,8 @@ def write(run: RunDir, step: int, **facts: object) -> Path:
 
 def test_what_was_sealed_is_whole(run):
     path = write(run, 4)
-    found = look_at(path, deep=True)
-    assert (found.step, found.trouble) == (4, None)
+    found = check_checkpoint(path, deep=True)
+    assert (found.step, found.problem) == (4, None)
     assert sorted(found.manifest["files"]) == sorted([*CONTENT, "trainer_state.json"])
     assert not find_part(run, 4).exists()
 
@@ -106,9 +107,9 @@ def test_a_damaged_file_is_named_and_the_checkpoint_passed_over(run, name, damag
     spoil, words = DAMAGES[damage]
     spoil(path / name)
     newest, older = find_checkpoints(run, deep=True)
-    assert name in newest.trouble
-    assert words in newest.trouble
-    assert older.trouble is None
+    assert name in newest.problem
+    assert words in newest.problem
+    assert older.problem is None
 
 
 def test_a_manifest_with_any_one_bit_flipped_is_passed_over(run):
@@ -116,25 +117,27 @@ def test_a_manifest_with_any_one_bit_flipped_is_passed_over(run):
     whole = manifest.read_bytes()
     for at in range(len(whole)):
         manifest.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        assert "manifest" in look_at(manifest.parent, deep=False).trouble, whole[at - 20 : at + 20]
+        assert "manifest" in check_checkpoint(manifest.parent, deep=False).problem, whole[at - 20 : at + 20]
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_passed_over(run):
     path = write(run, 4)
-    assert look_at(path.rename(run.path / "checkpoint-6"), deep=False).trouble == "its manifest is that of step 4"
+    assert (
+        check_checkpoint(path.rename(run.path / "checkpoint-6"), deep=False).problem == "its manifest is that of step 4"
+    )
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"format": 1, "files": 3}', '{"files": {}}', "[" * 10**5])
 def test_a_manifest_that_cannot_be_read_is_trouble_and_no_crash(run, content):
     path = write(run, 4)
     (path / "manifest.json").write_text(content)
-    assert "manifest cannot be read" in look_at(path, deep=True).trouble
+    assert "manifest cannot be read" in check_checkpoint(path, deep=True).problem
 
 
 def test_a_folder_without_a_manifest_is_no_checkpoint(run):
     path = write(run, 4)
     (path / "manifest.json").unlink()
-    assert "no manifest" in look_at(path, deep=True).trouble
+    assert "no manifest" in check_checkpoint(path, deep=True).problem
 
 
 def test_retention_counts_whole_checkpoints_alone_and_keeps_the_best(run):
@@ -195,7 +198,7 @@ def test_a_start_that_is_killed_while_it_replaces_a_checkpoint_loses_none(killed
     if killed == "after":
         write(run, 4)
     restore_replaced(run)
-    assert [checkpoint.trouble for checkpoint in find_checkpoints(run, deep=True)] == [None]
+    assert [checkpoint.problem for checkpoint in find_checkpoints(run, deep=True)] == [None]
     assert not list(run.path.glob(".checkpoint-*"))
 
 
@@ -204,20 +207,20 @@ def test_a_manifest_that_names_a_file_elsewhere_is_trouble(run):
     for name in ("../run.json", "/etc/passwd", "a/../../run.json"):
         files = {name: {"size": 1, "sha256": "0"}}
         write_manifest(path, 4, files, FACTS)
-        assert f"its manifest names {name}" in look_at(path, deep=True).trouble
+        assert f"its manifest names {name}" in check_checkpoint(path, deep=True).problem
 
 
 def test_a_checkpoint_of_a_newer_version_is_never_deleted(run):
     path = write(run, 1, format=99)
     write(run, 2)
     retire(run, limit=1, best=None)
-    assert "newer version" in look_at(path, deep=False).trouble
+    assert "newer version" in check_checkpoint(path, deep=False).problem
 
 
 def test_a_deletion_that_is_interrupted_leaves_nothing_usable(run):
     path = write(run, 4)
     (path / "manifest.json").unlink()  # the first thing that goes
-    assert look_at(path, deep=False).trouble is not None
+    assert check_checkpoint(path, deep=False).problem is not None
     discard(path)
     assert not path.exists()
 
@@ -233,7 +236,7 @@ def test_unfinished_parts_are_no_checkpoints_and_are_swept_away(run):
 
 def test_a_bad_checkpoint_of_the_same_step_is_replaced_by_a_good_one(run):
     (write(run, 4) / "optimizer.pt").unlink()
-    assert look_at(write(run, 4), deep=True).trouble is None
+    assert check_checkpoint(write(run, 4), deep=True).problem is None
 
 
 def test_an_earlier_start_of_the_run_can_neither_seal_nor_log_nor_write_its_record(run):
@@ -271,7 +274,7 @@ def test_a_torn_checkpoint_is_passed_over_without_reading_it(run, monkeypatch):
     path = write(run, 4)
     os.truncate(path / "optimizer.pt", 3)
     monkeypatch.setattr("dpokit.checkpoint.store._digest", pytest.fail)
-    assert "has 3 bytes" in look_at(path, deep=True).trouble
+    assert "has 3 bytes" in check_checkpoint(path, deep=True).problem
 
 
 def test_verify_tells_which_checkpoints_are_whole(run):
@@ -286,6 +289,16 @@ def test_verify_tells_which_checkpoints_are_whole(run):
     ]
     told = json.loads(CliRunner().invoke(app, ["verify", str(run.path), "--json"]).stdout)
     assert [entry["usable"] for entry in told] == [False, True]
+
+
+def test_verify_calls_weights_alone_whole_but_not_usable(run):
+    write(run, 2, weights_alone="it holds weights alone (--save_only_model)")
+    shown = CliRunner().invoke(app, ["verify", str(run.path)])
+    assert shown.exit_code == 1
+    assert shown.stdout.splitlines()[0] == "checkpoint-2: whole, but it holds weights alone (--save_only_model)"
+    (entry,) = json.loads(CliRunner().invoke(app, ["verify", str(run.path), "--json"]).stdout)
+    assert (entry["usable"], entry["why"]) == (False, "it holds weights alone (--save_only_model)")
+    assert find_weights(run, step=2) == run.path / "checkpoint-2"
 
 
 def test_verify_ends_with_1_where_nothing_can_be_used_and_with_2_where_there_is_no_folder(run):
@@ -321,22 +334,22 @@ def test_state_that_the_manifest_itself_lacks_is_missed(name, run):
     path = write(run, 4)
     (path / name).unlink()
     reseal(path)
-    assert LOST[name] in look_at(path, deep=True).trouble
+    assert LOST[name] in check_checkpoint(path, deep=True).problem
     reseal(path, weights_alone="it holds weights alone")
-    assert look_at(path, deep=True).is_whole
+    assert check_checkpoint(path, deep=True).problem is None
 
 
 @pytest.mark.parametrize("processes", [0, -1, 10**9, "2", None, 1.0, True])
 def test_a_number_of_processes_that_cannot_be_is_trouble(processes, run):
     path = write(run, 4)
     reseal(path, world_size=processes)
-    assert look_at(path, deep=True).trouble == f"its manifest is of {processes} processes"
+    assert check_checkpoint(path, deep=True).problem == f"its manifest is of {processes} processes"
 
 
 def test_the_state_of_every_rank_is_missed(run):
     path = write(run, 4)
     reseal(path, world_size=2)
-    assert "it has no random state of rank 0 (rng_state_0.pth)" in look_at(path, deep=True).trouble
+    assert "it has no random state of rank 0 (rng_state_0.pth)" in check_checkpoint(path, deep=True).problem
 
 
 PROGRESS = json.loads(CONTENT["progress_0.json"])
@@ -352,7 +365,7 @@ def test_values_of_wrong_types_are_no_state(name, key, value, run):
     values = json.loads((path / name).read_text())
     (path / name).write_text(json.dumps(values | {key: value}))
     reseal(path)
-    assert f"{name} has no {key} of a kind that a run writes" in look_at(path, deep=True).trouble
+    assert f"{name} has no {key} of a kind that a run writes" in check_checkpoint(path, deep=True).problem
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000])
@@ -361,11 +374,11 @@ def test_a_file_of_state_that_is_none_is_missed(name, content, run):
     path = write(run, 4)
     (path / name).write_text(content)
     reseal(path)
-    assert look_at(path, deep=True).trouble.startswith(f"{name} ")
+    assert check_checkpoint(path, deep=True).problem.startswith(f"{name} ")
 
 
 def test_a_state_of_another_step_is_missed(run):
     path = write(run, 4)
     (path / "trainer_state.json").write_text(json.dumps(STATE | {"global_step": 3}))
     reseal(path)
-    assert look_at(path, deep=True).trouble == "trainer_state.json is of step 3"
+    assert check_checkpoint(path, deep=True).problem == "trainer_state.json is of step 3"

@@ -208,7 +208,7 @@ def test_a_start_whose_node_is_out_of_sight_writes_nothing_once_another_has_begu
     assert [record["step"] for record in metrics_of(run)] == list(range(1, steps + 1))
     assert [one["host"] == node for one in record_of(run)["generations"]] == [True, False]
     assert record_of(run)["state"] == "finished"
-    assert not any(checkpoint.trouble for checkpoint in find_checkpoints(RunDir(run), deep=True))
+    assert not any(checkpoint.resume_problem for checkpoint in find_checkpoints(RunDir(run), deep=True))
 
 
 def test_a_time_limit_that_is_near_is_signalled_in_either_form(cluster, training_flags, tmp_path):
@@ -225,7 +225,7 @@ def test_a_time_limit_that_is_near_is_signalled_in_either_form(cluster, training
         assert record["state"] == "preempted", log_of(tmp_path / name)[-3000:]
         assert "SIGUSR1" in record["why"]
         newest = find_checkpoints(RunDir(tmp_path / name), deep=True)[0]
-        assert newest.trouble is None
+        assert newest.resume_problem is None
         assert newest.step == metrics_of(tmp_path / name)[-1]["step"]
         cluster.run("scancel", job)
 

@@ -209,5 +209,5 @@ def test_a_checkpoint_with_a_hostile_pickle_is_not_whole(tmp_path, marker):
     (part / "optimizer.pt").write_bytes(archive(hostile(marker)))
     seal(run, 4, describe_files(part, list_files(part)), {"world_size": 1, "placement": "one device", "settings": {}})
     (found,) = find_checkpoints(run, deep=True)
-    assert found.trouble == "it must not be loaded: optimizer.pt names posix.system, which no weights need"
+    assert found.problem == "it must not be loaded: optimizer.pt names posix.system, which no weights need"
     assert not marker.exists()

@@ -8,10 +8,10 @@ from typing import Any
 from dpokit.checkpoint.preempt import is_restarted
 from dpokit.checkpoint.store import (
     Checkpoint,
+    check_checkpoint,
     check_origin,
     check_version,
     find_checkpoints,
-    look_at,
     restore_replaced,
     sweep_parts,
 )
@@ -72,7 +72,8 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
         )
     if is_restarted(run):
         overwrite = False
-        if asked == "never" or any(checkpoint.trouble is None for checkpoint in find_checkpoints(run, deep=False)):
+        checkpoints = find_checkpoints(run, deep=False)
+        if asked == "never" or any(checkpoint.resume_problem is None for checkpoint in checkpoints):
             asked = None
     try:
         run.make()
@@ -101,11 +102,11 @@ def _find_checkpoint(run: RunDir, asked: str | None) -> Checkpoint | None:
     if run.read_run() is None:
         return None
     for path in reversed(run.checkpoints()):  # older ones are read only where they are needed
-        checkpoint = look_at(path, deep=True)
+        checkpoint = check_checkpoint(path, deep=True)
         check_version(checkpoint)
-        if checkpoint.trouble is None:
+        if checkpoint.resume_problem is None:
             return checkpoint
-        say(f"{checkpoint.path} is passed over: {checkpoint.trouble}")
+        say(f"{checkpoint.path} is passed over: {checkpoint.resume_problem}")
     if asked == "auto" or run.checkpoints():
         say(f"{run.path} holds no checkpoint that can be used: starting from the beginning")
     return None
@@ -117,11 +118,13 @@ def _check_path(run: RunDir, path: Path) -> Checkpoint:
         raise SettingsError(
             f"--resume_from_checkpoint {path}: there is no checkpoint", expected=expected, do="correct the path"
         )
-    checkpoint = look_at(path, deep=True)
+    checkpoint = check_checkpoint(path, deep=True)
     check_version(checkpoint)
-    if checkpoint.trouble is not None:
+    if checkpoint.resume_problem is not None:
         raise SettingsError(
-            f"--resume_from_checkpoint {path}: {checkpoint.trouble}", expected=expected, do="name another, or auto"
+            f"--resume_from_checkpoint {path}: {checkpoint.resume_problem}",
+            expected=expected,
+            do="name another, or auto",
         )
     later = [other.name for other in run.checkpoints() if int(other.name.rpartition("-")[2]) > checkpoint.step]
     if later:

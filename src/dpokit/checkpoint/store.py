@@ -45,26 +45,30 @@ PROGRESS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint-N folder, and what was found in it.
+    """One checkpoint-N folder, compared with its manifest.
 
     Attributes:
-        manifest: `{format, step, world_size, placement, settings, weights_alone, files, sha256, signature}`; None where
-            there is none that can be read. `weights_alone` says why a checkpoint can be loaded but not resumed from,
-            or is None.
-        trouble: why it cannot be used; None where it can.
-        is_unreadable: the disk did not answer, so nobody knows what the folder holds.
+        manifest: `{format, step, world_size, placement, settings, weights_alone, files, sha256, signature}`; None if
+            there is none that can be read.
+        problem: why nothing may be loaded from it; None if it is whole: all files are as its manifest lists them.
+        is_unreadable: the disk returned an error, so the folder's content is unknown.
     """
 
     path: Path
     step: int
     manifest: dict[str, Any] | None
-    trouble: str | None
+    problem: str | None
     is_unreadable: bool = False
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all is there that was written, be it weights alone."""
-        return self.manifest is not None and self.trouble == self.manifest.get("weights_alone")
+    def resume_problem(self) -> str | None:
+        """Why a run cannot resume from it: its problem, or that it was saved with weights alone; None if it can."""
+        return (self.manifest or {}).get("weights_alone") if self.problem is None else self.problem
+
+    @property
+    def is_of_newer_version(self) -> bool:
+        """Whether a later version of dpokit wrote it."""
+        return self.problem is not None and "newer version" in self.problem
 
 
 def find_checkpoints(run: RunDir, *, deep: bool) -> list[Checkpoint]:
@@ -72,25 +76,25 @@ def find_checkpoints(run: RunDir, *, deep: bool) -> list[Checkpoint]:
 
     `deep` reads every byte and searches every pickle; otherwise names and sizes are compared.
     """
-    return [look_at(path, deep=deep) for path in reversed(run.checkpoints())]
+    return [check_checkpoint(path, deep=deep) for path in reversed(run.checkpoints())]
 
 
-def look_at(path: Path, *, deep: bool) -> Checkpoint:
-    """What a folder holds, against its manifest."""
+def check_checkpoint(path: Path, *, deep: bool) -> Checkpoint:
+    """A checkpoint-N folder, compared with its manifest; `deep` as for `find_checkpoints`."""
     step = int(path.name.rpartition("-")[2])
     try:
         manifest = read_record(path / MANIFEST)
-        trouble = _find_trouble(path, step, manifest, deep=deep)
+        problem = _find_problem(path, step, manifest, deep=deep)
     except FileNotFoundError:
         return Checkpoint(path, step, None, "it has no manifest: it was not finished, or not written by dpokit")
     except OSError as error:
         return Checkpoint(path, step, None, f"it cannot be read ({error.strerror})", is_unreadable=True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Checkpoint(path, step, None, f"its manifest cannot be read ({type(error).__name__})")
-    return Checkpoint(path, step, manifest, trouble)
+    return Checkpoint(path, step, manifest, problem)
 
 
-def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: bool) -> str | None:
+def _find_problem(path: Path, step: int, manifest: Mapping[str, Any], *, deep: bool) -> str | None:
     if manifest["sha256"] != _digest_manifest(manifest):
         return "its manifest is not what was written (its sha256 differs)"
     if manifest["format"] > FORMAT:
@@ -112,8 +116,7 @@ def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: b
             return f"{name} is not what was written (its sha256 differs)"
     if deep and (hostile := find_pickle_trouble(path)) is not None:
         return f"it must not be loaded: {hostile}"
-    weights_alone: str | None = manifest.get("weights_alone")
-    return _find_missing_state(path, step, manifest) if deep and weights_alone is None else weights_alone
+    return _find_missing_state(path, step, manifest) if deep and manifest.get("weights_alone") is None else None
 
 
 def _find_missing_state(path: Path, step: int, manifest: Mapping[str, Any]) -> str | None:
@@ -135,13 +138,13 @@ def _find_missing_state(path: Path, step: int, manifest: Mapping[str, Any]) -> s
     typed = {"trainer_state.json": TRAINER_STATE}
     typed |= {f"progress_{rank}.json": PROGRESS for rank in range(processes)}
     for name, known in typed.items():
-        if (trouble := _find_type_trouble(path / name, known)) is not None:
-            return f"{name} {trouble}"
+        if (problem := _find_type_problem(path / name, known)) is not None:
+            return f"{name} {problem}"
     reached = read_record(path / "trainer_state.json")["global_step"]
     return None if reached == step else f"trainer_state.json is of step {reached}"
 
 
-def _find_type_trouble(file: Path, known: Mapping[str, tuple[type, ...]]) -> str | None:
+def _find_type_problem(file: Path, known: Mapping[str, tuple[type, ...]]) -> str | None:
     try:
         values = read_record(file)
     except (ValueError, RecursionError) as error:
@@ -160,9 +163,9 @@ def _is_inside(name: str) -> bool:
 
 def check_version(checkpoint: Checkpoint) -> None:
     """Raises RunFolderError for a checkpoint of a newer version: going on from an older one would bury it."""
-    if checkpoint.trouble is not None and "newer version" in checkpoint.trouble:
+    if checkpoint.is_of_newer_version:
         raise RunFolderError(
-            f"{checkpoint.path}: {checkpoint.trouble}",
+            f"{checkpoint.path}: {checkpoint.problem}",
             expected="a checkpoint of this version or an older one",
             do="resume with the version that wrote it, or move the folder away",
         )
@@ -252,12 +255,12 @@ def retire(run: RunDir, *, limit: int | None, best: Path | None) -> None:
     None, 0 and below are no limit, as in transformers.
     """
     found = find_checkpoints(run, deep=False)
-    whole = [checkpoint for checkpoint in found if checkpoint.is_whole]
+    whole = [checkpoint for checkpoint in found if checkpoint.problem is None]
     kept = {checkpoint.path.resolve() for checkpoint in (whole[:limit] if limit is not None and limit > 0 else whole)}
     kept |= {best.resolve()} if best is not None else set()
     for checkpoint in found:
-        newer_version = checkpoint.trouble is not None and "newer version" in checkpoint.trouble
-        if checkpoint.path.resolve() not in kept and not newer_version and not checkpoint.is_unreadable:
+        is_spared = checkpoint.is_of_newer_version or checkpoint.is_unreadable
+        if checkpoint.path.resolve() not in kept and not is_spared:
             discard(checkpoint.path)
 
 

@@ -203,7 +203,7 @@ def count_crashes(generations: Sequence[Mapping[str, Any]]) -> int:
 
 def find_good_step(run: RunDir) -> int | None:
     """The step of the newest checkpoint that is whole by its manifest's names and sizes; None without one."""
-    whole = (checkpoint.step for checkpoint in find_checkpoints(run, deep=False) if checkpoint.trouble is None)
+    whole = (checkpoint.step for checkpoint in find_checkpoints(run, deep=False) if checkpoint.resume_problem is None)
     return next(whole, None)
 
 
