@@ -23,7 +23,8 @@ FLOORS = [
     {"report"},  # whose tables and verdict the model card shows, too
     {"checkpoint", "model", "data", "figures"},
     {"settings", "rundir", "distributed", "errors", "console", "metrics", "untrained_loss", "torch_build_locks"}
-    | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"},
+    | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"}
+    | {"file_hashes"},
 ]
 LIGHT = ("report", "card", "cluster", "figures", "data.formats", "quickstart.grammar", "rundir", "errors")
 LIGHT += ("untrained_loss", "apikey", "credentials", "terminal", "checkpoint.store", "cli")
