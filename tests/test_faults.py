@@ -123,7 +123,7 @@ def test_a_signal_to_any_rank_saves_all_at_one_step_and_the_run_goes_on_as_if_no
     assert record["state"] == "preempted"
     assert f"{sign.name} on rank 1" in record["why"]
     newest = find_checkpoints(lives.run, deep=True)[0]
-    assert newest.trouble is None
+    assert newest.resume_problem is None
     assert newest.step == read_metrics(lives.run.metrics_jsonl)[-1]["step"]
     assert "saving step" in lives.last_log()
     lives.finish()
@@ -154,7 +154,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_costs_no_checkpoint_that_wa
         assert record["state"] == "failed", lives.last_log()[-3000:]
         found = find_checkpoints(lives.run, deep=True)
         assert found
-        assert not any(checkpoint.trouble for checkpoint in found)
+        assert not any(checkpoint.resume_problem for checkpoint in found)
         assert not list((small / "run").glob(".checkpoint-*"))
         enlarge(small, "64m")
         lives.finish()

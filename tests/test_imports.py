@@ -24,7 +24,7 @@ FLOORS = [
     {"checkpoint", "model", "data", "figures"},
     {"settings", "rundir", "distributed", "errors", "console", "metrics", "untrained_loss", "torch_build_locks"}
     | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"}
-    | {"starter"},
+    | {"file_hashes", "starter"},
 ]
 LIGHT = ("report", "card", "cluster", "figures", "data.formats", "quickstart.grammar", "rundir", "errors")
 LIGHT += ("untrained_loss", "apikey", "credentials", "terminal", "checkpoint.store", "cli", "starter")

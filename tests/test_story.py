@@ -146,7 +146,7 @@ def test_a_disk_that_fills_up_at_any_file_of_a_save_gives_its_space_back(default
             if run.run_json.exists():
                 assert run.read_run()["state"] == ("failed" if seen else "finished")
             assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
-            assert not any(found.trouble for found in find_checkpoints(run, deep=True))
+            assert not any(found.resume_problem for found in find_checkpoints(run, deep=True))
         small.rmdir()
     assert Exception in kinds
 

@@ -87,7 +87,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     notice = Notice(PartialState().process_index, settings.data.save_before_seconds)
     # When one of several processes has failed, the launcher signals the others: that is no preemption, so they wait for
     # what their next collective says. A process that is alone has nothing to save before its first step.
-    notice.asked_at_boundaries = PartialState().num_processes > 1
+    notice.checked_at_boundaries = PartialState().num_processes > 1
     with peer_errors(training.ddp_timeout):
         ended = decide_on_main_process(lambda: find_preempted_restart(run))
         if ended is not None:
@@ -99,7 +99,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     run.token = start.token
     training.gradient_accumulation_steps = start.accumulation or training.gradient_accumulation_steps
     with (
-        notice.heard(signals),  # until the last word is written: launchers end the others when one process has ended
+        notice.listen(signals),  # until the last word is written: launchers end the others when one process has ended
         track_run(run, settings) as tracker,
         keep_record(run, settings, world_size),
         peer_errors(training.ddp_timeout),
@@ -203,7 +203,7 @@ def build_trainer(
         "peft_config": peft_config,
     }
     if notice is not None:
-        notice.asked_at_boundaries = True  # the first is the end of the reference's first part, or of the first step
+        notice.checked_at_boundaries = True  # the first is the end of the reference's first part, or of the first step
     try:
         if settings.kind == "sft":
             trainer: StepTrainer = AnswerTrainer(**parts)

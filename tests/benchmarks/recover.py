@@ -24,7 +24,7 @@ from hh import read_pairs
 from soak.lives import Lives
 from steps import make_model
 
-from dpokit.checkpoint.store import look_at
+from dpokit.checkpoint.store import check_checkpoint
 from dpokit.rundir import RunDir, read_metrics
 
 SIGNALS = 3
@@ -50,7 +50,7 @@ def signal_once(lives: Lives, chance: random.Random) -> tuple[float, float, floa
             time.sleep(0.005)
         saved = time.monotonic()
         assert process.wait(timeout=60) == 75
-    assert look_at(lives.run.checkpoints()[-1], deep=True).trouble is None
+    assert check_checkpoint(lives.run.checkpoints()[-1], deep=True).resume_problem is None
     return stepped - began, saved - stepped, step
 
 
@@ -85,9 +85,9 @@ def main() -> None:
             file.seek(last)
             file.write(bytes([byte ^ 1]))
         began = time.monotonic()
-        assert look_at(newest, deep=True).trouble is not None
+        assert check_checkpoint(newest, deep=True).resume_problem is not None
         passed = time.monotonic() - began
-        assert look_at(before, deep=True).trouble is None
+        assert check_checkpoint(before, deep=True).resume_problem is None
         print(f"passing over a damaged checkpoint: {passed:.2f} s")
         print(f"sha256 of one checkpoint of {size / 2**30:.2f} GiB, nothing else: {hashing:.2f} s")
     print(f"{date.today()}, {os.cpu_count()} CPU cores, 124M, fp32")

@@ -78,7 +78,7 @@ def main() -> None:
         alternate = Alternate(trainer)
         trainer.add_callback(alternate)
         trainer.train()
-        assert all(checkpoint.trouble is None for checkpoint in find_checkpoints(run, deep=True))
+        assert all(checkpoint.resume_problem is None for checkpoint in find_checkpoints(run, deep=True))
         size = sum(path.stat().st_size for path in run.checkpoints()[-1].rglob("*") if path.is_file())
     for kind, seconds in alternate.stalls.items():
         whole = statistics.median(alternate.whole[kind])

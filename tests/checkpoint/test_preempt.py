@@ -1,4 +1,4 @@
-"""What counts as being told to end: the signals, and a time limit that somebody knows."""
+"""Requests to save and exit: by a signal, or by a known time limit."""
 
 import os
 import signal
@@ -11,9 +11,9 @@ from dpokit.errors import SettingsError
 from dpokit.rundir import RunDir
 
 
-def test_a_signal_is_noted_once_and_kills_nothing():
+def test_the_first_signal_is_recorded_and_none_ends_the_process():
     notice = Notice(rank=3)
-    with notice.heard():
+    with notice.listen():
         assert not notice.is_given()
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -21,28 +21,26 @@ def test_a_signal_is_noted_once_and_kills_nothing():
     assert notice.why == "SIGUSR1 on rank 3"
 
 
-def test_afterwards_the_signals_mean_what_they_did_before():
+def test_the_former_signal_handlers_are_restored():
     before = [signal.getsignal(getattr(signal, name)) for name in SIGNALS]
-    with Notice(rank=0).heard():
+    with Notice(rank=0).listen():
         pass
     assert [signal.getsignal(getattr(signal, name)) for name in SIGNALS] == before
 
 
-@pytest.mark.parametrize(("asked", "names"), [(None, SIGNALS), ("USR2", ("SIGUSR2",)), ("sigint", ("SIGINT",))])
-def test_a_signal_is_chosen_by_either_of_its_names(asked, names):
-    assert choose_signals(asked) == names
+@pytest.mark.parametrize(("flag", "names"), [(None, SIGNALS), ("USR2", ("SIGUSR2",)), ("sigint", ("SIGINT",))])
+def test_a_signal_is_chosen_with_or_without_sig(flag, names):
+    assert choose_signals(flag) == names
 
 
-@pytest.mark.parametrize("asked", ["KILL", "STOP", "nonsense", ""])
-def test_what_no_process_can_hear_is_refused(asked):
+@pytest.mark.parametrize("flag", ["KILL", "STOP", "nonsense", ""])
+def test_a_signal_that_cannot_be_caught_or_is_unknown_is_refused(flag):
     with pytest.raises(SettingsError, match="preempt_signal is"):
-        choose_signals(asked)
+        choose_signals(flag)
 
 
 @pytest.mark.parametrize(("count", "launcher", "ends"), [("0", 0, False), ("1", 0, True), ("1", 1, False)])
-def test_only_the_launcher_that_began_a_preempted_run_may_not_begin_it_again(
-    count, launcher, ends, tmp_path, monkeypatch
-):
+def test_a_launcher_does_not_restart_a_run_it_saw_preempted(count, launcher, ends, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
     run = RunDir(tmp_path)
     run.take_possession(0)
@@ -52,21 +50,21 @@ def test_only_the_launcher_that_began_a_preempted_run_may_not_begin_it_again(
     assert (find_preempted_restart(run) is not None) is ends
 
 
-def test_a_time_limit_is_kept_so_many_seconds_ahead(monkeypatch):
+def test_a_time_limit_requests_a_save_some_seconds_ahead(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 100))
     assert Notice(rank=0, save_before_seconds=200).is_given()
     assert not Notice(rank=0, save_before_seconds=10).is_given()
     assert not Notice(rank=0).is_given()
 
 
-def test_a_time_limit_that_nobody_knows_is_refused(monkeypatch):
+def test_a_save_ahead_of_an_unknown_time_limit_is_refused(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(SettingsError, match="no time limit is known"):
         Notice(rank=0, save_before_seconds=60)
 
 
-def test_squeue_is_asked_where_slurm_exports_no_limit(monkeypatch, tmp_path):
+def test_squeue_is_called_if_slurm_exports_no_time_limit(monkeypatch, tmp_path):
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 2030-01-02T03:04:05\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one: same pairs, numbers and weights; or it is refused in one message."""
+"""A resumed run has the pairs, numbers and weights of an uninterrupted one, or is refused with one message."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings.load import load_settings
 from dpokit.train.callbacks import PreemptCallback
 
-# Pairs of options, so that each meets each of the others once or more.
+# Single options, and combinations of them that resume differently.
 OPTIONS = {
     "plain": {},
     "dropout": {"disable_dropout": False},
@@ -69,16 +69,16 @@ def defaults(tiny_gpt2, tmp_path) -> dict:
 
 @pytest.fixture
 def broken(defaults, tmp_path) -> RunDir:
-    """A run that a crash ended at step 6, with checkpoints of steps 2 and 4."""
+    """A run that crashed after step 4, with checkpoints of steps 2 and 4."""
     whole = train("dpo_test", {**defaults, "max_steps": 4, "accept_changes": ["max_steps"]}, [])
     return interrupt(whole, tmp_path / "run", after=4)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_resumed_run_has_the_numbers_and_weights_of_an_uninterrupted_one(name, defaults, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(name, defaults, tmp_path):
     changed = {**defaults, **OPTIONS[name]}
     whole = train("dpo_test", changed, [])
-    for after in (4, 7):  # in the middle, and between its last checkpoint and its end
+    for after in (4, 7):  # in the middle, and after the last step but before the final weights
         run = interrupt(whole, tmp_path / f"run-{after}", after=after)
         train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
         check_same(run, whole)
@@ -86,8 +86,8 @@ def test_a_resumed_run_has_the_numbers_and_weights_of_an_uninterrupted_one(name,
 
 
 @pytest.mark.parametrize("after", [4, 8, 12])
-def test_what_an_epochs_end_logs_and_evaluates_is_made_up_for(after, defaults, tmp_path):
-    """Its last step's checkpoint is there first, and a run may end between the two."""
+def test_an_epochs_missed_log_and_evaluation_are_made_on_resume(after, defaults, tmp_path):
+    """The checkpoint of an epoch's last step is written before its log, and a run may end between the two."""
     by_epochs = {"logging_strategy": "epoch", "eval_strategy": "epoch", "eval_fraction": 0.2, "max_steps": 12}
     changed = {**defaults, **by_epochs, "save_steps": 4}  # 16 pairs: an epoch has 4 steps
     whole = train("dpo_test", changed, [])
@@ -99,14 +99,14 @@ def test_what_an_epochs_end_logs_and_evaluates_is_made_up_for(after, defaults, t
     assert {"loss", "grad_norm", "eval_loss"} <= next(r for r in read_steps(run) if r["step"] == after).keys()
 
 
-def test_a_bad_checkpoint_is_passed_over_with_a_line_and_the_end_is_the_same(defaults, tmp_path, capfd):
+def test_a_bad_checkpoint_is_skipped_and_the_result_is_the_same(defaults, tmp_path, capfd):
     whole = train("dpo_test", defaults, [])
     run = interrupt(whole, tmp_path / "run", after=4)
     os.truncate(run.path / "checkpoint-4" / "optimizer.pt", 100)
     train("dpo_test", {**defaults, "output_dir": str(run.path)}, [])
-    told = capfd.readouterr().err
-    assert "checkpoint-4 is passed over: optimizer.pt has 100 bytes" in told
-    assert "resuming from" in told
+    output = capfd.readouterr().err
+    assert "checkpoint-4 is skipped: optimizer.pt has 100 bytes" in output
+    assert "resuming from" in output
     check_same(run, whole)
 
 
@@ -120,7 +120,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_no_file_of_a_checkpoint_may_be_damaged(damage, broken):
+def test_damage_to_any_file_of_a_checkpoint_is_detected(damage, broken):
     checkpoint = broken.path / "checkpoint-4"
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "manifest.json"} <= {path.name for path in files}
@@ -130,17 +130,17 @@ def test_no_file_of_a_checkpoint_may_be_damaged(damage, broken):
         if damage != "deleted":
             path.write_bytes(DAMAGE[damage](whole))
         newest, before = find_checkpoints(broken, deep=True)
-        assert newest.trouble is not None, path.name
-        assert before.trouble is None
+        assert newest.problem is not None, path.name
+        assert before.problem is None
         path.write_bytes(whole)
-    assert find_checkpoints(broken, deep=True)[0].trouble is None
+    assert find_checkpoints(broken, deep=True)[0].problem is None
 
 
-def test_where_no_checkpoint_can_be_used_the_run_begins_anew_and_says_so(defaults, broken, capfd):
+def test_without_a_usable_checkpoint_a_run_starts_from_step_0(defaults, broken, capfd):
     for path in broken.checkpoints():
         (path / "manifest.json").write_text("{")
     train("dpo_test", {**defaults, "output_dir": str(broken.path), "max_steps": 4}, [])
-    assert "holds no checkpoint that can be used: starting from the beginning" in capfd.readouterr().err
+    assert "holds no checkpoint that can be used: starting from step 0" in capfd.readouterr().err
     assert broken.read_run()["generations"][-1]["resumed_step"] == 0
 
 
@@ -156,10 +156,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_the_steps_depend_on_may_not_change_unless_it_is_accepted_by_name(name, defaults, broken):
+def test_a_changed_setting_is_refused_unless_it_is_accepted(name, defaults, broken):
     flag, value = CHANGES[name]
     defaults = {**defaults, "output_dir": str(broken.path), "max_steps": 4}
-    with pytest.raises(RunFolderError, match=f"was begun otherwise: {name} was") as error:
+    with pytest.raises(RunFolderError, match=f"was started with other settings: {name} was") as error:
         train("dpo_test", defaults, [f"--{flag}", value])
     assert f"--accept_changes {name}" in error.value.do
     assert len(broken.checkpoints()) == 2
@@ -168,24 +168,24 @@ def test_what_the_steps_depend_on_may_not_change_unless_it_is_accepted_by_name(n
     assert list(accepted) == [name]
 
 
-def test_changes_are_accepted_separated_by_commas_and_by_their_short_names(defaults, broken):
+def test_changes_are_accepted_in_a_list_and_by_short_names(defaults, broken):
     flags = ["--learning_rate", "0.01", "--seed", "7", "--accept_changes", "lr,seed"]
     train("dpo_test", {**defaults, "output_dir": str(broken.path), "max_steps": 4}, flags)
     assert set(broken.read_run()["accepted_changes"][0]) == {"learning_rate", "seed"}
 
 
-def test_a_change_that_nothing_is_compared_by_cannot_be_accepted(defaults, broken):
+def test_a_setting_that_no_resume_compares_cannot_be_accepted(defaults, broken):
     with pytest.raises(SettingsError, match="accept_changes names logging_steps"):
         train("dpo_test", {**defaults, "output_dir": str(broken.path)}, ["--accept_changes", "logging_steps"])
 
 
-def test_how_often_is_logged_or_saved_may_change(defaults, broken):
+def test_the_steps_between_logs_and_saves_may_change(defaults, broken):
     flags = ["--logging_steps", "2", "--save_steps", "3"]
     train("dpo_test", {**defaults, "output_dir": str(broken.path), "max_steps": 4}, flags)
     assert broken.read_run()["state"] == "finished"
 
 
-def test_another_model_under_the_same_name_is_refused(defaults, tiny_gpt2, tmp_path):
+def test_other_weights_under_the_same_model_name_are_refused(defaults, tiny_gpt2, tmp_path):
     moved = shutil.copytree(tiny_gpt2, tmp_path / "model")
     first = {**defaults, "model_name_or_path": str(moved), "max_steps": 2, "accept_changes": ["max_steps"]}
     whole = train("dpo_test", {**first, "output_dir": str(tmp_path / "other")}, [])
@@ -194,11 +194,11 @@ def test_another_model_under_the_same_name_is_refused(defaults, tiny_gpt2, tmp_p
     with torch.no_grad():
         model.transformer.ln_f.weight += 1
     model.save_pretrained(moved)
-    with pytest.raises(RunFolderError, match="was begun otherwise: model was"):
+    with pytest.raises(RunFolderError, match="was started with other settings: model was"):
         train("dpo_test", {**first, "output_dir": str(run.path)}, [])
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused_and_not_buried(defaults, broken):
+def test_a_checkpoint_of_a_newer_version_ends_the_resume(defaults, broken):
     newest = find_checkpoints(broken, deep=False)[0]
     write_manifest(newest.path, 4, newest.manifest["files"], {"format": 99})
     with pytest.raises(RunFolderError, match="written by a newer version"):
@@ -207,7 +207,7 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_buried(defaults, bro
 
 @pytest.mark.usefixtures("broken")
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "message"),
     [
         ("none", "there is no checkpoint"),
         ("run", "there is no checkpoint"),
@@ -215,13 +215,13 @@ def test_a_checkpoint_of_a_newer_version_is_refused_and_not_buried(defaults, bro
         ("bare/checkpoint-9", "it has no manifest"),
     ],
 )
-def test_a_resume_path_that_is_no_whole_checkpoint_is_one_message(path, words, defaults, tmp_path):
+def test_a_resume_path_that_is_no_whole_checkpoint_is_refused(path, message, defaults, tmp_path):
     (tmp_path / "bare" / "checkpoint-9").mkdir(parents=True)
-    with pytest.raises(SettingsError, match=words):
+    with pytest.raises(SettingsError, match=message):
         train("dpo_test", defaults, ["--resume_from_checkpoint", str(tmp_path / path), "--overwrite_run", "false"])
 
 
-def test_an_earlier_checkpoint_may_not_bury_later_ones_but_can_be_branched_off_from(defaults, broken, tmp_path):
+def test_an_earlier_checkpoint_resumes_only_in_another_folder(defaults, broken, tmp_path):
     early = str(broken.path / "checkpoint-2")
     defaults = {**defaults, "max_steps": 4}
     with pytest.raises(RunFolderError, match="holds checkpoint-4, later than checkpoint-2"):
@@ -241,8 +241,8 @@ def test_another_number_of_processes_keeps_the_global_batch(defaults, broken):
     assert start.checkpoint == broken.path / "checkpoint-4"
 
 
-def test_where_a_global_batch_cannot_be_kept_the_sizes_that_work_are_named(defaults, broken):
-    with pytest.raises(RunFolderError, match="a step of this run has 4 pairs, which 2 processes cannot deal") as error:
+def test_sizes_are_named_if_the_global_batch_cannot_be_kept(defaults, broken):
+    with pytest.raises(RunFolderError, match="a step of this run has 4 pairs, which 2 processes cannot split") as error:
         claim(defaults, broken, "--per_device_train_batch_size", "3", world_size=2)
     assert "--per_device_train_batch_size 1 or 2" in error.value.do
 
@@ -250,15 +250,16 @@ def test_where_a_global_batch_cannot_be_kept_the_sizes_that_work_are_named(defau
 OVER = ("--overwrite_run", "true")
 
 
-@pytest.mark.parametrize("words", [OVER, ("--resume_from_checkpoint", "never"), ("--resume_from_checkpoint", "2")])
-def test_a_restart_by_the_launcher_goes_on_whatever_the_first_start_was_told(words, defaults, broken, monkeypatch):
+@pytest.mark.parametrize("flags", [OVER, ("--resume_from_checkpoint", "never"), ("--resume_from_checkpoint", "2")])
+def test_a_restart_by_the_launcher_resumes_whatever_its_flags(flags, defaults, broken, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    words = [word if word != "2" else str(broken.path / "checkpoint-2") for word in words]
-    assert claim(defaults, broken, *words, world_size=1).checkpoint == broken.path / "checkpoint-4"
+    flags = [flag if flag != "2" else str(broken.path / "checkpoint-2") for flag in flags]
+    assert claim(defaults, broken, *flags, world_size=1).checkpoint == broken.path / "checkpoint-4"
 
 
-def test_what_an_earlier_launch_left_is_deleted_where_it_was_asked_to_be(defaults, broken, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # the first start of this one died before it came so far
+def test_overwrite_run_deletes_a_run_of_an_earlier_launch(defaults, broken, monkeypatch):
+    # The first start of this launch ended before it took over the folder.
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     *before, last = broken.read_run()["generations"]
     broken.write_run(generations=[*before, {**last, "launcher": 1}])
     assert claim(defaults, broken, *OVER, world_size=1).checkpoint is None
@@ -266,26 +267,26 @@ def test_what_an_earlier_launch_left_is_deleted_where_it_was_asked_to_be(default
 
 
 @pytest.mark.parametrize("strategy", ["steps", "best"])
-def test_an_evaluation_is_cut_off_by_a_signal_and_done_by_the_next_start(strategy, defaults, tmp_path, monkeypatch):
+def test_an_evaluation_cut_off_by_a_signal_is_done_on_resume(strategy, defaults, tmp_path, monkeypatch):
     changed = {**defaults, **OPTIONS["evaluations"], "disable_dropout": False, "per_device_eval_batch_size": 1}
     changed |= {"save_strategy": strategy, "metric_for_best_model": "eval_loss", "max_steps": 4}
     whole = train("dpo_test", changed, [])
-    hear, asked = PreemptCallback.on_prediction_step, []
+    check, batches = PreemptCallback.on_prediction_step, []
 
     def signal_at_the_second_batch(*arguments, **named):
-        asked.append(1)
-        if len(asked) == 2:
+        batches.append(1)
+        if len(batches) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return hear(*arguments, **named)
+        return check(*arguments, **named)
 
     run = RunDir(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(PreemptCallback, "on_prediction_step", signal_at_the_second_batch)
-        for _ in range(2):  # the next start meets the same
-            asked.clear()
+        for _ in range(2):  # the resumed run is cut off, too
+            batches.clear()
             with pytest.raises(Preempted, match="75"):
                 train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
-            assert len(asked) == 2
+            assert len(batches) == 2
             assert [path.name for path in run.checkpoints()] == ["checkpoint-2"]
             assert (run.read_run()["state"], run.read_run()["why"]) == ("preempted", "SIGTERM on rank 0")
     train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
@@ -293,5 +294,5 @@ def test_an_evaluation_is_cut_off_by_a_signal_and_done_by_the_next_start(strateg
 
 
 def test_another_placement_is_refused(defaults, broken):
-    with pytest.raises(RunFolderError, match="written by one device, and this run is placed by ZeRO-3"):
+    with pytest.raises(RunFolderError, match="written with one device, and this run uses ZeRO-3"):
         claim(defaults, broken, world_size=2, placement="ZeRO-3")

@@ -202,7 +202,7 @@ def test_a_start_on_a_lost_node_writes_nothing_after_the_next(lose, cluster, tra
     assert [record["step"] for record in metrics_of(run)] == list(range(1, steps + 1))
     assert [start["host"] == node for start in record_of(run)["generations"]] == [True, False]
     assert record_of(run)["state"] == "finished"
-    assert not any(checkpoint.trouble for checkpoint in find_checkpoints(RunDir(run), deep=True))
+    assert not any(checkpoint.resume_problem for checkpoint in find_checkpoints(RunDir(run), deep=True))
 
 
 def test_both_forms_of_the_time_limit_signal_save_the_run(cluster, training_flags, tmp_path):
@@ -219,7 +219,7 @@ def test_both_forms_of_the_time_limit_signal_save_the_run(cluster, training_flag
         assert record["state"] == "preempted", log_of(tmp_path / name)[-3000:]
         assert "SIGUSR1" in record["why"]
         newest = find_checkpoints(RunDir(tmp_path / name), deep=True)[0]
-        assert newest.trouble is None
+        assert newest.resume_problem is None
         assert newest.step == metrics_of(tmp_path / name)[-1]["step"]
         cluster.run("scancel", job)
 

@@ -14,7 +14,7 @@ from payloads import ARCHIVES, PICKLES, archive, hostile
 from torch.distributed import checkpoint as dcp
 
 from dpokit.checkpoint import pickles
-from dpokit.checkpoint.pickles import check_pickles, find_pickle_trouble, needs_trust
+from dpokit.checkpoint.pickles import check_pickles, find_pickle_problem, needs_trust
 from dpokit.checkpoint.store import check_origin, describe_files, find_checkpoints, find_part, list_files, seal
 from dpokit.errors import RunFolderError
 from dpokit.rundir import RunDir
@@ -43,7 +43,7 @@ def shards(folder) -> Path:
 @pytest.mark.parametrize("payload", PICKLES)
 def test_a_hostile_pickle_in_an_archive_is_found(payload, folder, marker):
     (folder / "optimizer.pt").write_bytes(archive(PICKLES[payload](marker)))
-    assert find_pickle_trouble(folder).startswith("optimizer.pt ")
+    assert find_pickle_problem(folder).startswith("optimizer.pt ")
     assert not marker.exists()
 
 
@@ -57,14 +57,14 @@ def test_the_payloads_run_where_nothing_stops_them(payload, marker):
 @pytest.mark.parametrize("payload", ARCHIVES)
 def test_an_archive_that_torch_does_not_write_is_found(payload, folder, marker):
     (folder / "scheduler.pt").write_bytes(ARCHIVES[payload](marker))
-    assert find_pickle_trouble(folder).startswith("scheduler.pt ")
+    assert find_pickle_problem(folder).startswith("scheduler.pt ")
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("payload", PICKLES)
 def test_a_hostile_table_of_shards_is_found(payload, shards, marker):
     (shards / ".metadata").write_bytes(PICKLES[payload](marker))
-    assert find_pickle_trouble(shards.parent).startswith("optimizer_0/.metadata ")
+    assert find_pickle_problem(shards.parent).startswith("optimizer_0/.metadata ")
     assert not marker.exists()
 
 
@@ -76,7 +76,7 @@ def test_a_hostile_value_within_a_shard_is_found(shards, marker):
     with file.open("ab") as end:
         end.write(content)
     (shards / ".metadata").write_bytes(pickle.dumps(table))
-    assert "posix.system" in find_pickle_trouble(shards.parent)
+    assert "posix.system" in find_pickle_problem(shards.parent)
     assert not marker.exists()
 
 
@@ -86,13 +86,13 @@ def test_a_shard_elsewhere_is_found(name, shards):
     for place in table.storage_data.values():
         place.relative_path = name
     (shards / ".metadata").write_bytes(pickle.dumps(table))
-    assert "places an entry in" in find_pickle_trouble(shards.parent)
+    assert "places an entry in" in find_pickle_problem(shards.parent)
 
 
 @pytest.mark.parametrize("name", ["../other", "/tmp", "..", "", "a/b"])
 def test_shards_of_deepspeed_lie_beside_the_file_that_names_them(name, folder):
     (folder / "latest").write_text(name)
-    assert "which is no folder beside it" in find_pickle_trouble(folder)
+    assert "which is no folder beside it" in find_pickle_problem(folder)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_shards_of_deepspeed_lie_beside_the_file_that_names_them(name, folder):
 )
 def test_an_odd_file_is_found_and_not_opened(make: Callable[[Path], None], words, folder):
     make(folder / "optimizer.pt")
-    assert words in find_pickle_trouble(folder)
+    assert words in find_pickle_problem(folder)
 
 
 @pytest.mark.parametrize(
@@ -120,14 +120,14 @@ def test_an_odd_file_is_found_and_not_opened(make: Callable[[Path], None], words
 )
 def test_what_training_saves_passes_and_loads(value, folder):
     torch.save(value, folder / "optimizer.pt")
-    assert find_pickle_trouble(folder) is None
+    assert find_pickle_problem(folder) is None
     assert torch.load(folder / "optimizer.pt", weights_only=True).keys() == value.keys()
 
 
 def test_a_pickle_that_is_too_large_to_be_searched_is_refused(folder, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_PICKLE_BYTES", 100)
     torch.save({f"weight {number}": 1.0 for number in range(100)}, folder / "optimizer.pt")
-    assert "holds a pickle of" in find_pickle_trouble(folder)
+    assert "holds a pickle of" in find_pickle_problem(folder)
 
 
 def test_the_message_names_file_and_function(folder, marker):
@@ -209,5 +209,5 @@ def test_a_checkpoint_with_a_hostile_pickle_is_not_whole(tmp_path, marker):
     (part / "optimizer.pt").write_bytes(archive(hostile(marker)))
     seal(run, 4, describe_files(part, list_files(part)), {"world_size": 1, "placement": "one device", "settings": {}})
     (found,) = find_checkpoints(run, deep=True)
-    assert found.trouble == "it must not be loaded: optimizer.pt names posix.system, which no weights need"
+    assert found.problem == "it must not be loaded: optimizer.pt names posix.system, which no weights need"
     assert not marker.exists()

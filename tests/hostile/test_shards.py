@@ -12,7 +12,7 @@ from payloads import archive, hostile
 from test_cli import dpokit
 from test_launch import launch
 
-from dpokit.checkpoint.store import MANIFEST, describe_files, list_files, look_at, write_manifest
+from dpokit.checkpoint.store import MANIFEST, check_checkpoint, describe_files, list_files, write_manifest
 from dpokit.errors import RunFolderError
 from dpokit.merge.merge import MergeOptions, merge_run
 from dpokit.rundir import RunDir
@@ -101,7 +101,7 @@ def test_every_pickle_of_a_real_checkpoint_is_searched(tiny_gpt2, tmp_path):
     """What ZeRO-3 writes passes; each of its files, exchanged for a pickle of a stranger's, is found."""
     sharded, ran = Sharded("zero3_cpu", tmp_path, tiny_gpt2), tmp_path / "it-ran"
     path = sharded.run.path / "checkpoint-4"
-    assert look_at(path, deep=True).trouble is None
+    assert check_checkpoint(path, deep=True).problem is None
     pickles = [file for file in path.rglob("*") if file.suffix in (".pt", ".pth")]
     assert len(pickles) >= 7
     for file in pickles:
@@ -109,8 +109,8 @@ def test_every_pickle_of_a_real_checkpoint_is_searched(tiny_gpt2, tmp_path):
         for content in (archive(hostile(ran)), hostile(ran), pickle.dumps({})):
             file.write_bytes(content)
             sharded.reseal(4)
-            assert f"{file.relative_to(path).as_posix()} " in look_at(path, deep=True).trouble
+            assert f"{file.relative_to(path).as_posix()} " in check_checkpoint(path, deep=True).problem
         file.write_bytes(honest)
     sharded.reseal(4)
-    assert look_at(path, deep=True).trouble is None
+    assert check_checkpoint(path, deep=True).problem is None
     assert not ran.exists()

@@ -199,7 +199,7 @@ def check_end(lives: Lives, code: int, *, lines: int = 1) -> None:
     assert len(OURS.findall(log)) <= lines, log
     record = json.loads(lives.run.run_json.read_text()) if lives.run.run_json.exists() else {}
     assert record.get("state") in ((None, "preempted") if code else ("finished",)) or "to go on: dpokit" in log
-    assert not [found for found in find_checkpoints(lives.run, deep=True) if found.trouble]
+    assert not [found for found in find_checkpoints(lives.run, deep=True) if found.resume_problem]
 
 
 def go_on(lives: Lives, world: Path) -> None:

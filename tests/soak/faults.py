@@ -113,7 +113,7 @@ def soak_files(folder: Path) -> dict[str, object]:
         if not lives.kill_when(is_written):
             break
         hit.append(name)
-        assert not any(checkpoint.trouble for checkpoint in find_checkpoints(lives.run, deep=True))
+        assert not any(checkpoint.resume_problem for checkpoint in find_checkpoints(lives.run, deep=True))
     lives.finish()
     check_same(lives.run, whole.run)
     return {"kills": len(hit), "files": hit}

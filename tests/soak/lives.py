@@ -110,7 +110,7 @@ class Lives:
 
     def last_good(self) -> int:
         """The step of the newest checkpoint that verifies."""
-        return next((c.step for c in find_checkpoints(self.run, deep=True) if c.trouble is None), 0)
+        return next((c.step for c in find_checkpoints(self.run, deep=True) if c.resume_problem is None), 0)
 
 
 def kill_tree(pid: int) -> None:

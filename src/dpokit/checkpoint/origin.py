@@ -1,7 +1,7 @@
-"""Whether this machine's user wrote a checkpoint: a signature in its manifest, by a key that never leaves the home.
+"""Signs checkpoints with a key of this user, and tells whether this user wrote a checkpoint.
 
-The key lies in `DPOKIT_STATE`, else in `XDG_STATE_HOME/dpokit` or `~/.local/state/dpokit`; nodes that share a home
-share it. No torch.
+The key never leaves its folder: `DPOKIT_STATE`, else `XDG_STATE_HOME/dpokit` or `~/.local/state/dpokit`. Nodes that
+share a home folder share the key. Imports no torch.
 """
 
 import hmac
@@ -14,20 +14,20 @@ KEY_BYTES = 32
 
 
 def find_key_file() -> Path:
-    """Where the key of this machine's user is kept."""
-    given = os.environ.get("DPOKIT_STATE")
+    """The file that holds this user's key."""
+    folder = os.environ.get("DPOKIT_STATE")
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return (Path(given) if given else state / "dpokit") / "key"
+    return (Path(folder) if folder else state / "dpokit") / "key"
 
 
-def sign(digest: str) -> str | None:
-    """The signature of a manifest's sha256; None where no key can be kept."""
+def sign_checkpoint(digest: str) -> str | None:
+    """The signature of a manifest's sha256; None if no key can be written."""
     key = _read_key() or _make_key()
     return None if key is None else _compute(key, digest)
 
 
 def is_signed_here(digest: str, signature: object) -> bool:
-    """Whether `sign` of this user made the signature."""
+    """Whether the signature was made with this user's key."""
     key = _read_key()
     return key is not None and isinstance(signature, str) and hmac.compare_digest(_compute(key, digest), signature)
 
@@ -45,7 +45,7 @@ def _read_key() -> bytes | None:
 
 
 def _make_key() -> bytes | None:
-    """A new key, or the one that another process has made meanwhile."""
+    """A new key, or the one that another process has written in the meantime; None if the folder is not writable."""
     file = find_key_file()
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -54,7 +54,7 @@ def _make_key() -> bytes | None:
         with os.fdopen(descriptor, "wb") as content:
             content.write(secrets.token_bytes(KEY_BYTES))
         with suppress(FileExistsError):
-            os.link(part, file)  # unlike a rename it replaces no other key
+            os.link(part, file)  # unlike a rename, this replaces no existing key
         part.unlink()
     except OSError:
         return None

@@ -1,12 +1,12 @@
-"""The pickles of a folder of weights, searched before anything loads them. No torch.
+"""Searches the pickles in a folder of weights before anything loads them. Imports no torch.
 
-To load a pickle is to call the functions that it names, so a pickle from a stranger can run any program. Here an
-unpickler that calls nothing reads it first: it looks up each name in `ALLOWED` and puts an inert object where the real
-one would build something. A pickle that passes names only what torch, DeepSpeed and torch's distributed checkpoints
-need for tensors, numbers and their tables.
+Loading a pickle calls the functions that it names, so a pickle from a stranger can run any program. The unpickler of
+this module calls nothing: it looks up each name in `ALLOWED` and builds inert objects instead of the real ones. A
+pickle that passes names only functions and classes that torch, DeepSpeed and torch's distributed checkpoints need for
+tensors, numbers and their tables.
 
-torch's files are zip archives, which torch reads with a reader of its own; an archive that two readers could
-understand differently is refused.
+torch's files are zip archives, and torch reads them with its own reader. An archive that two readers could understand
+differently is refused.
 """
 
 import io
@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 
 from dpokit.errors import RunFolderError
 
-MAX_PICKLE_BYTES = 2**28  # tensors lie beside the pickle, not in it
+MAX_PICKLE_BYTES = 2**28  # tensors are stored beside the pickle, not in it
 TORCH_SUFFIXES = {".pt", ".pth", ".bin"}
 DCP_TABLE, DCP_SUFFIX = ".metadata", ".distcp"
 ZERO_LATEST = "latest"  # DeepSpeed's file that names the folder of its shards
 NEVER_LOADED = {"training_args.bin"}  # transformers' copy of its flags, in checkpoints of earlier versions
-# Every name that a pickle may look up. None of these, whatever it is called with, does more than build a value.
+# Every name that a pickle may look up. Each of them only builds a value, whatever its arguments.
 ALLOWED: dict[str, set[str]] = {
     "_codecs": {"encode"},
     "__builtin__": {"set"},
@@ -63,11 +63,11 @@ _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 
 
 class HostilePickleError(Exception):
-    """A pickle that names something it does not need, or that cannot be searched. Its text says which."""
+    """A pickle names something that weights do not need, or cannot be searched; the text says which."""
 
 
 class _Inert:
-    """Stands for whatever a pickle builds, and keeps what it was given."""
+    """Replaces any object that a pickle builds, and keeps its arguments and its state."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -90,7 +90,7 @@ class _Inert:
 
 
 class _Searcher(pickle.Unpickler):
-    """Reads a pickle and calls nothing that it names."""
+    """Unpickler that calls no function named by the pickle."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in ALLOWED.get(module, ()):
@@ -101,33 +101,33 @@ class _Searcher(pickle.Unpickler):
         return _Inert()
 
 
-def find_pickle_trouble(folder: Path) -> str | None:
-    """Why a folder of weights must not be loaded: an odd file in it, a link, or a pickle; None where all is well.
+def find_pickle_problem(folder: Path) -> str | None:
+    """Why a folder of weights must not be loaded: a pickle, a link or a special file in it; None if it may be loaded.
 
-    Every pickle is read, tensors are not.
+    Reads every pickle, but no tensor.
     """
     try:
         _search(folder)
-    except HostilePickleError as trouble:
-        return str(trouble)
+    except HostilePickleError as problem:
+        return str(problem)
     except OSError as error:
         return f"{error.filename or folder} cannot be read ({error.strerror})"
     return None
 
 
 def check_pickles(folder: Path) -> None:
-    """Raises RunFolderError where `find_pickle_trouble` finds something."""
-    trouble = find_pickle_trouble(folder)
-    if trouble is not None:
+    """Raises RunFolderError if `find_pickle_problem` finds one."""
+    problem = find_pickle_problem(folder)
+    if problem is not None:
         raise RunFolderError(
-            f"{folder} is not loaded: {trouble}",
+            f"{folder} is not loaded: {problem}",
             expected="weights, and the tables that torch and DeepSpeed write beside them",
-            do="take weights from a source that you trust, as safetensors",
+            do="use weights from a source that you trust, as safetensors",
         )
 
 
 def needs_trust(folder: Path) -> bool:
-    """Whether loading the folder runs an unpickler without limits: DeepSpeed's, or torch's for distributed shards."""
+    """Whether loading the folder needs an unrestricted unpickler: DeepSpeed's, or torch's for distributed shards."""
     return any(any(folder.glob(pattern)) for pattern in (f"*/{DCP_TABLE}", "*/*_states.pt", ZERO_LATEST))
 
 
@@ -136,7 +136,7 @@ def _search(folder: Path) -> None:
         name = path.relative_to(folder).as_posix()
         mode = path.lstat().st_mode
         if stat.S_ISLNK(mode) and not path.resolve().is_relative_to(folder.resolve()):
-            raise HostilePickleError(f"{name} is a link to a place outside of the folder")
+            raise HostilePickleError(f"{name} is a link to a place outside the folder")
         if not path.is_dir() and not path.is_file():
             raise HostilePickleError(f"{name} is neither a file nor a folder")
         if path.is_dir() or path.name in NEVER_LOADED:
@@ -149,36 +149,36 @@ def _search(folder: Path) -> None:
             elif path.suffix in TORCH_SUFFIXES:
                 with path.open("rb") as file:
                     _search_archive(file, 0, path.stat().st_size)
-        except HostilePickleError as trouble:
-            raise HostilePickleError(f"{name} {trouble}") from None
+        except HostilePickleError as problem:
+            raise HostilePickleError(f"{name} {problem}") from None
 
 
 def _check_latest(path: Path) -> None:
-    """DeepSpeed loads the shards from the folder that this file names."""
+    """Raises HostilePickleError unless the file names a folder beside it: DeepSpeed loads the shards from there."""
     with path.open("rb") as file:
-        named = file.read(4096).decode(errors="replace").strip()
-    if named in ("", ".", "..") or "/" in named:
-        raise HostilePickleError(f"names {named!r}, which is no folder beside it")
+        name = file.read(4096).decode(errors="replace").strip()
+    if name in ("", ".", "..") or "/" in name:
+        raise HostilePickleError(f"names {name!r}, which is no folder beside it")
 
 
 def _search_pickle(content: bytes) -> Any:
-    """What the pickle holds, with inert objects in it."""
+    """The value of a pickle, with inert objects in it. Raises: HostilePickleError."""
     try:
         return _Searcher(io.BytesIO(content)).load()
     except HostilePickleError:
         raise
-    except Exception as error:  # any opcode may be used against its purpose
-        raise HostilePickleError(f"is no pickle that can be read ({type(error).__name__})") from None
+    except Exception as error:  # a forged pickle can misuse any opcode
+        raise HostilePickleError(f"is not a readable pickle ({type(error).__name__})") from None
 
 
 def _search_shards(table: Path) -> None:
-    """torch's distributed checkpoint: a bare pickle that says where in which file each tensor or value lies."""
+    """Searches torch's distributed checkpoint: a bare pickle that lists file and offset of each tensor or value."""
     if table.stat().st_size > MAX_PICKLE_BYTES:
         raise HostilePickleError(f"has {table.stat().st_size:,} bytes")
-    found = _search_pickle(table.read_bytes())
-    entries = found.state.get("storage_data") if isinstance(getattr(found, "state", None), dict) else None
+    metadata = _search_pickle(table.read_bytes())
+    entries = metadata.state.get("storage_data") if isinstance(getattr(metadata, "state", None), dict) else None
     if not isinstance(entries, dict):
-        raise HostilePickleError("is no table of a distributed checkpoint")
+        raise HostilePickleError("is not a table of a distributed checkpoint")
     for entry in entries.values():
         fields = entry.state if isinstance(entry, _Inert) and isinstance(entry.state, dict) else {}
         name, begin, size = (fields.get(key) for key in ("relative_path", "offset", "length"))
@@ -191,7 +191,7 @@ def _search_shards(table: Path) -> None:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file, as a file of its own."""
+    """A part of a file, readable like a file."""
 
     def __init__(self, file: BinaryIO, begin: int, size: int) -> None:
         self._file, self._begin, self._size, self._at = file, begin, size, 0
@@ -215,19 +215,19 @@ class _Window(io.RawIOBase):
 
 
 def _search_archive(file: BinaryIO, begin: int, size: int) -> None:
-    """What `torch.save` writes: a zip archive of one pickle, and the bytes of each tensor."""
+    """Searches a file of `torch.save`: a zip archive of one pickle and the bytes of each tensor."""
     window: BinaryIO = io.BufferedReader(_Window(file, begin, size))
     if window.read(4) != b"PK\x03\x04":
-        raise HostilePickleError("is not in the form that torch.save writes")
+        raise HostilePickleError("is not in the format of torch.save")
     try:
         _check_layout(window, size)
         archive = zipfile.ZipFile(window)
         names = [entry.filename for entry in archive.infolist()]
         root = names[0].partition("/")[0]
         tables = [entry for entry in archive.infolist() if entry.filename == f"{root}/data.pkl"]
-        strange = [name for name in names if not name.startswith(f"{root}/") or name.endswith("constants.pkl")]
-        if len(tables) != 1 or len({name.lower() for name in names}) != len(names) or strange:
-            raise HostilePickleError("is an archive that torch.save does not write")
+        others = [name for name in names if not name.startswith(f"{root}/") or name.endswith("constants.pkl")]
+        if len(tables) != 1 or len({name.lower() for name in names}) != len(names) or others:
+            raise HostilePickleError("is an archive unlike those of torch.save")
         (table,) = tables
         if table.compress_type != zipfile.ZIP_STORED or table.file_size > MAX_PICKLE_BYTES:
             raise HostilePickleError(f"holds a pickle of {table.file_size:,} bytes, or a compressed one")
@@ -238,9 +238,9 @@ def _search_archive(file: BinaryIO, begin: int, size: int) -> None:
 
 
 def _check_layout(window: BinaryIO, size: int) -> None:
-    """Raises HostilePickleError unless the directory, the end records and the end of the file follow on each other.
+    """Raises HostilePickleError unless directory, end records and end of the file follow each other without a gap.
 
-    With bytes between or behind them one reader may find another directory than the next.
+    With other bytes between or after them, two readers may find different directories.
     """
     window.seek(max(0, size - 98))
     tail = window.read()
@@ -248,11 +248,11 @@ def _check_layout(window: BinaryIO, size: int) -> None:
     directory_size, directory_at, comment = struct.unpack("<IIH", end[12:22])
     followed_by = size - 22
     if end[:4] != _END or comment:
-        raise HostilePickleError("is an archive with something behind its end")
+        raise HostilePickleError("is an archive with extra bytes after its end record")
     if tail[-42:-38] == _LOCATOR_64:
         followed_by = size - 98
         if struct.unpack("<Q", tail[-34:-26])[0] != followed_by or tail[:4] != _END_64:
-            raise HostilePickleError("is an archive with two ends")
+            raise HostilePickleError("is an archive with two end records")
         directory_size, directory_at = struct.unpack("<QQ", tail[40:56])
     if directory_at + directory_size != followed_by:
-        raise HostilePickleError("is an archive with something before its end")
+        raise HostilePickleError("is an archive with extra bytes before its end record")

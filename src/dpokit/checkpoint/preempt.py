@@ -1,10 +1,10 @@
-"""A scheduler wants the machine back: noted on any rank, agreed by all at the next boundary, saved, said.
+"""Preemption: a signal on any rank makes all ranks save and exit at the next boundary.
 
-A boundary is the end of a step, of a batch of an evaluation, or of a part of the reference that is kept. Before the
-first one a process that is alone has nothing to save: a signal ends it as it does elsewhere (interrupts.py).
+A boundary is the end of a step, of a batch of an evaluation, or of a part of the reference that is kept on disk. Before
+the first one, a single process has nothing to save, so a signal ends it at once (interrupts.py).
 
-The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names, and Ctrl-C; once more, Ctrl-C ends the
-process without a save. A known time limit counts as one, too, `--save_before_seconds` ahead of it.
+The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names, and Ctrl-C; a second Ctrl-C ends the
+process without a save. A known time limit has the same effect, `--save_before_seconds` ahead of it.
 """
 
 import os
@@ -25,11 +25,11 @@ NAMES = sorted(name.name for name in signal.Signals if name.name not in ("SIGKIL
 
 
 class EvaluationCut(Preempted):
-    """The run was asked to end in the middle of an evaluation, whose step may still be unsaved."""
+    """The run is preempted during an evaluation, and its last step may still be unsaved."""
 
 
 def is_restarted(run: RunDir) -> bool:
-    """Whether the launcher (`--max_restarts`) starts again, with the words it was given, what it had begun here."""
+    """Whether the launcher (`--max_restarts`) restarts, with the same flags, a run that it started in this folder."""
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
         return False
     last = ((run.read_run() or {}).get("generations") or [{}])[-1]
@@ -37,29 +37,31 @@ def is_restarted(run: RunDir) -> bool:
 
 
 def find_preempted_restart(run: RunDir) -> str | None:
-    """Why a run was asked to end that its launcher starts again at once; None for another start."""
+    """Why a run was preempted that its launcher now restarts; None if this start is not such a restart."""
     record = (run.read_run() or {}) if is_restarted(run) else {}
     return str(record.get("why")) if record.get("state") == "preempted" else None
 
 
 class Notice:
-    """What this process was told: at most one line, the first.
+    """A request to this process to save and exit, by a signal or a time limit.
 
     Args:
-        rank: of this process, for the line.
-        save_before_seconds: how long before a known time limit to save; None to ignore it.
+        rank: of this process, for the text.
+        save_before_seconds: how long before a known time limit to save; None to ignore the limit.
 
     Attributes:
-        asked_at_boundaries: whether somebody will ask `is_given`; before, a signal raises Interrupted.
+        why: text of the first request; None before it.
+        due: when the time limit makes one, by `time.monotonic`; None without a limit.
+        checked_at_boundaries: whether the trainer will call `is_given`; if not, a signal raises Interrupted.
 
-    Raises: SettingsError where a time limit is to be kept and none is known.
+    Raises: SettingsError if `save_before_seconds` is set and no time limit is known.
     """
 
     def __init__(self, rank: int, save_before_seconds: float | None = None) -> None:
         self.rank = rank
         self.why: str | None = None
         self.due: float | None = None
-        self.asked_at_boundaries = True
+        self.checked_at_boundaries = True
         self._since = 0.0
         self._names: tuple[str, ...] = ()
         if save_before_seconds is not None:
@@ -67,18 +69,19 @@ class Notice:
             if limit is None:
                 raise SettingsError(
                     f"save_before_seconds is {save_before_seconds:g}, but no time limit is known",
-                    expected="a Slurm job with a time limit (SLURM_JOB_ID, and squeue at hand)",
+                    expected="a Slurm job with a time limit, from SLURM_JOB_END_TIME, or from SLURM_JOB_ID and squeue",
                     do="submit with --time, or remove --save_before_seconds",
                 )
-            self.due = time.monotonic() + limit - save_before_seconds - time.time()  # whoever sets the clock later
+            # By a clock that nobody can set.
+            self.due = time.monotonic() + limit - save_before_seconds - time.time()
 
     def note(self, number: int, _: object = None) -> None:
-        """The signal handler."""
+        """Records a signal: the handler. A second Ctrl-C ends the process."""
         name = signal.Signals(number).name
-        again, self.why = self.why, self.why or f"{name} on rank {self.rank}"
-        if not self.asked_at_boundaries:
+        before, self.why = self.why, self.why or f"{name} on rank {self.rank}"
+        if not self.checked_at_boundaries:
             interrupt(name_signal(number))
-        if again is None:
+        if before is None:
             self._since = time.monotonic()
             if name == "SIGINT" and os.isatty(2):
                 write_line("SIGINT: saving at the end of this step (once more: ending now)")
@@ -86,17 +89,17 @@ class Notice:
             end_now(Interrupted(self.why))
 
     def is_given(self) -> bool:
-        """Whether this process was told to end; to be asked at step boundaries."""
+        """Whether this process has to save and exit; to be called at boundaries."""
         if self.due is not None and time.monotonic() >= self.due:
             self.why = self.why or "the job's time limit is near"
         return self.why is not None
 
     @contextmanager
-    def heard(self, names: tuple[str, ...] = SIGNALS) -> Iterator[None]:
-        """Notes these signals and Ctrl-C meanwhile, instead of dying of them."""
+    def listen(self, names: tuple[str, ...] = SIGNALS) -> Iterator[None]:
+        """Records these signals and Ctrl-C inside the block, so that they do not end the process."""
         self._names = names
-        heard = {*names} | ({"SIGINT"} if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else set())
-        before = {name: signal.signal(getattr(signal, name), self.note) for name in sorted(heard)}
+        handled = {*names} | ({"SIGINT"} if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else set())
+        before = {name: signal.signal(getattr(signal, name), self.note) for name in sorted(handled)}
         try:
             yield
         finally:
@@ -104,14 +107,17 @@ class Notice:
                 signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
 
 
-def choose_signals(asked: str | None) -> tuple[str, ...]:
-    """What to listen for. Raises: SettingsError for a name that is no signal's, or one that cannot be caught."""
-    if asked is None:
+def choose_signals(flag: str | None) -> tuple[str, ...]:
+    """The signals to listen for, from `--preempt_signal`.
+
+    Raises: SettingsError for an unknown signal, or one that no process can catch.
+    """
+    if flag is None:
         return SIGNALS
-    name = asked.upper() if asked.upper().startswith("SIG") else f"SIG{asked.upper()}"
+    name = flag.upper() if flag.upper().startswith("SIG") else f"SIG{flag.upper()}"
     if name not in NAMES:
         raise SettingsError(
-            f"preempt_signal is {asked!r}",
+            f"preempt_signal is {flag!r}",
             expected=f"one of {', '.join(NAMES)}",
             do="name a signal, or remove the flag",
         )
@@ -119,15 +125,15 @@ def choose_signals(asked: str | None) -> tuple[str, ...]:
 
 
 def find_time_limit() -> float | None:
-    """When Slurm ends this job, in seconds since 1970; None where nobody says."""
+    """When Slurm ends this job, in seconds since 1970; None outside of Slurm, or if Slurm does not tell."""
     if "SLURM_JOB_END_TIME" in os.environ:
         return float(os.environ["SLURM_JOB_END_TIME"])
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    words = ["squeue", "--noheader", "--job", job, "--format", "%e"]
+    command = ["squeue", "--noheader", "--job", job, "--format", "%e"]
     try:
-        found = subprocess.run(words, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
-        return datetime.fromisoformat(found).timestamp()
+        end = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        return datetime.fromisoformat(end).timestamp()
     except (OSError, subprocess.SubprocessError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""May this run begin here, and from where? Decided before anything is loaded."""
+"""Decides, before anything is loaded, whether a run may start in a folder, and from which checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,10 +8,10 @@ from typing import Any
 from dpokit.checkpoint.preempt import is_restarted
 from dpokit.checkpoint.store import (
     Checkpoint,
+    check_checkpoint,
     check_origin,
     check_version,
     find_checkpoints,
-    look_at,
     restore_replaced,
     sweep_parts,
 )
@@ -22,25 +22,26 @@ from dpokit.rundir import RunDir
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.load import Settings
 
-# Each kind of recipe knows its own. Pairs and global batch are compared beside them.
+# Flags that a resume compares; each kind of recipe has some of them.
 EXACT = flags_with(Fact.EXACT)
-# What --accept_changes calls the rest.
+# The other compared values, by their names in --accept_changes.
 GLOBAL_BATCH, MICRO_BATCH, DATA, MODEL = OTHERS = ("global_batch", "micro_batch", "data", "model")
 SHORT = {"lr": "learning_rate", "batch": GLOBAL_BATCH}
-# Losses defined on a micro-batch: for them its size is part of the loss.
+# Losses that are defined on a micro-batch, so that its size changes their value.
 OF_MICRO_BATCH = {"aot", "aot_unpaired", "sft"}
 
 
 @dataclass
 class Start:
-    """Where a run begins.
+    """Where a run starts.
 
     Attributes:
         token: of this start of the run.
-        checkpoint: what to go on from; None for the beginning.
-        manifest: the checkpoint's.
-        accumulation: gradient accumulation steps that keep the global batch on this number of processes.
-        universal: the checkpoint is ZeRO's, of another number of processes.
+        checkpoint: to resume from; None for step 0.
+        manifest: of the checkpoint; empty without one.
+        accumulation: gradient accumulation steps that keep the global batch with this number of processes; None to use
+            those of the settings.
+        universal: the checkpoint has ZeRO's shards of another number of processes.
     """
 
     token: str
@@ -51,95 +52,98 @@ class Start:
 
 
 def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement: str) -> Start:
-    """Makes the run folder this run's, and finds where it goes on. Rank 0.
+    """Takes over the run folder for this start, and returns where it starts. Rank 0 alone.
 
-    A folder with an unfinished run of the same recipe, model and data is resumed, from the newest checkpoint that
-    verifies. A finished one is touched only with `--resume_from_checkpoint auto|PATH` or `--overwrite_run`, a foreign
-    one only with the latter. A start by the launcher that began the run (`--max_restarts`) goes on with it, whatever
-    the flags of the first start said.
+    An unfinished run of the same recipe, model and data is resumed, from the newest checkpoint that verifies. A
+    finished run is changed only with `--resume_from_checkpoint auto|PATH` or `--overwrite_run`, another run only with
+    the latter. A restart by the launcher (`--max_restarts`) resumes its run, whatever the flags of its first start.
 
     Raises:
-        RunFolderError: the folder holds another or a finished run, or one that was begun otherwise; or it cannot be
-            written.
+        RunFolderError: the folder holds another or a finished run, or one with other settings; or it is not writable.
         SettingsError: a resume path without a checkpoint, or flags that contradict each other.
     """
-    asked, overwrite = settings.training.resume_from_checkpoint, settings.data.overwrite_run
-    if overwrite and asked not in (None, "never"):
+    requested, overwrite = settings.training.resume_from_checkpoint, settings.data.overwrite_run
+    if overwrite and requested not in (None, "never"):
         raise SettingsError(
-            f"overwrite_run deletes the run that resume_from_checkpoint {asked} would go on with",
+            f"overwrite_run deletes the run that resume_from_checkpoint {requested} would resume",
             expected="one of the two",
             do="remove either flag",
         )
     if is_restarted(run):
         overwrite = False
-        if asked == "never" or any(checkpoint.trouble is None for checkpoint in find_checkpoints(run, deep=False)):
-            asked = None
+        checkpoints = find_checkpoints(run, deep=False)
+        if requested == "never" or any(checkpoint.resume_problem is None for checkpoint in checkpoints):
+            requested = None
     try:
         run.make()
         if overwrite:
             run.clear()
     except OSError as error:
         raise find_disk_trouble(error) or error from error
-    _check_owner(run, settings, asked)
+    _check_owner(run, settings, requested)
     restore_replaced(run)
-    found = _find_checkpoint(run, asked)
+    checkpoint = _find_checkpoint(run, requested)
     start = Start("")
-    if found is not None:
-        check_origin(found.path, trusted=settings.data.trust_checkpoint)
-        start = _match(found, settings, world_size=world_size, placement=placement)
-        say(f"resuming from {found.path}")
-    start.token = run.take_possession(0 if found is None else found.step)
+    if checkpoint is not None:
+        check_origin(checkpoint.path, trusted=settings.data.trust_checkpoint)
+        start = _check_settings(checkpoint, settings, world_size=world_size, placement=placement)
+        say(f"resuming from {checkpoint.path}")
+    start.token = run.take_possession(0 if checkpoint is None else checkpoint.step)
     sweep_parts(run)
     if start.universal and start.checkpoint is not None:
         convert_shards(start.checkpoint)
     return start
 
 
-def _find_checkpoint(run: RunDir, asked: str | None) -> Checkpoint | None:
-    if asked not in (None, "auto", "never"):
-        return _check_path(run, Path(asked))
+def _find_checkpoint(run: RunDir, requested: str | None) -> Checkpoint | None:
+    """The checkpoint to resume from, every byte read; None for a start from step 0."""
+    if requested not in (None, "auto", "never"):
+        return _check_path(run, Path(requested))
     if run.read_run() is None:
         return None
-    for path in reversed(run.checkpoints()):  # older ones are read only where they are needed
-        checkpoint = look_at(path, deep=True)
+    for path in reversed(run.checkpoints()):  # an older one is read only if all newer ones have problems
+        checkpoint = check_checkpoint(path, deep=True)
         check_version(checkpoint)
-        if checkpoint.trouble is None:
+        if checkpoint.resume_problem is None:
             return checkpoint
-        say(f"{checkpoint.path} is passed over: {checkpoint.trouble}")
-    if asked == "auto" or run.checkpoints():
-        say(f"{run.path} holds no checkpoint that can be used: starting from the beginning")
+        say(f"{checkpoint.path} is skipped: {checkpoint.resume_problem}")
+    if requested == "auto" or run.checkpoints():
+        say(f"{run.path} holds no checkpoint that can be used: starting from step 0")
     return None
 
 
 def _check_path(run: RunDir, path: Path) -> Checkpoint:
+    """The checkpoint at the path of `--resume_from_checkpoint`. Raises: SettingsError, RunFolderError."""
     expected = "auto, never, or a checkpoint-N folder that verifies"
     if not path.is_dir() or not path.name.rpartition("-")[2].isdigit():
         raise SettingsError(
             f"--resume_from_checkpoint {path}: there is no checkpoint", expected=expected, do="correct the path"
         )
-    checkpoint = look_at(path, deep=True)
+    checkpoint = check_checkpoint(path, deep=True)
     check_version(checkpoint)
-    if checkpoint.trouble is not None:
+    if checkpoint.resume_problem is not None:
         raise SettingsError(
-            f"--resume_from_checkpoint {path}: {checkpoint.trouble}", expected=expected, do="name another, or auto"
+            f"--resume_from_checkpoint {path}: {checkpoint.resume_problem}",
+            expected=expected,
+            do="name another, or auto",
         )
     later = [other.name for other in run.checkpoints() if int(other.name.rpartition("-")[2]) > checkpoint.step]
     if later:
         raise RunFolderError(
-            f"{run.path} holds {', '.join(later)}, later than {path.name}: going on from there would overwrite them",
+            f"{run.path} holds {', '.join(later)}, later than {path.name}: a resume from there would overwrite them",
             expected="the run's newest checkpoint, or another folder",
-            do=f"--output_dir elsewhere to branch off from {path.name}, or delete the later ones",
+            do=f"continue from {path.name} in another --output_dir, or delete the later ones",
         )
     return checkpoint
 
 
-# -- what must match ---------------------------------------------------------------------------------------------------
+# -- settings that must match ------------------------------------------------------------------------------------------
 
 
 def describe_identity(
     settings: Settings, *, world_size: int, data_fingerprint: str | None, model: str | None
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, and a resume is compared with."""
+    """The values that a checkpoint keeps of its run, to be compared by a resume."""
     values, training = settings.values(), settings.training
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * world_size
     of_micro_batch = settings.kind == "dpo" and OF_MICRO_BATCH & set(training.loss_type)
@@ -148,15 +152,19 @@ def describe_identity(
     return {name: values[name] for name in EXACT if name in values} | others
 
 
-def _match(checkpoint: Checkpoint, settings: Settings, *, world_size: int, placement: str) -> Start:
+def _check_settings(checkpoint: Checkpoint, settings: Settings, *, world_size: int, placement: str) -> Start:
+    """A start from the checkpoint, with the accumulation steps set. Raises: RunFolderError for settings that differ.
+
+    Pairs and model are compared later, by `train.preflight.check_start`.
+    """
     manifest = checkpoint.manifest or {}
     then, training = manifest["settings"], settings.training
     missing = sorted({*OTHERS} - {*then}) if isinstance(then, dict) else list(OTHERS)
     if missing:
         raise RunFolderError(
             f"{checkpoint.path}: the settings in its manifest lack {', '.join(missing)}",
-            expected="the settings that its run began with",
-            do="take another copy of the checkpoint, or delete it: an older one is taken then",
+            expected="the settings that its run was started with",
+            do="take another copy of the checkpoint, or delete it to resume from an older one",
         )
     start = Start("", checkpoint.path, manifest)
     _check_placement(checkpoint, placement)
@@ -165,35 +173,35 @@ def _match(checkpoint: Checkpoint, settings: Settings, *, world_size: int, place
         start.accumulation = _keep_global_batch(then[GLOBAL_BATCH], settings, world_size)
         training.gradient_accumulation_steps = start.accumulation
     now = describe_identity(settings, world_size=world_size, data_fingerprint=then[DATA], model=then[MODEL])
-    compare(then, now, settings)
+    compare_settings(then, now, settings)
     return start
 
 
-def compare(then: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, list[Any]]:
-    """Changes that were accepted: `{name: [then, now]}`. Raises: RunFolderError for all others together."""
+def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, list[Any]]:
+    """The accepted changes, as `{name: [then, now]}`. Raises: RunFolderError that lists all other changes."""
     changed = {name: [then.get(name), value] for name, value in now.items() if then.get(name) != value}
     accepted = find_accepted(settings)
     refused = {name: both for name, both in changed.items() if name not in accepted}
     if refused:
-        told = "; ".join(f"{name} was {before}, now {after}" for name, (before, after) in refused.items())
+        changes = "; ".join(f"{name} was {before}, now {after}" for name, (before, after) in refused.items())
         raise RunFolderError(
-            f"the run in {settings.training.output_dir} was begun otherwise: {told}",
-            expected="the settings it was begun with, so that its steps are those of one run",
-            do=f"set them back, accept the change by --accept_changes {','.join(refused)}, or begin a run in another "
+            f"the run in {settings.training.output_dir} was started with other settings: {changes}",
+            expected="the settings of its first start, so that all its steps are those of one run",
+            do=f"restore them, accept the change by --accept_changes {','.join(refused)}, or start a run in another "
             "--output_dir",
         )
     return changed
 
 
 def find_accepted(settings: Settings) -> set[str]:
-    """The names of `--accept_changes`. Raises: SettingsError for one that nothing is compared by."""
-    words = ",".join(settings.data.accept_changes or []).replace(" ", ",").split(",")
-    names = {SHORT.get(word, word) for word in words if word}
-    known = {*EXACT, *OTHERS}
-    if not names <= known:
+    """The names of `--accept_changes`, short ones in full. Raises: SettingsError for a name that no resume compares."""
+    flag = ",".join(settings.data.accept_changes or []).replace(" ", ",").split(",")
+    names = {SHORT.get(name, name) for name in flag if name}
+    compared = {*EXACT, *OTHERS}
+    if not names <= compared:
         raise SettingsError(
-            f"accept_changes names {', '.join(sorted(names - known))}, which no resume is compared by",
-            expected=", ".join(sorted(known)),
+            f"accept_changes names {', '.join(sorted(names - compared))}, which no resume compares",
+            expected=", ".join(sorted(compared)),
             do="name the changed settings, separated by commas",
         )
     return names
@@ -206,34 +214,35 @@ def _check_placement(checkpoint: Checkpoint, placement: str) -> None:
     after = kinds.get(placement, placement.removesuffix(" + CPU offload"))
     if before != after:
         raise RunFolderError(
-            f"{checkpoint.path} was written by {manifest['placement']}, and this run is placed by {placement}",
+            f"{checkpoint.path} was written with {manifest['placement']}, and this run uses {placement}",
             expected=manifest["placement"],
-            do="start with the --config_file it was begun with",
+            do="use the --config_file that the run was started with",
         )
 
 
 def _keep_global_batch(batch: int, settings: Settings, world_size: int) -> int:
-    """Accumulation steps that keep it. Raises: RunFolderError, with the sizes that do."""
+    """Accumulation steps that keep the global batch. Raises: RunFolderError that names batch sizes that keep it."""
     training = settings.training
-    each = training.per_device_train_batch_size * world_size
-    if batch % each == 0:
-        steps = batch // each
+    micro_step = training.per_device_train_batch_size * world_size  # pairs of all processes
+    if batch % micro_step == 0:
+        steps = batch // micro_step
         if steps != training.gradient_accumulation_steps:
-            say(f"gradient_accumulation_steps: {steps}, so that a step keeps its {batch} pairs")
+            say(f"gradient_accumulation_steps: {steps}, so that a step still has {batch} pairs")
         return steps
     fits = [size for size in range(1, batch // world_size + 1) if batch % (size * world_size) == 0]
     sizes = " or ".join(map(str, fits)) if fits else "none with this number of processes"
     raise RunFolderError(
-        f"a step of this run has {batch} pairs, which {world_size} processes cannot deal in batches of "
+        f"a step of this run has {batch} pairs, which {world_size} processes cannot split into batches of "
         f"{training.per_device_train_batch_size}",
-        expected="the same global batch on every number of processes",
+        expected="the same global batch with any number of processes",
         do=f"--per_device_train_batch_size {sizes}; or accept another batch by --accept_changes {GLOBAL_BATCH}",
     )
 
 
-def _check_owner(run: RunDir, settings: Settings, asked: str | None) -> None:
+def _check_owner(run: RunDir, settings: Settings, requested: str | None) -> None:
+    """Raises RunFolderError if the folder holds no run of this toolkit, another run, or one that may not be resumed."""
     record = run.read_run()
-    remedy = "choose another --output_dir, or delete what is there with --overwrite_run true"
+    remedy = "choose another --output_dir, or delete the folder's run with --overwrite_run true"
     if record is None:
         if run.own_files():
             raise RunFolderError(
@@ -242,7 +251,7 @@ def _check_owner(run: RunDir, settings: Settings, asked: str | None) -> None:
                 do=remedy,
             )
         return
-    if "recipe" not in record:  # lost before it wrote more than that it began
+    if "recipe" not in record:  # the process ended right after it had made the file
         return
     then = {name: record.get("settings", {}).get(name, {}).get("value") for name in flags_with(Fact.IDENTITY)}
     now = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
@@ -253,16 +262,16 @@ def _check_owner(run: RunDir, settings: Settings, asked: str | None) -> None:
             expected=f"recipe {settings.recipe}, model {now['model_name_or_path']}, data {now['dataset_name']}",
             do=remedy,
         )
-    if record.get("state") == "finished" and asked in (None, "never"):
+    if record.get("state") == "finished" and requested in (None, "never"):
         raise RunFolderError(
             f"{run.path} holds a finished run",
             expected="an empty or a new folder",
             do=f"{remedy}; to train it further, raise the number of steps with --resume_from_checkpoint auto "
             "--accept_changes num_train_epochs (or max_steps)",
         )
-    if asked == "never":
+    if requested == "never":
         raise RunFolderError(
             f"{run.path} holds an unfinished run, and resume_from_checkpoint is never",
             expected="an empty or a new folder",
-            do=f"{remedy}; or go on with it: --resume_from_checkpoint auto",
+            do=f"{remedy}; or resume it: --resume_from_checkpoint auto",
         )

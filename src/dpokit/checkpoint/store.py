@@ -1,11 +1,12 @@
-"""Checkpoints that verify: written under another name, listed in a manifest, renamed when all is on disk. No torch.
+"""Writes, verifies, finds and deletes checkpoints. Imports no torch.
 
-    .checkpoint-N.TOKEN.part/   being written by the start of the run that TOKEN stands for
-    .checkpoint-N.replaced/     the former checkpoint-N, for the moment in which a new one takes its name
-    checkpoint-N/               whole where manifest.json, written last, holds true: sizes and sha256 of all its files,
-                                and its own
+    .checkpoint-N.TOKEN.part/   a checkpoint while it is written, by the start of the run that has this token
+    .checkpoint-N.replaced/     the former checkpoint-N, while a new one takes its name
+    checkpoint-N/               whole if all sizes and sha256 in manifest.json, and the manifest's own, are right
 
-A folder whose manifest does not hold true is never resumed from and never counted; the next whole one replaces it.
+All files are on disk before the manifest is written, and the folder gets its name last. A folder that does not match
+its manifest is never resumed from and does not count for `--save_total_limit`; the next checkpoint of its step replaces
+it.
 """
 
 import hashlib
@@ -17,18 +18,19 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dpokit.checkpoint.origin import find_key_file, is_signed_here, sign
-from dpokit.checkpoint.pickles import find_pickle_trouble, needs_trust
+from dpokit.checkpoint.origin import find_key_file, is_signed_here, sign_checkpoint
+from dpokit.checkpoint.pickles import find_pickle_problem, needs_trust
 from dpokit.errors import RunFolderError
 from dpokit.rundir import RunDir, read_record, remove_tree, sync_folder, write_json
 
-FORMAT = 1  # of the manifest; a folder of a later one is left alone
+FORMAT = 1  # of the manifest; folders of a later format are neither read nor deleted
+NEWER_VERSION = "it was written by a newer version"
 MANIFEST = "manifest.json"
 REPLACED = ".replaced"
 Files = dict[str, dict[str, Any]]
 MOST_PROCESSES = 100_000
 NUMBER = (int, float)
-# What a resume reads in these files, by its types.
+# The values that a resume reads in these files, and their types.
 TRAINER_STATE: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("global_step", "max_steps"), (int,)),
     "log_history": (list,),
@@ -45,63 +47,68 @@ PROGRESS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint-N folder, and what was found in it.
+    """One checkpoint-N folder, compared with its manifest.
 
     Attributes:
-        manifest: `{format, step, world_size, placement, settings, weights_alone, files, sha256, signature}`; None where
-            there is none that can be read. `weights_alone` says why a checkpoint can be loaded but not resumed from,
-            or is None.
-        trouble: why it cannot be used; None where it can.
-        is_unreadable: the disk did not answer, so nobody knows what the folder holds.
+        manifest: `{format, step, world_size, placement, settings, weights_alone, files, sha256, signature}`; None if
+            it is missing or unreadable. `weights_alone` is why it can be loaded but not resumed from, or None.
+        problem: why nothing may be loaded from it; None if it is whole: all files are as its manifest lists them.
+        is_unreadable: the disk returned an error, so the folder's content is unknown.
     """
 
     path: Path
     step: int
     manifest: dict[str, Any] | None
-    trouble: str | None
+    problem: str | None
     is_unreadable: bool = False
 
     @property
-    def is_whole(self) -> bool:
-        """Whether all is there that was written, be it weights alone."""
-        return self.manifest is not None and self.trouble == self.manifest.get("weights_alone")
+    def resume_problem(self) -> str | None:
+        """Why a run cannot resume from it: its problem, or that it was saved with weights alone; None if it can."""
+        return (self.manifest or {}).get("weights_alone") if self.problem is None else self.problem
+
+    @property
+    def is_of_newer_version(self) -> bool:
+        """Whether a later version of dpokit wrote it."""
+        return self.problem is not None and self.problem.startswith(NEWER_VERSION)
 
 
 def find_checkpoints(run: RunDir, *, deep: bool) -> list[Checkpoint]:
     """All checkpoints of a run, newest first.
 
-    `deep` reads every byte and searches every pickle; otherwise names and sizes are compared.
+    Args:
+        deep: read every byte and search every pickle; otherwise only names and sizes are compared.
     """
-    return [look_at(path, deep=deep) for path in reversed(run.checkpoints())]
+    return [check_checkpoint(path, deep=deep) for path in reversed(run.checkpoints())]
 
 
-def look_at(path: Path, *, deep: bool) -> Checkpoint:
-    """What a folder holds, against its manifest."""
+def check_checkpoint(path: Path, *, deep: bool) -> Checkpoint:
+    """A checkpoint-N folder, compared with its manifest; `deep` as for `find_checkpoints`."""
     step = int(path.name.rpartition("-")[2])
     try:
         manifest = read_record(path / MANIFEST)
-        trouble = _find_trouble(path, step, manifest, deep=deep)
+        problem = _find_problem(path, step, manifest, deep=deep)
     except FileNotFoundError:
         return Checkpoint(path, step, None, "it has no manifest: it was not finished, or not written by dpokit")
     except OSError as error:
         return Checkpoint(path, step, None, f"it cannot be read ({error.strerror})", is_unreadable=True)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Checkpoint(path, step, None, f"its manifest cannot be read ({type(error).__name__})")
-    return Checkpoint(path, step, manifest, trouble)
+    return Checkpoint(path, step, manifest, problem)
 
 
-def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: bool) -> str | None:
+def _find_problem(path: Path, step: int, manifest: Mapping[str, Any], *, deep: bool) -> str | None:
     if manifest["sha256"] != _digest_manifest(manifest):
-        return "its manifest is not what was written (its sha256 differs)"
+        return "its manifest has changed since it was written (its sha256 differs)"
     if manifest["format"] > FORMAT:
-        return f"it was written by a newer version (format {manifest['format']}, known: {FORMAT})"
+        return f"{NEWER_VERSION} (format {manifest['format']}; this version reads up to {FORMAT})"
     if manifest["step"] != step:
         return f"its manifest is that of step {manifest['step']}"
     files: Files = manifest["files"]
     for name, entry in sorted(files.items()):
         file = path / name
         if not _is_inside(name):
-            return f"its manifest names {name}, which is no file of the folder"
+            return f"its manifest names {name}, which is outside of the folder"
         size = file.stat().st_size if file.is_file() else None
         if size is None:
             return f"{name} is missing"
@@ -109,18 +116,17 @@ def _find_trouble(path: Path, step: int, manifest: Mapping[str, Any], *, deep: b
             return f"{name} has {size:,} bytes, not {entry['size']:,}"
     for name, entry in sorted(files.items()) if deep else ():
         if _hash(path / name) != entry["sha256"]:
-            return f"{name} is not what was written (its sha256 differs)"
-    if deep and (hostile := find_pickle_trouble(path)) is not None:
-        return f"it must not be loaded: {hostile}"
-    weights_alone: str | None = manifest.get("weights_alone")
-    return _find_missing_state(path, step, manifest) if deep and weights_alone is None else weights_alone
+            return f"{name} has changed since it was written (its sha256 differs)"
+    if deep and (reason := find_pickle_problem(path)) is not None:
+        return f"it must not be loaded: {reason}"
+    return _find_missing_state(path, step, manifest) if deep and manifest.get("weights_alone") is None else None
 
 
 def _find_missing_state(path: Path, step: int, manifest: Mapping[str, Any]) -> str | None:
-    """What of a run's state neither the manifest nor the folder has: a resume would begin it anew without a word."""
+    """The part of a run's state that is missing or invalid, which a resume would silently reset; None if complete."""
     names, processes = list(manifest["files"]), manifest["world_size"]
     if type(processes) is not int or not 1 <= processes <= MOST_PROCESSES:
-        return f"its manifest is of {processes} processes"
+        return f"its manifest says that {processes} processes wrote it"
     random_state = "rng_state.pth" if processes == 1 else "rng_state_{}.pth"
     needed = {
         "trainer state": ["trainer_state.json"],
@@ -129,27 +135,28 @@ def _find_missing_state(path: Path, step: int, manifest: Mapping[str, Any]) -> s
         **{f"random state of rank {rank}": [random_state.format(rank)] for rank in range(processes)},
         **{f"progress of rank {rank}": [f"progress_{rank}.json"] for rank in range(processes)},
     }
-    for what, patterns in needed.items():
+    for part, patterns in needed.items():
         if not any(fnmatch(name, pattern) for pattern in patterns for name in names):
-            return f"it has no {what} ({patterns[0]})"
-    typed = {"trainer_state.json": TRAINER_STATE}
-    typed |= {f"progress_{rank}.json": PROGRESS for rank in range(processes)}
-    for name, known in typed.items():
-        if (trouble := _find_type_trouble(path / name, known)) is not None:
-            return f"{name} {trouble}"
-    reached = read_record(path / "trainer_state.json")["global_step"]
-    return None if reached == step else f"trainer_state.json is of step {reached}"
+            return f"it has no {part} ({patterns[0]})"
+    types = {"trainer_state.json": TRAINER_STATE}
+    types |= {f"progress_{rank}.json": PROGRESS for rank in range(processes)}
+    for name, types_of_values in types.items():
+        if (problem := _find_type_problem(path / name, types_of_values)) is not None:
+            return f"{name} {problem}"
+    saved_step = read_record(path / "trainer_state.json")["global_step"]
+    return None if saved_step == step else f"trainer_state.json is of step {saved_step}"
 
 
-def _find_type_trouble(file: Path, known: Mapping[str, tuple[type, ...]]) -> str | None:
+def _find_type_problem(file: Path, types_of_values: Mapping[str, tuple[type, ...]]) -> str | None:
+    """Why a file of state is unusable: unreadable, or a value missing or of a wrong type; None if it is usable."""
     try:
         values = read_record(file)
     except (ValueError, RecursionError) as error:
         return f"cannot be read ({type(error).__name__})"
-    for name, types in known.items():
+    for name, types in types_of_values.items():
         value = values.get(name) if isinstance(values, dict) else None
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            return f"has no {name} of a kind that a run writes"
+            return f"has no valid {name}"
     return None
 
 
@@ -159,40 +166,40 @@ def _is_inside(name: str) -> bool:
 
 
 def check_version(checkpoint: Checkpoint) -> None:
-    """Raises RunFolderError for a checkpoint of a newer version: going on from an older one would bury it."""
-    if checkpoint.trouble is not None and "newer version" in checkpoint.trouble:
+    """Raises RunFolderError for a checkpoint of a newer version: a resume from an older one would repeat its steps."""
+    if checkpoint.is_of_newer_version:
         raise RunFolderError(
-            f"{checkpoint.path}: {checkpoint.trouble}",
+            f"{checkpoint.path}: {checkpoint.problem}",
             expected="a checkpoint of this version or an older one",
-            do="resume with the version that wrote it, or move the folder away",
+            do="resume with the version of dpokit that wrote it, or move the folder away",
         )
 
 
 def check_origin(folder: Path, *, trusted: bool) -> None:
-    """Raises RunFolderError for shards that others wrote: DeepSpeed and torch unpickle them without limits.
+    """Raises RunFolderError for shards that others wrote: DeepSpeed and torch unpickle them without restriction.
 
     Args:
         folder: of a checkpoint, or of weights.
-        trusted: the user vouches for it, by `--trust_checkpoint`.
+        trusted: the user trusts it, by `--trust_checkpoint`.
     """
     if trusted or not needs_trust(folder):
         return
     try:
         manifest = read_record(folder / MANIFEST)
-        is_ours = is_signed_here(_digest_unsigned(manifest), manifest.get("signature"))
+        is_signed = is_signed_here(_digest_unsigned(manifest), manifest.get("signature"))
     except (OSError, ValueError, AttributeError, RecursionError):
-        is_ours = False
-    if not is_ours:
+        is_signed = False
+    if not is_signed:
         raise RunFolderError(
             f"{folder} holds pickles, and no signature by the key in {find_key_file()}: another user or machine wrote "
             "it, or an earlier version of dpokit",
-            expected="a checkpoint that you wrote here, or one that you trust as you trust a program",
-            do="--trust_checkpoint true loads it; machines that share a folder DPOKIT_STATE share the key",
+            expected="a checkpoint that you wrote on this machine, or one that you trust as you trust a program",
+            do="load it by --trust_checkpoint true; machines that share a folder DPOKIT_STATE share the key",
         )
 
 
 def find_part(run: RunDir, step: int) -> Path:
-    """Where this start of the run writes a checkpoint until it is whole."""
+    """The folder in which this start of the run writes a checkpoint until it is whole."""
     return run.path / f".checkpoint-{step}.{run.token}.part"
 
 
@@ -202,34 +209,34 @@ def list_files(folder: Path) -> list[str]:
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> Files:
-    """Size and sha256 of files, once they are on disk. Raises: OSError."""
-    found = {}
+    """Flushes files to disk, and returns the size and sha256 of each. Raises: OSError."""
+    files = {}
     for name in names:
         with (folder / name).open("rb") as file:
             os.fsync(file.fileno())
-            found[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
-    return found
+            files[name] = {"size": os.fstat(file.fileno()).st_size, "sha256": _digest(file)}
+    return files
 
 
 def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path:
-    """Makes a part a checkpoint: its manifest, then its name. Rank 0 of the run that is in possession of the folder.
+    """Turns a part into a checkpoint: writes its manifest, then renames it; returns its folder. Rank 0 alone.
 
     Raises:
-        RunFolderError: a later start of the run has taken the folder over.
-        OSError: the disk.
+        RunFolderError: a later start of the run has taken over the folder.
+        OSError: the disk is full, or fails.
     """
     part, path = find_part(run, step), run.path / f"checkpoint-{step}"
     for folder in {(part / name).parent for name in files}:
         sync_folder(folder)
     write_manifest(part, step, files, facts)
     sync_folder(part)
-    if run.metrics_jsonl.exists():  # a step that is not computed again must be on disk, too
+    if run.metrics_jsonl.exists():  # a resume computes no step up to this one again, so their metrics must be on disk
         with run.metrics_jsonl.open("rb") as metrics:
             os.fsync(metrics.fileno())
     run.check_possession()
     if not os.path.lexists(path):
         part.rename(path)
-    else:  # killed between the two renames, the next start restores the former one
+    else:  # if the process is killed between the two renames, the next start restores the former folder
         former = path.with_name(f".{path.name}{REPLACED}")
         discard(former)
         path.rename(former)
@@ -240,35 +247,35 @@ def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path
 
 
 def write_manifest(folder: Path, step: int, files: Files, facts: Mapping[str, Any]) -> None:
-    """Says what the folder must hold, and how to tell that this is still what was said."""
+    """Writes manifest.json: the folder's files, the facts, a signature, and the manifest's own sha256."""
     manifest = json.loads(json.dumps({"format": FORMAT, "step": step, **facts, "files": files}))
-    manifest["signature"] = sign(_digest_unsigned(manifest))
+    manifest["signature"] = sign_checkpoint(_digest_unsigned(manifest))
     write_json(folder / MANIFEST, {**manifest, "sha256": _digest_manifest(manifest)})
 
 
 def retire(run: RunDir, *, limit: int | None, best: Path | None) -> None:
-    """Deletes what is not whole, and all but the newest `limit` whole ones; the newest and the best always stay.
+    """Deletes checkpoints that are not whole, and whole ones beyond the newest `limit`; never the newest or the best.
 
-    None, 0 and below are no limit, as in transformers.
+    None, 0 and below mean no limit, as in transformers.
     """
-    found = find_checkpoints(run, deep=False)
-    whole = [checkpoint for checkpoint in found if checkpoint.is_whole]
+    checkpoints = find_checkpoints(run, deep=False)
+    whole = [checkpoint for checkpoint in checkpoints if checkpoint.problem is None]
     kept = {checkpoint.path.resolve() for checkpoint in (whole[:limit] if limit is not None and limit > 0 else whole)}
     kept |= {best.resolve()} if best is not None else set()
-    for checkpoint in found:
-        newer_version = checkpoint.trouble is not None and "newer version" in checkpoint.trouble
-        if checkpoint.path.resolve() not in kept and not newer_version and not checkpoint.is_unreadable:
+    for checkpoint in checkpoints:
+        is_spared = checkpoint.is_of_newer_version or checkpoint.is_unreadable
+        if checkpoint.path.resolve() not in kept and not is_spared:
             discard(checkpoint.path)
 
 
 def sweep_parts(run: RunDir) -> None:
-    """Deletes what former starts of the run left unfinished."""
+    """Deletes unfinished checkpoints of former starts of the run."""
     for path in run.path.glob(".checkpoint-*.part"):
         discard(path)
 
 
 def restore_replaced(run: RunDir) -> None:
-    """Gives a checkpoint its name back where a start was killed while another one was to take it."""
+    """Renames a checkpoint back whose start was killed while it replaced the checkpoint by a new one."""
     for former in run.path.glob(f".checkpoint-*{REPLACED}"):
         path = former.with_name(former.name.removeprefix(".").removesuffix(REPLACED))
         if os.path.lexists(path):
@@ -278,7 +285,7 @@ def restore_replaced(run: RunDir) -> None:
 
 
 def discard(path: Path) -> None:
-    """Deletes a checkpoint, its manifest first: interrupted, it is not whole. Of a link, the link alone."""
+    """Deletes a checkpoint, its manifest first: an interrupted deletion leaves no whole one. Follows no link."""
     if not path.is_symlink():
         (path / MANIFEST).unlink(missing_ok=True)
     remove_tree(path)
@@ -297,8 +304,8 @@ def _digest_unsigned(manifest: Mapping[str, Any]) -> str:
 
 
 def _digest_manifest(manifest: Mapping[str, Any]) -> str:
-    said = {name: value for name, value in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    values = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Any) -> str:

@@ -206,7 +206,7 @@ def count_crashes(generations: Sequence[Mapping[str, Any]]) -> int:
 
 def find_good_step(run: RunDir) -> int | None:
     """The step of the newest checkpoint whose files match its manifest by name and size; None without one."""
-    whole = (checkpoint.step for checkpoint in find_checkpoints(run, deep=False) if checkpoint.trouble is None)
+    whole = (checkpoint.step for checkpoint in find_checkpoints(run, deep=False) if checkpoint.resume_problem is None)
     return next(whole, None)
 
 

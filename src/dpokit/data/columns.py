@@ -1,8 +1,9 @@
 """Splits of tokenised pairs read by the column: their numbers stay in Arrow, so memory stays flat."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ FEATURES = Features(
     | {"row": Value("int64"), "dropped": Value("string"), "cut": Value("string")}
 )
 BATCH_ROWS = 10_000
+_FINGERPRINTS: WeakKeyDictionary[Dataset, str] = WeakKeyDictionary()  # by the object: its rows never change
 
 
 def read_column(split: Dataset, name: str) -> list[Any]:
@@ -21,15 +23,20 @@ def read_column(split: Dataset, name: str) -> list[Any]:
     return [value for batch in _batches(split, name) for value in batch[name].to_pylist()]
 
 
-def fingerprint_ids(splits: Iterable[Dataset]) -> str:
-    """sha256 over all token ids in order: what the model will see, and nothing else."""
-    digest = hashlib.sha256()
-    for split in splits:
+def fingerprint_ids(splits: Sequence[Dataset]) -> str:
+    """sha256 over all token ids in order: what the model will see, and nothing else. Each split's own is kept."""
+    if len(splits) == 1 and splits[0] in _FINGERPRINTS:
+        return _FINGERPRINTS[splits[0]]
+    whole = hashlib.sha256()
+    for number, split in enumerate(splits):
+        digests = [whole] if number == 0 else [whole, hashlib.sha256()]
         for batch in _batches(split, *IDS):
             for name in IDS:
                 lengths, flat = _numbers(batch[name])
-                digest.update(lengths.tobytes() + flat.tobytes())
-    return digest.hexdigest()
+                for digest in digests:
+                    digest.update(lengths.tobytes() + flat.tobytes())
+        _FINGERPRINTS[split] = digests[-1].hexdigest()
+    return whole.hexdigest()
 
 
 def hash_prompts(split: Dataset) -> list[bytes]:

@@ -115,12 +115,12 @@ def prepare_data(
         seen = sum(key in trained_on for key in hash_prompts(held_out))
         if seen:  # its result says less about new prompts
             findings.append(f"{seen:,} of {len(held_out):,} held-out pairs have a prompt that is also trained on")
-    fingerprint = None
-    if isinstance(train, Dataset):
-        fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
-        train = _count_shortened(train, tallies["train"])
     if held_out is not None:
         held_out = _count_shortened(held_out, tallies["eval"])
+    fingerprint = None
+    if isinstance(train, Dataset):
+        train = _count_shortened(train, tallies["train"])
+        fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
     return PreparedData(train, held_out, tallies, findings, fingerprint)
 
 

@@ -32,6 +32,7 @@ from dpokit.console import say
 from dpokit.data.check_file import check_file, unpack
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
+from dpokit.file_hashes import hash_file
 from dpokit.rundir import read_record
 
 # Only an empty cell of a CSV is none: "NA", "None" and "null" are answers.
@@ -142,7 +143,7 @@ def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, R
         readable[split] = [_unpack_parquet(file) if file.name.endswith(".parquet.gz") else file for file in files]
         for file in readable[split]:
             check_file(file, builder)
-            content.update(_hash_file(file).encode())
+            content.update(hash_file(file).encode())
     options = dict(OPTIONS.get(builder, {}))
     if builder == "parquet":
         first = next(file for files in readable.values() for file in files)
@@ -156,7 +157,7 @@ def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, R
 def _unpack_parquet(packed: Path) -> Path:
     """The unpacked copy, in the cache of `datasets`; it unpacks text files by itself, Parquet files not."""
     folder = Path(config.EXTRACTED_DATASETS_PATH)
-    whole = folder / f"{_hash_file(packed)}.parquet"
+    whole = folder / f"{hash_file(packed)}.parquet"
     if not whole.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{whole.name}.{os.getpid()}"
@@ -166,11 +167,6 @@ def _unpack_parquet(packed: Path) -> Path:
         finally:
             part.unlink(missing_ok=True)
     return whole
-
-
-def _hash_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:

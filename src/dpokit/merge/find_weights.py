@@ -13,7 +13,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from dpokit.checkpoint.pickles import check_pickles
-from dpokit.checkpoint.store import Checkpoint, check_origin, find_checkpoints, look_at
+from dpokit.checkpoint.store import check_checkpoint, check_origin, find_checkpoints
 from dpokit.console import say
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.interpreter import PYTHON
@@ -46,35 +46,29 @@ def find_weights(run: RunDir, *, step: int | None) -> Path:
             raise RunFolderError(
                 f"there is no {path}", expected=f"one of: {names}", do="correct --checkpoint, or leave it out"
             )
-        checkpoint = look_at(path, deep=True)
-        if _find_trouble(checkpoint) is not None:
+        problem = check_checkpoint(path, deep=True).problem
+        if problem is not None:
             raise RunFolderError(
-                f"{path} cannot be merged: {checkpoint.trouble}",
+                f"{path} cannot be merged: {problem}",
                 expected="a checkpoint that verifies",
                 do=f"choose a checkpoint that `dpokit verify {run.path}` reports as whole",
             )
         return path
     state = (run.read_run() or {}).get("state", "not started")
     for checkpoint in find_checkpoints(run, deep=False):
-        trouble = _find_trouble(checkpoint) or _find_trouble(look_at(checkpoint.path, deep=True))
-        if trouble is None:
+        problem = checkpoint.problem or check_checkpoint(checkpoint.path, deep=True).problem
+        if problem is None:
             say(
                 f"the run is {state}, without final weights: merging its newest whole checkpoint {checkpoint.path.name}"
             )
             return checkpoint.path
-        say(f"{checkpoint.path.name} is skipped: {trouble}")
+        say(f"{checkpoint.path.name} is skipped: {problem}")
     raise RunFolderError(
         f"{run.path} holds no weights: neither {run.adapter.name}/ nor {run.model.name}/, and no checkpoint that "
         f"verifies (the run is {state})",
         expected="a finished run, or a whole checkpoint",
         do="let the run finish",
     )
-
-
-def _find_trouble(checkpoint: Checkpoint) -> str | None:
-    """The checkpoint's defect; None also for one that can be loaded but not resumed from, which a merge need not do."""
-    alone = (checkpoint.manifest or {}).get("weights_alone")
-    return None if alone is not None and checkpoint.trouble == alone else checkpoint.trouble
 
 
 def gather_weights(folder: Path, settings: Settings, *, scratch: Path) -> Path:

@@ -22,6 +22,7 @@ from trl import DPOConfig, get_quantization_config
 from dpokit.console import say
 from dpokit.distributed.placement import find_precompute_trouble
 from dpokit.errors import find_disk_trouble
+from dpokit.file_hashes import hash_file
 from dpokit.model.load import find_base
 from dpokit.settings.load import Settings
 
@@ -96,9 +97,7 @@ def hash_weights(name: str, revision: str | None) -> str:
         return f"{name}@{Path(str(config)).parent.name}"
     digest = hashlib.sha256()
     for path in sorted({path for pattern in WEIGHTS for path in folder.glob(pattern)}):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(path.name.encode() + bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
 
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 from trl import ModelConfig
 
-from dpokit.checkpoint.resume import Start, compare, describe_identity
+from dpokit.checkpoint.resume import Start, compare_settings, describe_identity
 from dpokit.distributed.processes import check_world_size
 from dpokit.errors import MachineError
 from dpokit.model.reference import hash_weights
@@ -53,7 +53,7 @@ def check_start(
     model = settings.model
     weights = hash_weights(str(model.model_name_or_path), model.model_revision)
     identity = describe_identity(settings, world_size=world_size, data_fingerprint=data_fingerprint, model=weights)
-    changed = compare(start.manifest["settings"], identity, settings) if start.checkpoint is not None else {}
+    changed = compare_settings(start.manifest["settings"], identity, settings) if start.checkpoint is not None else {}
     return identity, changed
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from dpokit.checkpoint.preempt import EvaluationCut
-from dpokit.checkpoint.store import look_at
+from dpokit.checkpoint.store import check_checkpoint
 from dpokit.console import say
 from dpokit.distributed.coordination import decide_on_main_process
 from dpokit.rundir import read_record
@@ -123,9 +123,9 @@ class ResumingTrainer(SavingTrainer):
         """transformers' own, of a checkpoint that verifies."""
         self.wait_for_checkpoint()
         path = Path(str(self.state.best_model_checkpoint))
-        best = decide_on_main_process(lambda: look_at(path, deep=True))
-        if not best.is_whole:
-            say(f"the best checkpoint, {best.path}, cannot be used: {best.trouble}; the last weights are kept")
+        best = decide_on_main_process(lambda: check_checkpoint(path, deep=True))
+        if best.problem is not None:
+            say(f"the best checkpoint, {best.path}, cannot be used: {best.problem}; the last weights are kept")
             self.state.best_metric = None
             return
         with self._precision_kept():

@@ -172,15 +172,17 @@ def verify(
         if not run.is_dir():
             raise typer.BadParameter(f"there is no folder {run}")
         found = find_checkpoints(RunDir(run), deep=True)
-    usable = [checkpoint for checkpoint in found if checkpoint.trouble is None]
+    usable = [checkpoint for checkpoint in found if checkpoint.resume_problem is None]
     if as_json:
         told = [
-            {"checkpoint": c.path.name, "step": c.step, "usable": c.trouble is None, "why": c.trouble} for c in found
+            {"checkpoint": c.path.name, "step": c.step, "usable": c.resume_problem is None, "why": c.resume_problem}
+            for c in found
         ]
         echo(json.dumps(told, indent=2))
     else:
         for checkpoint in found:
-            echo(f"{checkpoint.path.name}: {one_line(checkpoint.trouble or 'whole')}")
+            alone = "" if checkpoint.resume_problem is None else f", but {checkpoint.resume_problem}"
+            echo(f"{checkpoint.path.name}: {one_line(checkpoint.problem or f'whole{alone}')}")
         echo(
             f"a resume begins at step {usable[0].step}"
             if usable
