@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
+from trl import DPOConfig, SFTConfig
 
 from dpokit.after_training import check_wishes, find_commands, run_commands
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
@@ -42,7 +43,7 @@ from dpokit.train.gpu_metrics import GpuCallback
 from dpokit.train.preflight import check_model_path, check_quantised, check_start, check_world
 from dpokit.train.sft_trainer import AnswerTrainer
 from dpokit.train.steps import StepTrainer
-from dpokit.train.trackers import REPLACED, set_up_trackers, track_run
+from dpokit.train.trackers import REPLACED, decide_trackers, track_run
 from dpokit.train.value_checks import check_values
 
 
@@ -82,7 +83,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
     if settings.origins.get("hub_token") == "command line":
         say("--hub_token on a command line is seen by every user of this machine; the variable HF_TOKEN is not")
-    set_up_trackers(settings)
+    settings = decide_trackers(settings)
     signals = choose_signals(settings.data.preempt_signal)
     notice = Notice(PartialState().process_index, settings.data.save_before_seconds)
     # When one of several processes has failed, the launcher signals the others: that is no preemption, so they wait for
@@ -97,7 +98,8 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         decide_on_main_process(lambda: check_wishes(settings))
         start = decide_on_main_process(lambda: claim_folder(run, settings, world_size=world_size, placement=placement))
     run.token = start.token
-    training.gradient_accumulation_steps = start.accumulation or training.gradient_accumulation_steps
+    if start.accumulation not in (None, training.gradient_accumulation_steps):
+        settings = settings.with_training("resume", gradient_accumulation_steps=start.accumulation)
     with (
         notice.heard(signals),  # until the last word is written: launchers end the others when one process has ended
         track_run(run, settings) as tracker,
@@ -150,13 +152,13 @@ def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> di
     """
     quiet_dependencies()
     settings = load_settings(recipe, defaults, [*argv, "--report_to", "none"])
-    training = settings.training
-    if settings.kind == "dpo" and not training.precompute_ref_log_probs:
-        training.precompute_ref_log_probs = can_be_computed_ahead(settings)
-        if not training.precompute_ref_log_probs:
+    if settings.kind == "dpo" and not settings.training.precompute_ref_log_probs:
+        if can_be_computed_ahead(settings):
+            settings = settings.with_training("dpokit prepare", precompute_ref_log_probs=True)
+        else:
             say("the reference is not computed: a run with these settings asks it at each step")
-    with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(training.ddp_timeout):
-        training.output_dir = folder
+    with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(settings.training.ddp_timeout):
+        settings = settings.with_training("dpokit prepare", output_dir=folder)
         _, data = build_trainer(RunDir(folder), settings, Gates(settings.data.gates))
     return data.record()
 
@@ -190,13 +192,10 @@ def build_trainer(
         run.write_run(data_fingerprint=data.fingerprint)
         print_report(data.record())
     if settings.kind == "dpo":
-        settle_reference(run, settings, data.train)
-    args = copy(training)
-    args.push_to_hub = False  # transformers would send each checkpoint, its optimizer too; dpokit push sends the model
-    args.hub_token = None  # so no file that the trainer writes can hold it
+        settings = settle_reference(run, settings, data.train)
     parts = {
         "model": policy,
-        "args": args,
+        "args": copy_arguments(settings.training),
         "train_dataset": data.train,
         "eval_dataset": data.eval,
         "processing_class": tokenizer,
@@ -221,13 +220,25 @@ def build_trainer(
     return trainer, data
 
 
-def settle_reference(run: RunDir, settings: Settings, pairs: Any) -> None:
-    """Decides whether the reference's log-probs are computed ahead, where nobody said; the settings then say so."""
+def copy_arguments(training: DPOConfig | SFTConfig) -> DPOConfig | SFTConfig:
+    """A copy for the trainer: the trainers change their arguments, and `Settings` keeps what was requested."""
+    args = copy(training)
+    args.accelerator_config = copy(training.accelerator_config)
+    args.gradient_checkpointing_kwargs = copy(training.gradient_checkpointing_kwargs)
+    args.push_to_hub = False  # transformers would send each checkpoint, its optimizer too; dpokit push sends the model
+    args.hub_token = None  # so no file that the trainer writes can hold it
+    return args
+
+
+def settle_reference(run: RunDir, settings: Settings, pairs: Any) -> Settings:
+    """The settings with the decision whether the reference's log-probs are computed ahead; run.json records it."""
     kept = isinstance(pairs, Dataset) and decide_on_main_process(
         lambda: is_kept(settings, fingerprint_ids([pairs]), len(pairs))
     )
-    if decide_reference(settings, kept=kept) and is_main_process():
-        run.write_run(settings=settings.record())
+    decided = decide_reference(settings, kept=kept)
+    if decided is not settings and is_main_process():
+        run.write_run(settings=decided.record())
+    return decided
 
 
 def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: int | None) -> PairTrainer:

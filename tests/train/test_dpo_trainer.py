@@ -160,6 +160,22 @@ def test_first_loss_is_ln_2(tiny_gpt2, pairs_file, tmp_path):
     assert records[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
+def test_decisions_and_the_trainer_leave_the_settings_as_they_were(tiny_gpt2, pairs_file, tmp_path):
+    places = {"model_name_or_path": tiny_gpt2, "dataset_name": pairs_file, "output_dir": tmp_path / "run"}
+    changes = {"num_train_epochs": 2, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {}}
+    settings = load_settings("dpo_test", {**BASE, **changes, **{name: str(path) for name, path in places.items()}}, [])
+    before = settings.record()
+    run = RunDir(tmp_path / "run")
+    claim_folder(run, settings, world_size=1, placement="one device")
+    trainer, _ = build_trainer(run, settings, Gates("stop"))
+    assert settings.record() == before
+    assert not before["precompute_ref_log_probs"]["value"]
+    assert trainer.args.precompute_ref_log_probs
+    recorded = run.read_run()["settings"]
+    assert recorded.pop("precompute_ref_log_probs") == {"value": True, "origin": "this machine"}
+    assert recorded == {name: entry for name, entry in before.items() if name in recorded}
+
+
 def test_lora_trains_the_adapter_alone_and_saves_it(tiny_gpt2, pairs_file, tmp_path):
     defaults = {**BASE, "model_name_or_path": str(tiny_gpt2), "dataset_name": str(pairs_file), "use_peft": True}
     run = train("dpo_test", {**defaults, "output_dir": str(tmp_path / "run"), "max_steps": 3}, [])

@@ -21,7 +21,7 @@ from dpokit.errors import DataError, SettingsError
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings.load import load_settings
-from dpokit.train.trackers import set_up_trackers, track_run
+from dpokit.train.trackers import decide_trackers, track_run
 
 _TRACKIO = tempfile.TemporaryDirectory(prefix="dpokit-test-trackio-")  # trackio reads the variable at import
 KEY = "0123456789" * 4
@@ -153,15 +153,13 @@ def test_wandb_is_on_unasked_where_there_is_a_key(where, read_settings, monkeypa
         monkeypatch.setenv("WANDB_API_KEY", KEY)
     else:
         (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
-    settings = read_settings()
-    set_up_trackers(settings)
+    settings = decide_trackers(read_settings())
     assert settings.training.report_to == ["wandb"]
     assert settings.record()["report_to"] == {"value": ["wandb"], "origin": "this machine"}
     (line,) = lines_of(capfd.readouterr().err, "wandb")
     assert "--report_to none" in line
-    asked = read_settings("--report_to", "none")
-    set_up_trackers(asked)
-    assert asked.training.report_to == []
+    switched_off = decide_trackers(read_settings("--report_to", "none"))
+    assert switched_off.training.report_to == []
 
 
 @pytest.mark.parametrize("name, value", [("WANDB_MODE", "disabled"), ("WANDB_DISABLED", "true"), ("RANK", "1")])
@@ -169,15 +167,14 @@ def test_a_key_turns_nothing_on_where_wandb_is_switched_off_or_on_other_ranks(na
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     settings = read_settings()
     monkeypatch.setenv(name, value)
-    set_up_trackers(settings)
+    settings = decide_trackers(settings)
     assert settings.training.report_to == []
 
 
 def test_a_key_for_one_server_is_none_for_another(read_settings, monkeypatch, tmp_path):
     (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
     monkeypatch.setenv("WANDB_BASE_URL", "https://my.server")
-    settings = read_settings()
-    set_up_trackers(settings)
+    settings = decide_trackers(read_settings())
     assert settings.training.report_to == []
 
 
@@ -425,8 +422,7 @@ def test_a_name_is_the_flag_else_the_variable_else_the_folder(
 ):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    settings = read_settings(*flags)
-    set_up_trackers(settings)
+    settings = decide_trackers(read_settings(*flags))
     assert (settings.training.run_name, settings.training.project) == (run_name, project)
 
 
@@ -440,5 +436,5 @@ def test_a_name_is_the_flag_else_the_variable_else_the_folder(
 )
 def test_a_tracker_or_tag_that_cannot_be_is_refused_at_the_start(flags, words, read_settings):
     with pytest.raises(SettingsError) as error:
-        set_up_trackers(read_settings(*flags))
+        decide_trackers(read_settings(*flags))
     assert all(word in str(error.value) for word in words)

@@ -72,20 +72,18 @@ def can_be_computed_ahead(settings: Settings) -> bool:
     return find_precompute_trouble(training, settings.model) is None
 
 
-def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
-    """Turns `precompute_ref_log_probs` on where that is nobody's decision, can be done, and pays; whether it did.
+def decide_reference(settings: Settings, *, kept: bool = False) -> Settings:
+    """Settings with `precompute_ref_log_probs` on if nobody set it, it is possible and it pays; else the same settings.
 
     It pays where each pair is met more than once, and where the numbers are `kept` already.
     """
     if settings.kind != "dpo":
-        return False
+        return settings
     training, able = settings.training, can_be_computed_ahead(settings)
     epochs = training.max_steps <= 0 and training.num_train_epochs > 1
     if "precompute_ref_log_probs" in settings.origins or not able or not (epochs or kept):
-        return False
-    training.precompute_ref_log_probs = True
-    settings.origins["precompute_ref_log_probs"] = "this machine"
-    return True
+        return settings
+    return settings.with_training("this machine", precompute_ref_log_probs=True)
 
 
 def hash_weights(name: str, revision: str | None) -> str:

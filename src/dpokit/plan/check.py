@@ -109,8 +109,7 @@ def run_check(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     recipe = Path(job["recipe"])
     defaults = read_defaults(recipe)
-    asked = load_settings(str(recipe), defaults, job["flags"])
-    decide_reference(asked)
+    asked = decide_reference(load_settings(str(recipe), defaults, job["flags"]))
     first = asked.training
     micro_batches = min(MICRO_BATCHES, first.gradient_accumulation_steps)
     evaluates = first.eval_strategy != "no"

@@ -39,30 +39,29 @@ REPLACED = (WandbCallback, TrackioCallback, TensorBoardCallback)
 FINAL = ("step", "seconds", "num_tokens", "train_loss")  # of metrics.jsonl, beside every eval_*
 
 
-def set_up_trackers(settings: Settings) -> None:
-    """Decides which trackers are on and what the run is called there; writes both into the settings.
+def decide_trackers(settings: Settings) -> Settings:
+    """Settings with this run's trackers, and its name and project there.
 
-    Weights & Biases is on unasked where this machine has a key for it.
+    Weights & Biases is on by default if this machine has a key for it.
 
     Raises: SettingsError for a tracker that is unknown or not installed, or a tag that wandb does not take.
     """
-    training, origins = settings.training, settings.origins
-    wandb_is_here = importlib.util.find_spec("wandb") is not None
-    if "report_to" not in origins and is_main_process() and wandb_is_here and has_key() and not is_switched_off():
-        training.report_to = [*training.report_to, "wandb"]
-        origins["report_to"] = "this machine"
+    requested = "report_to" in settings.origins
+    is_installed = importlib.util.find_spec("wandb") is not None
+    if not requested and is_main_process() and is_installed and has_key() and not is_switched_off():
+        settings = settings.with_training("this machine", report_to=[*settings.training.report_to, "wandb"])
         say("wandb: on, as this machine has a key for it (--report_to none switches it off)")
-    for name in training.report_to:
+    for name in settings.training.report_to:
         check_tracker(name)
     for tag in settings.data.run_tags or []:
         if not 1 <= len(tag) <= 64:
             raise SettingsError(f"run_tags has {tag!r}", expected="1 to 64 characters a tag", do="correct --run_tags")
-    folder = Path(training.output_dir).resolve().name
+    folder = Path(settings.training.output_dir).resolve().name
     for name, variable, default in (("run_name", "WANDB_NAME", folder), ("project", "WANDB_PROJECT", "dpokit")):
-        if name not in origins:
-            setattr(training, name, os.environ.get(variable) or default)
-            if os.environ.get(variable):
-                origins[name] = variable
+        if name not in settings.origins:
+            value = os.environ.get(variable)
+            settings = settings.with_training(variable if value else "default", **{name: value or default})
+    return settings
 
 
 def check_tracker(name: str) -> None:
@@ -159,7 +158,7 @@ class Trackio(TrainerCallback):
                 project=training.project,
                 name=training.run_name,
                 group=settings.data.run_group,
-                config=settings.values(),
+                config=read_settings(run),
                 space_id=training.trackio_space_id,
                 bucket_id=training.trackio_bucket_id,
                 private=training.hub_private_repo,
@@ -187,7 +186,7 @@ class TensorBoard(TrainerCallback):
         # What an interrupted run logged behind its checkpoint is taken back, and all of a run that is begun anew.
         self.writer = SummaryWriter(str(parent / name), purge_step=after_step + 1 if after_step else 0)
         self._write({"run": f"{name}, group: {group}, tags: {', '.join(tags)}"}, after_step)
-        self._write({"settings": f"```\n{json.dumps(settings.values(), indent=2)}\n```"}, after_step)
+        self._write({"settings": f"```\n{json.dumps(read_settings(run), indent=2)}\n```"}, after_step)
 
     def _write(self, values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
@@ -201,6 +200,11 @@ class TensorBoard(TrainerCallback):
     def finish(self, final: dict[str, Any]) -> None:
         self._write(final, final.get("final/step", 0))
         self.writer.close()
+
+
+def read_settings(run: RunDir) -> dict[str, Any]:
+    """The settings in run.json, by name: with what the run itself decided, and secrets masked."""
+    return {name: entry["value"] for name, entry in (run.read_run() or {}).get("settings", {}).items()}
 
 
 def find_final_numbers(run: RunDir) -> dict[str, Any]:
@@ -240,7 +244,7 @@ class Wandb(WandbCallback):
             "name": settings.training.run_name,
             "group": settings.data.run_group,
             "tags": settings.data.run_tags,
-            "config": settings.values(),
+            "config": read_settings(run),
             "dir": os.environ.get("WANDB_DIR") or str(run.path),
             "settings": {k: v for k, v in SETTINGS.items() if f"WANDB_{k.upper()}" not in os.environ},
         }
