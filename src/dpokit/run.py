@@ -13,7 +13,7 @@ from trl import DPOConfig, SFTConfig
 
 from dpokit.after_training import check_wishes, find_commands, run_commands
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
-from dpokit.checkpoint.resume import MODEL, claim_folder
+from dpokit.checkpoint.resume import MODEL, Start, claim_folder
 from dpokit.console import hide_progress, quiet_dependencies, say
 from dpokit.data.columns import fingerprint_ids
 from dpokit.data.prepare import PreparedData, prepare_data
@@ -97,7 +97,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         decide_on_main_process(lambda: check_model_path(settings, gates))
         decide_on_main_process(lambda: check_wishes(settings))
         start = decide_on_main_process(lambda: claim_folder(run, settings, world_size=world_size, placement=placement))
-    run.token = start.token
+    run = RunDir(run.path, start.token)  # rank 0 has taken possession of the folder for all ranks
     if start.accumulation not in (None, training.gradient_accumulation_steps):
         settings = settings.with_training("resume", gradient_accumulation_steps=start.accumulation)
     with (
@@ -107,19 +107,12 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         peer_errors(training.ddp_timeout),
     ):
         tracker.begin()
-        trainer, data = build_trainer(run, settings, gates, notice)
-        identity, accepted = decide_on_main_process(lambda: check_start(start, settings, data.fingerprint, world_size))
-        for name, (before, now) in accepted.items():
-            say(f"accepted: {name} was {before}, now {now}")
-        if is_main_process():
-            run.write_run(model_fingerprint=identity[MODEL])  # by which a merge knows the base again
-        if accepted and is_main_process():
-            run.write_run(accepted_changes=[*(run.read_run() or {}).get("accepted_changes", []), accepted])
+        trainer, data = build_trainer(run, settings, gates, start=start, notice=notice)
         callbacks = (
             GpuCallback(),  # completes each log before anyone keeps it
             # The file of metrics is begun early: going on may begin with an evaluation.
             *(EpochCallback(trainer), PlacementCallback(trainer, run), tracker, MetricsCallback(trainer, run)),
-            *(ScreenCallback(), ResumeCallback(trainer, start.checkpoint, identity)),
+            *(ScreenCallback(), ResumeCallback(trainer, start.checkpoint)),
             AlarmCallback(trainer, run, answers=settings.data.eval_answers),
             PreemptCallback(trainer, notice),
             # The gates come last: they must know of each log and save that another callback asks for.
@@ -164,11 +157,20 @@ def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> di
 
 
 def build_trainer(
-    run: RunDir, settings: Settings, gates: Gates, notice: Notice | None = None
+    run: RunDir, settings: Settings, gates: Gates, *, start: Start | None = None, notice: Notice | None = None
 ) -> tuple[StepTrainer, PreparedData]:
-    """Data, models and trainer of a run, its callbacks left out; writes data.json and shows its table.
+    """Data, models and trainer of a run, without its callbacks; writes data.json and prints its table.
 
-    Raises: Preempted where the notice comes while the reference is computed.
+    Args:
+        run: the run folder.
+        settings: all settings.
+        gates: where the check of quantised weights reports.
+        start: where the run begins; None compares nothing, and checkpoints then lack the settings of a resume.
+        notice: the signals of this process; None for a run that no signal ends early.
+
+    Raises:
+        Preempted: a signal arrives while the reference is computed.
+        RunFolderError: the checkpoint of `start` is of other pairs or another model.
     """
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
@@ -191,9 +193,12 @@ def build_trainer(
         write_json(run.data_json, data.record())
         run.write_run(data_fingerprint=data.fingerprint)
         print_report(data.record())
+    identity = {} if start is None else compare_with_start(run, start, settings, data.fingerprint)
     if settings.kind == "dpo":
         settings = settle_reference(run, settings, data.train)
     parts = {
+        "run": run,
+        "identity": identity,
         "model": policy,
         "args": copy_arguments(settings.training),
         "train_dataset": data.train,
@@ -214,10 +219,25 @@ def build_trainer(
             expected="settings that go together, and with this model",
             do="change one of the settings that the first line names",
         ) from error
-    trainer.run = run
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
         trainer.remove_callback(replaced)
     return trainer, data
+
+
+def compare_with_start(run: RunDir, start: Start, settings: Settings, data_fingerprint: str | None) -> dict[str, Any]:
+    """The settings that a later resume must match; run.json records the changes that this resume was allowed.
+
+    Raises: RunFolderError for a change that was not accepted.
+    """
+    world_size = PartialState().num_processes
+    identity, accepted = decide_on_main_process(lambda: check_start(start, settings, data_fingerprint, world_size))
+    for name, (before, now) in accepted.items():
+        say(f"accepted: {name} was {before}, now {now}")
+    if is_main_process():
+        run.write_run(model_fingerprint=identity[MODEL])  # by which a merge recognises the base
+    if accepted and is_main_process():
+        run.write_run(accepted_changes=[*(run.read_run() or {}).get("accepted_changes", []), accepted])
+    return identity
 
 
 def copy_arguments(training: DPOConfig | SFTConfig) -> DPOConfig | SFTConfig:

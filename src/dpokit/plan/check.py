@@ -101,6 +101,7 @@ def run_check(folder: Path) -> None:
 
     from dpokit.model.load import build_peft_config, load_policy, load_reference, load_tokenizer
     from dpokit.model.reference import decide_reference
+    from dpokit.rundir import RunDir
     from dpokit.settings.layers import read_defaults
     from dpokit.settings.load import load_settings
     from dpokit.train.dpo_trainer import PairTrainer
@@ -134,6 +135,8 @@ def run_check(folder: Path) -> None:
     batch = [rows[i % len(rows)] for i in range(training.per_device_train_batch_size)]
     held_out = [rows[i % len(rows)] for i in range(training.per_device_eval_batch_size)]
     trainer = PairTrainer(
+        run=RunDir(training.output_dir),
+        identity={},  # no checkpoint is written
         model=policy,
         ref_model=load_reference(settings),
         args=training,

@@ -1,7 +1,6 @@
 """What happens beside the steps: metrics.jsonl, the progress bar, the table of evaluations."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from dpokit.distributed.placement import find_placement
 from dpokit.interrupts import Preempted
 from dpokit.metrics import list_screen_columns
 from dpokit.rundir import MetricsFile, RunDir
-from dpokit.train.saving import describe_run
 from dpokit.train.steps import StepTrainer
 
 
@@ -51,15 +49,13 @@ class PlacementCallback(TrainerCallback):
 
 
 class ResumeCallback(TrainerCallback):
-    """Goes on counting where a checkpoint was, once everything is loaded; and says what the next ones must match."""
+    """Restores the counts of a checkpoint, once everything is loaded."""
 
-    def __init__(self, trainer: StepTrainer, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, trainer: StepTrainer, checkpoint: Path | None) -> None:
         self.trainer = trainer
         self.checkpoint = checkpoint
-        self.identity = identity
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.facts = describe_run(self.trainer, self.identity)
         if self.checkpoint is not None:
             self.trainer.restore_progress(self.checkpoint)
 

@@ -89,17 +89,20 @@ WRITE_FAILED = ("No space left", "unexpected pos", "iostream error", "failed wri
 class SavingTrainer(ProgressTrainer):
     """A trainer whose checkpoints verify.
 
+    Args:
+        run: the run folder.
+        identity: the settings that a resume must match (`describe_identity`), for the manifest of each checkpoint.
+        arguments: those of the trainer below.
+
     Attributes:
-        run: the run folder; set before training.
-        facts: what a checkpoint's manifest says beside its files.
         stall_seconds: how long the last save held up training.
     """
 
-    run: RunDir
     ref_model: Any
 
-    def __init__(self, **arguments: Any) -> None:
-        self.facts: Mapping[str, Any] = {}
+    def __init__(self, *, run: RunDir, identity: Mapping[str, Any], **arguments: Any) -> None:
+        self.run = run
+        self._identity = dict(identity)
         self.stall_seconds = 0.0
         self._in_background = False
         self._buffers: list[torch.Tensor] = []
@@ -209,7 +212,13 @@ class SavingTrainer(ProgressTrainer):
 
     def _finish(self, part: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
         check_tensors(part)
-        seal(self.run, step, files, {**self.facts, "weights_alone": self._find_gap()})
+        facts = {
+            "world_size": self.accelerator.num_processes,
+            "placement": find_placement(self.model_wrapped),
+            "settings": self._identity,
+            "weights_alone": self._find_gap(),
+        }
+        seal(self.run, step, files, facts)
         best = self.state.best_model_checkpoint
         retire(self.run, limit=self.args.save_total_limit, best=None if best is None else Path(best))
 
@@ -281,15 +290,6 @@ class SavingTrainer(ProgressTrainer):
             with new_folder(folder) as part:
                 self._write_model(part, state)
         self.accelerator.wait_for_everyone()
-
-
-def describe_run(trainer: SavingTrainer, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says beside the files: who wrote it, and the settings that a resume must match."""
-    return {
-        "world_size": trainer.accelerator.num_processes,
-        "placement": find_placement(trainer.model_wrapped),
-        "settings": dict(settings),
-    }
 
 
 def check_tensors(folder: Path) -> None:
