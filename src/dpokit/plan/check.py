@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.console import quiet_dependencies, say
-from dpokit.errors import DpokitError, MachineError, SettingsError
+from dpokit.errors import OUT_OF_MEMORY, DpokitError, MachineError, SettingsError
 from dpokit.interpreter import PYTHON
 from dpokit.plan.plan import Plan
 from dpokit.plan.target import GIB
 
 STEPS = 2
 MICRO_BATCHES = 2  # a second one meets the gradients of the first
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
 
 
 def check_plan(plan: Plan) -> dict[str, Any]:

@@ -73,10 +73,11 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
     if not is_checkpoint and folder.name not in RESULTS:
         return
-    history = _read_json(folder / "trainer_state.json").get("log_history", [])
+    history = _read_mapping(folder / "trainer_state.json").get("log_history", [])
     preference_run = is_checkpoint and any("rewards/margins" in record for record in history)
     then = {
-        name: entry.get("value") for name, entry in _read_json(folder.parent / "run.json").get("settings", {}).items()
+        name: entry.get("value")
+        for name, entry in _read_mapping(folder.parent / "run.json").get("settings", {}).items()
     }
     if then.get("kind") == "sft" or not (_are_same_pairs(settings, then) if then else preference_run):
         return
@@ -102,7 +103,8 @@ def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
     return bool(a) and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A file's JSON mapping; empty where the file has none, or cannot be read."""
     try:
         record = read_record(path)
     except (OSError, ValueError, RecursionError):

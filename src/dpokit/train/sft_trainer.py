@@ -7,9 +7,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from dpokit.model.shared_prefix import IGNORED
 from dpokit.train.steps import Batch, StepTrainer
-
-IGNORED = -100  # a label that the loss passes over
 
 
 class Collator:
