@@ -15,7 +15,7 @@ from dpokit.train.scoring import ScoringTrainer
 from dpokit.train.steps import Batch, StepTrainer
 
 
-class Collator:
+class PairCollator:
     """TRL's collator, and `counts`: whether the batch's pairs are real, not a stand-in."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None) -> None:
@@ -32,7 +32,7 @@ class PairTrainer(StepTrainer, ScoringTrainer):
     """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`); arguments are ScoringTrainer's."""
 
     def __init__(self, **arguments: Any) -> None:
-        collator = Collator(arguments["processing_class"], arguments["args"].pad_to_multiple_of)
+        collator = PairCollator(arguments["processing_class"], arguments["args"].pad_to_multiple_of)
         super().__init__(data_collator=collator, **arguments)
 
     def weigh(self, batch: Batch) -> float:

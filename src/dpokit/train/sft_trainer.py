@@ -11,7 +11,7 @@ from dpokit.model.shared_prefix import IGNORED
 from dpokit.train.steps import Batch, StepTrainer
 
 
-class Collator:
+class AnswerCollator:
     """Prompt and chosen answer in one row, by TRL's collator; and `counts`: whether the rows are real, not a stand-in.
 
     Args:
@@ -45,7 +45,7 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         args = arguments["args"]
-        collator = Collator(
+        collator = AnswerCollator(
             arguments["processing_class"],
             args.pad_to_multiple_of,
             answers_alone=args.completion_only_loss is not False,

@@ -158,7 +158,7 @@ class Trackio(TrainerCallback):
                 project=training.project,
                 name=training.run_name,
                 group=settings.data.run_group,
-                config=read_settings(run),
+                config=read_recorded_settings(run),
                 space_id=training.trackio_space_id,
                 bucket_id=training.trackio_bucket_id,
                 private=training.hub_private_repo,
@@ -175,34 +175,37 @@ class Trackio(TrainerCallback):
             self.trackio.finish()
 
 
-class TensorBoard(TrainerCallback):
-    """Event files in OUTPUT_DIR/tensorboard/RUN_NAME or TENSORBOARD_LOGGING_DIR/RUN_NAME; group and tags are a text."""
+class TensorBoard(TensorBoardCallback):
+    """transformers' callback, writing event files that are opened here; group and tags are a text.
+
+    The files are in OUTPUT_DIR/tensorboard/RUN_NAME, or in TENSORBOARD_LOGGING_DIR/RUN_NAME.
+    """
 
     def __init__(self, run: RunDir, settings: Settings, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         name, group, tags = settings.training.run_name, settings.data.run_group, settings.data.run_tags or []
         parent = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run.path / "tensorboard").expanduser()
-        # What an interrupted run logged behind its checkpoint is taken back, and all of a run that is begun anew.
-        self.writer = SummaryWriter(str(parent / name), purge_step=after_step + 1 if after_step else 0)
+        # Hides the records that an interrupted run logged after its checkpoint, or all of them if the run starts again.
+        super().__init__(SummaryWriter(str(parent / name), purge_step=after_step + 1 if after_step else 0))
         self._write({"run": f"{name}, group: {group}, tags: {', '.join(tags)}"}, after_step)
-        self._write({"settings": f"```\n{json.dumps(read_settings(run), indent=2)}\n```"}, after_step)
+        self._write({"settings": f"```\n{json.dumps(read_recorded_settings(run), indent=2)}\n```"}, after_step)
 
     def _write(self, values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
-            add = self.writer.add_scalar if isinstance(value, int | float) else self.writer.add_text
+            add = self.tb_writer.add_scalar if isinstance(value, int | float) else self.tb_writer.add_text
             add(name, value, step)
-        self.writer.flush()
+        self.tb_writer.flush()
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        self._write(rewrite_logs(logs), state.global_step)
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Leaves the writer open, which transformers would close: the final numbers are still to come."""
 
     def finish(self, final: dict[str, Any]) -> None:
         self._write(final, final.get("final/step", 0))
-        self.writer.close()
+        self.tb_writer.close()
 
 
-def read_settings(run: RunDir) -> dict[str, Any]:
+def read_recorded_settings(run: RunDir) -> dict[str, Any]:
     """The settings in run.json, by name: with what the run itself decided, and secrets masked."""
     return {name: entry["value"] for name, entry in (run.read_run() or {}).get("settings", {}).items()}
 
@@ -244,7 +247,7 @@ class Wandb(WandbCallback):
             "name": settings.training.run_name,
             "group": settings.data.run_group,
             "tags": settings.data.run_tags,
-            "config": read_settings(run),
+            "config": read_recorded_settings(run),
             "dir": os.environ.get("WANDB_DIR") or str(run.path),
             "settings": {k: v for k, v in SETTINGS.items() if f"WANDB_{k.upper()}" not in os.environ},
         }
