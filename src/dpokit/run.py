@@ -1,4 +1,4 @@
-"""A run from its first line to its last: settings, folder, data, model, training, weights."""
+"""A whole training run: settings, folder, data, model, training, final weights."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -48,15 +48,15 @@ from dpokit.train.value_checks import check_values
 
 
 def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunDir:
-    """One run; returns its folder.
+    """Trains one run and returns its folder.
 
     Args:
         recipe: the recipe's file.
         defaults: its `DEFAULTS`.
-        argv: flags, over the defaults.
+        argv: flags, which override the defaults.
 
     Raises:
-        DpokitError: what the user can mend; run.json holds the reason where the folder is this run's.
+        DpokitError: an error that the user can correct; run.json has its message if the folder is this run's.
     """
     quiet_dependencies()
     settings = load_settings(recipe, defaults, argv)
@@ -66,28 +66,28 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> RunD
         say(note)
     run = RunDir(settings.training.output_dir)
     with recording(lambda why: record_preemption(run, why)):
-        asked_to_end = _train(run, settings)
-    clear_device_cache(garbage_collection=True)  # what follows is other programs
+        end_signal = _train(run, settings)
+    clear_device_cache(garbage_collection=True)  # the commands that follow are processes of their own
     if is_main_process():
         commands = list(find_commands(run, settings))
-        run_commands(commands, token=settings.training.hub_token, asked_to_end=asked_to_end)
+        run_commands(commands, token=settings.training.hub_token, asked_to_end=end_signal)
     return run
 
 
 def _train(run: RunDir, settings: Settings) -> str | None:
-    """Returns the signal that came too late to cut the run short, if any."""
+    """Trains the run; returns the signal that arrived too late to end it early, if any."""
     training = settings.training
     gates = Gates(settings.data.gates)
     world_size = check_world(gates)
     placement = find_asked_placement(training)
     say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
     if settings.origins.get("hub_token") == "command line":
-        say("--hub_token on a command line is seen by every user of this machine; the variable HF_TOKEN is not")
+        say("--hub_token on a command line is visible to every user of this machine; the variable HF_TOKEN is not")
     settings = decide_trackers(settings)
     signals = choose_signals(settings.data.preempt_signal)
     notice = Notice(PartialState().process_index, settings.data.save_before_seconds)
-    # When one of several processes has failed, the launcher signals the others: that is no preemption, so they wait for
-    # what their next collective says. A process that is alone has nothing to save before its first step.
+    # If one of several processes fails, the launcher signals the others. That is not a preemption, so they wait for the
+    # error of their next collective. A single process has nothing to save before its first step.
     notice.asked_at_boundaries = PartialState().num_processes > 1
     with peer_errors(training.ddp_timeout):
         ended = decide_on_main_process(lambda: find_preempted_restart(run))
@@ -101,7 +101,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     if start.accumulation not in (None, training.gradient_accumulation_steps):
         settings = settings.with_training("resume", gradient_accumulation_steps=start.accumulation)
     with (
-        notice.heard(signals),  # until the last word is written: launchers end the others when one process has ended
+        notice.heard(signals),  # until run.json is complete: launchers end all processes when one has ended
         track_run(run, settings) as tracker,
         keep_record(run, settings, world_size),
         peer_errors(training.ddp_timeout),
@@ -109,13 +109,13 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         tracker.begin()
         trainer, data = build_trainer(run, settings, gates, start=start, notice=notice)
         callbacks = (
-            GpuCallback(),  # completes each log before anyone keeps it
-            # The file of metrics is begun early: going on may begin with an evaluation.
+            GpuCallback(),  # adds to each log before other callbacks use it
+            # metrics.jsonl is opened early: a resume may start with an evaluation.
             *(EpochCallback(trainer), PlacementCallback(trainer, run), tracker, MetricsCallback(trainer, run)),
             *(ScreenCallback(), ResumeCallback(trainer, start.checkpoint)),
             AlarmCallback(trainer, run, answers=settings.data.eval_answers),
             PreemptCallback(trainer, notice),
-            # The gates come last: they must know of each log and save that another callback asks for.
+            # The gates come last: they must see each log and save that another callback requests.
             GateCallback(trainer, gates, with_adapter=settings.model.use_peft),
         )
         for callback in callbacks:
@@ -123,7 +123,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         if start.universal:
             trainer.load_universal()
         with (
-            trainer.writing_ended(),
+            trainer.finish_writing(),
             peer_errors(training.ddp_timeout, lambda: f" at step {trainer.state.global_step + 1}"),
         ):
             trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
@@ -139,9 +139,9 @@ def _train(run: RunDir, settings: Settings) -> str | None:
 
 
 def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    """Tokens and reference log-probs of a run ahead of it, for its caches; returns what data.json will hold.
+    """Caches the tokens and reference log-probs of a run in advance; returns the content of data.json.
 
-    Raises: DpokitError: what the user can mend.
+    Raises: DpokitError: an error that the user can correct.
     """
     quiet_dependencies()
     settings = load_settings(recipe, defaults, [*argv, "--report_to", "none"])
@@ -149,7 +149,7 @@ def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> di
         if can_be_computed_ahead(settings):
             settings = settings.with_training("dpokit prepare", precompute_ref_log_probs=True)
         else:
-            say("the reference is not computed: a run with these settings asks it at each step")
+            say("reference log-probs are not computed: with these settings a run computes them at each step")
     with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(settings.training.ddp_timeout):
         settings = settings.with_training("dpokit prepare", output_dir=folder)
         _, data = build_trainer(RunDir(folder), settings, Gates(settings.data.gates))
@@ -159,7 +159,7 @@ def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> di
 def build_trainer(
     run: RunDir, settings: Settings, gates: Gates, *, start: Start | None = None, notice: Notice | None = None
 ) -> tuple[StepTrainer, PreparedData]:
-    """Data, models and trainer of a run, without its callbacks; writes data.json and prints its table.
+    """The trainer and data of a run, without the run's callbacks; writes data.json and prints its table.
 
     Args:
         run: the run folder.
@@ -207,16 +207,16 @@ def build_trainer(
         "peft_config": peft_config,
     }
     if notice is not None:
-        notice.asked_at_boundaries = True  # the first is the end of the reference's first part, or of the first step
+        notice.asked_at_boundaries = True  # first after a part of the reference, or after the first step
     try:
         if settings.kind == "sft":
             trainer: StepTrainer = AnswerTrainer(**parts)
         else:
             trainer = build_pair_trainer(settings, {**parts, "notice": notice}, max_length)
-    except (ValueError, ImportError) as error:  # TRL's own checks of settings and model together
+    except (ValueError, ImportError) as error:  # TRL's own checks of the settings and the model
         raise SettingsError(
             " ".join(str(error).split())[:500],
-            expected="settings that go together, and with this model",
+            expected="settings that fit each other and this model",
             do="change one of the settings that the first line names",
         ) from error
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
@@ -265,8 +265,9 @@ def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: in
     """The trainer of preference pairs, with its reference.
 
     Args:
-        parts: arguments of any trainer.
-        longest: most tokens of a row; None where nobody knows.
+        settings: all settings.
+        parts: the arguments of the trainer that do not depend on its kind.
+        longest: the maximum number of tokens of a row; None if it is not known.
     """
     return PairTrainer(
         **parts,
@@ -280,7 +281,7 @@ def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: in
 
 
 def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
-    """One line on who trains together, and how long they wait for each other; nothing where one process is alone."""
+    """Prints the number of processes, their placement and their time-out; nothing for a single process."""
     processes = PartialState().num_processes
     if processes > 1:
         say(

@@ -58,7 +58,7 @@ def test_trials_over_the_same_data_tokenise_and_compute_the_reference_once(tiny_
     outcome = sweeping.finish("--jobs", "2")
     assert [one["state"] for one in outcome["trials"]] == ["finished"] * 4
     logs = [run.path.with_suffix(".log").read_text() for run in sweeping.runs()]
-    assert ["pairs were kept" in log for log in logs] == [False, True, True, True]
+    assert ["pairs were cached" in log for log in logs] == [False, True, True, True]
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2  # training and held-out pairs, a part each
     assert ["tokenising" in log and "rows/s" in log for log in logs] == [True, False, False, False]
 
