@@ -9,7 +9,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpokit.checkpoint.preempt import EvaluationCut, Notice
 from dpokit.console import is_progress_hidden, say, track_progress
-from dpokit.distributed.placement import find_placement
 from dpokit.interrupts import Preempted
 from dpokit.metrics import list_screen_columns
 from dpokit.rundir import MetricsFile, RunDir
@@ -23,11 +22,10 @@ class EpochCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.set_batches_epoch(int(state.epoch or 0))
-        self.trainer.epoch_ended = False
+        self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.epoch_ended = True
+        self.trainer.end_epoch()
 
 
 class PlacementCallback(TrainerCallback):
@@ -40,7 +38,7 @@ class PlacementCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.run.write_run(placement=find_placement(self.trainer.model_wrapped))
+            self.run.write_run(placement=self.trainer.placement)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and not self.is_recorded:
@@ -83,7 +81,8 @@ class PreemptCallback(TrainerCallback):
         if not self._must_end(state):
             return
         # An evaluation could take longer than the grace period, so the start that resumes the run does it first.
-        self.trainer.evaluation_due = control.should_evaluate
+        if control.should_evaluate:
+            self.trainer.put_off_evaluation()
         control.should_evaluate = False
         control.should_save = True
 

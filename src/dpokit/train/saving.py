@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -76,7 +77,16 @@ class ProgressTrainer(Trainer):
             "evaluation_due": self.evaluation_due or (ahead and evaluated),
         }
 
+    def end_epoch(self) -> None:
+        """Notes the end of an epoch, before its log and evaluation."""
+        self.epoch_ended = True
+
+    def put_off_evaluation(self) -> None:
+        """Leaves the evaluation of this step to the next start of the run."""
+        self.evaluation_due = True
+
     def is_finished(self) -> bool:
+        """Whether the last step is done."""
         return self.state.global_step >= self.state.max_steps
 
 
@@ -109,6 +119,11 @@ class SavingTrainer(ProgressTrainer):
         self._writing: Thread | None = None
         self._write_error: BaseException | None = None
         super().__init__(**arguments)
+
+    @cached_property
+    def placement(self) -> str:
+        """The placement of the prepared model; read first at the start of training, as evaluations gather shards."""
+        return find_placement(self.model_wrapped)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -193,9 +208,8 @@ class SavingTrainer(ProgressTrainer):
             if getattr(self.accelerator, "scaler", None) is not None:
                 states["scaler.pt"] = self.accelerator.scaler.state_dict()
         reference = self.ref_model.state_dict() if self._moves_reference() else {}
-        bytes_ = sum(
-            leaf.nbytes for leaf in tree_leaves([weights, states, reference]) if isinstance(leaf, torch.Tensor)
-        )
+        leaves = tree_leaves([weights, states, reference])
+        bytes_ = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
         # Newly allocated memory takes ten times as long to fill, so the memory of the last copy is reused.
         self._in_background = bytes_ < sum(buffer.nbytes for buffer in self._buffers) + available_bytes() / 2
         if self._in_background:
@@ -216,7 +230,7 @@ class SavingTrainer(ProgressTrainer):
         check_tensors(part)
         facts = {
             "world_size": self.accelerator.num_processes,
-            "placement": find_placement(self.model_wrapped),
+            "placement": self.placement,
             "settings": self._identity,
             "weights_alone": self._find_gap(),
         }

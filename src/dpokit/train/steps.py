@@ -115,8 +115,9 @@ class StepTrainer(ResumingTrainer):
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
-    def set_batches_epoch(self, epoch: int) -> None:
+    def begin_epoch(self, epoch: int) -> None:
         """Sets the epoch of the batches: in a resume that skips batches, transformers does not reach the sampler."""
+        self.epoch_ended = False
         if self._batches is not None:
             self._batches.set_epoch(epoch)
 
