@@ -1,4 +1,4 @@
-"""Alarms: warnings when an evaluation shows that training makes the model worse. They stop nothing, as gates do."""
+"""Alarms: warnings when an evaluation shows that training makes the model worse. Unlike gates, they stop nothing."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOConfig
 
 from dpokit.console import say
-from dpokit.distributed.placement import find_placement
 from dpokit.model.generate import count_answers, generate_answers
 from dpokit.rundir import RunDir
 from dpokit.train.steps import StepTrainer
@@ -17,10 +16,10 @@ from dpokit.untrained_loss import find_untrained_loss
 
 ANSWER_TOKENS = 48  # of a sampled answer, at temperature 1
 # Thresholds. "Base" is the model before the first step.
-MORE_REPETITION = 0.25  # the share of repeated 4-grams exceeds the base's by this much
-VANISHED = 0.1  # answers are shorter than this share of the base's
+MORE_REPETITION = 0.25  # the share of repeated 4-grams exceeds the base's by more than this
+VANISHED = 0.1  # answers are shorter than this share of the base's length
 ENDED = 0.5  # the share of answers that end is judged only if at least this share of the base's did
-ENDLESS = 0.25  # it is below this share of the base's
+ENDLESS = 0.25  # the share of answers that end is below this share of the base's
 PAST_BEST = 0.2  # the eval loss exceeds its lowest value by this share
 COLLAPSE = 0.5  # the log-probs of chosen answers have fallen by this share of the base's
 
@@ -43,8 +42,8 @@ class AlarmCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         held_out = self.trainer.eval_dataset
         # If the weights are sharded, all ranks answer the same prompts, as each needs the shards of the others.
-        shared = find_placement(self.trainer.model_wrapped).startswith(("ZeRO-3", "FSDP"))
-        if isinstance(held_out, Dataset) and (shared or state.is_world_process_zero):
+        is_sharded = self.trainer.placement.startswith(("ZeRO-3", "FSDP"))
+        if isinstance(held_out, Dataset) and (is_sharded or state.is_world_process_zero):
             self.prompts = held_out[: self.answers]["prompt_ids"]
         if state.global_step == 0 and self.prompts and args.eval_strategy != "no":
             counted = self._count()

@@ -20,8 +20,8 @@ from torch.utils.data import Sampler
 class Batches(Sampler[list[int]]):
     """Batches of all ranks in turn: micro-batch 0 of rank 0, of rank 1, ..., micro-batch 1 of rank 0, ...
 
-    accelerate gives a batch sampler's batches to the ranks in exactly this order. A dummy is a row again: `~i` for
-    row i.
+    accelerate gives a batch sampler's batches to the ranks in exactly this order. A dummy that repeats row i has the
+    index `~i`.
 
     Args:
         pairs: number of pairs.

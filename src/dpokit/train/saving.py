@@ -122,7 +122,7 @@ class SavingTrainer(ProgressTrainer):
 
     @cached_property
     def placement(self) -> str:
-        """The placement of the prepared model; read first at the start of training, as evaluations gather shards."""
+        """The placement of the prepared model, first read when training starts: later, shards may be gathered."""
         return find_placement(self.model_wrapped)
 
     # -- saving ----------------------------------------------------------------------------------------------------
