@@ -84,6 +84,9 @@ def test_another_number_of_processes_keeps_pairs_losses_and_weights(config, numb
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     worlds = [json.loads((path / "manifest.json").read_text())["world_size"] for path in lives.run.checkpoints()]
     assert set(worlds) <= set(numbers)
+    accumulation = lives.run.read_run()["settings"]["gradient_accumulation_steps"]
+    changed = {"value": 2, "origin": "resume"}
+    assert accumulation == (changed if numbers[-1] == 3 else {"value": 3, "origin": "command line"})
 
 
 def read_numbers(run: RunDir) -> tuple[list[tuple[int, float]], list[float]]:

@@ -98,6 +98,10 @@ _DISK_TROUBLE = {
 }
 
 
+# Allocators of the CPU and of GPUs, the operating system and C++ name it so.
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
+
+
 def find_disk_trouble(error: BaseException) -> RunFolderError | None:
     """The user's view of an operating-system error on writing; None where it is something else.
 

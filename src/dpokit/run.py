@@ -1,4 +1,4 @@
-"""A run from its first line to its last: settings, folder, data, model, training, weights."""
+"""A whole training run: settings, folder, data, model, training, final weights."""
 
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -9,10 +9,11 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
+from trl import DPOConfig, SFTConfig
 
 from dpokit.after_training import check_after_training, find_commands, run_commands
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
-from dpokit.checkpoint.resume import MODEL, claim_folder
+from dpokit.checkpoint.resume import MODEL, Start, claim_folder
 from dpokit.console import hide_progress, quiet_dependencies, say
 from dpokit.data.columns import fingerprint_ids
 from dpokit.data.prepare import PreparedData, prepare_data
@@ -42,20 +43,20 @@ from dpokit.train.gpu_metrics import GpuCallback
 from dpokit.train.preflight import check_model_path, check_quantised, check_start, check_world
 from dpokit.train.sft_trainer import AnswerTrainer
 from dpokit.train.steps import StepTrainer
-from dpokit.train.trackers import REPLACED, set_up_trackers, track_run
+from dpokit.train.trackers import REPLACED, decide_trackers, track_run
 from dpokit.train.value_checks import check_values
 
 
 def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mapping[str, Any]) -> RunDir:
-    """One run; returns its folder.
+    """Trains one run and returns its folder.
 
     Args:
         recipe: the recipe's file.
         defaults: its `DEFAULTS`.
-        argv: flags, or settings by name, over the defaults.
+        argv: flags, or settings by name, which override the defaults.
 
     Raises:
-        DpokitError: what the user can mend; run.json holds the reason where the folder is this run's.
+        DpokitError: an error that the user can correct; run.json has its message if the folder is this run's.
     """
     quiet_dependencies()
     settings = load_settings(recipe, defaults, argv)
@@ -65,28 +66,28 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mappin
         say(note)
     run = RunDir(settings.training.output_dir)
     with recording(lambda why: record_preemption(run, why)):
-        asked_to_end = _train(run, settings)
-    clear_device_cache(garbage_collection=True)  # what follows is other programs
+        end_signal = _train(run, settings)
+    clear_device_cache(garbage_collection=True)  # the commands that follow are processes of their own
     if is_main_process():
         commands = list(find_commands(run, settings))
-        run_commands(commands, token=settings.training.hub_token, stop_signal=asked_to_end)
+        run_commands(commands, token=settings.training.hub_token, stop_signal=end_signal)
     return run
 
 
 def _train(run: RunDir, settings: Settings) -> str | None:
-    """Returns the signal that came too late to cut the run short, if any."""
+    """Trains the run; returns the signal that arrived too late to end it early, if any."""
     training = settings.training
     gates = Gates(settings.data.gates)
     world_size = check_world(gates)
     placement = find_asked_placement(training)
     say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
     if settings.origins.get("hub_token") == "command line":
-        say("--hub_token on a command line is seen by every user of this machine; the variable HF_TOKEN is not")
-    set_up_trackers(settings)
+        say("--hub_token on a command line is visible to every user of this machine; the variable HF_TOKEN is not")
+    settings = decide_trackers(settings)
     signals = choose_signals(settings.data.preempt_signal)
     notice = Notice(PartialState().process_index, settings.data.save_before_seconds)
-    # When one of several processes has failed, the launcher signals the others: that is no preemption, so they wait for
-    # what their next collective says. A process that is alone has nothing to save before its first step.
+    # If one of several processes fails, the launcher signals the others. That is not a preemption, so they wait for the
+    # error of their next collective. A single process has nothing to save before its first step.
     notice.checked_at_boundaries = PartialState().num_processes > 1
     with peer_errors(training.ddp_timeout):
         ended = decide_on_main_process(lambda: find_preempted_restart(run))
@@ -96,31 +97,25 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         decide_on_main_process(lambda: check_model_path(settings, gates))
         decide_on_main_process(lambda: check_after_training(settings))
         start = decide_on_main_process(lambda: claim_folder(run, settings, world_size=world_size, placement=placement))
-    run.token = start.token
-    training.gradient_accumulation_steps = start.accumulation or training.gradient_accumulation_steps
+    run = RunDir(run.path, start.token)  # rank 0 has taken possession of the folder for all ranks
+    if start.accumulation not in (None, training.gradient_accumulation_steps):
+        settings = settings.with_training("resume", gradient_accumulation_steps=start.accumulation)
     with (
-        notice.listen(signals),  # until the last word is written: launchers end the others when one process has ended
+        notice.listen(signals),  # until run.json is complete: launchers end all processes when one has ended
         track_run(run, settings) as tracker,
         keep_record(run, settings, world_size),
         peer_errors(training.ddp_timeout),
     ):
         tracker.begin()
-        trainer, data = build_trainer(run, settings, gates, notice)
-        identity, accepted = decide_on_main_process(lambda: check_start(start, settings, data.fingerprint, world_size))
-        for name, (before, now) in accepted.items():
-            say(f"accepted: {name} was {before}, now {now}")
-        if is_main_process():
-            run.write_run(model_fingerprint=identity[MODEL])  # by which a merge knows the base again
-        if accepted and is_main_process():
-            run.write_run(accepted_changes=[*(run.read_run() or {}).get("accepted_changes", []), accepted])
+        trainer, data = build_trainer(run, settings, gates, start=start, notice=notice)
         callbacks = (
-            GpuCallback(),  # completes each log before anyone keeps it
-            # The file of metrics is begun early: going on may begin with an evaluation.
+            GpuCallback(),  # adds to each log before other callbacks use it
+            # metrics.jsonl is opened early: a resume may start with an evaluation.
             *(EpochCallback(trainer), PlacementCallback(trainer, run), tracker, MetricsCallback(trainer, run)),
-            *(ScreenCallback(), ResumeCallback(trainer, start.checkpoint, identity)),
+            *(ScreenCallback(), ResumeCallback(trainer, start.checkpoint)),
             AlarmCallback(trainer, run, answers=settings.data.eval_answers),
             PreemptCallback(trainer, notice),
-            # The gates come last: they must know of each log and save that another callback asks for.
+            # The gates come last: they must see each log and save that another callback requests.
             GateCallback(trainer, gates, with_adapter=settings.model.use_peft),
         )
         for callback in callbacks:
@@ -128,7 +123,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         if start.universal:
             trainer.load_universal()
         with (
-            trainer.writing_ended(),
+            trainer.finish_writing(),
             peer_errors(training.ddp_timeout, lambda: f" at step {trainer.state.global_step + 1}"),
         ):
             trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
@@ -144,29 +139,38 @@ def _train(run: RunDir, settings: Settings) -> str | None:
 
 
 def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
-    """Tokens and reference log-probs of a run ahead of it, for its caches; returns what data.json will hold.
+    """Caches the tokens and reference log-probs of a run in advance; returns the content of data.json.
 
-    Raises: DpokitError: what the user can mend.
+    Raises: DpokitError: an error that the user can correct.
     """
     quiet_dependencies()
     settings = load_settings(recipe, defaults, [*argv, "--report_to", "none"])
-    training = settings.training
-    if settings.kind == "dpo" and not training.precompute_ref_log_probs:
-        training.precompute_ref_log_probs = can_be_computed_ahead(settings)
-        if not training.precompute_ref_log_probs:
-            say("the reference is not computed: a run with these settings asks it at each step")
-    with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(training.ddp_timeout):
-        training.output_dir = folder
+    if settings.kind == "dpo" and not settings.training.precompute_ref_log_probs:
+        if can_be_computed_ahead(settings):
+            settings = settings.with_training("dpokit prepare", precompute_ref_log_probs=True)
+        else:
+            say("reference log-probs are not computed: with these settings a run computes them at each step")
+    with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(settings.training.ddp_timeout):
+        settings = settings.with_training("dpokit prepare", output_dir=folder)
         _, data = build_trainer(RunDir(folder), settings, Gates(settings.data.gates))
     return data.record()
 
 
 def build_trainer(
-    run: RunDir, settings: Settings, gates: Gates, notice: Notice | None = None
+    run: RunDir, settings: Settings, gates: Gates, *, start: Start | None = None, notice: Notice | None = None
 ) -> tuple[StepTrainer, PreparedData]:
-    """Data, models and trainer of a run, its callbacks left out; writes data.json and shows its table.
+    """The trainer and data of a run, without the run's callbacks; writes data.json and prints its table.
 
-    Raises: Preempted where the notice comes while the reference is computed.
+    Args:
+        run: the run folder.
+        settings: all settings.
+        gates: where the check of quantised weights reports.
+        start: where the run begins; None compares nothing, and checkpoints then lack the settings of a resume.
+        notice: the signals of this process; None for a run that no signal ends early.
+
+    Raises:
+        Preempted: a signal arrives while the reference is computed.
+        RunFolderError: the checkpoint of `start` is of other pairs or another model.
     """
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
@@ -189,53 +193,81 @@ def build_trainer(
         write_json(run.data_json, data.record())
         run.write_run(data_fingerprint=data.fingerprint)
         print_report(data.record())
+    identity = {} if start is None else compare_with_start(run, start, settings, data.fingerprint)
     if settings.kind == "dpo":
-        settle_reference(run, settings, data.train)
-    args = copy(training)
-    args.push_to_hub = False  # transformers would send each checkpoint, its optimizer too; dpokit push sends the model
-    args.hub_token = None  # so no file that the trainer writes can hold it
+        settings = settle_reference(run, settings, data.train)
     parts = {
+        "run": run,
+        "identity": identity,
         "model": policy,
-        "args": args,
+        "args": copy_arguments(settings.training),
         "train_dataset": data.train,
         "eval_dataset": data.eval,
         "processing_class": tokenizer,
         "peft_config": peft_config,
     }
     if notice is not None:
-        notice.checked_at_boundaries = True  # the first is the end of the reference's first part, or of the first step
+        notice.checked_at_boundaries = True  # first after a part of the reference, or after the first step
     try:
         if settings.kind == "sft":
             trainer: StepTrainer = AnswerTrainer(**parts)
         else:
             trainer = build_pair_trainer(settings, {**parts, "notice": notice}, max_length)
-    except (ValueError, ImportError) as error:  # TRL's own checks of settings and model together
+    except (ValueError, ImportError) as error:  # TRL's own checks of the settings and the model
         raise SettingsError(
             " ".join(str(error).split())[:500],
-            expected="settings that go together, and with this model",
+            expected="settings that fit each other and this model",
             do="change one of the settings that the first line names",
         ) from error
-    trainer.run = run
     for replaced in (ProgressCallback, PrinterCallback, *REPLACED):
         trainer.remove_callback(replaced)
     return trainer, data
 
 
-def settle_reference(run: RunDir, settings: Settings, pairs: Any) -> None:
-    """Decides whether the reference's log-probs are computed ahead, where nobody said; the settings then say so."""
+def compare_with_start(run: RunDir, start: Start, settings: Settings, data_fingerprint: str | None) -> dict[str, Any]:
+    """The settings that a later resume must match; run.json records the changes that this resume was allowed.
+
+    Raises: RunFolderError for a change that was not accepted.
+    """
+    world_size = PartialState().num_processes
+    identity, accepted = decide_on_main_process(lambda: check_start(start, settings, data_fingerprint, world_size))
+    for name, (before, now) in accepted.items():
+        say(f"accepted: {name} was {before}, now {now}")
+    if is_main_process():
+        run.write_run(model_fingerprint=identity[MODEL])  # by which a merge recognises the base
+    if accepted and is_main_process():
+        run.write_run(accepted_changes=[*(run.read_run() or {}).get("accepted_changes", []), accepted])
+    return identity
+
+
+def copy_arguments(training: DPOConfig | SFTConfig) -> DPOConfig | SFTConfig:
+    """A copy for the trainer: the trainers change their arguments, and `Settings` keeps what was requested."""
+    args = copy(training)
+    args.accelerator_config = copy(training.accelerator_config)
+    args.gradient_checkpointing_kwargs = copy(training.gradient_checkpointing_kwargs)
+    args.push_to_hub = False  # transformers would send each checkpoint, its optimizer too; dpokit push sends the model
+    args.hub_token = None  # so no file that the trainer writes can hold it
+    return args
+
+
+def settle_reference(run: RunDir, settings: Settings, pairs: Any) -> Settings:
+    """The settings with the decision whether the reference's log-probs are computed ahead; run.json records it."""
     kept = isinstance(pairs, Dataset) and decide_on_main_process(
         lambda: is_kept(settings, fingerprint_ids([pairs]), len(pairs))
     )
-    if decide_reference(settings, kept=kept) and is_main_process():
-        run.write_run(settings=settings.record())
+    decided = decide_reference(settings, kept=kept)
+    if decided is not settings and is_main_process():
+        run.write_run(settings=decided.record())
+    return decided
 
 
 def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: int | None) -> PairTrainer:
     """The trainer of preference pairs, with its reference.
 
     Args:
-        parts: arguments of any trainer.
-        longest: most tokens of a row; None where nobody knows.
+        settings: all settings.
+        parts: the arguments of the trainer that do not depend on its kind.
+        longest: the maximum number of tokens of a row; None if it is not known.
     """
     return PairTrainer(
         **parts,
@@ -249,7 +281,7 @@ def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: in
 
 
 def say_world(placement: str, *, on_cpu: bool, timeout_seconds: int) -> None:
-    """One line on who trains together, and how long they wait for each other; nothing where one process is alone."""
+    """Prints the number of processes, their placement and their time-out; nothing for a single process."""
     processes = PartialState().num_processes
     if processes > 1:
         say(

@@ -39,12 +39,14 @@ class RunDir:
     report/ (the page), README.md (the model card) and its pictures in figures/, votes.jsonl (of those who talked to it;
     never deleted, as they are pairs to train on).
 
-    Attributes:
-        token: of this start of the run, once it has taken possession of the folder. After a network was cut or a job
-            requeued, two starts may be alive: the later one owns the folder, the earlier one writes no more.
+    Args:
+        path: the folder.
+        token: of this start of the run, if it has taken possession of the folder (`take_possession`). After a network
+            was cut or a job requeued, two starts may be alive: the later one owns the folder, the earlier one writes
+            no more. Empty for a reader.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], token: str = "") -> None:
         self.path = Path(path)
         self.run_json = self.path / "run.json"
         self.metrics_jsonl = self.path / "metrics.jsonl"
@@ -62,7 +64,7 @@ class RunDir:
         self.card = self.path / "README.md"
         self.figures = self.path / "figures"
         self.votes_jsonl = self.path / "votes.jsonl"
-        self.token = ""
+        self.token = token
 
     def __repr__(self) -> str:
         return f"RunDir({str(self.path)!r})"

@@ -73,7 +73,7 @@ def main() -> None:
             "use_cpu": True,
         }
         settings, run = load_settings("benchmark", defaults, []), RunDir(folder / "run")
-        run.token = claim_folder(run, settings, world_size=1, placement="one device").token
+        claim_folder(run, settings, world_size=1, placement="one device")
         trainer, _ = build_trainer(run, settings, Gates("stop"))
         alternate = Alternate(trainer)
         trainer.add_callback(alternate)

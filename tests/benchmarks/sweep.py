@@ -69,7 +69,7 @@ def search(*, trials: int, epochs: int, jobs: int) -> float:
             run = Path(trial["runs"][0])
             # From the writing of its settings, before its processes begin, to its own last word.
             spans.append((run.with_suffix(".yaml").stat().st_mtime, (run / "run.json").stat().st_mtime))
-            computed += not re.search(r"of \d+ pairs were kept", run.with_suffix(".log").read_text())
+            computed += not re.search(r"of \d+ pairs were cached", run.with_suffix(".log").read_text())
     inside = sum(end - start for start, end in spans) / jobs
     print(f"{len(found)} trials, {jobs} at a time: {wall:.1f} s, of which {inside:.1f} s in trials")
     print(f"  beyond the trials themselves: {(wall - inside) / wall:.1%}")

@@ -103,7 +103,7 @@ def test_the_card_of_a_supervised_run_does_not_mention_dpo(tmp_path):
 
 
 def test_alarms_are_shown_below_the_verdict(tmp_path):
-    text = "eval loss 1.570 is above 0.693, that of the untouched base. Fewer epochs help."
+    text = "eval loss 1.570 is above 0.693, the loss of the untrained base. Fewer epochs help."
     folder = make_full(tmp_path / "run", alarms=[{"kind": "worse_than_base", "step": 40, "text": text}])
     head = body_of(card_of(folder)).partition("## How to use it")[0]
     assert f"> **Alarm** at step 40: {text}" in head

@@ -58,7 +58,7 @@ def test_trials_share_tokens_and_reference_log_probs(tiny_gpt2, tmp_path):
     outcome = sweeping.finish("--jobs", "2")
     assert [trial["state"] for trial in outcome["trials"]] == ["finished"] * 4
     logs = [run.path.with_suffix(".log").read_text() for run in sweeping.runs()]
-    assert ["pairs were kept" in log for log in logs] == [False, True, True, True]
+    assert ["pairs were cached" in log for log in logs] == [False, True, True, True]
     # One file for the training pairs, one for the held-out pairs.
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
     assert ["tokenising" in log and "rows/s" in log for log in logs] == [True, False, False, False]

@@ -1,4 +1,4 @@
-"""What an evaluation says in plain words, and a run that overfits on purpose."""
+"""Alarms of an evaluation, and a run that overfits on purpose."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from trl import DPOConfig
 
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.train.alarms import find_alarms, find_answer_alarms, find_best
+from dpokit.train.alarms import find_alarms, find_answer_alarms, find_lowest_loss
 
 SIDES = ("chosen", "rejected")
 HEALTHY = {
@@ -28,38 +28,38 @@ def args(tmp_path) -> DPOConfig:
     return DPOConfig(output_dir=str(tmp_path), beta=0.1, report_to="none", use_cpu=True, bf16=False)
 
 
-def test_a_healthy_evaluation_says_nothing(args):
+def test_a_healthy_evaluation_raises_no_alarm(args):
     assert find_alarms(HEALTHY, args) == {}
 
 
-def test_a_loss_above_ln_2_is_said_with_the_accuracy_that_hides_it(args):
+def test_a_loss_above_ln_2_raises_an_alarm_with_the_accuracy(args):
     text = find_alarms(HEALTHY | {"eval_loss": 1.57, "eval_rewards/accuracies": 0.64}, args)["worse_than_base"]
     assert "1.570 is above 0.693" in text
     assert "64%" in text
 
 
-def test_weights_of_the_losses_move_the_line(args):
+def test_loss_weights_scale_the_limit_of_the_alarm(args):
     args.loss_weights = [2.0]
     assert find_alarms(HEALTHY | {"eval_loss": 1.2}, args) == {}
     assert "1.386" in find_alarms(HEALTHY | {"eval_loss": 1.4}, args)["worse_than_base"]
 
 
-def test_a_loss_that_does_not_begin_at_ln_2_is_not_measured_by_it(args):
+def test_ln_2_is_no_limit_for_a_loss_that_starts_elsewhere(args):
     args.loss_type = ["ipo"]
     assert find_alarms(HEALTHY | {"eval_loss": 25.0}, args) == {}
 
 
 @pytest.mark.parametrize(("best", "kinds"), [(21.0, set()), (20.0, {"past_its_best"}), (-30.0, {"past_its_best"})])
-def test_any_loss_that_rises_far_above_its_best_is_said(best, kinds, args):
+def test_any_loss_far_above_its_lowest_value_raises_an_alarm(best, kinds, args):
     args.loss_type = ["ipo"]
     assert find_alarms(HEALTHY | {"eval_loss": 25.0}, args, best=(best, 4)).keys() == kinds
 
 
-def test_chosen_answers_that_lose_half_their_log_prob_are_said(args):
-    # The base gives -100: -105 + 0.5 / 0.1; then -151 is more than half as much again.
+def test_chosen_log_probs_that_fall_by_half_raise_an_alarm(args):
+    # The base gives -100 (-105 + 0.5 / 0.1), so the limit is -150.
     assert find_alarms(HEALTHY | {"eval_logps/chosen": -149.0, "eval_rewards/chosen": -4.9}, args) == {}
     text = find_alarms(HEALTHY | {"eval_logps/chosen": -151.0, "eval_rewards/chosen": -5.1}, args)["chosen_collapse"]
-    assert "lost 51 of log-prob each (the base gives them -100)" in text
+    assert "fallen by 51 on average (the base gives -100)" in text
 
 
 BASE_ANSWERS = {"repetition": 0.05, "mean_tokens": 40.0, "ended": 0.5}
@@ -76,33 +76,33 @@ BASE_ANSWERS = {"repetition": 0.05, "mean_tokens": 40.0, "ended": 0.5}
         ({"ended": 0.0}, {"answers_endless"}),
     ],
 )
-def test_answers_that_fall_apart_are_said_beside_those_of_the_base(now, kinds):
+def test_answers_much_worse_than_the_bases_raise_alarms(now, kinds):
     assert find_answer_alarms(BASE_ANSWERS, BASE_ANSWERS | now).keys() == kinds
 
 
-def test_a_base_whose_answers_seldom_end_has_no_end_to_lose():
+def test_no_endless_alarm_if_the_bases_answers_seldom_end():
     base = BASE_ANSWERS | {"ended": 0.25}
     assert find_answer_alarms(base, base | {"ended": 0.0}) == {}
 
 
-def test_the_best_step_is_that_of_the_lowest_finite_loss():
+def test_the_lowest_loss_ignores_losses_that_are_not_finite():
     history = [{"step": 2, "eval_loss": 0.6}, {"step": 4, "eval_loss": 0.5}, {"step": 6, "eval_loss": float("nan")}]
-    assert find_best(history) == (0.5, 4)
+    assert find_lowest_loss(history) == (0.5, 4)
 
 
 def write_noise(path: Path) -> Path:
-    """Pairs that can be learnt by heart alone: chance decided which answer is chosen."""
-    chance, words = random.Random(0), ["flour", "water", "salt", "bread", "garden", "sky", "green", "blue"]
+    """Pairs that can only be memorised: the chosen answer is random."""
+    chance, vocabulary = random.Random(0), ["flour", "water", "salt", "bread", "garden", "sky", "green", "blue"]
     rows = [
-        {"prompt": f"Human: number {row}?", **{side: " " + " ".join(chance.choices(words, k=6)) for side in SIDES}}
+        {"prompt": f"Human: number {row}?", **{side: " " + " ".join(chance.choices(vocabulary, k=6)) for side in SIDES}}
         for row in range(60)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
-def test_a_run_that_overfits_on_purpose_is_said_once_and_keeps_its_best_weights(tiny_gpt2, tmp_path, capfd):
-    """Few rows, a high rate and many epochs, as in the published runs."""
+def test_an_overfitting_run_alarms_once_and_keeps_its_best_model(tiny_gpt2, tmp_path, capfd):
+    """Few rows, a high learning rate and many epochs, as in the published runs."""
     settings = {
         "model_name_or_path": str(tiny_gpt2),
         "dataset_name": str(write_noise(tmp_path / "pairs.jsonl")),
@@ -123,12 +123,12 @@ def test_a_run_that_overfits_on_purpose_is_said_once_and_keeps_its_best_weights(
         "use_cpu": True,
     }
     train("dpo_test", settings, [])
-    told, run = capfd.readouterr().err, RunDir(tmp_path / "run")
+    screen, run = capfd.readouterr().err, RunDir(tmp_path / "run")
     losses = {
         record["step"]: record["eval_loss"] for record in read_metrics(run.metrics_jsonl) if "eval_loss" in record
     }
     assert max(losses.values()) > 0.7
-    assert told.count("is above 0.693, that of the untouched base") == 1
+    assert screen.count("is above 0.693, the loss of the untrained base") == 1
     alarm = next(alarm for alarm in run.read_run()["alarms"] if alarm["kind"] == "worse_than_base")
     assert (
         losses[alarm["step"]]
@@ -141,8 +141,8 @@ def test_a_run_that_overfits_on_purpose_is_said_once_and_keeps_its_best_weights(
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_published_run_of_200_rows_hears_that_it_learns_them_by_heart(shared, tmp_path, capfd):
-    """Its own settings on real rows; a small random GPT-2 stands in for the 124M one, and five epochs are as many."""
+def test_a_published_run_of_200_rows_raises_an_alarm(shared, tmp_path, capfd):
+    """Its own settings on real rows, with a small random GPT-2 in place of the 124M one."""
     model = tmp_path / "model"
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=128, n_head=4)).save_pretrained(model)

@@ -1,4 +1,4 @@
-"""Losses against the oracle; the same step however it is dealt."""
+"""Losses against a float64 oracle; steps that do not depend on how they are split."""
 
 import json
 from pathlib import Path
@@ -160,6 +160,22 @@ def test_first_loss_is_ln_2(tiny_gpt2, pairs_file, tmp_path):
     assert records[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
 
 
+def test_building_a_trainer_leaves_the_settings_unchanged(tiny_gpt2, pairs_file, tmp_path):
+    places = {"model_name_or_path": tiny_gpt2, "dataset_name": pairs_file, "output_dir": tmp_path / "run"}
+    changes = {"num_train_epochs": 2, "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {}}
+    settings = load_settings("dpo_test", {**BASE, **changes, **{name: str(path) for name, path in places.items()}}, [])
+    before = settings.record()
+    run = RunDir(tmp_path / "run")
+    claim_folder(run, settings, world_size=1, placement="one device")
+    trainer, _ = build_trainer(run, settings, Gates("stop"))
+    assert settings.record() == before
+    assert not before["precompute_ref_log_probs"]["value"]
+    assert trainer.args.precompute_ref_log_probs
+    recorded = run.read_run()["settings"]
+    assert recorded.pop("precompute_ref_log_probs") == {"value": True, "origin": "this machine"}
+    assert recorded == {name: entry for name, entry in before.items() if name in recorded}
+
+
 def test_lora_trains_the_adapter_alone_and_saves_it(tiny_gpt2, pairs_file, tmp_path):
     defaults = {**BASE, "model_name_or_path": str(tiny_gpt2), "dataset_name": str(pairs_file), "use_peft": True}
     run = train("dpo_test", {**defaults, "output_dir": str(tmp_path / "run"), "max_steps": 3}, [])
@@ -170,7 +186,7 @@ def test_lora_trains_the_adapter_alone_and_saves_it(tiny_gpt2, pairs_file, tmp_p
     assert records[-1]["loss"] < 0.6931
 
 
-def test_a_run_resumed_from_a_checkpoint_ends_as_an_uninterrupted_one(tiny_gpt2, pairs_file, tmp_path):
+def test_a_resumed_run_ends_as_an_uninterrupted_one(tiny_gpt2, pairs_file, tmp_path):
     changes = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2, "per_device_train_batch_size": 6}
     _, weights = run_steps(tiny_gpt2, pairs_file, tmp_path / "whole", **changes)
     records, _ = run_steps(tiny_gpt2, pairs_file, tmp_path / "cut", **changes)

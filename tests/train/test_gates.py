@@ -1,4 +1,4 @@
-"""Gates of the steps: each has runs that provoke it, and runs that are right and must pass it."""
+"""Gates of the training steps: each stops a wrong run, and healthy runs pass it."""
 
 import json
 import math
@@ -47,11 +47,11 @@ def defaults(tiny_gpt2, tmp_path) -> dict:
 
 @pytest.fixture
 def run(defaults) -> Callable[..., tuple[RunDir, list[dict]]]:
-    """Trains with changes over the defaults; the folder and its records."""
+    """Trains with changed defaults; returns the folder and its records."""
 
     def go(*argv: str, **changes) -> tuple[RunDir, list[dict]]:
-        begin_anew = [] if "--resume_from_checkpoint" in argv else ["--overwrite_run"]
-        done = train("dpo_test", {**defaults, **changes}, [*argv, *begin_anew])
+        overwrite = [] if "--resume_from_checkpoint" in argv else ["--overwrite_run"]
+        done = train("dpo_test", {**defaults, **changes}, [*argv, *overwrite])
         assert done.read_run()["state"] == "finished"
         return done, read_metrics(done.metrics_jsonl)
 
@@ -60,7 +60,7 @@ def run(defaults) -> Callable[..., tuple[RunDir, list[dict]]]:
 
 @pytest.fixture
 def build(defaults) -> Callable[..., PairTrainer]:
-    """A trainer with its gates, to be spoilt before it trains."""
+    """A trainer with its gates, which a test damages before it trains."""
 
     def go(mode: str = "stop", *, with_adapter: bool | None = None, **changes) -> PairTrainer:
         settings = load_settings("dpo_test", {**defaults, **changes}, [])
@@ -68,8 +68,8 @@ def build(defaults) -> Callable[..., PairTrainer]:
         claim_folder(folder, settings, world_size=1, placement="one device")
         gates = Gates(mode)
         trainer, _ = build_trainer(folder, settings, gates)
-        asked = settings.model.use_peft if with_adapter is None else with_adapter
-        trainer.add_callback(GateCallback(trainer, gates, with_adapter=asked))
+        with_adapter = settings.model.use_peft if with_adapter is None else with_adapter
+        trainer.add_callback(GateCallback(trainer, gates, with_adapter=with_adapter))
         return trainer
 
     return go
@@ -77,18 +77,18 @@ def build(defaults) -> Callable[..., PairTrainer]:
 
 @pytest.fixture
 def warnings(capfd) -> Callable[[], list[str]]:
-    """The gates' lines on the screen so far."""
+    """The warnings of gates that were printed so far."""
     return lambda: [line for line in capfd.readouterr().err.splitlines() if "gate (warning)" in line]
 
 
-def spoil(folder: Path, model: Path, change: Callable[[nn.Module], None]) -> str:
+def damage(folder: Path, model: Path, change: Callable[[nn.Module], None]) -> str:
     """A copy of a model folder with changed weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    spoilt = AutoModelForCausalLM.from_pretrained(model)
+    damaged = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
-        change(spoilt)
-    spoilt.save_pretrained(folder)
+        change(damaged)
+    damaged.save_pretrained(folder)
     AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     return str(folder)
 
@@ -103,16 +103,16 @@ def use_another_reference(trainer: PairTrainer) -> None:
 
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)
-def test_a_reference_that_is_another_model_stops_the_run_under_every_loss(kind, build):
+def test_another_model_as_reference_stops_the_run_for_every_loss(kind, build):
     trainer = build(loss_type=kind, label_smoothing=0.1)
     use_another_reference(trainer)
-    words = "the first loss is .* not ln 2 = 0.6931" if kind in LN_2_LOSSES else "the first rewards are not 0"
-    with pytest.raises(GateError, match=words):
+    message = "the first loss is .* not ln 2 = 0.6931" if kind in LN_2_LOSSES else "the first rewards are not 0"
+    with pytest.raises(GateError, match=message):
         trainer.train()
     assert trainer.state.global_step == 1
 
 
-def test_a_reference_that_is_another_model_is_one_warning_where_gates_warn(build, warnings):
+def test_another_model_as_reference_is_one_warning_in_mode_warn(build, warnings):
     trainer = build("warn", max_steps=3)
     use_another_reference(trainer)
     trainer.train()
@@ -121,8 +121,8 @@ def test_a_reference_that_is_another_model_is_one_warning_where_gates_warn(build
     assert "policy and reference are not the same model at the start" in line
 
 
-def test_a_reference_kept_from_other_settings_is_not_taken(run, warnings):
-    """TRL's own cache takes log-probs that were precomputed without ld_alpha where it is set."""
+def test_a_reference_cached_for_another_ld_alpha_is_not_used(run, warnings):
+    """TRL's own cache uses log-probs that were precomputed without ld_alpha even if it is set."""
     run(precompute_ref_log_probs=True)
     _, records = run(ld_alpha=0.0, precompute_ref_log_probs=True)
     assert records[0]["loss"] == pytest.approx(LN_2, abs=1e-4)
@@ -132,9 +132,8 @@ def test_a_reference_kept_from_other_settings_is_not_taken(run, warnings):
 def test_a_loss_of_another_scale_stops_the_run(build):
     trainer = build()
     compute = trainer.compute_loss
-    trainer.compute_loss = lambda *args, **kwargs: (
-        4 * compute(*args, **kwargs)
-    )  # as a loss not divided by micro-batches
+    # As a loss that is not divided by the number of micro-batches.
+    trainer.compute_loss = lambda *args, **kwargs: 4 * compute(*args, **kwargs)
     with pytest.raises(GateError, match=r"the first loss is 2\.77.*its scale is wrong"):
         trainer.train()
 
@@ -202,24 +201,25 @@ def test_dora_passes_all_gates(run, tiny_qwen2, warnings):
 
 
 @pytest.mark.parametrize("start", ["gaussian", "pissa", "olora", "orthogonal", False])
-def test_an_adapter_that_begins_in_another_way_passes(start, build, tiny_qwen2, monkeypatch):
-    """The flags do not reach these; where the start changes the policy, the gate cannot be certain."""
+def test_an_adapter_with_another_initialisation_passes(start, build, tiny_qwen2, monkeypatch):
+    """No flag sets these. If the initialisation changes the policy, the gate cannot be certain."""
     import dpokit.run
     from dpokit.model.load import build_peft_config
 
-    def begin_otherwise(*args):
+    def initialise_otherwise(*args):
         config = build_peft_config(*args)
         config.init_lora_weights = start
         return config
 
-    monkeypatch.setattr(dpokit.run, "build_peft_config", begin_otherwise)
+    monkeypatch.setattr(dpokit.run, "build_peft_config", initialise_otherwise)
     trainer = build(**LORA, lora_target_modules=["q_proj"], model_name_or_path=str(tiny_qwen2))
     trainer.train()
     assert trainer.state.global_step == 1
 
 
 @pytest.mark.skipif(
-    not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile")), reason="no bf16 here"
+    not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile")),
+    reason="needs a processor with bf16",
 )
 @pytest.mark.parametrize("changes", [{}, LORA, {"precompute_ref_log_probs": True}], ids=["full", "LoRA", "precomputed"])
 def test_bf16_on_a_processor_that_has_it_passes(changes, run, warnings):
@@ -229,8 +229,8 @@ def test_bf16_on_a_processor_that_has_it_passes(changes, run, warnings):
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "hinge"])
-def test_a_resumed_run_whose_policy_has_left_its_reference_passes(kind, run, warnings):
-    """Under a hinge, no pair is left to learn from after some steps: a gradient of 0 is right then."""
+def test_a_resumed_run_with_a_trained_policy_passes(kind, run, warnings):
+    """With a hinge loss all pairs are beyond the margin after some steps: a gradient of 0 is right then."""
     kept = {"loss_type": kind, "beta": 5.0, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 1}
     run(**kept, max_steps=3)
     resume = ("--resume_from_checkpoint", "auto", "--accept_changes", "max_steps")
@@ -252,8 +252,8 @@ def test_a_frozen_adapter_stops_the_run(build):
     assert trainer.state.global_step == 0
 
 
-def test_an_adapter_that_the_loss_cannot_reach_stops_the_run(build):
-    """As with code of a model that computes without gradients."""
+def test_an_adapter_without_a_path_to_the_loss_stops_the_run(build):
+    """As in a model whose code computes without gradients."""
     trainer = build(**LORA)
     trainer.model.get_base_model().transformer.ln_f.register_forward_hook(lambda *io: io[2].detach())
     with pytest.raises(GateError, match="no parameter that is trained takes part in the loss"):
@@ -262,13 +262,13 @@ def test_an_adapter_that_the_loss_cannot_reach_stops_the_run(build):
 
 
 def bypass(blocks: list[nn.Module]) -> None:
-    """As a fused kernel does it: the layer's weight is used, and not what its adapter adds."""
+    """As a fused kernel does: it uses the weight of the layer, but not its adapter."""
     for block in blocks:
         block.mlp.c_fc.forward = block.mlp.c_fc.get_base_layer().forward
 
 
 @pytest.mark.parametrize("mode", ["stop", "warn"])
-def test_a_layer_that_passes_over_its_adapter_stops_the_run(mode, build, warnings):
+def test_layers_that_skip_their_adapter_stop_the_run(mode, build, warnings):
     trainer = build(mode, **LORA, lora_target_modules=["c_fc", "c_attn"], max_steps=2)
     bypass(list(trainer.model.get_base_model().transformer.h))
     if mode == "stop":
@@ -280,8 +280,8 @@ def test_a_layer_that_passes_over_its_adapter_stops_the_run(mode, build, warning
     assert len(warnings()) == 1
 
 
-def test_one_layer_of_many_that_uses_no_adapter_passes(build):
-    """As where late layers take the keys of earlier ones."""
+def test_one_layer_of_many_that_skips_its_adapter_passes(build):
+    """As in a model whose late layers reuse the keys of earlier ones."""
     trainer = build(**LORA, lora_target_modules=["c_fc", "c_attn"])
     bypass(list(trainer.model.get_base_model().transformer.h)[1:])
     trainer.train()
@@ -302,8 +302,8 @@ def test_a_gradient_of_zero_stops_the_run(mode, build, warnings):
     assert len(warnings()) == 1
 
 
-def test_the_first_steps_of_fp16_may_overflow_but_not_fifty_of_them(build):
-    """Its loss scaling begins too high; there is no fp16 training on a CPU, so the gate is asked by hand."""
+def test_fp16_may_overflow_for_50_steps_and_no_more(build):
+    """Its loss scaling starts too high. A CPU has no fp16 training, so the test calls the gate itself."""
     trainer = build()
     trainer.args.fp16 = True
     gate = next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, GateCallback))
@@ -341,13 +341,13 @@ TOWER = "base_model.model.model.vision_tower.encoder.layers.{}.{}.lora_A.default
         ({}, []),
     ],
 )
-def test_dead_are_the_modules_that_no_gradient_reaches_in_a_layer_that_it_reaches(reached, dead):
-    found = find_dead_modules(reached)
-    assert len(found) == len(dead)
-    assert all(name.endswith(end) for name, end in zip(found, dead, strict=True))
+def test_dead_modules_have_no_gradient_in_a_layer_that_has_one(reached, dead):
+    names = find_dead_modules(reached)
+    assert len(names) == len(dead)
+    assert all(name.endswith(end) for name, end in zip(names, dead, strict=True))
 
 
-def test_a_mixture_whose_experts_see_no_token_passes(run, plain_tokenizer, tmp_path, warnings):
+def test_a_mixture_with_experts_without_a_token_passes(run, plain_tokenizer, tmp_path, warnings):
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
@@ -365,10 +365,10 @@ def test_a_mixture_whose_experts_see_no_token_passes(run, plain_tokenizer, tmp_p
 # -- a loss that is not finite -----------------------------------------------------------------------------------------
 
 
-def test_a_model_with_a_weight_that_is_no_number_stops_at_the_first_step(run, defaults, tiny_gpt2, tmp_path):
-    spoilt = spoil(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(HUGE))
+def test_a_model_whose_weights_overflow_stops_at_the_first_step(run, defaults, tiny_gpt2, tmp_path):
+    damaged = damage(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(HUGE))
     with pytest.raises(GateError, match="not finite at step 1"):
-        run(model_name_or_path=spoilt, save_strategy="steps", save_steps=1)
+        run(model_name_or_path=damaged, save_strategy="steps", save_steps=1)
     folder = RunDir(defaults["output_dir"])
     assert folder.read_run()["state"] == "failed"
     assert "not finite at step 1" in folder.read_run()["why"]
@@ -376,12 +376,12 @@ def test_a_model_with_a_weight_that_is_no_number_stops_at_the_first_step(run, de
     assert not folder.model.exists()
 
 
-HUGE = 3e38  # a number, as loading wants it; a sum of two is none any more
+HUGE = 3e38  # finite, so that the model loads; the sum of two is infinite
 RUINOUS = {"learning_rate": 1e30, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.mark.parametrize("logging", [{}, {"logging_strategy": "no"}, {"logging_steps": 3}], ids=["all", "none", "rare"])
-def test_a_ruinous_rate_stops_the_run_before_a_checkpoint_of_its_step_is_made(logging, run, defaults):
+def test_a_ruinous_rate_stops_the_run_before_its_step_is_saved(logging, run, defaults):
     with pytest.raises(GateError, match="not finite at step 2"):
         run(**RUINOUS, **logging)
     folder = RunDir(defaults["output_dir"])
@@ -390,46 +390,46 @@ def test_a_ruinous_rate_stops_the_run_before_a_checkpoint_of_its_step_is_made(lo
     assert all(json.loads(line, parse_constant=pytest.fail)["step"] for line in lines)
 
 
-def test_a_ruinous_rate_stops_the_run_before_the_checkpoint_of_its_epoch_is_made(run, defaults):
+def test_a_ruinous_rate_stops_the_run_before_its_epoch_is_saved(run, defaults):
     epochs = {"max_steps": -1, "num_train_epochs": 2, "save_strategy": "epoch", "logging_strategy": "epoch"}
     with pytest.raises(GateError, match="not finite at step 2"):
         run(**{**RUINOUS, **epochs})
     assert RunDir(defaults["output_dir"]).checkpoints() == []
 
 
-def test_without_checkpoints_and_logs_the_run_still_stops_at_its_end(run, defaults):
+def test_a_run_without_checkpoints_and_logs_stops_at_its_end(run, defaults):
     with pytest.raises(GateError, match="not finite at step 2"):
         run(**{**RUINOUS, "save_strategy": "no", "logging_strategy": "no"})
     assert not RunDir(defaults["output_dir"]).model.exists()
 
 
-def test_an_evaluation_that_is_not_finite_stops_before_its_step_is_saved(run, defaults):
+def test_a_nan_evaluation_stops_the_run_before_its_step_is_saved(run, defaults):
     with pytest.raises(GateError, match="the evaluation's loss at step 1 is nan"):
         run(**RUINOUS, eval_strategy="steps", eval_steps=1, eval_fraction=0.25)
     assert RunDir(defaults["output_dir"]).checkpoints() == []
 
 
-def test_where_gates_warn_a_loss_that_is_not_finite_is_one_line_and_valid_json(run, warnings):
+def test_a_nan_loss_is_one_line_and_valid_json_in_mode_warn(run, warnings):
     done, _ = run("--gates", "warn", **RUINOUS)
     lines = [json.loads(line, parse_constant=pytest.fail) for line in done.metrics_jsonl.read_text().splitlines()]
     assert [line["loss"] for line in lines if "loss" in line][1:] == [None, None, None]
     assert len(warnings()) == 1
 
 
-def test_where_gates_warn_the_best_of_evaluations_that_are_no_numbers_is_none(run, warnings):
+def test_nan_evaluations_leave_no_best_one_in_mode_warn(run, warnings):
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     done, _ = run("--gates", "warn", **RUINOUS, **best, eval_strategy="steps", eval_steps=1, eval_fraction=0.25)
     assert done.read_run()["best"] is None
     assert len(warnings()) == 2  # the evaluation's loss, and the training loss after it
 
 
-def test_what_one_rank_alone_sees_stops_all_ranks_with_one_message(tiny_gpt2, tmp_path):
-    """Positions that one long pair alone reaches are not finite: a single rank's loss is not."""
+def test_a_nan_on_one_rank_stops_all_ranks_with_one_message(tiny_gpt2, tmp_path):
+    """Only one long pair reaches the positions that overflow, so the loss of one rank is not finite."""
 
     def change(model: nn.Module) -> None:
         model.transformer.wpe.weight[60:] = HUGE
 
-    model = spoil(tmp_path / "nan", tiny_gpt2, change)
+    model = damage(tmp_path / "nan", tiny_gpt2, change)
     rows = [json.dumps({"prompt": "A?", "chosen": f" Yes {i}.", "rejected": " No."}) for i in range(15)]
     rows.append(json.dumps({"prompt": "A?" + " good" * 30, "chosen": " Yes." * 40, "rejected": " No."}))
     (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
@@ -450,21 +450,21 @@ def test_what_one_rank_alone_sees_stops_all_ranks_with_one_message(tiny_gpt2, tm
     assert [path.name for path in folder.checkpoints()] == [f"checkpoint-{n}" for n in range(1, step)]
 
 
-# -- in force: placement and adapter -----------------------------------------------------------------------------------
+# -- placement and adapter ---------------------------------------------------------------------------------------------
 
 
-def test_an_adapter_that_was_asked_for_and_is_not_there_stops_the_run(build):
-    with pytest.raises(GateError, match="an adapter was asked for"):
+def test_a_missing_adapter_stops_the_run(build):
+    with pytest.raises(GateError, match="--use_peft requests an adapter"):
         build(with_adapter=True).train()
 
 
-def test_an_adapter_that_was_not_asked_for_stops_the_run(build):
-    with pytest.raises(GateError, match="through an adapter, which was not asked for"):
+def test_an_adapter_without_the_flag_stops_the_run(build):
+    with pytest.raises(GateError, match="through an adapter, but --use_peft is false"):
         build(**LORA, with_adapter=False).train()
 
 
 @pytest.mark.parametrize("mode", ["stop", "warn"])
-def test_sharding_that_the_launcher_asked_for_and_one_process_has_not_stops_the_run(mode, run, monkeypatch, warnings):
+def test_sharding_requested_for_one_process_stops_the_run(mode, run, monkeypatch, warnings):
     for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(name, value)
     if mode == "stop":
@@ -475,16 +475,16 @@ def test_sharding_that_the_launcher_asked_for_and_one_process_has_not_stops_the_
     assert len(warnings()) == 1
 
 
-def test_a_model_split_over_the_devices_of_one_process_stops_the_run(build):
+def test_a_model_split_over_two_gpus_of_a_process_stops_the_run(build):
     trainer = build()
-    trainer.args._n_gpu = 2  # as transformers sets it where one process sees two GPUs
+    trainer.args._n_gpu = 2  # transformers sets it in a process with two GPUs
     with pytest.raises(GateError, match="it is by DataParallel"):
         trainer.train()
 
 
 @pytest.mark.slow
-def test_fsdp2_that_falls_to_ddp_without_a_word_stops_both_processes(tiny_gpt2, tmp_path):
-    """accelerate does so on CPU, where nothing tells it otherwise."""
+def test_fsdp2_that_silently_becomes_ddp_stops_both_processes(tiny_gpt2, tmp_path):
+    """accelerate runs DDP on CPU unless `shard_on_cpu` changes it."""
     script = tmp_path / "unsharded.py"
     script.write_text(
         "import dpokit.train.steps\n"
@@ -511,10 +511,10 @@ def test_fsdp2_that_falls_to_ddp_without_a_word_stops_both_processes(tiny_gpt2, 
 
 @pytest.mark.slow
 def test_one_process_of_torchrun_passes_all_gates(tiny_gpt2, tmp_path):
-    """accelerate wraps it in DDP all the same, which shards and shares nothing."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    """accelerate still wraps the model in DDP, which does nothing for one process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     done = subprocess.run(
-        [*words, str(ROOT / "recipes" / "dpo_gpt2.py"), *short_flags(tiny_gpt2, tmp_path)],
+        [*command, str(ROOT / "recipes" / "dpo_gpt2.py"), *short_flags(tiny_gpt2, tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,
@@ -540,13 +540,13 @@ def short_flags(model: Path, folder: Path) -> list[str]:
     ]
 
 
-# -- stop and warn, from outside ---------------------------------------------------------------------------------------
+# -- message and exit code ---------------------------------------------------------------------------------------------
 
 
-def test_a_gate_is_one_message_without_a_traceback_and_exit_code_2(tiny_gpt2, tmp_path):
-    spoilt = spoil(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(HUGE))
+def test_a_gate_prints_one_message_and_exits_with_code_2(tiny_gpt2, tmp_path):
+    damaged = damage(tmp_path / "nan", tiny_gpt2, lambda model: model.transformer.ln_f.weight.fill_(HUGE))
     done = subprocess.run(
-        [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), *short_flags(Path(spoilt), tmp_path)],
+        [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), *short_flags(Path(damaged), tmp_path)],
         capture_output=True,
         text=True,
         timeout=300,

@@ -17,7 +17,7 @@ def wait_for(holds) -> None:
         time.sleep(0.01)
 
 
-def test_a_log_says_the_mean_and_of_memory_the_most():
+def test_a_log_has_the_mean_power_and_the_maximum_of_memory():
     watts, memory = iter([100.0, 300.0]), iter([3.0, 2.0])
     sampler = Sampler(lambda: {"gpu_power_watts": next(watts), "gpu_memory_gib": next(memory)}, every_seconds=0.01)
     wait_for(lambda: not sampler._thread.is_alive())  # the third reading failed
@@ -26,19 +26,19 @@ def test_a_log_says_the_mean_and_of_memory_the_most():
     sampler.stop()
 
 
-def test_each_log_begins_anew():
+def test_each_log_has_only_the_readings_since_the_last():
     counter = itertools.count()
     sampler = Sampler(lambda: {"gpu_power_watts": float(next(counter))}, every_seconds=0.005)
     wait_for(lambda: next(counter) > 10)
     first = sampler.take()["gpu_power_watts"]
-    seen = next(counter)
-    wait_for(lambda: next(counter) > seen + 10)
+    count = next(counter)
+    wait_for(lambda: next(counter) > count + 10)
     sampler.stop()
-    assert sampler.take()["gpu_power_watts"] > max(first, seen)
+    assert sampler.take()["gpu_power_watts"] > max(first, count)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_nothing_is_read():
+def test_without_a_gpu_reading_raises_an_error():
     with pytest.raises(pynvml.NVMLError):
         read_gpu(torch.device("cuda:0"))
 

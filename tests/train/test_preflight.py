@@ -1,4 +1,4 @@
-"""Gates before the first step: a model that is its own trained reference, layers not in 4 bit, processes alone."""
+"""Gates before the first step: a model that would be its own reference, quantised weights, number of processes."""
 
 import shutil
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def read_settings(defaults) -> Callable[..., Settings]:
 
 @pytest.fixture
 def warnings(capfd) -> Callable[[], list[str]]:
-    """The gates' lines on the screen so far."""
+    """The warnings of gates that were printed so far."""
     return lambda: [line for line in capfd.readouterr().err.splitlines() if "gate (warning)" in line]
 
 
@@ -65,7 +65,7 @@ def first(defaults) -> RunDir:
 
 
 @pytest.mark.parametrize("place", ["checkpoint-2", "model"])
-def test_what_a_run_made_of_the_same_pairs_is_refused_as_model(place, first, defaults, tiny_gpt2, tmp_path):
+def test_the_result_of_a_run_on_the_same_pairs_is_refused(place, first, defaults, tiny_gpt2, tmp_path):
     with pytest.raises(GateError, match="it would become its own reference") as error:
         train(
             "dpo_test",
@@ -73,13 +73,13 @@ def test_what_a_run_made_of_the_same_pairs_is_refused_as_model(place, first, def
             ["--model_name_or_path", str(first.path / place)],
         )
     how = str(first.path / place) if place == "checkpoint-2" else "auto"
-    for words in (f"--model_name_or_path {tiny_gpt2}", f"--output_dir {first.path}", f"--resume_from_checkpoint {how}"):
-        assert words in str(error.value)
+    flags = (f"--model_name_or_path {tiny_gpt2}", f"--output_dir {first.path}", f"--resume_from_checkpoint {how}")
+    assert all(flag in str(error.value) for flag in flags)
     assert not (tmp_path / "next").exists()
 
 
-def test_the_remedy_that_the_refusal_names_goes_on_with_the_run(first, defaults):
-    """A checkpoint given as model, with the folder of its own run: the command that the message says resumes it."""
+def test_the_command_in_the_message_resumes_the_run(first, defaults):
+    """The model is a checkpoint, and the output folder is that of its own run."""
     with pytest.raises(GateError, match="its own reference"):
         train("dpo_test", {**defaults, "model_name_or_path": str(first.path / "checkpoint-2"), "max_steps": 3}, [])
     resume = ["--resume_from_checkpoint", str(first.path / "checkpoint-2")]
@@ -87,7 +87,7 @@ def test_the_remedy_that_the_refusal_names_goes_on_with_the_run(first, defaults)
     assert [record["step"] for record in read_metrics(resumed.metrics_jsonl)] == [1, 2, 3]
 
 
-def test_an_adapter_of_the_same_pairs_is_refused_as_model(defaults, tmp_path):
+def test_an_adapter_trained_on_the_same_pairs_is_refused(defaults, tmp_path):
     first = train("dpo_test", {**defaults, **LORA}, [])
     with pytest.raises(GateError, match="its own reference"):
         train(
@@ -97,7 +97,7 @@ def test_an_adapter_of_the_same_pairs_is_refused_as_model(defaults, tmp_path):
         )
 
 
-def test_a_path_through_a_link_or_a_relative_one_is_seen_through(first, read_settings, tmp_path, monkeypatch):
+def test_links_and_relative_paths_are_resolved(first, read_settings, tmp_path, monkeypatch):
     (tmp_path / "latest").symlink_to(first.model)
     monkeypatch.chdir(first.path)
     for name in (str(tmp_path / "latest"), "model", "./checkpoint-1/"):
@@ -105,7 +105,7 @@ def test_a_path_through_a_link_or_a_relative_one_is_seen_through(first, read_set
             check_model_path(read_settings(model_name_or_path=name), Gates("stop"))
 
 
-def test_where_gates_warn_a_trained_model_on_its_own_pairs_is_one_line(first, defaults, tmp_path, warnings):
+def test_a_model_of_the_same_pairs_is_one_line_in_mode_warn(first, defaults, tmp_path, warnings):
     changes = {"output_dir": str(tmp_path / "next"), "model_name_or_path": str(first.model)}
     done = train("dpo_test", {**defaults, **changes}, ["--gates", "warn"])
     assert done.read_run()["state"] == "finished"
@@ -114,7 +114,7 @@ def test_where_gates_warn_a_trained_model_on_its_own_pairs_is_one_line(first, de
 
 
 @pytest.mark.parametrize("place", ["checkpoint-2", "model"])
-def test_a_tuned_model_is_a_start_for_other_pairs(place, first, defaults, tmp_path, warnings):
+def test_a_tuned_model_may_be_trained_on_other_pairs(place, first, defaults, tmp_path, warnings):
     changes = {"output_dir": str(tmp_path / "next"), "model_name_or_path": str(first.path / place)}
     changes["dataset_name"] = str(write_pairs(tmp_path / "other.jsonl", 8))
     done = train("dpo_test", {**defaults, **changes}, [])
@@ -127,26 +127,26 @@ def test_another_split_or_configuration_is_other_data(first, read_settings):
         check_model_path(read_settings(model_name_or_path=str(first.model), **change), Gates("stop"))
 
 
-def test_a_checkpoint_of_a_preference_run_of_another_program_is_refused(first, read_settings, tmp_path):
-    """TRL's own runs leave no run.json; their state holds rewards."""
+def test_a_checkpoint_of_a_preference_run_by_trl_is_refused(first, read_settings, tmp_path):
+    """TRL writes no run.json, but the trainer state has rewards."""
     shutil.copytree(first.path / "checkpoint-2", tmp_path / "elsewhere" / "checkpoint-2")
     with pytest.raises(GateError, match="is a checkpoint of a preference run:"):
         check_model_path(read_settings(model_name_or_path=str(tmp_path / "elsewhere" / "checkpoint-2")), Gates("stop"))
 
 
-def test_a_base_model_inside_a_run_folder_is_no_result_of_it(first, read_settings, tiny_gpt2):
+def test_a_base_model_inside_a_run_folder_is_accepted(first, read_settings, tiny_gpt2):
     shutil.copytree(tiny_gpt2, first.path / "base")
     check_model_path(read_settings(model_name_or_path=str(first.path / "base")), Gates("stop"))
 
 
 @pytest.mark.parametrize("name", ["no/such-model", "/no/such/folder", "checkpoint-7"])
-def test_a_name_that_is_no_folder_is_not_judged(name, read_settings):
+def test_a_name_that_is_not_a_folder_is_accepted(name, read_settings):
     check_model_path(read_settings(model_name_or_path=name), Gates("stop"))
 
 
 @pytest.fixture(scope="module")
 def sft_run(tmp_path_factory, tiny_gpt2, plain_tokenizer) -> Path:
-    """Supervised training by transformers' own Trainer: `checkpoint-2`, and `model`."""
+    """A folder with `checkpoint-2` and `model` of supervised training by transformers' own Trainer."""
     from datasets import Dataset
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
@@ -181,7 +181,7 @@ def test_a_model_of_supervised_training_is_a_legitimate_start(place, changes, sf
 
 @pytest.fixture(scope="module", params=["with tokenizer", "without tokenizer"])
 def sft_adapter(request, tmp_path_factory, tiny_gpt2, plain_tokenizer) -> Path:
-    """An adapter of PEFT on the tiny GPT-2 that changes the model."""
+    """An adapter of PEFT on the tiny GPT-2, with weights that change its outputs."""
     from peft import LoraConfig, get_peft_model
 
     folder = tmp_path_factory.mktemp("sft") / "final"
@@ -199,9 +199,9 @@ def sft_adapter(request, tmp_path_factory, tiny_gpt2, plain_tokenizer) -> Path:
 
 
 def largest_change(a: Path, b: Path) -> float:
-    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (a, b))
-    assert one.keys() == other.keys()
-    return max((weight - other[name]).abs().max().item() for name, weight in one.items())
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (a, b))
+    assert first.keys() == second.keys()
+    return max((weight - second[name]).abs().max().item() for name, weight in first.items())
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def largest_change(a: Path, b: Path) -> float:
     [{}, {"precompute_ref_log_probs": True}, {"gradient_checkpointing": True}, {"load_in_4bit": True}],
     ids=["live reference", "precomputed", "gradient checkpointing", "4 bit"],
 )
-def test_an_adapter_of_supervised_training_is_start_and_reference(changes, sft_adapter, defaults, warnings):
+def test_a_supervised_adapter_is_both_start_and_reference(changes, sft_adapter, defaults, warnings):
     done = train("dpo_test", {**defaults, **LORA, **changes, "model_name_or_path": str(sft_adapter)}, [])
     start, after = read_metrics(done.metrics_jsonl)
     exact = 1e-5 if "load_in_4bit" not in changes else 1e-3
@@ -221,7 +221,7 @@ def test_an_adapter_of_supervised_training_is_start_and_reference(changes, sft_a
     assert warnings() == []
 
 
-def test_the_adapter_that_is_left_is_the_trained_one_alone_and_is_read_back(sft_adapter, defaults, tiny_gpt2):
+def test_only_the_trained_adapter_is_saved_and_it_loads(sft_adapter, defaults, tiny_gpt2):
     from peft import PeftModel
 
     done = train("dpo_test", {**defaults, **LORA, "model_name_or_path": str(sft_adapter)}, [])
@@ -232,7 +232,7 @@ def test_the_adapter_that_is_left_is_the_trained_one_alone_and_is_read_back(sft_
     assert list(model.peft_config) == ["default"]
 
 
-def test_a_resumed_run_from_an_adapter_ends_as_an_uninterrupted_one(sft_adapter, defaults, tmp_path):
+def test_a_resumed_adapter_ends_as_an_uninterrupted_one(sft_adapter, defaults, tmp_path):
     changes = {**defaults, **LORA, "model_name_or_path": str(sft_adapter), "lora_dropout": 0.0}
     whole = train("dpo_test", {**changes, "max_steps": 3, "output_dir": str(tmp_path / "whole")}, [])
     train("dpo_test", changes, [])
@@ -255,7 +255,7 @@ def test_the_best_adapter_of_a_run_from_an_adapter_is_kept(sft_adapter, defaults
 
 @pytest.fixture
 def check(defaults, plain_tokenizer, tmp_path) -> Callable[..., None]:
-    """Saves a model, loads it quantised, and asks the gate."""
+    """Saves a model, loads it quantised, and calls the gate."""
 
     def go(model, mode: str = "stop", **changes) -> None:
         if not isinstance(model, Path):
@@ -276,7 +276,7 @@ def build_llama():
 
 
 def build_mixture():
-    """Its experts are kept as one parameter a layer, which no linear layer holds."""
+    """A model whose experts are one parameter per layer, outside of any linear layer."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     size = {**SIZE, "vocab_size": 512, "intermediate_size": 64, "num_key_value_heads": 1}
@@ -284,7 +284,7 @@ def build_mixture():
 
 
 def build_falcon():
-    """Its linear layers are of a class of its own."""
+    """A model whose linear layers are a subclass of torch's."""
     from transformers import FalconConfig, FalconForCausalLM
 
     return FalconForCausalLM(FalconConfig(**SIZE, vocab_size=512))
@@ -299,7 +299,7 @@ def test_layers_that_stay_in_16_bit_are_named(build, layer, flag, check):
     assert layer in str(error.value)
 
 
-def test_where_gates_warn_layers_that_stay_in_16_bit_are_one_line(defaults, plain_tokenizer, tmp_path, warnings):
+def test_layers_that_stay_in_16_bit_are_one_line_in_mode_warn(defaults, plain_tokenizer, tmp_path, warnings):
     build_falcon().save_pretrained(tmp_path / "falcon")
     plain_tokenizer.save_pretrained(tmp_path / "falcon")
     changes = {**LORA, "load_in_4bit": True, "model_name_or_path": str(tmp_path / "falcon"), "max_steps": 1}
@@ -313,18 +313,18 @@ def test_where_gates_warn_layers_that_stay_in_16_bit_are_one_line(defaults, plai
     "flags", [{"load_in_4bit": True}, {"load_in_8bit": True}, {}], ids=["4 bit", "8 bit", "16 bit"]
 )
 @pytest.mark.parametrize("build", [build_llama, None, build_mixture], ids=["Llama", "GPT-2", "mixture"])
-def test_layers_as_they_were_asked_for_pass(build, flags, check, tiny_gpt2):
+def test_layers_in_the_requested_precision_pass(build, flags, check, tiny_gpt2):
     if build is build_mixture and flags:
-        pytest.skip("its experts are not converted: the test above")
+        pytest.skip("its experts are not converted, see the test above")
     check(tiny_gpt2 if build is None else build(), **flags, use_bnb_nested_quant=True)
 
 
 @pytest.mark.parametrize("flag", ["load_in_4bit", "load_in_8bit"])
-def test_an_adapter_that_is_trained_further_need_not_be_in_4_bit(flag, sft_adapter, check):
+def test_an_adapter_that_is_trained_further_may_be_in_16_bit(flag, sft_adapter, check):
     check(sft_adapter, **{flag: True})
 
 
-def test_below_an_adapter_layers_in_16_bit_are_found(check, tmp_path, plain_tokenizer):
+def test_layers_in_16_bit_below_an_adapter_are_refused(check, tmp_path, plain_tokenizer):
     from peft import LoraConfig, get_peft_model
 
     build_falcon().save_pretrained(tmp_path / "falcon")
@@ -335,14 +335,14 @@ def test_below_an_adapter_layers_in_16_bit_are_found(check, tmp_path, plain_toke
         check(tmp_path / "adapter", load_in_4bit=True)
 
 
-# -- processes that train alone ----------------------------------------------------------------------------------------
+# -- the number of processes -------------------------------------------------------------------------------------------
 
 
-def test_one_process_that_nobody_counted_passes():
+def test_one_process_without_a_launcher_passes():
     assert check_world(Gates("stop")) == 1
 
 
-def test_where_gates_warn_a_world_of_another_size_is_one_line_and_the_run_goes_on(tiny_gpt2, tmp_path):
+def test_a_wrong_number_of_processes_is_one_line_in_mode_warn(tiny_gpt2, tmp_path):
     done = launch(
         ["--cpu", "--num_processes", "2"],
         *("--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(write_pairs(tmp_path / "pairs.jsonl", 8))),

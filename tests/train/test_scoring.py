@@ -1,4 +1,4 @@
-"""Runs whose prompts are shared and whose reference is kept: the same numbers, and what happens when it cannot be."""
+"""Shared prompts and a cached reference: they change no number, and a run goes on without them."""
 
 import json
 import os
@@ -22,7 +22,7 @@ TIMING = ("seconds", "runtime", "per_second", "wasted", "total_flos")
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path) -> Path:
-    """A cache of this test's own, in parts of 8 pairs."""
+    """A cache for each test, in parts of 8 pairs."""
     monkeypatch.setenv("DPOKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(reference, "PART_PAIRS", 8)
     return tmp_path / "cache" / "reference"
@@ -30,7 +30,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def run(tiny_gpt2, pairs_file, tmp_path):
-    """Trains with the flags given; the folder is named after their number."""
+    """Trains with the given flags, each run in a folder of its own."""
     made = []
 
     def train_with(*flags: str) -> RunDir:
@@ -57,8 +57,8 @@ def run(tiny_gpt2, pairs_file, tmp_path):
     return train_with
 
 
-def check_same_numbers(one: RunDir, other: RunDir) -> None:
-    lines = list(zip(read_metrics(one.metrics_jsonl), read_metrics(other.metrics_jsonl), strict=True))
+def check_same_numbers(first: RunDir, second: RunDir) -> None:
+    lines = list(zip(read_metrics(first.metrics_jsonl), read_metrics(second.metrics_jsonl), strict=True))
     assert len(lines) == 8
     for line, expected in lines:
         assert line.keys() == expected.keys()
@@ -66,66 +66,66 @@ def check_same_numbers(one: RunDir, other: RunDir) -> None:
             assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (line["step"], name)
 
 
-def says(captured: str, word: str) -> list[str]:
-    return [line for line in captured.replace("\r", "\n").splitlines() if line.startswith(word)]
+def find_lines(screen: str, start: str) -> list[str]:
+    return [line for line in screen.replace("\r", "\n").splitlines() if line.startswith(start)]
 
 
 @pytest.mark.parametrize("kind", [[], ["--use_peft", "--lora_r", "4", "--lora_target_modules", "c_attn", "c_fc"]])
-def test_shared_prompts_and_a_kept_reference_change_no_number(kind, run):
+def test_shared_prompts_and_a_cached_reference_change_no_number(kind, run):
     plain = run("--shared_prefix", "false", "--precompute_ref_log_probs", "false", *kind)
     shared = run("--precompute_ref_log_probs", "false", *kind)
-    kept = run(*kind)
+    cached = run(*kind)
     assert plain.read_run()["shared_prefix"] == "off: --shared_prefix false"
-    assert shared.read_run()["shared_prefix"] == kept.read_run()["shared_prefix"] == "on"
-    assert kept.read_run()["settings"]["precompute_ref_log_probs"] == {"value": True, "origin": "this machine"}
+    assert shared.read_run()["shared_prefix"] == cached.read_run()["shared_prefix"] == "on"
+    assert cached.read_run()["settings"]["precompute_ref_log_probs"] == {"value": True, "origin": "this machine"}
     check_same_numbers(shared, plain)
-    check_same_numbers(kept, plain)
+    check_same_numbers(cached, plain)
     assert read_metrics(plain.metrics_jsonl)[0]["wasted_positions"] > 0.3
     assert read_metrics(shared.metrics_jsonl)[0]["wasted_positions"] == 0
     assert read_metrics(shared.metrics_jsonl)[0]["tokens_per_second"] > 0
 
 
-def test_with_dropout_prompts_are_not_shared_and_the_reason_is_kept(run, capfd):
+def test_with_dropout_prompts_are_not_shared(run, capfd):
     made = run("--disable_dropout", "false")
     assert "dropout is on" in made.read_run()["shared_prefix"]
-    assert len(says(capfd.readouterr().err, "shared prefix: off, as dropout is on")) == 1
+    assert len(find_lines(capfd.readouterr().err, "shared prefix: off, as dropout is on")) == 1
 
 
-def test_a_first_batch_that_differs_turns_sharing_off_with_one_line(run, capfd, monkeypatch):
+def test_a_first_batch_that_differs_turns_sharing_off(run, capfd, monkeypatch):
     monkeypatch.setattr("dpokit.train.scoring.TOLERANCE_FP32", -1.0)
     made = run("--precompute_ref_log_probs", "false")
     assert "the first pairs' log-probs differ" in made.read_run()["shared_prefix"]
-    assert len(says(capfd.readouterr().err, "shared prefix: off")) == 1
+    assert len(find_lines(capfd.readouterr().err, "shared prefix: off")) == 1
     assert made.read_run()["state"] == "finished"
 
 
-def test_a_kept_reference_is_found_by_runs_of_other_rates_and_folders_and_not_computed_again(run, cache, capfd):
+def test_runs_of_other_rates_and_folders_use_the_cache(run, cache, capfd):
     first = run()
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
     assert len(written) == 4 + 1  # 32 pairs to train on, 8 held out
     second = run("--learning_rate", "1e-4", "--beta", "0.3")
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == written
-    assert len(says(capfd.readouterr().err, "reference log-probs: 32 of 32 pairs were kept")) == 1
-    one, other = (read_metrics(made.metrics_jsonl)[0]["logps/chosen"] for made in (first, second))
-    assert one == pytest.approx(other)
+    assert len(find_lines(capfd.readouterr().err, "reference log-probs: 32 of 32 pairs were cached")) == 1
+    before, after = (read_metrics(made.metrics_jsonl)[0]["logps/chosen"] for made in (first, second))
+    assert after == pytest.approx(before)
 
 
 @pytest.mark.parametrize("changed", [["--ld_alpha", "0.5"], ["--max_length", "40"], ["--dtype", "bfloat16"]])
-def test_what_matters_is_part_of_the_key(changed, run, cache):
+def test_another_truncation_or_dtype_is_cached_apart(changed, run, cache):
     run()
     folders = set(cache.iterdir())
     run(*changed)
     assert len(set(cache.iterdir()) - folders) == 2
 
 
-@pytest.mark.parametrize("harm", ["torn", "changed", "missing"])
-def test_a_part_that_was_harmed_is_computed_again(harm, run, cache, capfd):
+@pytest.mark.parametrize("damage", ["torn", "changed", "missing"])
+def test_a_damaged_part_is_computed_again(damage, run, cache, capfd):
     first = run()
     part = sorted(cache.rglob("00000008.safetensors"))[0]
-    before = load_file(part)["log_probs"].clone()  # not the file itself, which is harmed now
-    if harm == "torn":
+    before = load_file(part)["log_probs"].clone()  # a copy, as the file is damaged below
+    if damage == "torn":
         part.write_bytes(part.read_bytes()[:40])
-    elif harm == "changed":
+    elif damage == "changed":
         content = bytearray(part.read_bytes())
         content[-1] ^= 1
         part.write_bytes(bytes(content))
@@ -133,12 +133,12 @@ def test_a_part_that_was_harmed_is_computed_again(harm, run, cache, capfd):
         part.unlink()
     second = run()
     screen = capfd.readouterr().err
-    assert (f"{part}" in screen) == (harm != "missing")
+    assert (f"{part}" in screen) == (damage != "missing")
     torch.testing.assert_close(load_file(part)["log_probs"], before)
     check_same_numbers(second, first)
 
 
-def test_a_cache_of_other_weights_is_seen_and_computed_again(run, cache, capfd):
+def test_a_cache_of_other_weights_is_computed_again(run, cache, capfd):
     first = run()
     for part in cache.rglob("*.safetensors"):
         values = load_file(part)["log_probs"] + 5
@@ -152,11 +152,11 @@ def test_a_cache_that_cannot_be_written_costs_one_line(run, monkeypatch, tmp_pat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DPOKIT_CACHE", str(tmp_path / "file"))
     assert run().read_run()["state"] == "finished"
-    # One for each split.
-    assert len(says(capfd.readouterr().err, "reference log-probs: not kept")) == 2
+    # One line for each split.
+    assert len(find_lines(capfd.readouterr().err, "reference log-probs: not kept")) == 2
 
 
-def test_parts_appear_whole_whoever_writes_them(tmp_path):
+def test_two_writers_of_a_part_leave_one_complete_file(tmp_path):
     caches = [ReferenceCache(tmp_path, {"a": 1}, 8) for _ in range(2)]
     values = torch.arange(16.0).view(2, 8)
     for cache in caches:
@@ -166,12 +166,12 @@ def test_parts_appear_whole_whoever_writes_them(tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["00000000.safetensors"]
 
 
-def test_one_epoch_does_not_compute_ahead(run):
+def test_for_one_epoch_the_reference_is_not_precomputed(run):
     made = run("--num_train_epochs", "1")
     assert made.read_run()["settings"]["precompute_ref_log_probs"]["value"] is False
 
 
-def test_what_was_prepared_is_what_the_run_finds_also_for_one_epoch(tiny_gpt2, pairs_file, cache, tmp_path, capfd):
+def test_a_run_of_one_epoch_uses_what_prepare_has_cached(tiny_gpt2, pairs_file, cache, tmp_path, capfd):
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.2"]
     flags += ["--max_length", "96", "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
     flags += ["--eval_strategy", "epoch", "--logging_steps", "1", "--per_device_train_batch_size", "8"]
@@ -183,28 +183,28 @@ def test_what_was_prepared_is_what_the_run_finds_also_for_one_epoch(tiny_gpt2, p
     made = train("dpo_test", {}, flags)
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")} == written
     assert made.read_run()["settings"]["precompute_ref_log_probs"] == {"value": True, "origin": "this machine"}
-    assert "32 of 32 pairs were kept" in capfd.readouterr().err
+    assert "32 of 32 pairs were cached" in capfd.readouterr().err
 
 
-def test_a_signal_while_the_reference_is_computed_ends_the_run_and_keeps_what_there_is(run, monkeypatch, capfd):
+def test_a_signal_while_the_reference_is_computed_ends_the_run(run, monkeypatch, capfd):
     score = ScoringTrainer._score_rows
 
-    def signal_meanwhile(*arguments):
+    def score_with_a_signal(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return score(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted):
-        patch.setattr(ScoringTrainer, "_score_rows", signal_meanwhile)
+        patch.setattr(ScoringTrainer, "_score_rows", score_with_a_signal)
         run()
     assert "SIGTERM on rank 0: ending" in capfd.readouterr().err
     run()
-    assert "reference log-probs: 8 of 32 pairs were kept" in capfd.readouterr().err
+    assert "reference log-probs: 8 of 32 pairs were cached" in capfd.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp_cpu", "zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
-def test_two_processes_share_and_keep_as_one_does(config, tiny_gpt2, tmp_path, cache):
-    """17 and 7 pairs: the last batch leaves a rank with a stand-in."""
+def test_two_processes_share_and_cache_as_one_does(config, tiny_gpt2, tmp_path, cache):
+    """17 and 7 pairs: in the last batch one rank has only a dummy."""
     from conftest import ROOT
     from test_launch import launch
 
@@ -230,21 +230,21 @@ def test_two_processes_share_and_keep_as_one_does(config, tiny_gpt2, tmp_path, c
         assert record["state"] == "finished"
         assert record["shared_prefix"] == "on"
         assert record["settings"]["precompute_ref_log_probs"]["value"] is True
-    assert len(list(cache.rglob("*.safetensors"))) == 2, "the second run found what the first one kept"
-    for one, two in zip(*(read_metrics(RunDir(folder).metrics_jsonl) for folder in folders), strict=True):
-        for name in (name for name in one if not any(word in name for word in TIMING)):
-            assert one[name] == pytest.approx(two[name], rel=2e-4, abs=2e-6), (one["step"], name)
+    assert len(list(cache.rglob("*.safetensors"))) == 2, "the second run used the cache of the first"
+    for line, expected in zip(*(read_metrics(RunDir(folder).metrics_jsonl) for folder in folders), strict=True):
+        for name in (name for name in line if not any(word in name for word in TIMING)):
+            assert line[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-6), (line["step"], name)
 
 
-def test_a_cache_that_may_not_be_read_costs_nothing_but_the_computation(run, cache, monkeypatch):
-    kept = Path.is_file
+def test_a_run_goes_on_without_permission_to_read_the_cache(run, cache, monkeypatch):
+    original = Path.is_file
 
     def refuse(path):
         if cache in path.parents:
             raise PermissionError(13, "Permission denied", str(path))
-        return kept(path)
+        return original(path)
 
-    monkeypatch.setattr(Path, "is_file", refuse)  # root may read everything, so no mode keeps it out
+    monkeypatch.setattr(Path, "is_file", refuse)  # no file mode keeps root from reading
     assert run().read_run()["state"] == "finished"
 
 
@@ -252,4 +252,4 @@ def test_a_stream_is_prepared_without_its_reference(tiny_gpt2, pairs_file, tmp_p
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--max_length", "96"]
     flags += ["--dataset_streaming", "true", "--max_steps", "2", "--eval_strategy", "no"]
     prepare("dpo_test", {}, [*flags, "--output_dir", str(tmp_path / "run")])
-    assert "the reference is not computed" in capfd.readouterr().err
+    assert "reference log-probs are not computed" in capfd.readouterr().err

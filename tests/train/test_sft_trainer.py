@@ -1,4 +1,4 @@
-"""Supervised training on the chosen answers: the same steps, folder and resume; and DPO goes on from its run."""
+"""Supervised training on the chosen answers, and DPO that starts from its run folder."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ LORA = {"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 4, "l
 
 @pytest.fixture
 def defaults(tiny_gpt2, tmp_path) -> dict:
-    """Without dropout, so that numbers can be computed by hand."""
+    """Settings without dropout, so that a test can compute the numbers itself."""
     model = AutoModelForCausalLM.from_pretrained(tiny_gpt2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(tmp_path / "model")
@@ -57,35 +57,35 @@ def defaults(tiny_gpt2, tmp_path) -> dict:
 
 
 def held_out_loss(model: Path, defaults: dict, *, answers_alone: bool = True) -> float:
-    """The mean over all tokens that are to be learnt of the held-out chosen answers, in plain transformers."""
+    """The mean loss over all trained tokens of the held-out chosen answers, by transformers alone."""
     data = DataArguments(dataset_name=defaults["dataset_name"], eval_fraction=0.2)
     prepared = prepare_data(data, AutoTokenizer.from_pretrained(model), max_length=96, with_eval=True)
     net = AutoModelForCausalLM.from_pretrained(model).eval()
-    lost, tokens = 0.0, 0
+    total, tokens = 0.0, 0
     for row in prepared.eval:
         ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
         with torch.no_grad():
             logs = net(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        kept = logs[len(row["prompt_ids"]) - 1 :] if answers_alone else logs
-        lost, tokens = lost - float(kept.sum()), tokens + len(kept)
-    return lost / tokens
+        trained = logs[len(row["prompt_ids"]) - 1 :] if answers_alone else logs
+        total, tokens = total - float(trained.sum()), tokens + len(trained)
+    return total / tokens
 
 
 @pytest.mark.parametrize("answers_alone", [True, False])
-def test_the_evaluations_loss_is_the_mean_over_all_held_out_answer_tokens(answers_alone, defaults):
+def test_the_eval_loss_is_the_mean_over_all_answer_tokens(answers_alone, defaults):
     flags = [] if answers_alone else ["--completion_only_loss", "false"]
     run = train("sft_test", {**defaults, "per_device_eval_batch_size": 3}, flags)
     record = run.read_run()
-    kept = next(r for r in read_metrics(run.metrics_jsonl) if r["step"] == record["best"]["step"])
+    best = next(r for r in read_metrics(run.metrics_jsonl) if r["step"] == record["best"]["step"])
     assert record["best"]["value"] == min(r["eval_loss"] for r in read_metrics(run.metrics_jsonl) if "eval_loss" in r)
-    assert kept["eval_loss"] == pytest.approx(held_out_loss(run.model, defaults, answers_alone=answers_alone), rel=1e-5)
-    assert kept["eval_loss"] < held_out_loss(Path(defaults["model_name_or_path"]), defaults)
+    assert best["eval_loss"] == pytest.approx(held_out_loss(run.model, defaults, answers_alone=answers_alone), rel=1e-5)
+    assert best["eval_loss"] < held_out_loss(Path(defaults["model_name_or_path"]), defaults)
 
 
-def test_a_step_is_the_same_however_it_is_dealt(defaults, tmp_path):
-    """17 rows in steps of 8: the last one has a single row."""
+def test_a_step_does_not_depend_on_its_micro_batches(defaults, tmp_path):
+    """17 rows in steps of 8: the last step has a single row."""
     pairs = write_pairs(tmp_path / "21.jsonl", 21)
-    ways = {"whole": (8, 1), "dealt": (2, 4), "uneven": (4, 2)}
+    ways = {"whole": (8, 1), "split": (2, 4), "uneven": (4, 2)}
     runs = {}
     for name, (size, micro_batches) in ways.items():
         changes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": micro_batches}
@@ -93,7 +93,7 @@ def test_a_step_is_the_same_however_it_is_dealt(defaults, tmp_path):
         runs[name] = train("sft_test", {**defaults, **changes}, [])
     losses = {name: [r["loss"] for r in read_metrics(run.metrics_jsonl) if "loss" in r] for name, run in runs.items()}
     weights = {name: load_file(run.model / "model.safetensors") for name, run in runs.items()}
-    for name in ("dealt", "uneven"):
+    for name in ("split", "uneven"):
         assert losses[name] == pytest.approx(losses["whole"], rel=1e-5)
         assert all(torch.allclose(w, weights["whole"][n], atol=1e-5) for n, w in weights[name].items())
 
@@ -103,12 +103,12 @@ def test_a_step_is_the_same_however_it_is_dealt(defaults, tmp_path):
     [{}, {"num_train_epochs": 2, "max_steps": -1, "per_device_train_batch_size": 3}, LORA],
     ids=["plain", "uneven epochs", "adapter"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(changes, defaults, tiny_gpt2, tmp_path):
+def test_a_resumed_supervised_run_equals_an_uninterrupted_one(changes, defaults, tiny_gpt2, tmp_path):
     """With GPT-2's own dropout."""
-    asked = {**defaults, "model_name_or_path": str(tiny_gpt2), **changes}
-    whole = train("sft_test", asked, [])
+    settings = {**defaults, "model_name_or_path": str(tiny_gpt2), **changes}
+    whole = train("sft_test", settings, [])
     cut = interrupt(whole, tmp_path / "cut", after=4)
-    check_same(train("sft_test", {**asked, "output_dir": str(cut.path)}, []), whole)
+    check_same(train("sft_test", {**settings, "output_dir": str(cut.path)}, []), whole)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(defaults):
@@ -117,7 +117,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(defaults):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "words"),
+    ("name", "value", "message"),
     [
         ("packing", "true", "each answer is a row of its own"),
         ("eos_token", "</s>", "the tokenizer's own is used"),
@@ -125,8 +125,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(defaults):
         ("loss_type", "sigmoid", "invalid choice"),
     ],
 )
-def test_a_flag_that_supervised_training_does_not_honour_is_refused(name, value, words, defaults):
-    with pytest.raises(SettingsError, match=words):
+def test_a_flag_that_supervised_training_ignores_is_refused(name, value, message, defaults):
+    with pytest.raises(SettingsError, match=message):
         load_settings("sft_test", defaults, [f"--{name}", value])
 
 
@@ -137,23 +137,23 @@ def test_an_unknown_kind_is_refused(defaults):
 
 def test_a_supervised_recipe_has_no_plan(monkeypatch):
     monkeypatch.chdir(ROOT)
-    asked = load_asked("sft_gpt2", [], None)
+    request = load_asked("sft_gpt2", [], None)
     with pytest.raises(SettingsError, match="is supervised"):
-        build_plan(asked)
+        build_plan(request)
 
 
 # -- a run folder as a model -------------------------------------------------------------------------------------------
 
 
 def to_dpo(defaults: dict, run: Path) -> dict:
-    """The command that follows, on the same pairs."""
+    """The settings of DPO that starts from the run, on the same pairs."""
     names = ("kind", "load_best_model_at_end", "metric_for_best_model")
     kept = {name: value for name, value in defaults.items() if name not in names}
     return {**kept, "model_name_or_path": str(run), "output_dir": f"{run}_dpo", "max_steps": 2, "eval_strategy": "no"}
 
 
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "adapter"])
-def test_dpo_goes_on_from_a_supervised_run_which_is_its_reference(changes, defaults):
+def test_a_supervised_run_is_start_and_reference_of_dpo(changes, defaults):
     sft = train("sft_test", {**defaults, **changes}, [])
     dpo = train("dpo_test", {**to_dpo(defaults, sft.path), **changes}, [])
     first = read_metrics(dpo.metrics_jsonl)[0]
@@ -161,19 +161,19 @@ def test_dpo_goes_on_from_a_supervised_run_which_is_its_reference(changes, defau
     assert first["rewards/chosen"] == pytest.approx(0.0, abs=1e-4)
     before = train("dpo_test", {**to_dpo(defaults, Path(defaults["model_name_or_path"])), **changes}, [])
     assert first["logps/chosen"] > read_metrics(before.metrics_jsonl)[0]["logps/chosen"] + 1
-    taken = dpo.read_run()["settings"]["model_name_or_path"]
-    assert taken == {"value": str(sft.adapter if changes else sft.model), "origin": "recipe dpo_test"}
+    model = dpo.read_run()["settings"]["model_name_or_path"]
+    assert model == {"value": str(sft.adapter if changes else sft.model), "origin": "recipe dpo_test"}
 
 
-def test_the_resumed_run_finds_the_same_model_behind_the_folder(defaults, tmp_path):
+def test_a_resumed_run_uses_the_same_model_of_a_run_folder(defaults, tmp_path):
     sft = train("sft_test", defaults, [])
-    asked = {**to_dpo(defaults, sft.path), "max_steps": 4}
-    whole = train("dpo_test", asked, [])
+    settings = {**to_dpo(defaults, sft.path), "max_steps": 4}
+    whole = train("dpo_test", settings, [])
     cut = interrupt(whole, tmp_path / "cut", after=2)
-    check_same(train("dpo_test", {**asked, "output_dir": str(cut.path)}, []), whole)
+    check_same(train("dpo_test", {**settings, "output_dir": str(cut.path)}, []), whole)
 
 
-def test_of_a_run_folder_the_merged_model_is_taken_before_the_adapter(tmp_path):
+def test_the_merged_model_of_a_run_comes_before_its_adapter(tmp_path):
     run = RunDir(tmp_path / "run")
     for folder in (run.adapter, run.merged):
         folder.mkdir(parents=True)
@@ -181,18 +181,18 @@ def test_of_a_run_folder_the_merged_model_is_taken_before_the_adapter(tmp_path):
         assert find_model(str(run.path)) == str(folder)
 
 
-def test_a_merge_of_an_earlier_end_is_passed_over(tmp_path):
+def test_an_outdated_merge_is_skipped(tmp_path):
     run = RunDir(tmp_path / "run")
     for folder in (run.merged, run.adapter):
         folder.mkdir(parents=True)
-    for end, found in (("t0", run.merged), ("t1", run.adapter)):
+    for end, folder in (("t0", run.merged), ("t1", run.adapter)):
         run.run_json.write_text(json.dumps({"state": "finished", "generations": [{"token": end}]}))
         run.merge_json.write_text('{"end": "t0"}')
-        assert find_model(str(run.path)) == str(found)
+        assert find_model(str(run.path)) == str(folder)
 
 
 @pytest.mark.parametrize("state", ["running", "preempted", "failed"])
-def test_the_model_of_an_earlier_end_is_not_taken_for_that_of_a_run_that_goes_on(state, tmp_path):
+def test_the_outdated_model_of_an_unfinished_run_is_refused(state, tmp_path):
     run = RunDir(tmp_path)
     run.model.mkdir()
     run.run_json.write_text(json.dumps({"state": state}))
@@ -201,12 +201,12 @@ def test_the_model_of_an_earlier_end_is_not_taken_for_that_of_a_run_that_goes_on
     assert error.value.do.endswith(f"name that model: {run.model}")
 
 
-def test_a_name_that_is_no_run_folder_is_taken_as_it_is(tmp_path):
+def test_a_name_that_is_not_a_run_folder_is_unchanged(tmp_path):
     assert find_model("openai-community/gpt2") == "openai-community/gpt2"
     assert find_model(str(tmp_path)) == str(tmp_path)
 
 
-def test_a_run_without_a_trained_model_is_refused_with_its_newest_checkpoint(tmp_path):
+def test_a_run_without_a_trained_model_names_its_checkpoint(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"state": "preempted"}))
     with pytest.raises(RunFolderError, match="without a trained model \\(it is preempted\\)"):
         find_model(str(tmp_path))
@@ -215,11 +215,11 @@ def test_a_run_without_a_trained_model_is_refused_with_its_newest_checkpoint(tmp
         find_model(str(tmp_path))
 
 
-def test_a_supervised_run_is_judged_on_pairs(defaults):
+def test_a_supervised_run_is_evaluated_on_pairs(defaults):
     run = train("sft_test", defaults, [])
-    found = evaluate_model(str(run.path), base=None, data=None, split=None, limit=4, argv=["--use_cpu"])
-    assert found["tuned"]["model"] == str(run.model)
-    assert found["beta"] == 0.1
+    result = evaluate_model(str(run.path), base=None, data=None, split=None, limit=4, argv=["--use_cpu"])
+    assert result["tuned"]["model"] == str(run.model)
+    assert result["beta"] == 0.1
 
 
 # -- placements --------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_a_supervised_run_is_judged_on_pairs(defaults):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp_cpu", "zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
 def test_two_processes_train_as_one_does(config, defaults, tmp_path):
-    """17 and 3 rows: an epoch's last step and the evaluation leave a process without a row."""
+    """17 and 3 rows: in an epoch's last step and in the evaluation one process has no row."""
     data = tmp_path / "data"
     data.mkdir()
     write_pairs(data / "train.jsonl", 17)

@@ -158,7 +158,7 @@ def _check_settings(checkpoint: Checkpoint, settings: Settings, *, world_size: i
     Pairs and model are compared later, by `train.preflight.check_start`.
     """
     manifest = checkpoint.manifest or {}
-    then, training = manifest["settings"], settings.training
+    then = manifest["settings"]
     missing = sorted({*OTHERS} - {*then}) if isinstance(then, dict) else list(OTHERS)
     if missing:
         raise RunFolderError(
@@ -171,7 +171,7 @@ def _check_settings(checkpoint: Checkpoint, settings: Settings, *, world_size: i
     start.universal = manifest["world_size"] != world_size and manifest["placement"].startswith("ZeRO")
     if manifest["world_size"] != world_size and GLOBAL_BATCH not in find_accepted(settings):
         start.accumulation = _keep_global_batch(then[GLOBAL_BATCH], settings, world_size)
-        training.gradient_accumulation_steps = start.accumulation
+        settings = settings.with_training("resume", gradient_accumulation_steps=start.accumulation)
     now = describe_identity(settings, world_size=world_size, data_fingerprint=then[DATA], model=then[MODEL])
     compare_settings(then, now, settings)
     return start

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from torch.distributed.distributed_c10d import Store, _get_default_store
 
 from dpokit.distributed.processes import is_main_process
-from dpokit.errors import DpokitError, MachineError
+from dpokit.errors import OUT_OF_MEMORY, DpokitError, MachineError
 from dpokit.interrupts import Interrupted, Preempted
 
 T = TypeVar("T")
@@ -40,9 +40,6 @@ def speaks_for_all() -> bool:
 _LOST = re.compile(
     "timed out|timeout|connection (closed|reset) by peer|connection refused|address already in use", re.I
 )
-
-
-_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.I)
 AFTERMATH_SECONDS = 2.0  # how long the ranks that are left wait for each other's sign
 
 
@@ -66,7 +63,7 @@ def peer_errors(timeout_seconds: int, where: Callable[[], str] = str) -> Iterato
         if of_torch and _LOST.search(text):
             raise _lost_peer(text[:200], timeout_seconds, where()) from error
         _tell_cause(f"rank {rank}{where()}: {type(error).__name__}: {text[:300]}")
-        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(text):
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
             raise MachineError(
                 f"rank {rank} ran out of memory{where()}: {text[:200]}",
                 expected="a step that fits the device",

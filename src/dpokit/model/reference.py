@@ -73,20 +73,18 @@ def can_be_computed_ahead(settings: Settings) -> bool:
     return find_precompute_trouble(training, settings.model) is None
 
 
-def decide_reference(settings: Settings, *, kept: bool = False) -> bool:
-    """Enables `precompute_ref_log_probs` if it is unset, possible and worthwhile; returns whether it did.
+def decide_reference(settings: Settings, *, kept: bool = False) -> Settings:
+    """Returns settings with `precompute_ref_log_probs` on if it is unset, possible and worthwhile; else the same ones.
 
     It is worthwhile if training uses each pair more than once, or if the log-probs are `kept` on disk already.
     """
     if settings.kind != "dpo":
-        return False
+        return settings
     training, able = settings.training, can_be_computed_ahead(settings)
     epochs = training.max_steps <= 0 and training.num_train_epochs > 1
     if "precompute_ref_log_probs" in settings.origins or not able or not (epochs or kept):
-        return False
-    training.precompute_ref_log_probs = True
-    settings.origins["precompute_ref_log_probs"] = "this machine"
-    return True
+        return settings
+    return settings.with_training("this machine", precompute_ref_log_probs=True)
 
 
 def hash_weights(name: str, revision: str | None) -> str:

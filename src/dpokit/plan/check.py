@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.console import quiet_dependencies, say
-from dpokit.errors import DpokitError, MachineError, SettingsError
+from dpokit.errors import OUT_OF_MEMORY, DpokitError, MachineError, SettingsError
 from dpokit.interpreter import PYTHON
 from dpokit.plan.plan import Plan
 from dpokit.plan.target import GIB
 
 STEPS = 2
 MICRO_BATCHES = 2  # a second one meets the gradients of the first
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
 
 
 def check_plan(plan: Plan) -> dict[str, Any]:
@@ -101,6 +100,7 @@ def run_check(folder: Path) -> None:
 
     from dpokit.model.load import build_peft_config, load_policy, load_reference, load_tokenizer
     from dpokit.model.reference import decide_reference
+    from dpokit.rundir import RunDir
     from dpokit.settings.layers import read_defaults
     from dpokit.settings.load import load_settings
     from dpokit.train.dpo_trainer import PairTrainer
@@ -109,8 +109,7 @@ def run_check(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     recipe = Path(job["recipe"])
     defaults = read_defaults(recipe)
-    asked = load_settings(str(recipe), defaults, job["flags"])
-    decide_reference(asked)
+    asked = decide_reference(load_settings(str(recipe), defaults, job["flags"]))
     first = asked.training
     micro_batches = min(MICRO_BATCHES, first.gradient_accumulation_steps)
     evaluates = first.eval_strategy != "no"
@@ -135,6 +134,8 @@ def run_check(folder: Path) -> None:
     batch = [rows[i % len(rows)] for i in range(training.per_device_train_batch_size)]
     held_out = [rows[i % len(rows)] for i in range(training.per_device_eval_batch_size)]
     trainer = PairTrainer(
+        run=RunDir(training.output_dir),
+        identity={},  # no checkpoint is written
         model=policy,
         ref_model=load_reference(settings),
         args=training,

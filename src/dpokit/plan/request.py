@@ -1,8 +1,7 @@
 """What is planned: a recipe's settings, for the devices of the plan and not for the machine that makes it."""
 
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ def load_asked(recipe: str, flags: Sequence[str], gpus: str | None) -> Asked:
         # Built as for the CPU, which every machine has: DPOConfig refuses GPU settings where there is no GPU.
         built = load_settings(str(path), defaults, [*flags, "--use_cpu", "true", "--bf16", "false", "--fp16", "false"])
         settings = _settings_for_gpus(built, asked)
-    decide_reference(settings)
+    settings = decide_reference(settings)
     training = settings.training
     autocast = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
     return Asked(path, defaults, tuple(flags), settings, target, autocast)
@@ -74,11 +73,9 @@ def _settings_for_gpus(settings: Settings, asked: Mapping[str, Any]) -> Settings
     """bf16 is on unless it was said otherwise, as GPUs of today have it."""
     if asked.get("fp16") and asked.get("bf16"):
         raise SettingsError("fp16 and bf16 are both true", expected="one of them", do="--fp16 false or --bf16 false")
-    training = copy.copy(settings.training)
-    training.use_cpu = False
-    training.fp16 = bool(asked.get("fp16"))
-    training.bf16 = not training.fp16 and asked.get("bf16") is not False
-    return replace(settings, training=training)
+    fp16 = bool(asked.get("fp16"))
+    bf16 = not fp16 and asked.get("bf16") is not False
+    return settings.with_training("the devices of the plan", use_cpu=False, fp16=fp16, bf16=bf16)
 
 
 def _find_asked(path: Path, defaults: Mapping[str, Any], flags: Sequence[str]) -> dict[str, Any]:

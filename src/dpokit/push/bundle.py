@@ -16,7 +16,7 @@ from dpokit.errors import HubError
 from dpokit.push.card_files import find_card_files
 from dpokit.push.choose_weights import WEIGHTS, ChosenWeights, check_base_model, choose_weights
 from dpokit.push.leak_scan import LeakFinder
-from dpokit.rundir import RunDir
+from dpokit.rundir import RunDir, read_record
 
 # Only files of these kinds are sent: weights, configurations, tokenizers.
 KINDS = (
@@ -203,8 +203,8 @@ def _read_file(path: Path, name: str, base_model: str | None) -> BundleFile:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_bytes())
-    except ValueError as error:
+        record = read_record(path)
+    except (ValueError, RecursionError) as error:
         record = error
     if not isinstance(record, dict):
         raise HubError(f"{path} is damaged", expected="a JSON mapping", do="train or merge it again")

@@ -6,6 +6,7 @@ Each layer goes through the same parser, so a misspelt key or a value of the wro
 and for every value it is known where it came from.
 """
 
+import copy
 import dataclasses
 import json
 import re
@@ -40,7 +41,9 @@ PLAIN_NAME = re.compile(r"\w+")  # of an attention; one with a slash is a progra
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All settings of one run.
+    """All settings of one run, as they were requested; nothing outside this module assigns to them.
+
+    A decision that the run takes itself makes new settings, by `with_training`.
 
     Attributes:
         recipe: the recipe's name, e.g. `dpo_gpt2`.
@@ -73,6 +76,13 @@ class Settings:
     def values(self) -> dict[str, Any]:
         """`{name: value}` of `record`."""
         return {name: entry["value"] for name, entry in self.record().items()}
+
+    def with_training(self, origin: str, **values: Any) -> "Settings":
+        """New settings whose `training` has these values, recorded with this origin; the old ones stay as they are."""
+        training = copy.copy(self.training)  # dataclasses.replace would run TRL's and transformers' checks again
+        for name, value in values.items():
+            setattr(training, name, value)
+        return dataclasses.replace(self, training=training, origins=self.origins | dict.fromkeys(values, origin))
 
 
 def _as_json(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Evaluations in plain words, when they say that training makes the model worse. Nothing is stopped: gates do that."""
+"""Alarms: warnings when an evaluation shows that training makes the model worse. Unlike gates, they stop nothing."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,28 +9,28 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOConfig
 
 from dpokit.console import say
-from dpokit.distributed.placement import find_placement
 from dpokit.model.generate import count_answers, generate_answers
 from dpokit.rundir import RunDir
 from dpokit.train.steps import StepTrainer
 from dpokit.untrained_loss import find_untrained_loss
 
 ANSWER_TOKENS = 48  # of a sampled answer, at temperature 1
-MORE_REPETITION = 0.25  # the share of repeated 4-grams that is too many above the base's
-VANISHED = 0.1  # of the base's length
-ENDED = 0.5  # the share of the base's answers that must have ended, for a fall of it to say anything
-ENDLESS = 0.25  # of the base's share
-PAST_BEST = 0.2  # the share by which the eval loss has risen above its best
-COLLAPSE = 0.5  # the chosen answers' log-probs have fallen by this share of what the base gives them
+# Thresholds. "Base" is the model before the first step.
+MORE_REPETITION = 0.25  # the share of repeated 4-grams exceeds the base's by more than this
+VANISHED = 0.1  # answers are shorter than this share of the base's length
+ENDED = 0.5  # the share of answers that end is judged only if at least this share of the base's did
+ENDLESS = 0.25  # the share of answers that end is below this share of the base's
+PAST_BEST = 0.2  # the eval loss exceeds its lowest value by this share
+COLLAPSE = 0.5  # the log-probs of chosen answers have fallen by this share of the base's
 
 
 class AlarmCallback(TrainerCallback):
-    """Says once a kind what an evaluation shows, with the step at which it was best; run.json keeps it (`alarms`).
+    """Prints each kind of alarm once, with the step of the lowest eval loss; run.json records them (`alarms`).
 
     Args:
-        trainer: whose model answers a few held-out prompts before the first step and at each evaluation.
-        run: its folder; run.json keeps what was counted in the first answers (`answers_of_base`).
-        answers: how many prompts; 0 for none.
+        trainer: the trainer; its model answers a few held-out prompts before the first step and at each evaluation.
+        run: the run folder; run.json records the counts of the first answers (`answers_of_base`).
+        answers: number of prompts; 0 for none.
     """
 
     def __init__(self, trainer: StepTrainer, run: RunDir, *, answers: int) -> None:
@@ -41,9 +41,9 @@ class AlarmCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         held_out = self.trainer.eval_dataset
-        # Where each process holds a part of the weights all of them answer, and the same: each needs the others' part.
-        shared = find_placement(self.trainer.model_wrapped).startswith(("ZeRO-3", "FSDP"))
-        if isinstance(held_out, Dataset) and (shared or state.is_world_process_zero):
+        # If the weights are sharded, all ranks answer the same prompts, as each needs the shards of the others.
+        is_sharded = self.trainer.placement.startswith(("ZeRO-3", "FSDP"))
+        if isinstance(held_out, Dataset) and (is_sharded or state.is_world_process_zero):
             self.prompts = held_out[: self.answers]["prompt_ids"]
         if state.global_step == 0 and self.prompts and args.eval_strategy != "no":
             counted = self._count()
@@ -57,22 +57,22 @@ class AlarmCallback(TrainerCallback):
         if not state.is_world_process_zero or not metrics:
             return
         record = self.run.read_run() or {}
-        told: list[dict[str, Any]] = record.get("alarms", [])
+        recorded: list[dict[str, Any]] = record.get("alarms", [])
         history = [*state.log_history, {"step": state.global_step, **metrics}]
-        best = find_best(history)
-        found = find_alarms(metrics, args, best=best)
+        best = find_lowest_loss(history)
+        alarms = find_alarms(metrics, args, best=best)
         base = record.get("answers_of_base")
         if base and now:
-            found |= find_answer_alarms(base, now)
+            alarms |= find_answer_alarms(base, now)
         when = "" if best is None else f" It was best at step {best[1]} (eval loss {best[0]:.3f})."
-        for kind in found.keys() - {alarm["kind"] for alarm in told}:
-            text = found[kind] + when
+        for kind in alarms.keys() - {alarm["kind"] for alarm in recorded}:
+            text = alarms[kind] + when
             say(f"\nALARM at step {state.global_step}: {text}")
-            told.append({"kind": kind, "step": state.global_step, "text": text})
-            self.run.write_run(alarms=told)
+            recorded.append({"kind": kind, "step": state.global_step, "text": text})
+            self.run.write_run(alarms=recorded)
 
     def _count(self) -> dict[str, float] | None:
-        """None where nothing can be sampled, as the numbers are not finite: gates speak of that. May be collective."""
+        """Counts of sampled answers; None if logits are not finite, which a gate reports. Collective if sharded."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         room = int(min(positions - max(map(len, self.prompts)), ANSWER_TOKENS))
@@ -88,69 +88,70 @@ class AlarmCallback(TrainerCallback):
 def find_alarms(
     metrics: Mapping[str, float], args: TrainingArguments, *, best: tuple[float, int] | None = None
 ) -> dict[str, str]:
-    """What one evaluation shows, by kind: `worse_than_base`, `past_its_best`, `chosen_collapse`.
+    """Alarms of one evaluation, by kind: `worse_than_base`, `past_its_best`, `chosen_collapse`.
 
     Args:
-        metrics: of an evaluation: `eval_loss` and TRL's others.
-        args: for the loss and its beta.
+        metrics: `eval_loss` and TRL's other metrics of the evaluation.
+        args: the trainer's arguments, with the loss and beta.
         best: the lowest eval loss so far and its step.
     """
     alarms = {}
     loss = metrics["eval_loss"]
-    of_base = None
+    base_loss = None
     if isinstance(args, DPOConfig):
-        of_base = find_untrained_loss(args.loss_type, args.loss_weights, use_weighting=args.use_weighting)
-    if of_base is not None and "eval_aux_loss" not in metrics and math.isfinite(loss) and loss > of_base:
+        base_loss = find_untrained_loss(args.loss_type, args.loss_weights, use_weighting=args.use_weighting)
+    if base_loss is not None and "eval_aux_loss" not in metrics and math.isfinite(loss) and loss > base_loss:
         alarms["worse_than_base"] = (
-            f"eval loss {loss:.3f} is above {of_base:.3f}, that of the untouched base: on held-out pairs training has "
-            f"made the model worse, at a reward accuracy of {metrics['eval_rewards/accuracies']:.0%}. Fewer epochs, a "
-            "lower --learning_rate or more pairs help."
+            f"eval loss {loss:.3f} is above {base_loss:.3f}, the loss of the untrained base: training has made the "
+            f"model worse on held-out pairs, at a reward accuracy of {metrics['eval_rewards/accuracies']:.0%}. Fewer "
+            "epochs, a lower --learning_rate or more pairs help."
         )
     elif best is not None and math.isfinite(loss) and loss - best[0] > PAST_BEST * abs(best[0]):
         alarms["past_its_best"] = (
-            f"eval loss {loss:.3f} has risen far above its best: what the model learns now, it learns by heart. Fewer "
-            "epochs, a lower --learning_rate or more pairs help."
+            f"eval loss {loss:.3f} has risen far above its lowest value: the model overfits. Fewer epochs, a lower "
+            "--learning_rate or more pairs help."
         )
-    if not isinstance(args, DPOConfig):  # supervised training has no reference to lose against
+    if not isinstance(args, DPOConfig):  # supervised training has no reference
         return alarms
     gained = metrics["eval_rewards/chosen"] / args.beta
     base = metrics["eval_logps/chosen"] - gained
     if math.isfinite(gained) and gained < -COLLAPSE * abs(base):
         alarms["chosen_collapse"] = (
-            f"chosen answers have lost {-gained:.0f} of log-prob each (the base gives them {base:.0f}): the model may "
-            "write neither answer any more. A higher --beta, a lower --learning_rate or an SFT term "
+            f"the log-prob of chosen answers has fallen by {-gained:.0f} on average (the base gives {base:.0f}): the "
+            "model may no longer write either answer. A higher --beta, a lower --learning_rate or an SFT term "
             "(--loss_type sigmoid sft) helps."
         )
     return alarms
 
 
 def find_answer_alarms(base: Mapping[str, float], now: Mapping[str, float]) -> dict[str, str]:
-    """`answers_repeat`, `answers_vanish`, `answers_endless`: sampled answers beside those before the first step.
+    """Alarms of sampled answers, by kind: `answers_repeat`, `answers_vanish`, `answers_endless`.
 
     Args:
-        base, now: of `count_answers`.
+        base: the counts before the first step, by `count_answers`.
+        now: the counts of this evaluation.
     """
     alarms = {}
     if now["repetition"] > base["repetition"] + MORE_REPETITION:
         alarms["answers_repeat"] = (
-            f"{now['repetition']:.0%} of the 4-grams in sampled answers were said before, {base['repetition']:.0%} at "
-            "the start: the model goes round in circles. A higher --beta or a lower --learning_rate helps."
+            f"{now['repetition']:.0%} of the 4-grams in sampled answers are repetitions, {base['repetition']:.0%} at "
+            "the start: the model repeats itself. A higher --beta or a lower --learning_rate helps."
         )
     if now["mean_tokens"] < VANISHED * base["mean_tokens"]:
         alarms["answers_vanish"] = (
             f"sampled answers have {now['mean_tokens']:.0f} tokens, {base['mean_tokens']:.0f} at the start: the model "
-            "has learnt to say next to nothing. Look at the lengths of the chosen answers, and raise --beta."
+            "has learnt very short answers. Look at the lengths of the chosen answers, and raise --beta."
         )
     if base["ended"] >= ENDED and now["ended"] < ENDLESS * base["ended"]:
         alarms["answers_endless"] = (
             f"{now['ended']:.0%} of sampled answers end within {ANSWER_TOKENS} tokens, {base['ended']:.0%} at the "
-            "start: the model may no longer know when to stop. Look at what it writes and at the lengths of the chosen "
-            "answers, and raise --beta."
+            "start: the model may no longer end its answers. Look at its answers and at the lengths of the chosen "
+            "ones, and raise --beta."
         )
     return alarms
 
 
-def find_best(history: Sequence[Mapping[str, float]]) -> tuple[float, int] | None:
-    """The lowest eval loss so far and its step; None where none was finite."""
-    seen = [(record["eval_loss"], int(record["step"])) for record in history if "eval_loss" in record]
-    return min((pair for pair in seen if math.isfinite(pair[0])), default=None)
+def find_lowest_loss(history: Sequence[Mapping[str, float]]) -> tuple[float, int] | None:
+    """The lowest eval loss so far and its step; None if no loss was finite."""
+    losses = [(record["eval_loss"], int(record["step"])) for record in history if "eval_loss" in record]
+    return min((pair for pair in losses if math.isfinite(pair[0])), default=None)

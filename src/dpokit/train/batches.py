@@ -1,8 +1,8 @@
-"""Which pairs meet in a step, and which rank computes them.
+"""Which pairs make up a step, and which rank computes them.
 
-An optimizer step is a set of pairs that depends on the seed, the epoch and the global batch alone; how it is dealt to
-ranks and micro-batches is not seen in the gradient. The last step of an epoch may hold fewer pairs: nothing is dropped
-and no pair counts twice. Where that leaves a rank without a pair, it computes a stand-in, which has no weight.
+The pairs of an optimizer step depend on the seed, the epoch and the global batch only. How they are split among ranks
+and micro-batches does not change the gradient. The last step of an epoch may hold fewer pairs: no pair is dropped, and
+none counts twice. A rank that is left without a pair computes a dummy, which has weight 0.
 """
 
 import math
@@ -20,16 +20,17 @@ from torch.utils.data import Sampler
 class Batches(Sampler[list[int]]):
     """Batches of all ranks in turn: micro-batch 0 of rank 0, of rank 1, ..., micro-batch 1 of rank 0, ...
 
-    accelerate deals a batch sampler's batches to the ranks in exactly this order. A stand-in for row i is `~i`.
+    accelerate gives a batch sampler's batches to the ranks in exactly this order. A dummy that repeats row i has the
+    index `~i`.
 
     Args:
-        pairs: how many pairs there are.
+        pairs: number of pairs.
         per_device: pairs of one rank in one micro-batch.
         world_size: number of ranks.
         micro_batches: micro-batches of an optimizer step (gradient accumulation); 1 for evaluation.
-        seed: of the shuffling; None keeps the order.
+        seed: of the shuffle; None keeps the order.
         drop_last: leave out the last, incomplete step.
-        lengths: tokens of each pair, to give ranks and micro-batches of a step about as many; None deals them in order.
+        lengths: tokens of each pair, to balance the ranks and micro-batches of a step; None splits the pairs in order.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Batches(Sampler[list[int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Each epoch has its own order."""
+        """Sets the epoch, on which the order of the pairs depends."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -75,15 +76,16 @@ class Batches(Sampler[list[int]]):
             if self.drop_last and len(step) < self.per_step:
                 return
             cells = self._micro_batches(len(step)) * self.world_size
-            # Shares that differ by one pair at most; a full step is cut into equal batches.
+            # The sizes differ by at most one pair; a full step is split into equal batches.
             sizes = [(cell + 1) * len(step) // cells - cell * len(step) // cells for cell in range(cells)]
             for share in self._deal(step, sizes):
                 yield share or [~step[0]]
 
     def _deal(self, step: list[int], sizes: list[int]) -> list[list[int]]:
-        """The step's pairs in shares of these sizes, of about as many tokens each: the longest pair that is left goes
+        """The step's pairs in shares of these sizes, each of about the same number of tokens.
 
-        to the share with the fewest tokens (longest processing time first, R. L. Graham, 1969).
+        The longest remaining pair is added to the share with the fewest tokens (longest processing time first,
+        R. L. Graham, 1969).
         """
         if self.lengths is None:
             ends = list(accumulate(sizes, initial=0))
@@ -99,7 +101,7 @@ class Batches(Sampler[list[int]]):
 
 
 class Rows(TorchDataset[dict[str, Any]]):
-    """A dataset's rows by index, each with `counts`: False for the stand-in `~i` of row i."""
+    """A dataset's rows by index, each with `counts`: False for `~i`, the dummy that repeats row i."""
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows

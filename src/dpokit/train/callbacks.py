@@ -1,7 +1,6 @@
-"""What happens beside the steps: metrics.jsonl, the progress bar, the table of evaluations."""
+"""Callbacks of the trainer: metrics.jsonl, run.json, the progress bar, the table of evaluations, resume and signals."""
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,69 +9,64 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from dpokit.checkpoint.preempt import EvaluationCut, Notice
 from dpokit.console import is_progress_hidden, say, track_progress
-from dpokit.distributed.placement import find_placement
 from dpokit.interrupts import Preempted
 from dpokit.metrics import list_screen_columns
 from dpokit.rundir import MetricsFile, RunDir
-from dpokit.train.saving import describe_run
 from dpokit.train.steps import StepTrainer
 
 
 class EpochCallback(TrainerCallback):
-    """Gives each epoch its own order of pairs, and says when its end has come."""
+    """Gives each epoch its own order of pairs, and notes its end."""
 
     def __init__(self, trainer: StepTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.set_batches_epoch(int(state.epoch or 0))
-        self.trainer.epoch_ended = False
+        self.trainer.begin_epoch(int(state.epoch or 0))
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.epoch_ended = True
+        self.trainer.end_epoch()
 
 
 class PlacementCallback(TrainerCallback):
-    """Writes to run.json where the prepared model lives, and whether prompts are shared."""
+    """Writes the placement of the prepared model to run.json, and whether prompts are shared."""
 
     def __init__(self, trainer: StepTrainer, run: RunDir) -> None:
-        self.told = False
+        self.is_recorded = False
         self.trainer = trainer
         self.run = run
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.run.write_run(placement=find_placement(self.trainer.model_wrapped))
+            self.run.write_run(placement=self.trainer.placement)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.is_world_process_zero and not self.told:
-            self.told = True
+        if state.is_world_process_zero and not self.is_recorded:
+            self.is_recorded = True
             self.run.write_run(shared_prefix=self.trainer.shared_prefix)
 
 
 class ResumeCallback(TrainerCallback):
-    """Goes on counting where a checkpoint was, once everything is loaded; and says what the next ones must match."""
+    """Restores the counts of a checkpoint, once everything is loaded."""
 
-    def __init__(self, trainer: StepTrainer, checkpoint: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, trainer: StepTrainer, checkpoint: Path | None) -> None:
         self.trainer = trainer
         self.checkpoint = checkpoint
-        self.identity = identity
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.facts = describe_run(self.trainer, self.identity)
         if self.checkpoint is not None:
             self.trainer.restore_progress(self.checkpoint)
 
 
 class PreemptCallback(TrainerCallback):
-    """Asks after each step, and each batch of an evaluation, whether any rank was told to end: all save and end.
+    """Makes all ranks save and end if any rank has received a signal. Checks after each step and evaluation batch.
 
     Collective.
 
     Attributes:
-        why: what was noted, and on which rank; None where nothing was.
+        why: the signal and its rank; None without a signal.
 
-    Raises: Preempted once the checkpoint is whole, on every rank.
+    Raises: Preempted on every rank, once the checkpoint is complete.
     """
 
     def __init__(self, trainer: StepTrainer, notice: Notice) -> None:
@@ -83,21 +77,22 @@ class PreemptCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.raise_write_error()
         if self.trainer.is_finished() and not control.should_evaluate:
-            return  # it ends by itself
-        if not self._hear(state):
+            return  # the run ends anyway
+        if not self._must_end(state):
             return
-        # An evaluation could outlast the grace time, so it is done first thing by the start that goes on.
-        self.trainer.evaluation_due = control.should_evaluate
+        # An evaluation could take longer than the grace period, so the start that resumes the run does it first.
+        if control.should_evaluate:
+            self.trainer.put_off_evaluation()
         control.should_evaluate = False
         control.should_save = True
 
     def on_prediction_step(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self._hear(state):
+        if self._must_end(state):
             raise EvaluationCut(str(self.why))
 
-    def _hear(self, state: TrainerState) -> bool:
-        """Whether any rank was told to end since all were last asked. Collective."""
-        if self.why is not None or not self.trainer.is_told(self.notice.is_given()):
+    def _must_end(self, state: TrainerState) -> bool:
+        """Whether any rank has received a signal since the last check. Collective."""
+        if self.why is not None or not self.trainer.is_true_on_any_rank(self.notice.is_given()):
             return False
         self.why = next(why for why in gather_object([self.notice.why]) if why is not None)
         say(f"{self.why}: saving step {state.global_step} and ending; the same command goes on from there")
@@ -111,7 +106,7 @@ class PreemptCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes every log to metrics.jsonl, on rank 0."""
+    """Writes every log to metrics.jsonl on rank 0."""
 
     def __init__(self, trainer: StepTrainer, run: RunDir) -> None:
         self.trainer = trainer
@@ -136,9 +131,9 @@ class MetricsCallback(TrainerCallback):
 
 
 class ScreenCallback(TrainerCallback):
-    """Progress of the steps and of a running evaluation, and a line of results per evaluation; rank 0.
+    """Shows the progress of steps and evaluations, and a line of results per evaluation, on rank 0.
 
-    Where progress is hidden (`--disable_tqdm`), each log is a line.
+    If progress bars are hidden (`--disable_tqdm`), each log is a line.
     """
 
     def __init__(self) -> None:

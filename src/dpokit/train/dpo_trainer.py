@@ -1,7 +1,7 @@
-"""TRL's DPOTrainer, with exact steps and exact metrics. Touches its inner workings.
+"""TRL's DPOTrainer, with exact steps and exact metrics. Overrides its private methods.
 
-Losses, PEFT and mixed precision are TRL's, untouched. What differs stands in the trainers that this one is made of:
-`steps` (batches, loss and metrics), `resuming`, `saving` and `progress`, for each of TRL's trainers; `scoring` for DPO.
+Losses, PEFT and mixed precision are TRL's, unchanged. Its base classes change the rest: `steps` (batches, loss and
+metrics), `resuming` and `saving` for each of TRL's trainers, `scoring` for DPO.
 """
 
 from collections.abc import Mapping
@@ -15,11 +15,11 @@ from dpokit.train.scoring import ScoringTrainer
 from dpokit.train.steps import Batch, StepTrainer
 
 
-class Collator:
-    """TRL's collator, and `counts`: whether the batch's pairs are real, not a stand-in."""
+class PairCollator:
+    """TRL's collator, and `counts`: for each pair of the batch, whether it is real or a dummy."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None) -> None:
-        # Pairs are cut where they are tokenised, so the collator has no length to keep.
+        # Pairs are truncated when they are tokenised, so the collator has no maximum length.
         self._pad = DataCollatorForPreference(
             pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=pad_to_multiple_of
         )
@@ -29,18 +29,22 @@ class Collator:
 
 
 class PairTrainer(StepTrainer, ScoringTrainer):
-    """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`); arguments are ScoringTrainer's."""
+    """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+
+    Takes the arguments of SavingTrainer and ScoringTrainer.
+    """
 
     def __init__(self, **arguments: Any) -> None:
-        collator = Collator(arguments["processing_class"], arguments["args"].pad_to_multiple_of)
+        collator = PairCollator(arguments["processing_class"], arguments["args"].pad_to_multiple_of)
         super().__init__(data_collator=collator, **arguments)
 
     def weigh(self, batch: Batch) -> float:
-        """Pairs."""
+        """The number of pairs; 0 for a dummy."""
         return float(batch["counts"].sum())
 
     def weigh_others(self, batch: Batch) -> Mapping[str, float]:
-        """Answer tokens, for the metrics that are means over them; the first column of the mask predicts nothing."""
+        """Numbers of answer tokens, for the metrics that are means over them."""
+        # The first token of a row is not predicted.
         chosen, rejected = (float(side.sum()) for side in batch["completion_mask"][:, 1:].sum(dim=1).chunk(2))
         return {
             "entropy": chosen + rejected,
@@ -50,7 +54,7 @@ class PairTrainer(StepTrainer, ScoringTrainer):
         }
 
     def count_positions(self, batch: Batch) -> tuple[float, float]:
-        """Tokens with each prompt once, and positions that are computed."""
+        """The tokens with each prompt once, and the positions that are computed."""
         rows, answers = batch["attention_mask"], batch["completion_mask"]
         needed = (rows.sum() - answers.sum()).item() / 2 + answers.sum().item()
         return needed, needed if self.shared_prefix == "on" else float(rows.numel())
@@ -58,7 +62,7 @@ class PairTrainer(StepTrainer, ScoringTrainer):
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, over the batch's own pairs; `measure` makes it the batch's share of the step."""
+        """TRL's loss, a mean over the pairs of the batch; `measure` scales it to the batch's share of the step."""
         self.prove_shared_prefix(model, inputs)
         score = super().compute_loss
         return self.measure(

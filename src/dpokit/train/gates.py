@@ -1,9 +1,9 @@
-"""Gates: a run that cannot be right is stopped, in one plain sentence; `--gates warn` turns the stops into warnings.
+"""Gates: they stop a run that cannot be right, with one error message; `--gates warn` makes them warn instead.
 
-Those of the steps are here: placement and adapter in force, a first loss away from ln 2, an adapter without a gradient,
-a loss that is not finite. Those before the first step are in `start`. A gate stops only what is certain: where dropout
-or an adapter's start leaves a doubt, it lets pass. Every rank takes the same decision, from values that all ranks share
-or from rank 0's.
+The gates of the training steps are here: wrong placement or adapter, a first loss that is not ln 2, an adapter without
+a gradient, a loss that is not finite. Those before the first step are in `preflight`. A gate stops only a run that is
+certainly wrong: it skips its check if dropout or the adapter's initialisation leaves a doubt. All ranks decide alike,
+from values that they share or from rank 0's.
 """
 
 import math
@@ -19,68 +19,70 @@ from trl import DPOConfig
 
 from dpokit.console import say
 from dpokit.distributed.coordination import decide_on_main_process
-from dpokit.distributed.placement import find_asked_placement, find_placement
+from dpokit.distributed.placement import find_asked_placement
 from dpokit.errors import GateError
 from dpokit.model.score import find_dropout
 from dpokit.train.steps import StepTrainer
 from dpokit.untrained_loss import LN_2, LN_2_LOSSES
 
-# How far policy and reference may be apart before the first update, as a share of the log-probs. Measured, 2 and 8
-# layers: 0 wherever both are computed in the same batch, in every precision. Reference computed ahead in other batches:
-# 3e-8 in fp32, 3e-5 in bf16, 5e-4 in 8 bit, 1.4e-3 in bf16 against a reference kept from an fp32 run. DoRA, 16 and
+# The largest difference of policy and reference before the first update, as a share of the log-probs. Measured with 2
+# and 8 layers: 0 if both are computed in the same batch, in every precision. Reference computed ahead in other batches:
+# 3e-8 in fp32, 3e-5 in bf16, 5e-4 in 8 bit, 1.4e-3 in bf16 against a reference cached by an fp32 run. DoRA, 16 and
 # 4 bit: 5e-4. Another model as reference: above 1e-1.
-TOLERANCE_FP32 = 1e-4
-TOLERANCE_16_BIT = 1e-2
+START_TOLERANCE_FP32 = 1e-4
+START_TOLERANCE_16_BIT = 1e-2
 
-# Loss scaling starts too high and skips steps until the gradients fit; as many steps it may take.
+# Loss scaling starts too high and skips steps until the gradients fit; it may take this many steps.
 FP16_SETTLES_STEPS = 50
 
 
 class Gates:
-    """Where all gates report.
+    """Stops the run or warns, for all gates.
 
     Args:
-        mode: `stop` or `warn`, the flag `--gates`.
+        mode: `stop` or `warn`, by the flag `--gates`.
     """
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
-    def trip(self, seen: str, *, expected: str, do: str) -> None:
-        """Stops the run, or says one line and returns; the same line only once. Raises: GateError in mode `stop`."""
+    def trip(self, observed: str, *, expected: str, do: str) -> None:
+        """Stops the run, or prints one warning and returns; each warning once. Raises: GateError in mode `stop`."""
         if self.mode == "stop":
-            raise GateError(seen, expected=expected, do=f"{do}; or --gates warn to go on anyway")
-        if seen not in self._said:
-            self._said.add(seen)
-            say(f"gate (warning): {seen}; expected: {expected}")
+            raise GateError(observed, expected=expected, do=f"{do}; or --gates warn to go on anyway")
+        if observed not in self._warned:
+            self._warned.add(observed)
+            say(f"gate (warning): {observed}; expected: {expected}")
 
 
 def star_layers(name: str) -> str:
-    """A parameter's or module's name with its layer numbers as stars."""
+    """The name of a parameter or module, with its layer numbers replaced by `*`."""
     return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def list_places(names: Iterable[str], shown: int = 4) -> str:
-    """Names with layer numbers as stars, each kind once."""
+    """Names with layer numbers replaced by `*`, each once."""
     kinds = list(dict.fromkeys(map(star_layers, names)))
     return ", ".join(kinds[:shown]) + (f" and {len(kinds) - shown} more" if len(kinds) > shown else "")
 
 
 class GateCallback(TrainerCallback):
-    """The gates of the steps, and of what is in force when they begin.
+    """The gates at the start of training and at each step.
 
-    Added last: it must know of each log and save that another callback asks for.
+    The last callback of a trainer: it must see each log and save that another callback requests.
 
     Args:
-        with_adapter: whether `--use_peft` asked for one.
+        trainer: the trainer.
+        gates: where the gates report.
+        with_adapter: whether `--use_peft` is set.
     """
 
     def __init__(self, trainer: StepTrainer, gates: Gates, *, with_adapter: bool) -> None:
         self.trainer = trainer
         self.gates = gates
         self.with_adapter = with_adapter
-        self.first_step = 0  # the step that this process begins with
+        self.first_step = 0  # of this start of the run
         self.gradient_due = True
         self.evaluation_was_bad = False
         self._reached: set[str] = set()
@@ -88,32 +90,32 @@ class GateCallback(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.first_step = state.global_step + 1
-        self._check_in_force(args)
+        self._check_setup(args)
         if not any(weight.requires_grad for weight in self.trainer.model.parameters()):
             self._trip_gradient("no parameter of the model may be trained")
 
-    def _check_in_force(self, args: TrainingArguments) -> None:
-        asked, placement = find_asked_placement(args), find_placement(self.trainer.model_wrapped)
-        if placement != asked.removesuffix(" + CPU offload"):
+    def _check_setup(self, args: TrainingArguments) -> None:
+        requested, placement = find_asked_placement(args), self.trainer.placement
+        if placement != requested.removesuffix(" + CPU offload"):
             self.gates.trip(
-                f"the model was to be placed by {asked} over {args.world_size} processes, but it is by {placement}",
-                expected=asked,
-                do="look at the launcher's --config_file; accelerate_configs/ has a tested one for each placement",
+                f"the model was to be placed by {requested} over {args.world_size} processes, but it is by {placement}",
+                expected=requested,
+                do="check the launcher's --config_file; accelerate_configs/ has a tested one for each placement",
             )
         has_adapter = isinstance(self.trainer.model, PeftModel)
         if has_adapter != self.with_adapter:
             self.gates.trip(
-                "an adapter was asked for (--use_peft), but the model has none"
+                "--use_peft requests an adapter, but the model has none"
                 if self.with_adapter
-                else "the model is trained through an adapter, which was not asked for",
-                expected="what --use_peft says",
+                else "the model is trained through an adapter, but --use_peft is false",
+                expected="an adapter if, and only if, --use_peft is true",
                 do="--use_peft true for an adapter, --use_peft false with a model that has none",
             )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step + 1 != self.first_step or args.torch_compile:
             return
-        # Hooks, as a parameter sharded by DeepSpeed has no .grad to look at.
+        # Hooks, as a parameter that DeepSpeed shards has no .grad.
         model = self.trainer.model
         self._hooks = [model.register_forward_hook(self._check_output)]
         for name, weight in find_adapter(model).items():
@@ -135,11 +137,11 @@ class GateCallback(TrainerCallback):
         reached = {name: name in self._reached or weight.grad is not None for name, weight in adapter.items()}
         dead = decide_on_main_process(lambda: find_dead_modules(reached))
         if dead:
-            self._trip_gradient(f"what it adds here takes no part in the loss: {list_places(dead)}")
+            self._trip_gradient(f"its weights in these modules take no part in the loss: {list_places(dead)}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == 1:
-            control.should_log = True  # the first step is judged by its log
+            control.should_log = True  # the gate of the first step needs its log
         if control.should_log or control.should_save or control.should_evaluate or control.should_training_stop:
             self._check_finite()
 
@@ -154,7 +156,7 @@ class GateCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if not logs or "loss" not in logs:  # an evaluation, or a run's end
+        if not logs or "loss" not in logs:  # an evaluation, or the end of the run
             return
         if state.global_step == 1 and isinstance(args, DPOConfig):
             self._check_start(args, logs)
@@ -174,9 +176,9 @@ class GateCallback(TrainerCallback):
         if step is not None:
             self._trip_finite(f"the loss or its gradient is not finite at step {step}", step)
 
-    def _trip_finite(self, seen: str, step: int) -> None:
+    def _trip_finite(self, observed: str, step: int) -> None:
         self.gates.trip(
-            seen,
+            observed,
             expected="a finite loss; no weights of this step were saved",
             do="look at the model's weights, and load it with --dtype float32 or bfloat16, not float16"
             if step <= 1
@@ -187,7 +189,7 @@ class GateCallback(TrainerCallback):
         if norm is None or (args.fp16 and not 0 < norm < math.inf and step < self.first_step + FP16_SETTLES_STEPS):
             return
         self.gradient_due = False
-        # Of a resumed run no pair may be left to learn from: a hinge's gradient is 0 beyond its margin.
+        # In a resumed run a gradient of 0 may be right: a hinge loss has none for pairs beyond its margin.
         if norm == 0 and self.first_step == 1:
             self._trip_gradient("the norm of its gradient is 0")
         elif not math.isfinite(norm):
@@ -197,7 +199,7 @@ class GateCallback(TrainerCallback):
         is_adapter = isinstance(self.trainer.model, PeftModel)
         self.gates.trip(
             f"the {'adapter' if is_adapter else 'model'} receives no gradient: {why}",
-            expected="a gradient for all that is trained",
+            expected="a gradient for all trained weights",
             do="choose other --lora_target_modules (the LM head is scored by its base weight: no adapter works there), "
             "or load the adapter as trainable"
             if is_adapter
@@ -205,37 +207,38 @@ class GateCallback(TrainerCallback):
         )
 
     def _check_start(self, args: DPOConfig, logs: dict[str, Any]) -> None:
-        """Before the first update policy and reference are one model: no reward, and a loss of ln 2."""
+        """Trips if the first step has rewards, or a loss other than ln 2: policy and reference are still equal."""
         if not (math.isfinite(logs["loss"]) and is_start_certain(self.trainer.model, args)):
             return
         exact = self.trainer.accelerator.mixed_precision == "no" and not args.tf32
         exact = exact and all(weight.dtype == torch.float32 for weight in self.trainer.model.parameters())
-        tolerance = TOLERANCE_FP32 if exact else TOLERANCE_16_BIT
-        apart = {side: logs[f"rewards/{side}"] / args.beta for side in ("chosen", "rejected")}
-        room = {side: tolerance * max(1.0, abs(logs[f"logps/{side}"])) for side in apart}
-        same = all(abs(apart[side]) <= room[side] for side in apart)
-        # WPO's weights and a mixture's balancing loss come on top of ln 2.
-        known = set(args.loss_type) <= LN_2_LOSSES and not args.use_weighting and "aux_loss" not in logs
-        each = args.loss_weights or [1.0] * len(args.loss_type)
-        weights, scale = sum(each), sum(map(abs, each))
-        at_ln_2 = abs(logs["loss"] - weights * LN_2) <= scale * (args.beta * sum(room.values()) / 2 + 1e-3)
-        if same and (at_ln_2 or not known):
+        tolerance = START_TOLERANCE_FP32 if exact else START_TOLERANCE_16_BIT
+        gaps = {side: logs[f"rewards/{side}"] / args.beta for side in ("chosen", "rejected")}
+        limits = {side: tolerance * max(1.0, abs(logs[f"logps/{side}"])) for side in gaps}
+        same = all(abs(gaps[side]) <= limits[side] for side in gaps)
+        # WPO's weights change the loss, and a mixture of experts adds its balancing loss.
+        starts_at_ln_2 = set(args.loss_type) <= LN_2_LOSSES and not args.use_weighting and "aux_loss" not in logs
+        loss_weights = args.loss_weights or [1.0] * len(args.loss_type)
+        total_weight, scale = sum(loss_weights), sum(map(abs, loss_weights))
+        is_ln_2 = abs(logs["loss"] - total_weight * LN_2) <= scale * (args.beta * sum(limits.values()) / 2 + 1e-3)
+        if same and (is_ln_2 or not starts_at_ln_2):
             return
         why = "its scale is wrong" if same else "policy and reference are not the same model at the start"
-        ln_2 = f"{'' if weights == 1 else f'{weights:g} * '}ln 2 = {weights * LN_2:.4f}"
-        first = f"the first loss is {logs['loss']:.4f}, not {ln_2}" if known else "the first rewards are not 0"
+        ln_2 = f"{'' if total_weight == 1 else f'{total_weight:g} * '}ln 2 = {total_weight * LN_2:.4f}"
+        first = f"the first loss is {logs['loss']:.4f}, not {ln_2}" if starts_at_ln_2 else "the first rewards are not 0"
         self.gates.trip(
-            f"{first}: {why} (log-probs {apart['chosen']:+.3g} for chosen, {apart['rejected']:+.3g} for rejected)",
-            expected="a reference with the policy's own weights, as nothing was trained yet",
-            do="give the model that is to be improved as --model_name_or_path; with --precompute_ref_log_probs, delete "
-            "those that were kept (DPOKIT_CACHE, else ~/.cache/dpokit)",
+            f"{first}: {why} "
+            f"(log-probs differ by {gaps['chosen']:+.3g} for chosen and {gaps['rejected']:+.3g} for rejected answers)",
+            expected="a reference with the policy's own weights, as nothing is trained yet",
+            do="set --model_name_or_path to the model that is to be improved; with --precompute_ref_log_probs, delete "
+            "the cached log-probs (DPOKIT_CACHE, else ~/.cache/dpokit)",
         )
 
 
 def find_adapter(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapter's parameters that every step must reach; none without an adapter.
+    """The adapter's parameters that get a gradient in every step; empty without an adapter.
 
-    The experts of a mixture are left out: a step may well send no token to one of them.
+    Experts of a mixture are left out: a step may send no token to one of them.
     """
     if not isinstance(model, PeftModel):
         return {}
@@ -243,13 +246,13 @@ def find_adapter(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def find_dead_modules(reached: dict[str, bool]) -> list[str]:
-    """Adapted modules, layer numbers as stars, that no gradient reaches in any layer but reaches beside them.
+    """Adapted modules without a gradient in any layer, although other modules of these layers have one.
 
-    Not counted is what single layers leave out (those that share keys), and what a whole tower leaves out (vision where
-    the pairs are text): the rest of the adapter is trained as it should be.
+    Names have `*` in place of layer numbers. Modules that only some layers leave out do not count (layers that share
+    keys), nor does a whole tower (vision, if the pairs are text): the rest of the adapter is trained as it should be.
 
     Args:
-        reached: for each parameter of the adapter, by its name, whether it got a gradient.
+        reached: for each parameter of the adapter, by name, whether it got a gradient.
     """
     modules = {name: star_layers(re.sub(r"\.(lora_|modules_to_save).*", "", name)) for name in reached}
     alive = {modules[name] for name in reached if reached[name]}
@@ -259,10 +262,12 @@ def find_dead_modules(reached: dict[str, bool]) -> list[str]:
 
 
 def is_start_certain(model: nn.Module, args: DPOConfig) -> bool:
-    """Whether policy and reference must agree before the first update: no chance, no adapter that starts elsewhere."""
+    """Whether policy and reference must agree at the start: without randomness, and with an adapter that adds 0."""
     if args.neftune_noise_alpha or find_dropout(model):
         return False
-    if isinstance(model, PeftModel) and "ref" not in model.peft_config:  # else TRL keeps a copy of the adapter's start
+    if (
+        isinstance(model, PeftModel) and "ref" not in model.peft_config
+    ):  # with "ref", TRL keeps a copy of the adapter's start
         start = getattr(model.peft_config[model.active_adapter], "init_lora_weights", None)
         return start is True or start == "gaussian"
     return True

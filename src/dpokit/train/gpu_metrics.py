@@ -1,4 +1,4 @@
-"""What rank 0's GPU does while it trains, beside the other numbers of a log: power, memory, use."""
+"""Power, memory and utilisation of rank 0's GPU, added to each log of training steps."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -12,13 +12,13 @@ from trl import DPOConfig
 from dpokit.console import say
 
 EVERY_SECONDS = 1.0
-PEAKS = {"gpu_memory_gib"}  # a log says the most of these, and the mean of the others
+PEAKS = {"gpu_memory_gib"}  # logged as a maximum; all others as a mean
 
 
 def read_gpu(device: torch.device) -> dict[str, float]:
-    """What `nvidia-smi` (or `amd-smi`) shows of the device now: watts, GiB in use by all processes, percent of time.
+    """Watts, GiB in use by all processes, and percent of time in use, as `nvidia-smi` or `amd-smi` shows them.
 
-    Raises: what NVML raises: it is not installed, there is no driver, the device does not tell.
+    Raises: NVML's errors: it is not installed, there is no driver, or the device does not report the number.
     """
     return {
         "gpu_power_watts": torch.cuda.power_draw(device) / 1000,
@@ -28,12 +28,12 @@ def read_gpu(device: torch.device) -> dict[str, float]:
 
 
 class Sampler:
-    """Reads numbers every second, in a thread of its own, until `stop`; the first reading that fails is the last."""
+    """Reads numbers every second, in a thread of its own, until `stop` or the first reading that fails."""
 
     def __init__(self, read: Callable[[], Mapping[str, float]], *, every_seconds: float = EVERY_SECONDS) -> None:
         self._read = read
         self._every_seconds = every_seconds
-        self._seen: defaultdict[str, list[float]] = defaultdict(list)
+        self._readings: defaultdict[str, list[float]] = defaultdict(list)
         self._ended = Event()
         self._thread = Thread(target=self._sample, name="gpu", daemon=True)
         self._thread.start()
@@ -42,15 +42,17 @@ class Sampler:
         while not self._ended.wait(self._every_seconds):
             try:
                 reading = self._read()
-            except Exception:  # a driver that is reset tells it in many ways; training goes on without these numbers
+            except Exception:  # a driver that is reset raises many kinds; training goes on without these numbers
                 return
             for name, value in reading.items():
-                self._seen[name].append(value)
+                self._readings[name].append(value)
 
     def take(self) -> dict[str, float]:
-        """The mean, or the most, of each number since the last call; empty where nothing was read since."""
-        seen, self._seen = self._seen, defaultdict(list)
-        return {name: max(all_) if name in PEAKS else sum(all_) / len(all_) for name, all_ in list(seen.items())}
+        """The mean, or the maximum, of each number since the last call; empty if nothing was read since."""
+        readings, self._readings = self._readings, defaultdict(list)
+        return {
+            name: max(values) if name in PEAKS else sum(values) / len(values) for name, values in list(readings.items())
+        }
 
     def stop(self) -> None:
         self._ended.set()
@@ -58,7 +60,7 @@ class Sampler:
 
 
 class GpuCallback(TrainerCallback):
-    """Adds the GPU's numbers to each log of training steps; nothing where there is no GPU."""
+    """Adds the GPU's numbers to each log of training steps; does nothing without a GPU."""
 
     def __init__(self) -> None:
         self.sampler: Sampler | None = None

@@ -1,4 +1,4 @@
-"""Gates before the first step: processes that each train alone, a checkpoint as model, a layer not in 4 bit."""
+"""Gates before the first step: the number of processes, a model that would be its own reference, quantised weights."""
 
 import math
 import re
@@ -22,18 +22,18 @@ from dpokit.rundir import read_record
 from dpokit.settings.load import Settings
 from dpokit.train.gates import Gates, list_places
 
-# What a run makes and leaves in its folder; a base model may lie there, too.
+# The folders of models that a run writes; a base model may be in the run folder, too.
 RESULTS = ("model", "adapter", "merged")
 
-# Below this share of the weights, what is no linear layer (routers, small convolutions) may stay in 16 bit.
+# Weights of other than linear layers (routers, small convolutions) may stay in 16 bit up to this share of all weights.
 SMALL_SHARE = 0.01
 
-# An adapter that the run goes on with stays in 16 bit or more.
+# Weights of an adapter stay in 16 bit or more.
 OF_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save)(\.|$)")
 
 
 def check_world(gates: Gates) -> int:
-    """The number of processes that train together; trips where it is not the number that was asked for."""
+    """The number of processes that train together; trips if it is not the requested number."""
     try:
         return check_world_size()
     except MachineError as error:
@@ -44,11 +44,11 @@ def check_world(gates: Gates) -> int:
 def check_start(
     start: Start, settings: Settings, data_fingerprint: str | None, world_size: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a later resume must match, and the changes that this one was allowed, each `[then, now]`. Rank 0.
+    """The settings that a later resume must match, and the accepted changes of this one, each `[then, now]`. Rank 0.
 
-    Pairs and model are compared here, as they are not known before.
+    Pairs and model are compared here, as they are not known earlier.
 
-    Raises: RunFolderError where a resumed run would meet other pairs, or begin with another model.
+    Raises: RunFolderError if a resumed run would train on other pairs, or started with another model.
     """
     model = settings.model
     weights = hash_weights(str(model.model_name_or_path), model.model_revision)
@@ -58,10 +58,10 @@ def check_start(
 
 
 def check_model_path(settings: Settings, gates: Gates) -> None:
-    """Trips where the model is what an earlier run made of the same pairs: it would become its own reference.
+    """Trips if an earlier run trained the model on the same pairs: it would become its own reference.
 
-    Such are a checkpoint of a preference run, and `model`, `adapter` or `merged` of a run folder. With other pairs a
-    tuned model is a legitimate start (iterative DPO), and what supervised training made always is. Rank 0.
+    That is a checkpoint of a preference run, or `model`, `adapter` or `merged` of a run folder. A model that was tuned
+    on other pairs is a legitimate start (iterative DPO), and so is every model of supervised training. Rank 0.
 
     Raises: GateError.
     """
@@ -73,24 +73,25 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
     is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
     if not is_checkpoint and folder.name not in RESULTS:
         return
-    history = _read_json(folder / "trainer_state.json").get("log_history", [])
+    history = _read_mapping(folder / "trainer_state.json").get("log_history", [])
     preference_run = is_checkpoint and any("rewards/margins" in record for record in history)
     then = {
-        name: entry.get("value") for name, entry in _read_json(folder.parent / "run.json").get("settings", {}).items()
+        name: entry.get("value")
+        for name, entry in _read_mapping(folder.parent / "run.json").get("settings", {}).items()
     }
     if then.get("kind") == "sft" or not (_are_same_pairs(settings, then) if then else preference_run):
         return
-    what = (
+    origin = (
         f"a checkpoint of a preference run{' on the same pairs' if then else ''}"
         if is_checkpoint
-        else (f"what the run in {folder.parent} made of the same pairs")
+        else f"the result of the run in {folder.parent} on the same pairs"
     )
-    base = then.get("model_name_or_path") or "THE_MODEL_THAT_RUN_BEGAN_WITH"
+    base = then.get("model_name_or_path") or "THE_MODEL_THAT_THE_RUN_STARTED_WITH"
     resume = f"--resume_from_checkpoint {folder if is_checkpoint else 'auto'}"
     gates.trip(
-        f"--model_name_or_path {folder} is {what}: it would become its own reference, and the margin begin at 0 again",
-        expected="the model which that run began with, or one tuned on other pairs",
-        do=f"to go on with that run: --model_name_or_path {base} --output_dir {folder.parent} {resume}",
+        f"--model_name_or_path {folder} is {origin}: it would become its own reference, with margins from 0 again",
+        expected="the model that the run started with, or one tuned on other pairs",
+        do=f"to resume that run: --model_name_or_path {base} --output_dir {folder.parent} {resume}",
     )
 
 
@@ -102,7 +103,8 @@ def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
     return bool(a) and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """The JSON mapping of a file; empty if the file cannot be read or holds something else."""
     try:
         record = read_record(path)
     except (OSError, ValueError, RecursionError):
@@ -111,10 +113,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_quantised(policy: PreTrainedModel | PeftModel, model: ModelConfig, gates: Gates) -> None:
-    """Trips where a weight asked for in 4 or 8 bit is not. Embeddings and what the model's own quantisation names stay.
+    """Trips if weights are not in the requested 4 or 8 bit. Embeddings and the model's own exceptions do not count.
 
-    transformers converts plain linear layers alone: subclasses of them, and the experts of a mixture kept as one
-    parameter, stay in 16 bit without a word; and a checkpoint with a quantisation of its own keeps that.
+    transformers converts only plain linear layers: subclasses of them, and the experts of a mixture in one parameter,
+    stay in 16 bit without a warning; and a checkpoint that is already quantised keeps its own quantisation.
 
     Raises: GateError.
     """
@@ -131,7 +133,7 @@ def check_quantised(policy: PreTrainedModel | PeftModel, model: ModelConfig, gat
         for name, weight in module.named_parameters(place, recurse=False):
             if weight.ndim < 2:
                 continue
-            state = getattr(weight, "quant_state", None)  # bitsandbytes' 4-bit weights are packed, their shape is here
+            state = getattr(weight, "quant_state", None)  # has the shape of packed 4-bit weights
             sizes[name] = weight.numel() if state is None else math.prod(state.shape)
             if (weight.dtype == torch.int8) if bits == 8 else (state is not None):
                 continue
@@ -146,7 +148,7 @@ def check_quantised(policy: PreTrainedModel | PeftModel, model: ModelConfig, gat
         share = sum(sizes[name] for name in linear) / total
         gates.trip(
             f"{share:.0%} of the weights outside the embeddings are not in {bits} bit: {list_places(linear)}",
-            expected=f"every layer in {bits} bit, as --load_in_{bits}bit asks",
+            expected=f"every layer in {bits} bit, as --load_in_{bits}bit requests",
             do=f"drop --load_in_{bits}bit and train the adapter on the model in 16 bit, or choose a model whose layers "
             "bitsandbytes can convert",
         )

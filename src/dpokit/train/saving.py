@@ -1,8 +1,8 @@
-"""Saving: what a step leaves on disk.
+"""Saves checkpoints and the final weights.
 
-transformers writes the parts (weights, optimizer, schedule, random states); here they are written under another name,
-verified and renamed, by `checkpoint.store`. Where no process holds a shard alone, the state is copied and written while
-training goes on. Touches the trainer's inner workings.
+A checkpoint has transformers' files (weights, optimizer, schedule, random states). It is written under a temporary
+name, then `checkpoint.store` verifies and renames it. If nothing is sharded, the state is copied and written while
+training goes on. Overrides private methods of transformers' trainer.
 """
 
 import errno
@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -35,18 +36,18 @@ from dpokit.train.metric_sums import Sums
 
 
 class ProgressTrainer(Trainer):
-    """A trainer whose logs can go on where a checkpoint was saved. Stands before one of TRL's, and leans on its names.
+    """A trainer whose progress a checkpoint keeps. A base class that precedes one of TRL's, and uses its attributes.
 
     Attributes:
-        evaluation_due: an evaluation of this step was put off, as the machine is wanted back.
-        epoch_ended: the end of an epoch was reached, and what is logged and evaluated there is done or being done.
+        evaluation_due: a signal put off the evaluation of this step.
+        epoch_ended: the end of an epoch was reached; its log and evaluation are done or under way.
     """
 
-    _total_train_tokens: float  # TRL's count of tokens seen, of this rank
+    _total_train_tokens: float  # TRL's count of the tokens that this rank has trained on
 
     def __init__(self, **arguments: Any) -> None:
         self.evaluation_due = self.epoch_ended = False
-        self._last_update: dict[str, Any] = {}  # what a log at the end of the epoch still says of the last step
+        self._last_update: dict[str, Any] = {}  # of the last step, for the log at the end of the epoch
         self._sums = {"train": Sums(), "eval": Sums()}
         self._working_since: float | None = None  # when the training steps since the last log began
         super().__init__(**arguments)
@@ -59,7 +60,7 @@ class ProgressTrainer(Trainer):
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, learning_rate=learning_rate)
 
     def _read_progress(self) -> dict[str, Any]:
-        """What this rank knows beside the weights: its part of the numbers that are not logged yet."""
+        """This rank's counts and the metrics that are not logged yet, for a resume."""
         since, args = self._working_since, self.args
         ahead = not self.epoch_ended and (self.is_finished() or float(self.state.epoch or 0).is_integer())
         evaluated = args.eval_strategy == IntervalStrategy.EPOCH and args.eval_delay <= (self.state.epoch or 0)
@@ -76,36 +77,53 @@ class ProgressTrainer(Trainer):
             "evaluation_due": self.evaluation_due or (ahead and evaluated),
         }
 
+    def end_epoch(self) -> None:
+        """Notes the end of an epoch, before its log and evaluation."""
+        self.epoch_ended = True
+
+    def put_off_evaluation(self) -> None:
+        """Leaves the evaluation of this step to the next start of the run."""
+        self.evaluation_due = True
+
     def is_finished(self) -> bool:
+        """Whether the last step is done."""
         return self.state.global_step >= self.state.max_steps
 
 
-REFERENCE = "reference.pt"  # where --sync_ref_model moves it
-FULL_BYTES = 2**20  # less is no room: torch.save does not say why it failed
-# How it says that it did; another rank may have given its space back already.
+REFERENCE = "reference.pt"  # written if --sync_ref_model moves the reference
+FULL_BYTES = 2**20  # less free space means a full disk: torch.save does not give the reason of its failure
+# Messages of a failed write. Free space alone does not tell: another rank may have deleted its files already.
 WRITE_FAILED = ("No space left", "unexpected pos", "iostream error", "failed writing file")
 
 
 class SavingTrainer(ProgressTrainer):
-    """A trainer whose checkpoints verify.
+    """A trainer that writes checkpoints which verify.
+
+    Args:
+        run: the run folder.
+        identity: the settings that a resume must match (`describe_identity`), for the manifest of each checkpoint.
+        arguments: those of TRL's trainer.
 
     Attributes:
-        run: the run folder; set before training.
-        facts: what a checkpoint's manifest says beside its files.
-        stall_seconds: how long the last save held up training.
+        stall_seconds: how long training waited for the last save.
     """
 
-    run: RunDir
     ref_model: Any
 
-    def __init__(self, **arguments: Any) -> None:
-        self.facts: Mapping[str, Any] = {}
+    def __init__(self, *, run: RunDir, identity: Mapping[str, Any], **arguments: Any) -> None:
+        self.run = run
+        self._identity = dict(identity)
         self.stall_seconds = 0.0
         self._in_background = False
         self._buffers: list[torch.Tensor] = []
         self._writing: Thread | None = None
         self._write_error: BaseException | None = None
         super().__init__(**arguments)
+
+    @cached_property
+    def placement(self) -> str:
+        """The placement of the prepared model, first read when training starts: later, shards may be gathered."""
+        return find_placement(self.model_wrapped)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -115,12 +133,12 @@ class SavingTrainer(ProgressTrainer):
         step, part = self.state.global_step, find_part(self.run, self.state.global_step)
         if self.accelerator.is_main_process:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()  # a run folder that was deleted is not made again
+            part.mkdir()  # without parents: a run folder that was deleted stays deleted
         self.accelerator.wait_for_everyone()
         self.store_flos()
         if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step == step:
-            self.state.best_model_checkpoint = str(self.run.path / f"checkpoint-{step}")  # on all ranks: all load it
-        with _giving_space_back(self.run, part):
+            self.state.best_model_checkpoint = str(self.run.path / f"checkpoint-{step}")  # on all ranks, as all load it
+        with _delete_if_failed(self.run, part):
             if self._is_sharded():
                 self._save_shards(part, step)
             else:
@@ -128,50 +146,50 @@ class SavingTrainer(ProgressTrainer):
         self.stall_seconds = time.monotonic() - began
 
     def _save_small(self, part: Path) -> list[str]:
-        """What every rank has of its own, and rank 0's state; returns the files that any rank sees. Collective."""
+        """Writes each rank's own state and rank 0's trainer state; returns all files that any rank sees. Collective."""
         self._save_rng_state(str(part))
-        # Not write_json: a number may be NaN.
+        # write_json refuses NaN, which a loss may be.
         (part / f"progress_{self.accelerator.process_index}.json").write_text(json.dumps(self._read_progress()))
         if self.accelerator.is_main_process:
             self._save_state(part)
-        # A network's file system may show a node late what another one has written.
+        # A network file system may show a node's new files to another node late.
         return sorted({name for names in gather_object([list_files(part)]) for name in names})
 
     def _is_sharded(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _save_shards(self, part: Path, step: int) -> None:
-        """DeepSpeed and FSDP2 write what each process holds. Collective."""
+        """Saves what each process holds, by DeepSpeed or FSDP2. Collective."""
         self.save_model(str(part), _internal_call=True)
-        # A pickle of all flags, which nobody loads: run.json has them.
+        # A pickle of all flags, which no code loads; run.json has them.
         (part / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if not self.args.save_only_model:
             self._save_optimizer_and_scheduler(str(part))
             self._save_scaler(str(part))
         names = self._save_small(part)
-        # Who wrote a file need not read it: all take their share of the hashing.
-        mine = describe_files(part, names[self.accelerator.process_index :: self.accelerator.num_processes])
-        files = dict(entry for entries in gather_object([mine]) for entry in entries.items())
+        # Any rank can hash any file, so all ranks share the work.
+        own_share = describe_files(part, names[self.accelerator.process_index :: self.accelerator.num_processes])
+        files = dict(entry for entries in gather_object([own_share]) for entry in entries.items())
         if self.accelerator.is_main_process:
             self._finish(part, step, files)
         self.accelerator.wait_for_everyone()
 
     def _save_whole(self, part: Path, step: int) -> None:
-        """Rank 0 writes, in the background where there is memory for a copy of what it writes. Collective."""
+        """Saves on rank 0, in the background if the memory holds a copy of the state. Collective."""
         write = self._copy_state(part) if self.accelerator.is_main_process else None
         names = self._save_small(part)
         if write is None:
             return
 
         def write_all() -> None:
-            with _giving_space_back(self.run, part):
+            with _delete_if_failed(self.run, part):
                 write()
                 self._finish(part, step, describe_files(part, {*names, *list_files(part)}))
 
         def attempt() -> None:
             try:
                 write_all()
-            except BaseException as error:  # is raised by the training thread
+            except BaseException as error:  # the training thread raises it
                 self._write_error = error
 
         if self._in_background:
@@ -181,41 +199,48 @@ class SavingTrainer(ProgressTrainer):
             write_all()
 
     def _copy_state(self, part: Path) -> Callable[[], None]:
-        """A copy of weights and optimizer, as the function that writes it."""
+        """A function that writes the weights and the optimizer; of a copy, if it is to run in the background."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        state = {name: value for name, value in model.state_dict().items() if _is_saved(model, name)}
-        kept: dict[str, Any] = {"scheduler.pt": self.lr_scheduler.state_dict()}
+        weights = {name: value for name, value in model.state_dict().items() if _is_saved(model, name)}
+        states: dict[str, Any] = {"scheduler.pt": self.lr_scheduler.state_dict()}
         if not self.args.save_only_model:
-            kept["optimizer.pt"] = self.optimizer.state_dict()
+            states["optimizer.pt"] = self.optimizer.state_dict()
             if getattr(self.accelerator, "scaler", None) is not None:
-                kept["scaler.pt"] = self.accelerator.scaler.state_dict()
-        moved = self.ref_model.state_dict() if self._moves_reference() else {}
-        bytes_ = sum(leaf.nbytes for leaf in tree_leaves([state, kept, moved]) if isinstance(leaf, torch.Tensor))
-        # Memory that is new to the process takes ten times as long to fill, so the last copy's is used again.
+                states["scaler.pt"] = self.accelerator.scaler.state_dict()
+        reference = self.ref_model.state_dict() if self._moves_reference() else {}
+        leaves = tree_leaves([weights, states, reference])
+        bytes_ = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor))
+        # Newly allocated memory takes ten times as long to fill, so the memory of the last copy is reused.
         self._in_background = bytes_ < sum(buffer.nbytes for buffer in self._buffers) + available_bytes() / 2
         if self._in_background:
             copier = Copier(self._buffers)
-            state, kept, moved = tree_map(copier.copy, (state, kept, moved))
+            weights, states, reference = tree_map(copier.copy, (weights, states, reference))
             self._buffers = list(copier.copies.values()) if bytes_ < available_bytes() / 2 else []
 
         def write() -> None:
-            self._write_model(part, state)
-            for name, value in kept.items():
+            self._write_model(part, weights)
+            for name, value in states.items():
                 torch.save(value, part / name)
-            if moved:
-                torch.save(moved, part / REFERENCE)
+            if reference:
+                torch.save(reference, part / REFERENCE)
 
         return write
 
     def _finish(self, part: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
         check_tensors(part)
-        seal(self.run, step, files, {**self.facts, "weights_alone": self._find_gap()})
+        facts = {
+            "world_size": self.accelerator.num_processes,
+            "placement": self.placement,
+            "settings": self._identity,
+            "weights_alone": self._find_gap(),
+        }
+        seal(self.run, step, files, facts)
         best = self.state.best_model_checkpoint
         retire(self.run, limit=self.args.save_total_limit, best=None if best is None else Path(best))
 
     @contextmanager
-    def writing_ended(self) -> Iterator[None]:
-        """Whatever ends the block, a checkpoint that is being written gets whole first."""
+    def finish_writing(self) -> Iterator[None]:
+        """At the end of the block, also by an error, waits until a checkpoint in the background is complete."""
         try:
             yield
         finally:
@@ -223,7 +248,7 @@ class SavingTrainer(ProgressTrainer):
                 self._writing.join()
 
     def _find_gap(self) -> str | None:
-        """Why this run's checkpoints hold weights that nothing can go on from; None where they are complete."""
+        """Why no run can resume from this run's checkpoints; None if one can."""
         if self.args.save_only_model:
             return "it holds weights alone (--save_only_model)"
         if self._moves_reference() and self._is_sharded():
@@ -231,49 +256,49 @@ class SavingTrainer(ProgressTrainer):
         return None
 
     def _moves_reference(self) -> bool:
-        return bool(getattr(self.args, "sync_ref_model", False))  # a flag of DPO's alone
+        return bool(getattr(self.args, "sync_ref_model", False))  # only DPO has the flag
 
     def raise_write_error(self) -> None:
-        """Raises what went wrong in the background, if anything did."""
+        """Raises the error of the write in the background, if there is one."""
         if self._write_error is not None:
             error, self._write_error = self._write_error, None
             raise error
 
-    def is_told(self, here: bool) -> bool:
-        """Whether any rank was told to end. Collective."""
-        told = torch.tensor(float(here), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
+    def is_true_on_any_rank(self, value: bool) -> bool:
+        """Whether the value is true on at least one rank. Collective."""
+        count = torch.tensor(float(value), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(count, reduction="sum") > 0)
 
     def wait_for_checkpoint(self) -> None:
-        """Until the checkpoint that is being written is whole. Raises: what its writing raised."""
+        """Waits until the checkpoint that is being written is complete. Raises: the error of its write."""
         if self._writing is not None:
             self._writing.join()
             self._writing = None
         self.raise_write_error()
 
     def _save_state(self, part: Path) -> None:
-        """trainer_state.json, as transformers writes it."""
+        """Writes trainer_state.json as transformers does."""
         state = self.state
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                kept = state.stateful_callbacks[type(callback).__name__]
-                if isinstance(kept, list):
-                    kept.append(callback.state())
+                saved = state.stateful_callbacks[type(callback).__name__]
+                if isinstance(saved, list):
+                    saved.append(callback.state())
                 else:
                     state.stateful_callbacks[type(callback).__name__] = callback.state()
         state.save_to_json(str(part / "trainer_state.json"))
 
     def _write_model(self, part: Path, state: dict[str, torch.Tensor]) -> None:
-        """Model or adapter and tokenizer, safetensors and JSON only."""
+        """Writes model or adapter, and tokenizer, as safetensors and JSON only."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # TRL keeps the start of a loaded adapter beside it, as the reference.
+        # TRL keeps a copy of a loaded adapter's start as a second adapter, the reference.
         only = {"selected_adapters": [model.active_adapter]} if isinstance(model, PeftModel) else {}
         model.save_pretrained(part, state_dict=state, **only)
         self.processing_class.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
     def save_weights(self, folder: Path) -> None:
-        """The final weights; the folder appears whole. Collective."""
+        """Writes the final weights; the folder appears only when it is complete. Collective."""
         self.wait_for_checkpoint()
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.accelerator.is_main_process:
@@ -283,17 +308,8 @@ class SavingTrainer(ProgressTrainer):
         self.accelerator.wait_for_everyone()
 
 
-def describe_run(trainer: SavingTrainer, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says beside the files: who wrote it, and the settings that a resume must match."""
-    return {
-        "world_size": trainer.accelerator.num_processes,
-        "placement": find_placement(trainer.model_wrapped),
-        "settings": dict(settings),
-    }
-
-
 def check_tensors(folder: Path) -> None:
-    """Reads the tables of all safetensors again. Raises: ModelError for a file without tensors, or an empty tensor."""
+    """Checks the headers of all safetensors files. Raises: ModelError for a file without tensors or an empty tensor."""
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
@@ -307,12 +323,12 @@ def check_tensors(folder: Path) -> None:
 
 
 @contextmanager
-def _giving_space_back(run: RunDir, part: Path) -> Iterator[None]:
-    """Deletes a part that could not be written.
+def _delete_if_failed(run: RunDir, part: Path) -> Iterator[None]:
+    """Deletes the checkpoint `part` if its write fails.
 
     Raises:
-        RunFolderError: a later start of the run has taken the folder over, and swept the part away.
-        OSError: the disk is full, also where torch tells less.
+        RunFolderError: a later start of the run has taken the folder over, and deleted the part.
+        OSError: the disk is full, even if torch's own error does not say so.
     """
     try:
         yield
@@ -323,27 +339,27 @@ def _giving_space_back(run: RunDir, part: Path) -> Iterator[None]:
                 os.truncate(file, 0)
         shutil.rmtree(part, ignore_errors=True)
         run.check_possession()
-        of_others = not isinstance(error, OSError | DpokitError | KeyboardInterrupt | SystemExit)
-        if (full or any(words in str(error) for words in WRITE_FAILED)) and of_others:
+        is_unclear = not isinstance(error, OSError | DpokitError | KeyboardInterrupt | SystemExit)
+        if (full or any(text in str(error) for text in WRITE_FAILED)) and is_unclear:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(part)) from error
         raise
 
 
 def _is_saved(model: Any, name: str) -> bool:
-    """Of an adapted model the base's weights stay where they are."""
+    """Whether a checkpoint holds the weight: of a model with an adapter, only the adapter's."""
     return not isinstance(model, PeftModel) or "lora_" in name or "modules_to_save" in name
 
 
 def available_bytes() -> int:
-    """Memory of this machine that processes may still take."""
+    """Bytes of this machine's memory that are still available."""
     return int(psutil.virtual_memory().available)
 
 
 class Copier:
-    """Copies tensors to the CPU, one for all that share it, so that tied weights stay tied.
+    """Copies tensors to the CPU, once for all that share memory, so that tied weights stay tied.
 
     Args:
-        buffers: memory to use again, of an earlier copy that nobody reads any more.
+        buffers: tensors of an earlier copy that is no longer needed, whose memory is reused.
     """
 
     def __init__(self, buffers: list[torch.Tensor]) -> None:
@@ -353,7 +369,7 @@ class Copier:
             self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
     def copy(self, leaf: Any) -> Any:
-        """A tensor's copy; anything else as it is."""
+        """A copy of a tensor; anything else unchanged."""
         if not isinstance(leaf, torch.Tensor):
             return leaf
         key = (leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, id(leaf) if leaf.data_ptr() == 0 else 0)

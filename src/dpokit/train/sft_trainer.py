@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer on the chosen answers of tokenised pairs, with exact steps and metrics. Touches its inside."""
+"""TRL's SFTTrainer on the chosen answers of tokenised pairs, with exact steps and metrics.
+
+Overrides its private methods.
+"""
 
 from typing import Any
 
@@ -7,18 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from dpokit.model.shared_prefix import IGNORED
 from dpokit.train.steps import Batch, StepTrainer
 
-IGNORED = -100  # a label that the loss passes over
 
-
-class Collator:
-    """Prompt and chosen answer in one row, by TRL's collator; and `counts`: whether the rows are real, not a stand-in.
+class AnswerCollator:
+    """TRL's collator, with prompt and chosen answer in one row; and `counts`: whether each row is real or a dummy.
 
     Args:
-        tokenizer: for its padding.
-        pad_to_multiple_of: of a row's width.
-        answers_alone: prompts are read, but not learnt.
+        tokenizer: for its padding token.
+        pad_to_multiple_of: of the width of a batch.
+        answers_alone: no loss is computed on prompts.
     """
 
     def __init__(
@@ -46,7 +48,7 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         args = arguments["args"]
-        collator = Collator(
+        collator = AnswerCollator(
             arguments["processing_class"],
             args.pad_to_multiple_of,
             answers_alone=args.completion_only_loss is not False,
@@ -54,21 +56,21 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
         super().__init__(data_collator=collator, **arguments)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(self.columns)  # what transformers leaves of a stream's rows
+        self._signature_columns = list(self.columns)  # transformers drops all other columns of a stream
 
     def weigh(self, batch: Batch) -> float:
-        """Tokens that are predicted: the first of a row is not."""
+        """The number of predicted tokens (the first token of a row is not predicted); 0 for a dummy."""
         return float((batch["labels"][:, 1:] != IGNORED).sum()) if batch["counts"].all() else 0.0
 
     def count_positions(self, batch: Batch) -> tuple[float, float]:
-        """Tokens of the rows, and positions that are computed."""
+        """The tokens of the rows, and the positions that are computed."""
         rows = batch["attention_mask"]
         return float(rows.sum()), float(rows.numel())
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's, over the batch's own tokens; `measure` makes it the batch's share of the step."""
+        """TRL's loss, a mean over the tokens of the batch; `measure` scales it to the batch's share of the step."""
         score = super().compute_loss
         return self.measure(
             inputs, lambda batch: score(model, batch, return_outputs=return_outputs), return_outputs=return_outputs

@@ -1,9 +1,8 @@
-"""Exact steps and exact metrics, for each of TRL's trainers. Touches their inner workings.
+"""Exact steps and exact metrics, for each of TRL's trainers. Overrides their private methods.
 
-- rows arrive tokenised, so TRL's own preparation is passed over;
-- a step's loss is the mean over its pairs or tokens on all ranks and micro-batches, also where these hold unequal
-  numbers;
-- metrics are sums and counts over real rows, added up on all ranks once per log.
+- Rows arrive tokenised, so TRL's own preparation is skipped.
+- A step's loss is the mean over its pairs or tokens on all ranks and micro-batches, even if these hold unequal numbers.
+- Metrics are sums and counts over real rows, added up over all ranks once per log.
 """
 
 import time
@@ -27,11 +26,11 @@ Batch = dict[str, Any]
 
 
 class StepTrainer(ResumingTrainer):
-    """Trains on tokenised rows. Stands before one of TRL's trainers, and says how its loss is weighed.
+    """Trains on tokenised rows. A base class that precedes one of TRL's trainers; subclasses weigh the loss.
 
     Attributes:
-        columns: of a row, what it trains on; the rows of a step are dealt to ranks by their tokens.
-        shared_prefix: `on`, or `off: ` and why.
+        columns: the columns of a row with the tokens that are trained on, by whose number a step's rows are balanced.
+        shared_prefix: `on`, or `off: ` and the reason.
     """
 
     columns: tuple[str, ...] = IDS
@@ -40,13 +39,13 @@ class StepTrainer(ResumingTrainer):
 
     def __init__(self, **arguments: Any) -> None:
         args = arguments["args"]
-        # Our batches are dealt by `Batches`, of unequal size at an epoch's end; accelerate must not even them out.
+        # At an epoch's end the batches of `Batches` may be unequal; accelerate must not even them out.
         args.accelerator_config.even_batches = False
         args.accelerator_config.dispatch_batches = False
         if isinstance(arguments["train_dataset"], IterableDataset):
-            # A stream's end is not known beforehand, so its last, incomplete batch is left out instead of repeated.
+            # The end of a stream is not known in advance, so its last, incomplete batch is dropped.
             args.dataloader_drop_last = True
-        # transformers would put the average of the losses before in a NaN's place, and log that.
+        # transformers would replace a loss that is NaN by the mean of the losses before it, and log that.
         args.logging_nan_inf_filter = False
         self._non_finite_step: int | None = None
         self._batches: Batches | None = None
@@ -58,31 +57,31 @@ class StepTrainer(ResumingTrainer):
         return dataset  # dpokit.data has tokenised it
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
-        """TRL writes a card without results beside each checkpoint; ours is made from the finished run."""
+        """Writes nothing: TRL's card has no results. `dpokit card` writes one from the finished run."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """transformers' own, with FSDP2 that shards on CPU too."""
+        """Calls transformers' method, after making FSDP2 shard on CPU too."""
         shard_on_cpu(self.args)
         super().create_accelerator_and_postprocess()
 
-    # -- what a trainer says of its batches: each kind for itself --------------------------------------------------
+    # -- batches of each kind of trainer ---------------------------------------------------------------------------
 
     def weigh(self, batch: Batch) -> float:
-        """What the batch's loss is a mean over: so many pairs, or tokens; 0 for a stand-in."""
+        """The number of pairs, or of tokens, that the batch's loss is a mean over; 0 for a dummy."""
         raise NotImplementedError
 
     def weigh_others(self, batch: Batch) -> Mapping[str, float]:
-        """What those metrics are means over that are not over what the loss is; by name."""
+        """The weights of the metrics that are means over something else than the loss is; by name."""
         return {}
 
     def count_positions(self, batch: Batch) -> tuple[float, float]:
-        """Tokens that a batch needs, and positions that it takes."""
+        """The tokens that a batch needs, and the positions that the model computes for it."""
         raise NotImplementedError
 
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """Batches by `Batches`, dealt to the ranks; a stream as transformers deals it."""
+        """Batches of `Batches`, split among the ranks; for a stream transformers' own loader."""
         if not isinstance(self.train_dataset, Dataset):
             return super().get_train_dataloader()
         self._batches = Batches(
@@ -97,7 +96,7 @@ class StepTrainer(ResumingTrainer):
         return self._build_loader(self.train_dataset, self._batches)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """All held-out rows in order, each once."""
+        """Batches of all held-out rows, in order and each once."""
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         batches = Batches(len(rows), per_device=self.args.eval_batch_size, world_size=self.accelerator.num_processes)
         return self._build_loader(rows, batches)
@@ -116,13 +115,14 @@ class StepTrainer(ResumingTrainer):
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
-    def set_batches_epoch(self, epoch: int) -> None:
-        """Called at each epoch's begin: behind a resume's skipped batches, transformers does not reach the sampler."""
+    def begin_epoch(self, epoch: int) -> None:
+        """Sets the epoch of the batches: in a resume that skips batches, transformers does not reach the sampler."""
+        self.epoch_ended = False
         if self._batches is not None:
             self._batches.set_epoch(epoch)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Batch], None]:
-        """The micro-batches of one step; adds up what their losses are means over, on all ranks."""
+        """The micro-batches of one step; adds up their weights over all ranks."""
         if self._working_since is None:
             self._working_since = time.monotonic()
         samples, _ = super().get_batch_samples(*args, **kwargs)
@@ -133,14 +133,14 @@ class StepTrainer(ResumingTrainer):
     # -- loss and metrics ------------------------------------------------------------------------------------------
 
     def measure(self, batch: Batch, compute: Callable[[Batch], Any], *, return_outputs: bool) -> Any:
-        """What TRL computes of a batch, its loss as the batch's share of the step's; notes TRL's metrics."""
+        """The result of TRL's `compute`, its loss scaled to the batch's share of the step; collects TRL's metrics."""
         mode = "train" if self.model.training else "eval"
         weight, others = self.weigh(batch), self.weigh_others(batch)
         needed, computed = self.count_positions(batch)
         batch.pop("counts")
         self._metrics[mode] = defaultdict(list)
         tokens_before = self._total_train_tokens
-        with self._gathers_switched_off():
+        with self._without_gathers():
             result = compute(batch)
         if not weight:
             self._total_train_tokens = tokens_before
@@ -152,14 +152,14 @@ class StepTrainer(ResumingTrainer):
             self._eval_loss.add({"loss": loss.item()}, weight, real=weight > 0)
         else:
             self._note_finite(loss)
-            # transformers divides by the step's micro-batches and DDP by the ranks, as if all held as much.
+            # transformers divides by the number of micro-batches and DDP by the number of ranks, as if all were equal.
             share = weight / self._step_weight
             loss = loss * (share * self.accelerator.num_processes * self.current_gradient_accumulation_steps)
         return (loss, result[1]) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not self.args.fp16:  # fp16's loss scaling skips a step whose gradients overflow
+        if norm is not None and not self.args.fp16:  # in fp16, loss scaling skips a step whose gradients overflow
             self._note_finite(torch.as_tensor(float(norm)))
         return norm
 
@@ -168,22 +168,23 @@ class StepTrainer(ResumingTrainer):
             self._non_finite_step = self.state.global_step + 1
 
     def find_non_finite_step(self) -> int | None:
-        """The first step at which a rank's loss or gradient was not finite; None where all were. Collective."""
+        """The first step with a loss or gradient that is not finite on any rank; None if all are. Collective."""
         never = torch.iinfo(torch.int64).max
         step = torch.tensor(self._non_finite_step or never, device=self.accelerator.device)
         first = int(self.accelerator.gather(step).min())
         return None if first == never else first
 
     @contextmanager
-    def _gathers_switched_off(self) -> Iterator[None]:
-        """TRL gathers each metric of each micro-batch from all ranks (some 15 waits); ours are added up when logged.
+    def _without_gathers(self) -> Iterator[None]:
+        """Inside, each of TRL's metrics is the mean over this rank's batch.
 
-        Inside, each of TRL's metrics is the mean over this rank's batch. Delete when TRL keeps sums and counts.
+        TRL gathers each metric of each micro-batch from all ranks (some 15 waits); here they are added up when they are
+        logged. Delete when TRL keeps sums and counts.
         """
         accelerator = self.accelerator
         names = ("gather", "gather_for_metrics")
         for name in names:
-            setattr(accelerator, name, _keep)
+            setattr(accelerator, name, _return_unchanged)
         try:
             yield
         finally:
@@ -191,7 +192,7 @@ class StepTrainer(ResumingTrainer):
                 delattr(accelerator, name)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """TRL's log with our means. Collective."""
+        """Calls TRL's method with exact means. Collective."""
         mode = "train" if self.model.training else "eval"
         self._sums[mode].count(num_tokens=self._total_train_tokens)
         means, totals = self._sums[mode].take(self.accelerator)
@@ -208,12 +209,12 @@ class StepTrainer(ResumingTrainer):
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """transformers' loop; the loss is the mean over real pairs or tokens."""
+        """Calls transformers' method; the loss is the mean over real pairs or tokens."""
         began = time.monotonic()
         self._sums["eval"], self._eval_loss = Sums(), Sums()
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        finally:  # it may be cut off
+        finally:  # a signal may cut the evaluation off
             if self._working_since is not None:
                 self._working_since += time.monotonic() - began
         means, _ = self._eval_loss.take(self.accelerator)
@@ -221,5 +222,5 @@ class StepTrainer(ResumingTrainer):
         return output
 
 
-def _keep(tensor: Any) -> Any:
+def _return_unchanged(tensor: Any) -> Any:
     return tensor

@@ -1,7 +1,7 @@
-"""Trackers: a run's name, group, tags, settings, metrics and final numbers in Weights & Biases, trackio, TensorBoard.
+"""Trackers: send a run's name, group, tags, settings, metrics and final numbers to W&B, trackio or TensorBoard.
 
-None of them can end a run: what goes wrong with a tracker costs one line on the screen, and metrics.jsonl is written in
-any case. Rank 0 alone talks to trackers.
+A tracker never ends a run: its error is printed in one line, and metrics.jsonl is written in any case. Only rank 0 uses
+trackers.
 """
 
 import importlib.util
@@ -34,49 +34,47 @@ from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings.load import Settings
 
 PACKAGES = {"azure_ml": ("azureml", "azureml-mlflow"), "flyte": ("flytekit", "flytekit")}  # module, pip's name
-# The trainer's own, which may end a run (wandb's, when wandb's background process is gone); TrackerCallback stands in.
+# TrackerCallback replaces these, as they may end a run (W&B's does, if wandb's process is gone).
 REPLACED = (WandbCallback, TrackioCallback, TensorBoardCallback)
-FINAL = ("step", "seconds", "num_tokens", "train_loss")  # of metrics.jsonl, beside every eval_*
+FINAL = ("step", "seconds", "num_tokens", "train_loss")  # in metrics.jsonl; and every eval_*
 
 
-def set_up_trackers(settings: Settings) -> None:
-    """Decides which trackers are on and what the run is called there; writes both into the settings.
+def decide_trackers(settings: Settings) -> Settings:
+    """Settings with this run's trackers, and its name and project there.
 
-    Weights & Biases is on unasked where this machine has a key for it.
+    Weights & Biases is on by default if this machine has a key for it.
 
     Raises: SettingsError for a tracker that is unknown or not installed, or a tag that wandb does not take.
     """
-    training, origins = settings.training, settings.origins
-    wandb_is_here = importlib.util.find_spec("wandb") is not None
-    if "report_to" not in origins and is_main_process() and wandb_is_here and has_key() and not is_switched_off():
-        training.report_to = [*training.report_to, "wandb"]
-        origins["report_to"] = "this machine"
+    requested = "report_to" in settings.origins
+    is_installed = importlib.util.find_spec("wandb") is not None
+    if not requested and is_main_process() and is_installed and has_key() and not is_switched_off():
+        settings = settings.with_training("this machine", report_to=[*settings.training.report_to, "wandb"])
         say("wandb: on, as this machine has a key for it (--report_to none switches it off)")
-    for name in training.report_to:
+    for name in settings.training.report_to:
         check_tracker(name)
     for tag in settings.data.run_tags or []:
         if not 1 <= len(tag) <= 64:
             raise SettingsError(f"run_tags has {tag!r}", expected="1 to 64 characters a tag", do="correct --run_tags")
-    folder = Path(training.output_dir).resolve().name
+    folder = Path(settings.training.output_dir).resolve().name
     for name, variable, default in (("run_name", "WANDB_NAME", folder), ("project", "WANDB_PROJECT", "dpokit")):
-        if name not in origins:
-            setattr(training, name, os.environ.get(variable) or default)
-            if os.environ.get(variable):
-                origins[name] = variable
+        if name not in settings.origins:
+            value = os.environ.get(variable)
+            settings = settings.with_training(variable if value else "default", **{name: value or default})
+    return settings
 
 
 def check_tracker(name: str) -> None:
-    """Raises SettingsError where there is nothing of that name to report to."""
+    """Raises SettingsError for a tracker that does not exist or is not installed."""
     if name not in INTEGRATION_TO_CALLBACK:
         raise SettingsError(
-            f"report_to names {name}, which is no tracker",
+            f"report_to names {name}, which is not a tracker",
             expected=f"none, all, or some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}",
             do="correct --report_to",
         )
     module, package = PACKAGES.get(name, (name, name))
-    if (
-        name != "kubeflow" and importlib.util.find_spec(module) is None
-    ):  # kubeflow is a place, and turns itself on there
+    # kubeflow is a cluster, not a package.
+    if name != "kubeflow" and importlib.util.find_spec(module) is None:
         raise SettingsError(
             f"report_to names {name}, which is not installed",
             expected="an installed tracker",
@@ -86,49 +84,50 @@ def check_tracker(name: str) -> None:
 
 @contextmanager
 def track_run(run: RunDir, settings: Settings) -> Iterator["TrackerCallback"]:
-    """The trackers of a run, until run.json holds its outcome.
+    """Yields the callback that replaces those in `REPLACED`; at the end, sends the final numbers to all trackers.
 
-    Yields the callback that the trainer needs, in place of those in `REPLACED`.
+    The block must end after run.json has the outcome of the run.
     """
     tracker = TrackerCallback(run, settings)
     try:
         yield tracker
     finally:
-        for name in list(tracker.on):
+        for name in list(tracker.trackers):
             with tracker.guard(name):
-                tracker.on[name].finish(find_final_numbers(run))
+                tracker.trackers[name].finish(find_final_numbers(run))
 
 
 class TrackerCallback(TrainerCallback):
-    """Starts trackers and passes the trainer's events on to them; one that fails is left out from then on."""
+    """Starts trackers and passes the trainer's events to them; a tracker that fails is dropped."""
 
     def __init__(self, run: RunDir, settings: Settings) -> None:
         self.run = run
         self.settings = settings
-        self.on: dict[str, Wandb | Trackio | TensorBoard] = {}
+        self.trackers: dict[str, Wandb | Trackio | TensorBoard] = {}
 
     @contextmanager
     def guard(self, name: str) -> Iterator[None]:
+        """Prints any error of the tracker in one line and drops the tracker: training matters more."""
         try:
             yield
-        except Exception as error:  # whatever it is: the training weighs more than its tracker
-            self.on.pop(name, None)
+        except Exception as error:
+            self.trackers.pop(name, None)
             say(f"{name}: {first_line(error)}; the run goes on without it (metrics.jsonl has every number)")
 
     def begin(self) -> None:
-        """Opens the run where it is shown before its data is read."""
+        """Opens the run in W&B, before the data is read."""
         if is_main_process() and "wandb" in self.settings.training.report_to:
             self.start("wandb")
 
     def start(self, name: str, after_step: int = 0) -> None:
-        """Opens the run there. `after_step`: where a resumed run goes on, else 0."""
+        """Opens the run in the tracker. `after_step`: the step that a run is resumed from, else 0."""
         with self.guard(name):
-            self.on[name] = TRACKERS[name](self.run, self.settings, after_step)
+            self.trackers[name] = TRACKERS[name](self.run, self.settings, after_step)
 
-    def _pass_on(self, event: str, *what: Any, **more: Any) -> None:
-        for name in list(self.on):
+    def _pass_on(self, event: str, *arguments: Any, **more: Any) -> None:
+        for name in list(self.trackers):
             with self.guard(name):
-                getattr(self.on[name], event)(*what, **more)
+                getattr(self.trackers[name], event)(*arguments, **more)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         for name in ("trackio", "tensorboard"):
@@ -147,7 +146,7 @@ class TrackerCallback(TrainerCallback):
 
 
 class Trackio(TrainerCallback):
-    """A trackio run, in TRACKIO_DIR on this machine. transformers' callback has no group, and counts calls as steps."""
+    """A trackio run, in TRACKIO_DIR on this machine. transformers' callback sends no group and no steps."""
 
     def __init__(self, run: RunDir, settings: Settings, after_step: int) -> None:
         import trackio
@@ -159,11 +158,11 @@ class Trackio(TrainerCallback):
                 project=training.project,
                 name=training.run_name,
                 group=settings.data.run_group,
-                config=settings.values(),
+                config=read_recorded_settings(run),
                 space_id=training.trackio_space_id,
                 bucket_id=training.trackio_bucket_id,
                 private=training.hub_private_repo,
-                resume="allow" if after_step else "never",  # by name alone: a new run may share it with an old one
+                resume="allow" if after_step else "never",  # by name only: a new run may share it
             )
         say(f'trackio: `trackio show --project "{training.project}"` shows this run, {training.run_name}')
 
@@ -176,35 +175,43 @@ class Trackio(TrainerCallback):
             self.trackio.finish()
 
 
-class TensorBoard(TrainerCallback):
-    """Event files in OUTPUT_DIR/tensorboard/RUN_NAME or TENSORBOARD_LOGGING_DIR/RUN_NAME; group and tags are a text."""
+class TensorBoard(TensorBoardCallback):
+    """transformers' callback, writing event files that are opened here; group and tags are a text.
+
+    The files are in OUTPUT_DIR/tensorboard/RUN_NAME, or in TENSORBOARD_LOGGING_DIR/RUN_NAME.
+    """
 
     def __init__(self, run: RunDir, settings: Settings, after_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         name, group, tags = settings.training.run_name, settings.data.run_group, settings.data.run_tags or []
         parent = Path(os.environ.get("TENSORBOARD_LOGGING_DIR") or run.path / "tensorboard").expanduser()
-        # What an interrupted run logged behind its checkpoint is taken back, and all of a run that is begun anew.
-        self.writer = SummaryWriter(str(parent / name), purge_step=after_step + 1 if after_step else 0)
+        # Hides the records that an interrupted run logged after its checkpoint, or all of them if the run starts again.
+        super().__init__(SummaryWriter(str(parent / name), purge_step=after_step + 1 if after_step else 0))
         self._write({"run": f"{name}, group: {group}, tags: {', '.join(tags)}"}, after_step)
-        self._write({"settings": f"```\n{json.dumps(settings.values(), indent=2)}\n```"}, after_step)
+        self._write({"settings": f"```\n{json.dumps(read_recorded_settings(run), indent=2)}\n```"}, after_step)
 
     def _write(self, values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
-            add = self.writer.add_scalar if isinstance(value, int | float) else self.writer.add_text
+            add = self.tb_writer.add_scalar if isinstance(value, int | float) else self.tb_writer.add_text
             add(name, value, step)
-        self.writer.flush()
+        self.tb_writer.flush()
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any) -> None:
-        self._write(rewrite_logs(logs), state.global_step)
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Keeps the writer open for the final numbers; transformers' method closes it."""
 
     def finish(self, final: dict[str, Any]) -> None:
         self._write(final, final.get("final/step", 0))
-        self.writer.close()
+        self.tb_writer.close()
+
+
+def read_recorded_settings(run: RunDir) -> dict[str, Any]:
+    """The settings in run.json, by name: with the run's own decisions, and secrets masked."""
+    return {name: entry["value"] for name, entry in (run.read_run() or {}).get("settings", {}).items()}
 
 
 def find_final_numbers(run: RunDir) -> dict[str, Any]:
-    """`final/*` of a run, read in its folder: state, step, seconds, tokens, last and best evaluation."""
+    """The numbers `final/*` of a run, from its folder: state, step, seconds, tokens, last and best evaluation."""
     record = run.read_run() or {}
     newest: dict[str, Any] = {}
     for logged in read_metrics(run.metrics_jsonl) if run.metrics_jsonl.is_file() else ():
@@ -220,39 +227,39 @@ def find_final_numbers(run: RunDir) -> dict[str, Any]:
     return {f"final/{name}": value for name, value in final.items()}
 
 
-HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # under which `wandb login` puts keys into ~/.netrc
-# Our line instead of wandb's many. And no waiting for ever on a server, as wandb would at a run's end, while GPUs idle.
-# The user's own WANDB_SILENT, WANDB_INIT_TIMEOUT, WANDB_FINISH_TIMEOUT win.
+HOSTS = ("api.wandb.ai", "api.forge.coreweave.com")  # whose keys `wandb login` writes to ~/.netrc
+# dpokit prints one line in place of wandb's many, and wandb does not wait for its server for ever while GPUs idle. The
+# user's own WANDB_SILENT, WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT win.
 SETTINGS = {"silent": True, "init_timeout": 20.0, "finish_timeout": 300.0}
 
 
 class Wandb(WandbCallback):
-    """transformers' callback, logging into a W&B run that is opened here, with its files in the run folder."""
+    """transformers' callback, logging to a W&B run that is opened here, with its files in the run folder."""
 
     def __init__(self, run: RunDir, settings: Settings, after_step: int) -> None:
         import wandb
 
         super().__init__()
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # wandb's telemetry, complaining about its server
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)  # wandb's telemetry warns about its server
         first_mode, why = find_mode()
         arguments: dict[str, Any] = {
             "project": settings.training.project,
             "name": settings.training.run_name,
             "group": settings.data.run_group,
             "tags": settings.data.run_tags,
-            "config": settings.values(),
+            "config": read_recorded_settings(run),
             "dir": os.environ.get("WANDB_DIR") or str(run.path),
             "settings": {k: v for k, v in SETTINGS.items() if f"WANDB_{k.upper()}" not in os.environ},
         }
-        known = (run.read_run() or {}).get("wandb_id")
+        earlier_id = (run.read_run() or {}).get("wandb_id")
         with _without_secrets(settings):
             for mode in dict.fromkeys((first_mode, "offline", "disabled")):
-                # An offline run cannot be gone on with: each start is one of its own, of the same name and group.
-                go_on = {"id": known, "resume": "allow"} if known and mode == "online" else {}
+                # An offline run cannot be resumed: each start is a run of its own, with the same name and group.
+                resume = {"id": earlier_id, "resume": "allow"} if earlier_id and mode == "online" else {}
                 try:
-                    self.run: Any = wandb.init(mode=mode, **arguments, **go_on)
+                    self.run: Any = wandb.init(mode=mode, **arguments, **resume)
                     break
-                except Exception as error:  # a key that is refused, a server out of reach
+                except Exception as error:  # a refused key, or a server that cannot be reached
                     why = first_line(error)
         if mode == "online":
             run.write_run(wandb_id=self.run.id)
@@ -260,7 +267,7 @@ class Wandb(WandbCallback):
         elif mode == "offline":
             say(f"wandb: {why}: tracked offline; `wandb sync {Path(self.run.dir).parent}` uploads it")
         else:
-            say(f"wandb: {why}: not tracked there")
+            say(f"wandb: {why}: this run is not tracked there")
 
     def finish(self, final: dict[str, Any]) -> None:
         self.run.summary.update(final)
@@ -270,7 +277,7 @@ class Wandb(WandbCallback):
 
 
 def find_mode() -> tuple[Any, str]:
-    """online, offline or disabled, and why."""
+    """The mode of wandb (online, offline or disabled) and its reason."""
     import wandb
 
     if is_switched_off():
@@ -279,15 +286,17 @@ def find_mode() -> tuple[Any, str]:
         return "offline", "WANDB_MODE is offline"
     if has_key() or wandb.login(prompt=False, verify=False):
         return "online", ""
-    # Without a key and without a terminal, wandb would end the whole run.
+    # Without a key and a terminal, wandb would end the run.
     return "offline", "no API key found (`wandb login` keeps one)"
 
 
 def is_switched_off() -> bool:
+    """Whether an environment variable switches wandb off."""
     return os.environ.get("WANDB_MODE") == "disabled" or os.environ.get("WANDB_DISABLED", "").lower() in ("1", "true")
 
 
 def has_key() -> bool:
+    """Whether this machine has a key for the wandb server in use."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     server = os.environ.get("WANDB_BASE_URL")
@@ -300,18 +309,19 @@ def has_key() -> bool:
 
 @contextmanager
 def _without_secrets(settings: Settings) -> Iterator[None]:
-    """Hides them on the command line meanwhile: wandb keeps a copy of it with the run."""
-    words = sys.argv
+    """Inside, secrets on the command line are masked: wandb stores the command line with the run."""
+    arguments = sys.argv
     values = {**vars(settings.data), **vars(settings.training), **vars(settings.model)}
     secrets = [str(value) for name, value in values.items() if name.endswith(SECRET_SETTING) and value]
-    sys.argv = ["***" if any(secret in word for secret in secrets) else word for word in words]
+    sys.argv = ["***" if any(secret in argument for secret in secrets) else argument for argument in arguments]
     try:
         yield
     finally:
-        sys.argv = words
+        sys.argv = arguments
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's class."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

@@ -1,4 +1,4 @@
-"""Settings that only other libraries can judge, tried on a stand-in of two weights before anything is loaded."""
+"""Tries settings that only other libraries can judge, on a layer of two weights, before anything is loaded."""
 
 import inspect
 from collections.abc import Callable
@@ -15,11 +15,11 @@ from dpokit.metrics import TIMES, list_evaluated
 from dpokit.settings.load import Settings
 
 COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
-STEPS = 10  # of the schedule that is tried
+STEPS = 10  # of the learning-rate schedule
 
 
 def check_values(settings: Settings) -> None:
-    """Raises SettingsError, which names the flag, for a value that training could not begin or end with."""
+    """Raises SettingsError, which names the flag, for a value that would stop training at its start or its end."""
     training = settings.training
     _check_compilation(training)
     _check_checkpointing(training.gradient_checkpointing_kwargs)
@@ -32,7 +32,7 @@ def check_values(settings: Settings) -> None:
 def _try(flags: str, attempt: Callable[[], object]) -> None:
     try:
         attempt()
-    except Exception as error:  # of whatever library
+    except Exception as error:  # any library's
         raise SettingsError(
             f"{flags}: {' '.join(str(error).split())[:300]}",
             expected="values that transformers and the optimizer take, and the packages that they need",
@@ -42,7 +42,7 @@ def _try(flags: str, attempt: Callable[[], object]) -> None:
 
 def _build_optimizer(training: Any) -> None:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(training, nn.Linear(1, 1))
-    if kind.__module__.startswith("torch.optim"):  # others may want a GPU
+    if kind.__module__.startswith("torch.optim"):  # others may need a GPU
         kind(nn.Linear(1, 1).parameters(), **options)
 
 
@@ -59,22 +59,22 @@ def _step_schedule(training: Any) -> None:
 
 def _check_compilation(training: Any) -> None:
     backends = [backend.value.lower() for backend in DynamoBackend]
-    for flag, value, known in (
+    for flag, value, allowed in (
         ("torch_compile_backend", training.torch_compile_backend, backends),
         ("torch_compile_mode", training.torch_compile_mode, COMPILE_MODES),
     ):
-        if value is not None and value.lower() not in known:
-            raise SettingsError(f"{flag} is {value}", expected=" or ".join(known), do=f"correct --{flag}")
+        if value is not None and value.lower() not in allowed:
+            raise SettingsError(f"{flag} is {value}", expected=" or ".join(allowed), do=f"correct --{flag}")
 
 
 def _check_checkpointing(options: Any) -> None:
-    known = {name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")}
-    known.add("preserve_rng_state")
-    unknown = sorted(set(options or {}) - known)
+    allowed = {name for name in inspect.signature(checkpoint).parameters if name not in ("function", "args", "kwargs")}
+    allowed.add("preserve_rng_state")
+    unknown = sorted(set(options or {}) - allowed)
     if unknown:
         raise SettingsError(
             f"gradient_checkpointing_kwargs has {', '.join(unknown)}",
-            expected=f"some of: {', '.join(sorted(known))}",
+            expected=f"some of: {', '.join(sorted(allowed))}",
             do="correct --gradient_checkpointing_kwargs",
         )
 
@@ -83,13 +83,13 @@ def check_metric(name: str | None, kind: str) -> None:
     """Raises SettingsError for a metric that no evaluation of this kind of recipe has.
 
     Args:
-        name: of `--metric_for_best_model`, with `eval_` or without.
+        name: the metric of `--metric_for_best_model`, with `eval_` or without.
         kind: `dpo` or `sft`.
     """
-    known = list_evaluated(kind)
-    if name is not None and name.removeprefix("eval_") not in known:
+    metrics = list_evaluated(kind)
+    if name is not None and name.removeprefix("eval_") not in metrics:
         raise SettingsError(
             f"metric_for_best_model is {name}, which no evaluation has",
-            expected=", ".join(f"eval_{one}" for one in known if one not in TIMES),
+            expected=", ".join(f"eval_{metric}" for metric in metrics if metric not in TIMES),
             do="correct --metric_for_best_model",
         )
