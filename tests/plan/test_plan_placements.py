@@ -22,7 +22,7 @@ def asked(tmp_path):
 
 def traced(size: int, *, states: int) -> Traced:
     held = {"weights": size * P, "reference": size * P, "trained": size * P, "states": states * P}
-    return Traced(**held, peak=0, at_peak={}, moments={0: STEP, 2 * P: (10**9, 0)}, heap_peak=None)
+    return Traced(**held, peak=0, at_peak={}, moments={0: STEP, 2 * P: (10**9, 0)})
 
 
 @pytest.fixture

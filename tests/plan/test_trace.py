@@ -1,17 +1,12 @@
 """The traced step: the ledger against tensors of known size, a traced step against the same step on real tensors."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
 from planning import ask, write_llama_8b
 
-from dpokit.plan.allocator import find_heap
 from dpokit.plan.blueprint import build_blueprint, fill_with_fakes, list_tensors, load_config
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.trace import Shape, trace_step
@@ -51,34 +46,6 @@ def test_the_ledger_tells_kinds_apart():
         made = weight + 1
     ledger.relabel(made, "gradients")
     assert {kind: size for kind, size in ledger.by_kind.items() if size} == {"weights": 40, "gradients": 40}
-
-
-@pytest.mark.cold
-def test_a_heap_that_is_asked_grows_by_what_is_asked_and_no_memory_is_used():
-    """In a process of its own: what other tests gave back would be taken again."""
-    if find_heap() is None:
-        pytest.skip("not glibc")
-    code = (
-        "import psutil; from dpokit.plan.allocator import find_heap\n"
-        "heap, before = find_heap(), psutil.Process().memory_info().rss\n"
-        "for key in range(4): heap.add(key, 2**28)\n"
-        "heap.drop(0); heap.add(5, 2**27)\n"
-        "print(heap.peak_bytes, psutil.Process().memory_info().rss - before)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    grown, used = map(int, done.stdout.split())
-    assert 2**30 - 2**22 <= grown < 2**30 + 2**28
-    assert used < 2**26
-
-
-def test_a_heap_that_is_refused_gives_up():
-    heap = find_heap()
-    if heap is None:
-        pytest.skip("not glibc")
-    heap.add(0, 2**62)
-    assert heap.refused
-    heap.add(1, 100)
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_peft"], ["--gradient_checkpointing"], ["--precompute_ref_log_probs"]])

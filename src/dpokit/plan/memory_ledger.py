@@ -9,8 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpokit.plan.allocator import ShadowHeap
-
 KINDS = ("weights", "reference", "gradients", "optimizer", "activations", "logits")
 
 
@@ -25,7 +23,7 @@ class Ledger(TorchDispatchMode):
             beside them. Placements that shard gradients find their own peak here.
     """
 
-    def __init__(self, heap: ShadowHeap | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
         self.kind = "activations"
         self.by_kind: Counter[str] = Counter()
@@ -33,12 +31,11 @@ class Ledger(TorchDispatchMode):
         self.at_peak: dict[str, int] = {}
         self.moments: dict[int, tuple[int, int]] = {}
         self._total = 0
-        self._heap = heap
         self._live: dict[int, tuple[int, str, Any]] = {}
 
     def hold(self, tensor: torch.Tensor, kind: str) -> None:
-        """Counts a tensor made outside. Weights are mapped from their file and take no part in the heap."""
-        self._add(tensor, kind, in_heap=False)
+        """Counts a tensor made outside."""
+        self._add(tensor, kind)
 
     def relabel(self, tensor: torch.Tensor, kind: str) -> None:
         """Says what a tensor has become: a gradient, once it is a parameter's own."""
@@ -48,7 +45,7 @@ class Ledger(TorchDispatchMode):
         self.by_kind[kind] += size
         self._live[key] = (size, kind, reference)
 
-    def _add(self, tensor: torch.Tensor, kind: str, *, in_heap: bool) -> None:
+    def _add(self, tensor: torch.Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = storage.nbytes()
@@ -57,8 +54,6 @@ class Ledger(TorchDispatchMode):
         self._live[key] = (size, kind, weakref.ref(storage, partial(self._drop, key)))
         self._total += size
         self.by_kind[kind] += size
-        if in_heap and self._heap is not None:
-            self._heap.add(key, size)
         if self._total > self.peak_bytes:
             self.peak_bytes, self.at_peak = self._total, dict(self.by_kind)
         beside = (self.by_kind["activations"], self.by_kind["logits"])
@@ -69,12 +64,10 @@ class Ledger(TorchDispatchMode):
         size, kind, _ = self._live.pop(key)
         self._total -= size
         self.by_kind[kind] -= size
-        if self._heap is not None:
-            self._heap.drop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._add(leaf, self.kind, in_heap=True)
+                self._add(leaf, self.kind)
         return result

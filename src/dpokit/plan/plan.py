@@ -11,7 +11,6 @@ from datasets.utils.logging import disable_progress_bar
 from dpokit.console import say
 from dpokit.errors import SettingsError
 from dpokit.model.load import find_max_length, load_tokenizer
-from dpokit.plan.allocator import find_heap
 from dpokit.plan.blueprint import Blueprint, build_blueprint, find_dtype, load_config
 from dpokit.plan.lengths import Data, Row, Steps, count_steps, find_worst, load_data
 from dpokit.plan.placements import (
@@ -35,7 +34,7 @@ SOURCES = {
     "GPU": dict.fromkeys(("weights", "gradients", "optimizer", "reference", "logits"), "arithmetic")
     | {"activations": "traced", "other": "assumed"},
     "CPU": dict.fromkeys(("gradients", "optimizer", "activations", "logits"), "traced")
-    | {"weights": "arithmetic", "reference": "arithmetic", "other": "measured + traced"},
+    | {"weights": "arithmetic", "reference": "arithmetic", "other": "measured"},
 }
 
 
@@ -137,7 +136,7 @@ def build_plan(asked: Asked) -> Plan:
     say(f"tracing a step of {train.pairs} pairs of {train.row_tokens:,} tokens, without weights")
     notes = list_notes(asked, data)
     if asked.target.kind == "CPU":
-        rooms = [_trace_on_cpu(asked, config, blueprint, train, evaluation, notes)]
+        rooms = [_trace_on_cpu(asked, blueprint, train, evaluation)]
     else:
         rooms = list_rooms(_trace_for_gpus(asked, config, blueprint, train, evaluation), settings, asked.target)
     notes += [f"{room.placement} is refused: {room.refused}" for room in rooms if room.refused]
@@ -161,25 +160,17 @@ def is_choice(room: Room, asked: Asked) -> bool:
     return room.fits and (asked.target.count == 1 or room.placement != ONE_DEVICE)
 
 
-def _trace_on_cpu(
-    asked: Asked, config: Any, blueprint: Blueprint, train: Shape, evaluation: Shape | None, notes: list[str]
-) -> Room:
-    """This machine's own row: the memory of this process, which has imported what a run imports, and the step's."""
-    shapes: dict[str, Any] = {"train": train, "evaluation": evaluation, "autocast": asked.autocast, "on_gpu": False}
-    heap = find_heap()
-    if heap is not None:
-        # Once without it: what torch keeps of a first trace would lie between the blocks, where a run has nothing.
-        trace_step(build_blueprint(asked.settings, config), asked.settings, **shapes, brief=True)
-        heap = find_heap()
-    before = psutil.Process().memory_info().rss
-    traced = trace_step(blueprint, asked.settings, **shapes, heap=heap)
-    parts = {part: traced.at_peak.get(part, 0) for part in PARTS if part != "other"}
-    holes = 0
-    if traced.heap_peak is None:
-        notes.append("what the allocator keeps between blocks is not in `other`: it could not be asked")
-    else:
-        holes = max(0, traced.weights + traced.reference + traced.heap_peak - traced.peak)
-    parts["other"] = before + holes
+def _trace_on_cpu(asked: Asked, blueprint: Blueprint, train: Shape, evaluation: Shape | None) -> Room:
+    """The memory of one step on this machine: all tensors alive at its peak, and what a run holds before it trains.
+
+    This process has imported what a run imports, so that its resident memory is the run's before training. Free memory
+    that the C library keeps is not counted.
+    """
+    before_bytes = psutil.Process().memory_info().rss
+    traced = trace_step(
+        blueprint, asked.settings, train=train, evaluation=evaluation, autocast=asked.autocast, on_gpu=False
+    )
+    parts = {part: traced.at_peak.get(part, 0) for part in PARTS if part != "other"} | {"other": before_bytes}
     room = Room(ONE_DEVICE, parts, 0, fits=False)
     return replace(room, fits=room.total <= asked.target.memory_gib * GIB)
 

@@ -11,11 +11,10 @@ from dpokit.plan.plan import SOURCES, Plan, describe_method
 from dpokit.plan.target import GIB
 from dpokit.safe_console import SafeConsole
 
-SHORT = {"arithmetic": "arith.", "measured + traced": "meas.", "assumed": "assum."}
+SHORT = {"arithmetic": "arith.", "measured": "meas.", "assumed": "assum."}
 LEGEND = {
     "GPU": "arith.: from shapes and shares; traced: a step on tensors without data; assum.: assumed, nothing measured",
-    "CPU": "arith.: from shapes; traced: a step on tensors without data; meas.: this process, and the holes its "
-    "allocator leaves when the step is rehearsed",
+    "CPU": "arith.: from shapes; traced: a step on tensors without data; meas.: this process before training",
 }
 HEADS = {"gradients": "grads", "optimizer": "optim.", "reference": "ref.", "activations": "activ."}
 
@@ -76,9 +75,11 @@ def _build_table(plan: Plan) -> Table:
     if with_host:
         table.add_column("host", justify="right", no_wrap=True)
     table.add_column("fits", no_wrap=True)
+    on_cpu = plan.asked.target.kind == "CPU"  # a prediction good to some tens of percent has one decimal
     for room in plan.rooms:
-        cells = [_gib(room.parts[part]) for part in PARTS] + [f"[bold]{_gib(room.total)}[/bold]"]
-        cells += [_gib(room.host)] if with_host else []
+        cells = [_format_gib(room.parts[part], rough=on_cpu) for part in PARTS]
+        cells += [f"[bold]{'about ' * on_cpu}{_format_gib(room.total, rough=on_cpu)}[/bold]"]
+        cells += [_format_gib(room.host)] if with_host else []
         chosen = plan.recommended is not None and room is plan.recommended
         verdict = "refused" if room.refused else "yes" if room.fits else "no"
         table.add_row(f"[bold]{room.placement}[/bold]" if chosen else room.placement, *cells, verdict)
@@ -87,16 +88,16 @@ def _build_table(plan: Plan) -> Table:
     return table
 
 
-def _gib(size_bytes: int) -> str:
+def _format_gib(size_bytes: int, *, rough: bool = False) -> str:
     gib = size_bytes / GIB
     if size_bytes == 0:
         return "-"
-    return f"{gib:.2f}" if gib < 100 else f"{gib:.0f}"
+    return f"{gib:.0f}" if gib >= 100 else f"{gib:.1f}" if rough else f"{gib:.2f}"
 
 
 def describe_check(check: dict[str, Any]) -> str:
-    """`peak: predicted 4.93 GiB, measured 5.04 GiB in a real step (-2.2 %)`."""
+    """`peak: predicted about 4.9 GiB, measured 5.04 GiB in real steps of the longest rows (-2.2 %)`."""
     return (
-        f"peak: predicted {check['predicted_gib']:.2f} GiB, measured {check['measured_gib']:.2f} GiB in real steps "
-        f"of the longest rows ({check['difference_percent']:+.1f} %)"
+        f"peak: predicted about {check['predicted_gib']:.1f} GiB, measured {check['measured_gib']:.2f} GiB in real "
+        f"steps of the longest rows ({check['difference_percent']:+.1f} %)"
     )

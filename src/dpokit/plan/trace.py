@@ -17,7 +17,6 @@ from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer puts 
 
 from dpokit.model.score import find_obstacle
 from dpokit.model.shared_prefix import NAME, Packed
-from dpokit.plan.allocator import ShadowHeap
 from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
 from dpokit.plan.lm_head_memory import TILE_VOCABULARY, GpuHead
 from dpokit.plan.memory_ledger import Ledger
@@ -59,8 +58,6 @@ class Traced:
         trained, states: of the weights that are trained, and of their optimizer states.
         peak: the most alive at once; `at_peak` by kind.
         moments: see `Ledger`.
-        heap_peak: how much this machine's allocator grew by at most, weights and reference left out; None where it
-            was not asked.
     """
 
     weights: int
@@ -70,7 +67,6 @@ class Traced:
     peak: int
     at_peak: dict[str, int]
     moments: dict[int, tuple[int, int]]
-    heap_peak: int | None
 
 
 # What CUDA's autocast computes in fp32 and CPU's does not (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32).
@@ -103,8 +99,6 @@ def trace_step(
     evaluation: Shape | None,
     autocast: torch.dtype | None,
     on_gpu: bool,
-    heap: ShadowHeap | None = None,
-    brief: bool = False,
 ) -> Traced:
     """Two optimizer steps, the second with the first's optimizer states, then a batch of the evaluation.
 
@@ -114,10 +108,8 @@ def trace_step(
         train, evaluation: the largest micro-batch of each; None where the run evaluates nothing.
         autocast: the type of mixed precision's products; None for none.
         on_gpu: whether the head and autocast are a GPU's.
-        heap: where to rehearse the allocations.
-        brief: one micro-batch of each kind is enough.
     """
-    ledger = Ledger(heap)
+    ledger = Ledger()
     with FakeTensorMode(), ExitStack() as stack:
         step = _Step(blueprint, settings, ledger, autocast=autocast, on_gpu=on_gpu)
         if on_gpu and autocast is not None:
@@ -126,14 +118,12 @@ def trace_step(
         if settings.training.precompute_ref_log_probs:
             step.precompute(train)
         micro_batches = min(2, settings.training.gradient_accumulation_steps)
-        for number in (1,) if brief else (1 if on_gpu else micro_batches, micro_batches):
+        for number in (1 if on_gpu else micro_batches, micro_batches):
             for _ in range(number):
                 step.forward_and_backward(train)
             step.update()
         if evaluation is not None:
             step.evaluate(evaluation)
-    if heap is not None and heap.refused:
-        heap = None
     trained = sum(p.numel() * p.element_size() for p in step.trained)
     return Traced(
         weights=step.weights,
@@ -143,7 +133,6 @@ def trace_step(
         peak=ledger.peak_bytes,
         at_peak=ledger.at_peak,
         moments=ledger.moments,
-        heap_peak=None if heap is None else heap.peak_bytes,
     )
 
 
