@@ -10,7 +10,8 @@ from datasets import Dataset, DatasetDict, load_dataset
 from test_tokens import DUMPS, encode
 from transformers import AutoTokenizer
 
-from dpokit.data.prepare import prepare_data
+from dpokit.data import prepare as preparation
+from dpokit.data.prepare import prepare_data, prepare_held_out
 from dpokit.data.tally import print_report
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments
@@ -270,6 +271,19 @@ def test_a_hold_out_leaves_a_prompt_on_either_side(fraction, pairs_file, plain_t
     data = prepare(pairs_file, plain_tokenizer, with_eval=True, eval_fraction=fraction)
     assert min(len(data.train), len(data.eval)) == 1
     assert len(data.train) + len(data.eval) == 40
+
+
+@pytest.mark.parametrize("arguments", [{"eval_fraction": 0.25}, {"dataset_test_split": "train"}])
+def test_held_out_pairs_are_loaded_once(arguments, pairs_file, plain_tokenizer, monkeypatch):
+    loaded = []
+    load_splits = preparation.load_splits
+    monkeypatch.setattr(
+        preparation, "load_splits", lambda *args, **options: loaded.append(args) or load_splits(*args, **options)
+    )
+    data = DataArguments(dataset_name=str(pairs_file), **arguments)
+    held_out = prepare_held_out(data, plain_tokenizer, max_length=None)
+    assert len(loaded) == 1
+    assert len(held_out.pairs) == len(held_out.prompts) == (10 if "eval_fraction" in arguments else 40)
 
 
 def test_pairs_that_share_one_prompt_cannot_be_held_out(tmp_path, plain_tokenizer):

@@ -426,6 +426,13 @@ def test_columns_that_are_no_text_are_not_opened(kind, saved, streaming, tmp_pat
     assert "columns that hold no text are left out: picture" in capsys.readouterr().err
 
 
+def test_columns_left_out_are_named_once_for_all_splits(tmp_path, site, capsys):
+    rows = Dataset.load_from_disk(write_media(tmp_path / "a", "images", site[0], saved=True, columns=("picture",)))
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "set")
+    load_splits(str(tmp_path / "set"), None, streaming=False)
+    assert capsys.readouterr().err.count("columns that hold no text are left out") == 1
+
+
 @BOTH_WAYS
 @pytest.mark.parametrize("saved", [False, True], ids=["parquet", "saved"])
 def test_an_image_in_the_place_of_an_answer_is_refused(saved, streaming, tmp_path, site, plain_tokenizer):

@@ -72,9 +72,25 @@ def prepare_data(
         ModelError: the tokenizer cannot end an answer.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
     renderer = Renderer(tokenizer)
     splits = load_splits(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
+    return _prepare_splits(
+        splits, data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed
+    )
+
+
+def _prepare_splits(
+    splits: dict[str, Rows],
+    data: DataArguments,
+    renderer: Renderer,
+    *,
+    max_length: int | None,
+    with_eval: bool,
+    processes: int | None,
+    seed: int = 0,
+) -> PreparedData:
+    """`prepare_data` for splits that are already loaded."""
+    limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
     train_rows = get_split(splits, data.dataset_train_split, "dataset_train_split")
     eval_rows = None
     if with_eval and data.eval_fraction is None:
@@ -150,6 +166,8 @@ def prepare_held_out(
 
     Raises: DataError as `prepare_data`.
     """
+    (enable_progress_bar if has_bars() else disable_progress_bar)()
+    renderer = Renderer(tokenizer)
     splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
     if data.eval_fraction is None:
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
@@ -158,9 +176,9 @@ def prepare_held_out(
         layout = _find_layout(raw, name)
         tally = Tally(name, layout.name)
         limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
-        pairs = _count_shortened(_encode(raw, Encoder(Renderer(tokenizer), layout, limits), tally, processes), tally)
+        pairs = _count_shortened(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
     else:
-        prepared = prepare_data(data, tokenizer, max_length=max_length, with_eval=True, processes=processes)
+        prepared = _prepare_splits(splits, data, renderer, max_length=max_length, with_eval=True, processes=processes)
         raw = get_split(splits, data.dataset_train_split, "dataset_train_split")
         layout, tally = _find_layout(raw, data.dataset_name), prepared.tallies["eval"]
         assert prepared.eval is not None

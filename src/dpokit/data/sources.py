@@ -4,7 +4,7 @@ import errno
 import glob
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -146,7 +146,9 @@ def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, R
     options = dict(OPTIONS.get(builder, {}))
     if builder == "parquet":
         first = next(file for files in readable.values() for file in files)
-        options["columns"] = _find_text_columns(Features.from_arrow_schema(pq.read_schema(first)))
+        features = Features.from_arrow_schema(pq.read_schema(first))
+        options["columns"] = _find_text_columns(features)
+        _report_left_out([features])
     # `datasets` knows a file that it has cached by path and time, and both may stay when the content changes: the
     # configuration's name, which is a part of the cache's, says what the content is.
     paths = {split: [glob.escape(str(file.absolute())) for file in files] for split, files in readable.items()}
@@ -255,6 +257,7 @@ def _check_downloads(builder: DatasetBuilder) -> None:
 
 def _drop_media(splits: Mapping[str, Rows]) -> dict[str, Rows]:
     """The splits without columns that are no text: to decode one may open a file or an address that it names."""
+    _report_left_out([rows.features for rows in splits.values() if rows.features is not None])
     kept: dict[str, Rows] = {}
     for split, rows in splits.items():
         features = rows.features
@@ -266,7 +269,7 @@ def _drop_media(splits: Mapping[str, Rows]) -> dict[str, Rows]:
 
 
 def _find_text_columns(features: Features) -> list[str]:
-    """Columns of texts, numbers, and lists or objects of these; others are named on the screen."""
+    """Columns of texts, numbers, and lists or objects of these."""
 
     def is_text(feature: Any) -> bool:
         if isinstance(feature, Mapping):
@@ -275,7 +278,15 @@ def _find_text_columns(features: Features) -> list[str]:
             return is_text(feature.feature)
         return isinstance(feature, (ClassLabel, Json)) or (isinstance(feature, Value) and "binary" not in feature.dtype)
 
-    texts = [name for name, feature in features.items() if is_text(feature)]
-    if media := [f"{name} ({type(features[name]).__name__})" for name in features if name not in texts]:
-        say(f"columns that hold no text are left out: {', '.join(media)}")
-    return texts
+    return [name for name, feature in features.items() if is_text(feature)]
+
+
+def _report_left_out(splits: Iterable[Features]) -> None:
+    """Prints the columns that are not read, each once for all splits."""
+    media: dict[str, str] = {}
+    for features in splits:
+        texts = _find_text_columns(features)
+        media |= {name: type(feature).__name__ for name, feature in features.items() if name not in texts}
+    if media:
+        names = ", ".join(f"{name} ({kind})" for name, kind in media.items())
+        say(f"columns that hold no text are left out: {names}")
