@@ -9,6 +9,7 @@ import pytest
 from conftest import write_pairs
 from datasets import Dataset, DatasetDict
 
+from dpokit.data import check_file
 from dpokit.data.prepare import prepare_data
 from dpokit.data.sources import get_split, load_splits
 from dpokit.errors import DataError
@@ -90,6 +91,42 @@ def test_words_that_often_mean_nothing_are_answers_in_a_csv(named, streaming, tm
     file.write_text("prompt,chosen,rejected\nIs it there?,NA,None\nIs it?,null,\n")
     rows = read(file if named == "file" else tmp_path, streaming=streaming)
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("NA", "None"), ("null", None)]
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("block_bytes", [1, 7, 100])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_is_read_in_blocks_of_any_size(indent, block_bytes, streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_file, "BLOCK_BYTES", block_bytes)
+    text = json.dumps(ROWS, indent=indent, ensure_ascii=False)
+    (tmp_path / "list.json").write_text(f"\ufeff{text} \n" + " " * block_bytes)  # a hash of its own for each case
+    assert read(tmp_path / "list.json", streaming=streaming) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("[{},\n{}", "line 2 is broken JSON: Expecting ',' delimiter"),
+        ("[{},\n]", "line 2 is broken JSON: Expecting value"),
+        ("[{}]\nx", "line 2 is broken JSON: Extra data"),
+        ('[{},\n{"a": tru}]', "line 2 is broken JSON: Expecting value"),
+        ("[{},\n5]", "line 2 has a row that is not an object of columns"),
+    ],
+)
+def test_a_broken_list_names_its_line_and_what_is_wrong(text, seen, tmp_path):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(DataError, match=seen) as error:
+        load_splits(str(tmp_path / "list.json"), None, streaming=False)
+    assert "list.json" in error.value.seen
+
+
+@BOTH_WAYS
+def test_a_row_of_a_list_beyond_the_limit_is_refused(streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_file, "LINE_BYTES", 200)
+    monkeypatch.setattr(check_file, "BLOCK_BYTES", 100)
+    (tmp_path / "list.json").write_text(json.dumps([*ROWS, {"prompt": "x" * 500}]))
+    with pytest.raises(DataError, match="longer than"):
+        load_splits(str(tmp_path / "list.json"), None, streaming=streaming)
 
 
 def test_a_home_folder_is_understood(tmp_path, monkeypatch):

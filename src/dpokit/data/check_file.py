@@ -1,7 +1,9 @@
 """Looks through a data file before a library reads it: whole, in the right encoding, of a size that can be read."""
 
+import codecs
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -14,10 +16,12 @@ import pyarrow.parquet as pq
 from dpokit.errors import DataError
 
 LINE_BYTES = 64 << 20  # the longest context there is, 10 million tokens, has some 40 MB
-LIST_BYTES = 1 << 30  # a JSON list is read in one piece, which takes several times its size
+LIST_BYTES = 1 << 30  # `datasets` reads a list of the Hub in one piece, which takes several times its size
 FREE_BYTES = 1 << 30  # a packed file may always expand to this,
 MOST_EXPANSION = 100  # and a large one to so many times its size; text seldom packs to a fiftieth
 BATCH_ROWS = 1_000
+BLOCK_BYTES = 1 << 20
+SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
 
 
 def check_file(path: Path, builder: str) -> None:
@@ -31,10 +35,47 @@ def check_file(path: Path, builder: str) -> None:
     """
     if builder == "parquet":
         _check_parquet(path)
-    elif builder == "json" and _first_bytes(path) in (b"[", b"{\n", b"{\r"):
-        _check_json_document(path)
+    elif builder == "json" and is_list(path):
+        for _ in read_list(path):
+            pass
+    elif builder == "json" and _first_bytes(path) in (b"{\n", b"{\r"):
+        _check_object(path)
     else:
         _check_lines(path, as_json=builder == "json")
+
+
+def is_list(path: Path) -> bool:
+    """Whether a JSON file is one list of rows, and not one row a line."""
+    return _first_bytes(path) == b"["
+
+
+def read_list(path: Path) -> Iterator[str]:
+    """Yields each row of a JSON list as JSON on one line; in memory are one row and one block of the file.
+
+    Raises: DataError as `check_file`.
+    """
+    text = _ListText(path)
+    text.find_letter()
+    text.place += 1
+    letter = text.find_letter()
+    if letter == "]":
+        text.place += 1
+    while letter != "]":
+        yield text.read_row()
+        letter = text.find_letter()
+        if letter not in (",", "]"):
+            raise text.refuse(text.place, "Expecting ',' delimiter")
+        text.place += 1
+    if text.find_letter():
+        raise text.refuse(text.place, "Extra data")
+
+
+def write_lines(path: Path, target: Path) -> None:
+    """Writes the rows of a JSON list as one JSON object a line. Raises: DataError as `check_file`."""
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(row + "\n" for row in read_list(path))
+        if file.tell() == 0:
+            file.write("\n")  # a list without rows, not an empty file
 
 
 def find_limit(path: Path) -> int:
@@ -87,8 +128,104 @@ def _check_lines(path: Path, *, as_json: bool) -> None:
         raise _refuse(path, "the file is empty", "name another file")
 
 
-def _check_json_document(path: Path) -> None:
-    """A list of rows, or one object over several lines."""
+class _ListText:
+    """The text of a JSON list, of which it holds the part that is being parsed.
+
+    Attributes:
+        place: how far the part is parsed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.place = 0
+        self._path = path
+        self._blocks = _read_blocks(path)
+        self._text = ""
+        self._line = 1  # of the part's first letter
+
+    def find_letter(self) -> str:
+        """Moves to the next letter that is no white space, and returns it; "" at the end of the file."""
+        while True:
+            space = SPACE.match(self._text, self.place)
+            self.place = self.place if space is None else space.end()
+            if self.place < len(self._text):
+                return self._text[self.place]
+            if not self._grow():
+                return ""
+
+    def read_row(self) -> str:
+        """The next row, with spaces for line breaks. Raises: DataError."""
+        self.find_letter()
+        while True:
+            try:
+                row, end = json.JSONDecoder().raw_decode(self._text, self.place)
+            except json.JSONDecodeError as error:
+                # A row that the part cuts off looks broken, too.
+                if len(self._text) - self.place > LINE_BYTES:
+                    seen = f"{error.msg}, or the row is longer than {LINE_BYTES >> 20} MiB"
+                    raise self.refuse(error.pos, seen) from error
+                if not self._grow():
+                    raise self.refuse(error.pos, error.msg) from error
+                continue
+            except (ValueError, RecursionError) as error:
+                raise _broken_json(self._path, self._find_line(self.place), error) from error
+            if not isinstance(row, dict):
+                seen = f"line {self._find_line(self.place)} has a row that is not an object of columns"
+                raise _refuse(self._path, seen, "write each row as a JSON object")
+            if end - self.place > LINE_BYTES:
+                seen = f"the row that ends in line {self._find_line(end)} is longer than {LINE_BYTES >> 20} MiB"
+                raise _refuse(self._path, seen, "leave the row out")
+            line = self._text[self.place : end].replace("\n", " ").replace("\r", " ")
+            self.place = end
+            return line
+
+    def refuse(self, place: int, seen: str) -> DataError:
+        """The error of broken JSON, with its line."""
+        line = self._find_line(place)
+        return _refuse(self._path, f"line {line} is broken JSON: {seen}", f"mend line {line}, or delete it")
+
+    def _find_line(self, place: int) -> int:
+        return self._line + self._text.count("\n", 0, place)
+
+    def _grow(self) -> bool:
+        """Drops what is parsed and at least doubles the rest; False at the end of the file."""
+        rest = self._text[self.place :]
+        parts, size = [rest], 0
+        while size <= len(rest) and (block := next(self._blocks, "")):
+            parts.append(block)
+            size += len(block)
+        if size:
+            self._line = self._find_line(self.place)
+            self._text, self.place = "".join(parts), 0
+        return size > 0
+
+
+def _read_blocks(path: Path) -> Iterator[str]:
+    """The text of a JSON list in blocks. Raises: DataError where it is too large, not UTF-8 or broken gzip data."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    limit = min(LIST_BYTES, find_limit(path))
+    line, size = 1, 0
+    try:
+        with _open(path) as file:
+            while block := file.read(BLOCK_BYTES):
+                size += len(block)
+                if size > limit:
+                    raise _too_large(
+                        path, limit, "write one JSON object a line (JSONL), which is read a part at a time"
+                    )
+                text = decoder.decode(block)
+                line += text.count("\n")
+                if text:  # a block may hold only a part of a character
+                    yield text
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        raise _refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise _refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
+
+
+def _check_object(path: Path) -> None:
+    """One object over several lines, which `datasets` reads in one piece."""
     content = b""
     try:
         limit = min(LIST_BYTES, find_limit(path))

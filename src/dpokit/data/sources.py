@@ -29,7 +29,7 @@ from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Json
 
 from dpokit.console import say
-from dpokit.data.check_file import check_file, unpack
+from dpokit.data.check_file import check_file, is_list, unpack, write_lines
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
 from dpokit.rundir import read_record
@@ -139,10 +139,11 @@ def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, R
     content = hashlib.sha256()
     readable: dict[str, list[Path]] = {}
     for split, files in splits.items():
-        readable[split] = [_unpack_parquet(file) if file.name.endswith(".parquet.gz") else file for file in files]
-        for file in readable[split]:
-            check_file(file, builder)
-            content.update(_hash_file(file).encode())
+        readable[split] = [_make_readable(file, builder) for file in files]
+        for file, copy in zip(files, readable[split], strict=True):
+            if copy == file or builder == "parquet":  # the rows of a list were checked as they were copied
+                check_file(copy, builder)
+            content.update(_hash_file(copy).encode())
     options = dict(OPTIONS.get(builder, {}))
     if builder == "parquet":
         first = next(file for files in readable.values() for file in files)
@@ -155,15 +156,24 @@ def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, R
     return dict(load_dataset(builder, content.hexdigest()[:32], data_files=paths, streaming=streaming, **options))
 
 
-def _unpack_parquet(packed: Path) -> Path:
-    """The unpacked copy, in the cache of `datasets`; it unpacks text files by itself, Parquet files not."""
+def _make_readable(file: Path, builder: str) -> Path:
+    """The file, or a copy in the cache of `datasets` that it can read: Parquet unpacked, a JSON list in lines.
+
+    `datasets` unpacks text files by itself, but no Parquet files, and it reads a JSON list into memory whole.
+    """
+    if file.name.endswith(".parquet.gz"):
+        write, ending = unpack, ".parquet"
+    elif builder == "json" and is_list(file):
+        write, ending = write_lines, ".jsonl"
+    else:
+        return file
     folder = Path(config.EXTRACTED_DATASETS_PATH)
-    whole = folder / f"{_hash_file(packed)}.parquet"
+    whole = folder / f"{_hash_file(file)}{ending}"
     if not whole.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{whole.name}.{os.getpid()}"
         try:
-            unpack(packed, part)
+            write(file, part)
             part.replace(whole)
         finally:
             part.unlink(missing_ok=True)
