@@ -18,11 +18,12 @@ from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer puts 
 from dpokit.model.score import find_obstacle
 from dpokit.model.shared_prefix import NAME, Packed
 from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
-from dpokit.plan.lm_head_memory import TILE_VOCABULARY, GpuHead
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.optimizer_memory import count_state_bytes
 from dpokit.settings.load import Settings
 
+TILE_TOKENS = 4096  # TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py
+TILE_VOCABULARY = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py
 HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks the policy's head for
 
 
@@ -89,6 +90,41 @@ class CudaAutocast(TorchFunctionMode):
 def _widen(value: Any) -> Any:
     narrow = isinstance(value, torch.Tensor) and value.dtype in (torch.bfloat16, torch.float16)
     return value.float() if narrow else value
+
+
+class GpuHead(torch.autograd.Function):
+    """Log-probs `(tokens,)` of answer tokens, of hidden states `(tokens, width)` and a head `(vocabulary, width)`.
+
+    On a GPU, TRL computes them in tiles with Triton kernels (trl/kernels/chunked_logprob.py, TRL 1.16), which cannot run
+    without one. This class allocates the same tensors in the same order and keeps them as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Allocates the statistics of each token, one tile of logits, and one chunk of the head in the compute dtype."""
+        compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        statistics = [torch.empty(len(hidden)) for _ in range(7)]
+        tile = torch.empty(min(len(hidden), TILE_TOKENS), TILE_VOCABULARY, dtype=compute)
+        chunk = weight[:TILE_VOCABULARY].to(compute)
+        ctx.save_for_backward(hidden, weight, *statistics[:2])
+        ctx.compute = compute
+        del tile, chunk
+        return torch.empty(len(hidden))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004 - only its shape matters
+        """Allocates the gradients, which TRL sums in fp32 for inputs of any dtype, and each tile once more."""
+        hidden, weight, *_ = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad
+        grad_hidden = torch.empty(hidden.shape) if needs_hidden else None
+        grad_weight = torch.empty(weight.shape) if needs_weight else None
+        tile = torch.empty(min(len(hidden), TILE_TOKENS), TILE_VOCABULARY, dtype=ctx.compute)
+        chunk = weight[:TILE_VOCABULARY].to(ctx.compute)
+        del tile, chunk
+        return (
+            grad_hidden.to(hidden.dtype) if grad_hidden is not None else None,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+        )
 
 
 def trace_step(
