@@ -1,4 +1,4 @@
-"""Who holds memory at each moment of a step: every storage that an operation makes, from its birth to its end."""
+"""Counts the memory of a training step: every storage that an operation allocates, until it is freed."""
 
 import weakref
 from collections import Counter
@@ -13,18 +13,18 @@ KINDS = ("weights", "reference", "gradients", "optimizer", "activations", "logit
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors alive while it is entered, by kind; made for fake tensors, which hold none.
+    """Counts the bytes of all live tensors by kind while it is active; for fake tensors, which have no memory.
 
     Attributes:
-        kind: what a new tensor counts as, until it is told otherwise.
-        by_kind: bytes alive now.
-        peak_bytes: the most bytes alive at once; `at_peak` is `by_kind` of that moment.
-        moments: `{gradients: (activations, logits)}` in bytes: for each size of the gradients, the most that lived
-            beside them. Placements that shard gradients find their own peak here.
+        kind: the kind of new tensors.
+        by_kind: live bytes.
+        peak_bytes: the most bytes alive at once; `at_peak` is `by_kind` at that moment.
+        moments: `{gradients: (activations, logits)}` in bytes: for each size of the gradients, the most activations and
+            logits alive beside them. From these, placements that shard gradients find their own peak.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.kind = "activations"
         self.by_kind: Counter[str] = Counter()
         self.peak_bytes = 0
@@ -34,11 +34,11 @@ class Ledger(TorchDispatchMode):
         self._live: dict[int, tuple[int, str, Any]] = {}
 
     def hold(self, tensor: torch.Tensor, kind: str) -> None:
-        """Counts a tensor made outside."""
+        """Counts a tensor that was allocated before."""
         self._add(tensor, kind)
 
     def relabel(self, tensor: torch.Tensor, kind: str) -> None:
-        """Says what a tensor has become: a gradient, once it is a parameter's own."""
+        """Moves a tensor to another kind: to `gradients`, once it is the gradient of a parameter."""
         key = tensor.untyped_storage()._cdata
         size, old, reference = self._live[key]
         self.by_kind[old] -= size
