@@ -1,4 +1,4 @@
-"""Looks through a data file before a library reads it: whole, in the right encoding, of a size that can be read."""
+"""Checks a data file before a library reads it: complete, in UTF-8, and not too large to read."""
 
 import codecs
 import gzip
@@ -15,23 +15,25 @@ import pyarrow.parquet as pq
 
 from dpokit.errors import DataError
 
-LINE_BYTES = 64 << 20  # the longest context there is, 10 million tokens, has some 40 MB
+LINE_BYTES = 64 << 20  # the longest context of any model, 10 million tokens, has about 40 MB
 LIST_BYTES = 1 << 30  # `datasets` reads a list of the Hub in one piece, which takes several times its size
-FREE_BYTES = 1 << 30  # a packed file may always expand to this,
-MOST_EXPANSION = 100  # and a large one to so many times its size; text seldom packs to a fiftieth
+# A packed file may expand to FREE_BYTES, and a large one to MOST_EXPANSION times its size: text rarely packs to 1/50.
+FREE_BYTES = 1 << 30
+MOST_EXPANSION = 100
 BATCH_ROWS = 1_000
 BLOCK_BYTES = 1 << 20
 SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
 
 
 def check_file(path: Path, builder: str) -> None:
-    """Reads a file once.
+    """Checks a file by reading it once.
 
     Args:
-        builder: how it will be read: json, csv or parquet. A packed Parquet file is checked when it is unpacked.
+        builder: the builder of `datasets` that reads it next: json, csv or parquet. A packed Parquet file is checked
+            after it is unpacked.
 
     Raises:
-        DataError: empty, cut off, wrongly encoded or too large; it names the line where there is one.
+        DataError: the file is empty, cut off, not UTF-8 or too large. The error names the line if it has one.
     """
     if builder == "parquet":
         _check_parquet(path)
@@ -45,28 +47,28 @@ def check_file(path: Path, builder: str) -> None:
 
 
 def is_list(path: Path) -> bool:
-    """Whether a JSON file is one list of rows, and not one row a line."""
+    """Whether a JSON file is one list of rows instead of one row per line."""
     return _first_bytes(path) == b"["
 
 
 def read_list(path: Path) -> Iterator[str]:
-    """Yields each row of a JSON list as JSON on one line; in memory are one row and one block of the file.
+    """Yields each row of a JSON list as JSON on one line; keeps about one row and one block in memory.
 
     Raises: DataError as `check_file`.
     """
     text = _ListText(path)
-    text.find_letter()
+    text.skip_space()
     text.place += 1
-    letter = text.find_letter()
+    letter = text.skip_space()
     if letter == "]":
         text.place += 1
     while letter != "]":
         yield text.read_row()
-        letter = text.find_letter()
+        letter = text.skip_space()
         if letter not in (",", "]"):
             raise text.refuse(text.place, "Expecting ',' delimiter")
         text.place += 1
-    if text.find_letter():
+    if text.skip_space():
         raise text.refuse(text.place, "Extra data")
 
 
@@ -75,16 +77,16 @@ def write_lines(path: Path, target: Path) -> None:
     with target.open("w", encoding="utf-8") as file:
         file.writelines(row + "\n" for row in read_list(path))
         if file.tell() == 0:
-            file.write("\n")  # a list without rows, not an empty file
+            file.write("\n")  # an empty list becomes an empty line: the file is not empty
 
 
 def find_limit(path: Path) -> int:
-    """The most bytes that a packed file may expand to."""
+    """Returns the most bytes that a packed file may expand to."""
     return max(FREE_BYTES, MOST_EXPANSION * path.stat().st_size)
 
 
 def unpack(path: Path, target: Path) -> None:
-    """Unpacks a gzip file. Raises: DataError where it expands beyond its limit or is broken."""
+    """Unpacks a gzip file. Raises: DataError if it expands beyond its limit or is broken."""
     try:
         with gzip.open(path) as packed, target.open("wb") as plain:
             limit = find_limit(path)
@@ -101,12 +103,12 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The first letter of a text; with the line's end where the line has no more."""
+    """Returns the first character of a text; after `{`, also the next one."""
     try:
         with _open(path) as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     except (EOFError, gzip.BadGzipFile):
-        return b""  # said by the check of the lines
+        return b""  # the check of the lines reports it
     return start[:1] if start[:1] != b"{" else start[:2]
 
 
@@ -114,7 +116,7 @@ def _check_lines(path: Path, *, as_json: bool) -> None:
     number = 0
     try:
         for number, line in _numbered_lines(path):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows marks a file's beginning
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows writes a byte order mark
             if as_json and text.strip() and not isinstance(json.loads(text), dict):
                 raise _refuse(path, f"line {number} is not an object of columns", "write one JSON object a line")
     except UnicodeDecodeError as error:
@@ -129,10 +131,10 @@ def _check_lines(path: Path, *, as_json: bool) -> None:
 
 
 class _ListText:
-    """The text of a JSON list, of which it holds the part that is being parsed.
+    """The text of a JSON list, read in blocks; parsed text is dropped.
 
     Attributes:
-        place: how far the part is parsed.
+        place: position of the next character to parse in the text in memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,10 +142,10 @@ class _ListText:
         self._path = path
         self._blocks = _read_blocks(path)
         self._text = ""
-        self._line = 1  # of the part's first letter
+        self._line = 1  # line of the first character in memory
 
-    def find_letter(self) -> str:
-        """Moves to the next letter that is no white space, and returns it; "" at the end of the file."""
+    def skip_space(self) -> str:
+        """Moves to the next character that is not white space and returns it; "" at the end of the file."""
         while True:
             space = SPACE.match(self._text, self.place)
             self.place = self.place if space is None else space.end()
@@ -153,13 +155,13 @@ class _ListText:
                 return ""
 
     def read_row(self) -> str:
-        """The next row, with spaces for line breaks. Raises: DataError."""
-        self.find_letter()
+        """Returns the next row as JSON on one line. Raises: DataError."""
+        self.skip_space()
         while True:
             try:
                 row, end = json.JSONDecoder().raw_decode(self._text, self.place)
             except json.JSONDecodeError as error:
-                # A row that the part cuts off looks broken, too.
+                # A row that continues in the next block also fails to parse.
                 if len(self._text) - self.place > LINE_BYTES:
                     seen = f"{error.msg}, or the row is longer than {LINE_BYTES >> 20} MiB"
                     raise self.refuse(error.pos, seen) from error
@@ -179,15 +181,15 @@ class _ListText:
             return line
 
     def refuse(self, place: int, seen: str) -> DataError:
-        """The error of broken JSON, with its line."""
+        """Returns the error for broken JSON at a position of the text in memory."""
         line = self._find_line(place)
-        return _refuse(self._path, f"line {line} is broken JSON: {seen}", f"mend line {line}, or delete it")
+        return _refuse(self._path, f"line {line} is broken JSON: {seen}", f"correct line {line}, or delete it")
 
     def _find_line(self, place: int) -> int:
         return self._line + self._text.count("\n", 0, place)
 
     def _grow(self) -> bool:
-        """Drops what is parsed and at least doubles the rest; False at the end of the file."""
+        """Drops the parsed text and reads more than the rest has; returns False at the end of the file."""
         rest = self._text[self.place :]
         parts, size = [rest], 0
         while size <= len(rest) and (block := next(self._blocks, "")):
@@ -200,7 +202,7 @@ class _ListText:
 
 
 def _read_blocks(path: Path) -> Iterator[str]:
-    """The text of a JSON list in blocks. Raises: DataError where it is too large, not UTF-8 or broken gzip data."""
+    """Yields the text of a JSON list in blocks. Raises: DataError if it is too large, not UTF-8 or broken gzip data."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     limit = min(LIST_BYTES, find_limit(path))
     line, size = 1, 0
@@ -225,7 +227,7 @@ def _read_blocks(path: Path) -> Iterator[str]:
 
 
 def _check_object(path: Path) -> None:
-    """One object over several lines, which `datasets` reads in one piece."""
+    """Checks one object over several lines, which `datasets` reads in one piece."""
     content = b""
     try:
         limit = min(LIST_BYTES, find_limit(path))
@@ -244,7 +246,7 @@ def _check_object(path: Path) -> None:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    # Decoded line by line: a text file is decoded in blocks, and an error in one names no line.
+    # Bytes, because Python decodes a text file in blocks, and an error in a block names no line.
     limit = find_limit(path) if path.suffix == ".gz" else None
     with _open(path) as file:
         for number in count(1):
@@ -253,7 +255,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 return
             if len(line) > LINE_BYTES:
                 seen = f"line {number} is longer than {LINE_BYTES >> 20} MiB"
-                raise _refuse(path, seen, f"mend line {number}, or delete it")
+                raise _refuse(path, seen, f"correct line {number}, or delete it")
             if limit is not None and file.tell() > limit:
                 raise _too_large(path, limit)
             yield number, line
@@ -270,14 +272,14 @@ def _check_parquet(path: Path) -> None:
             if column.physical_type == "BYTE_ARRAY":
                 texts.append(column.path)
             for chunk in chunks:
-                # A run of equal numbers, and a text that begins as the one before it, take no bytes in the file.
+                # Repeated numbers, and texts that begin like the previous text, take almost no bytes in the file.
                 each = max(8, column.length or 0)
                 if "DELTA_BYTE_ARRAY" in chunk.encodings:
                     each = max(each, chunk.total_uncompressed_size)
                 size += max(chunk.total_uncompressed_size, chunk.num_values * each)
     if size > limit:
         raise _too_large(path, limit)
-    # Read as a dictionary, a repeated text is in memory once, as it is in the file.
+    # Read as a dictionary, a repeated text is in memory only once, as in the file.
     size = 0
     with pq.ParquetFile(path, read_dictionary=texts) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=texts, use_threads=False):
@@ -288,7 +290,7 @@ def _check_parquet(path: Path) -> None:
 
 
 def _count_text(path: Path, array: pa.Array) -> int:
-    """Bytes of the texts in a column, each repetition counted. Raises: DataError for a very long one."""
+    """Returns the bytes of a column's texts, counting each repetition. Raises: DataError for a very long text."""
     if isinstance(array, pa.DictionaryArray):
         lengths = pc.binary_length(array.dictionary)
         longest = pc.max(lengths).as_py() or 0
@@ -305,12 +307,12 @@ def _count_text(path: Path, array: pa.Array) -> int:
 
 def _broken_json(path: Path, line: int, error: Exception) -> DataError:
     seen = "is nested too deeply" if isinstance(error, RecursionError) else f"is broken JSON: {error}"
-    return _refuse(path, f"line {line} {seen}", f"mend line {line}, or delete it")
+    return _refuse(path, f"line {line} {seen}", f"correct line {line}, or delete it")
 
 
-def _too_large(path: Path, limit: int, do: str = "unpack it yourself, if you trust it") -> DataError:
+def _too_large(path: Path, limit: int, do: str = "if you trust it, unpack it first") -> DataError:
     return _refuse(path, f"its {path.stat().st_size:,} bytes expand to more than {limit:,}", do)
 
 
 def _refuse(path: Path, seen: str, do: str) -> DataError:
-    return DataError(f"{path}: {seen}", expected="a whole file with one row a line, or in Parquet", do=do)
+    return DataError(f"{path}: {seen}", expected="a complete file with one row per line, or in Parquet", do=do)
