@@ -105,7 +105,7 @@ def test_an_unusable_row_has_this_reason(name, row, reason):
         ("The sky\nis", "The sky was"),
     ],
 )
-def test_a_common_beginning_ends_before_a_whole_word_of_either_answer(first, second):
+def test_a_common_beginning_ends_before_a_whole_word(first, second):
     prompts = set()
     for chosen, rejected in ((first, second), (second, first)):
         pair = FORMATS[-1].to_pair({"chosen": chosen, "rejected": rejected})

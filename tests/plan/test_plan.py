@@ -26,7 +26,7 @@ def plan(tmp_path, tiny_gpt2, pairs_file):
     return build
 
 
-def test_the_simplest_fitting_placement_of_all_gpus_is_recommended(plan):
+def test_the_simplest_fitting_placement_is_recommended(plan):
     planned = plan("4x80")
     assert planned.recommended.placement == "DDP"
     assert planned.command.startswith("accelerate launch --config_file accelerate_configs/ddp.yaml ")

@@ -122,8 +122,8 @@ def _check_lines(path: Path, *, as_json: bool) -> None:
     except UnicodeDecodeError as error:
         raise _refuse(path, f"line {number} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
     except (EOFError, gzip.BadGzipFile) as error:
-        seen = f"the gzip data is cut off or broken after line {number}"
-        raise _refuse(path, seen, "download or pack it again") from error
+        problem = f"the gzip data is cut off or broken after line {number}"
+        raise _refuse(path, problem, "download or pack it again") from error
     except (ValueError, RecursionError) as error:
         raise _broken_json(path, number, error) from error
     if number == 0:
@@ -163,27 +163,27 @@ class _ListText:
             except json.JSONDecodeError as error:
                 # A row that continues in the next block also fails to parse.
                 if len(self._text) - self.place > LINE_BYTES:
-                    seen = f"{error.msg}, or the row is longer than {LINE_BYTES >> 20} MiB"
-                    raise self.refuse(error.pos, seen) from error
+                    problem = f"{error.msg}, or the row is longer than {LINE_BYTES >> 20} MiB"
+                    raise self.refuse(error.pos, problem) from error
                 if not self._grow():
                     raise self.refuse(error.pos, error.msg) from error
                 continue
             except (ValueError, RecursionError) as error:
                 raise _broken_json(self._path, self._find_line(self.place), error) from error
             if not isinstance(row, dict):
-                seen = f"line {self._find_line(self.place)} has a row that is not an object of columns"
-                raise _refuse(self._path, seen, "write each row as a JSON object")
+                problem = f"line {self._find_line(self.place)} has a row that is not an object of columns"
+                raise _refuse(self._path, problem, "write each row as a JSON object")
             if end - self.place > LINE_BYTES:
-                seen = f"the row that ends in line {self._find_line(end)} is longer than {LINE_BYTES >> 20} MiB"
-                raise _refuse(self._path, seen, "leave the row out")
+                problem = f"the row that ends in line {self._find_line(end)} is longer than {LINE_BYTES >> 20} MiB"
+                raise _refuse(self._path, problem, "leave the row out")
             line = self._text[self.place : end].replace("\n", " ").replace("\r", " ")
             self.place = end
             return line
 
-    def refuse(self, place: int, seen: str) -> DataError:
+    def refuse(self, place: int, problem: str) -> DataError:
         """Returns the error for broken JSON at a position of the text in memory."""
         line = self._find_line(place)
-        return _refuse(self._path, f"line {line} is broken JSON: {seen}", f"correct line {line}, or delete it")
+        return _refuse(self._path, f"line {line} is broken JSON: {problem}", f"correct line {line}, or delete it")
 
     def _find_line(self, place: int) -> int:
         return self._line + self._text.count("\n", 0, place)
@@ -254,8 +254,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if not line:
                 return
             if len(line) > LINE_BYTES:
-                seen = f"line {number} is longer than {LINE_BYTES >> 20} MiB"
-                raise _refuse(path, seen, f"correct line {number}, or delete it")
+                problem = f"line {number} is longer than {LINE_BYTES >> 20} MiB"
+                raise _refuse(path, problem, f"correct line {number}, or delete it")
             if limit is not None and file.tell() > limit:
                 raise _too_large(path, limit)
             yield number, line
@@ -295,8 +295,8 @@ def _count_text(path: Path, array: pa.Array) -> int:
         lengths = pc.binary_length(array.dictionary)
         longest = pc.max(lengths).as_py() or 0
         if longest > LINE_BYTES:
-            seen = f"a row has a text of {longest:,} bytes"
-            raise _refuse(path, seen, f"leave out rows of more than {LINE_BYTES >> 20} MiB")
+            problem = f"a row has a text of {longest:,} bytes"
+            raise _refuse(path, problem, f"leave out rows of more than {LINE_BYTES >> 20} MiB")
         return pc.sum(pc.cast(lengths.take(array.indices), pa.int64())).as_py() or 0
     if isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         return _count_text(path, array.flatten())
@@ -306,13 +306,13 @@ def _count_text(path: Path, array: pa.Array) -> int:
 
 
 def _broken_json(path: Path, line: int, error: Exception) -> DataError:
-    seen = "is nested too deeply" if isinstance(error, RecursionError) else f"is broken JSON: {error}"
-    return _refuse(path, f"line {line} {seen}", f"correct line {line}, or delete it")
+    problem = "is nested too deeply" if isinstance(error, RecursionError) else f"is broken JSON: {error}"
+    return _refuse(path, f"line {line} {problem}", f"correct line {line}, or delete it")
 
 
 def _too_large(path: Path, limit: int, do: str = "if you trust it, unpack it first") -> DataError:
     return _refuse(path, f"its {path.stat().st_size:,} bytes expand to more than {limit:,}", do)
 
 
-def _refuse(path: Path, seen: str, do: str) -> DataError:
-    return DataError(f"{path}: {seen}", expected="a complete file with one row per line, or in Parquet", do=do)
+def _refuse(path: Path, problem: str, do: str) -> DataError:
+    return DataError(f"{path}: {problem}", expected="a complete file with one row per line, or in Parquet", do=do)

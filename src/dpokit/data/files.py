@@ -185,7 +185,9 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return fits(0, 0)
 
 
-def _refuse(folder: Path, seen: str, do: str) -> DataError:
+def _refuse(folder: Path, problem: str, do: str) -> DataError:
     return DataError(
-        f"{folder}: {seen}", expected="a folder of data files named after their splits (train.jsonl, test.jsonl)", do=do
+        f"{folder}: {problem}",
+        expected="a folder of data files named after their splits (train.jsonl, test.jsonl)",
+        do=do,
     )

@@ -77,10 +77,10 @@ def load_splits(name: str | None, config_name: str | None, *, streaming: bool) -
     return _load_from_hub(name, config_name, streaming=streaming)
 
 
-def find_disk_trouble_or(error: BaseException, seen: str, expected: str, do: str) -> Exception:
+def find_disk_trouble_or(error: BaseException, problem: str, expected: str, do: str) -> Exception:
     """Returns the error of the disk if it is full or failing while the cache is written, else a DataError."""
     trouble = None if getattr(error, "errno", None) in READ_ERRORS else find_disk_trouble(error)
-    return trouble or DataError(seen, expected=expected, do=do)
+    return trouble or DataError(problem, expected=expected, do=do)
 
 
 def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
@@ -188,9 +188,9 @@ def _hash_file(path: Path) -> str:
 def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:
     """Loads a folder of `save_to_disk`. Raises: DataError if it names or links to files outside of itself."""
 
-    def refuse(file: Path, seen: str) -> DataError:
+    def refuse(file: Path, problem: str) -> DataError:
         return DataError(
-            f"{file} {seen}",
+            f"{file} {problem}",
             expected="a folder that `save_to_disk` wrote",
             do="save the dataset again, or name one file",
         )
@@ -247,9 +247,9 @@ def _check_hub_builder(name: str, builder: DatasetBuilder) -> None:
     outside = [file for file in files if not file.startswith("hf://") or "::" in file]
     separator = getattr(builder.config, "sep", None) or ""
     if outside or len(separator) > 1:
-        seen = f"names {outside[0][:200]} as its file" if outside else f"has the separator {separator[:200]!r}"
+        problem = f"names {outside[0][:200]} as its file" if outside else f"has the separator {separator[:200]!r}"
         raise DataError(
-            f"--dataset_name {name}: its README {seen}",
+            f"--dataset_name {name}: its README {problem}",
             expected="files of the dataset itself, and a separator of one letter",
             do="download the files, and name one of them",
         )

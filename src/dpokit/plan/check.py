@@ -22,7 +22,7 @@ from dpokit.plan.devices import GIB
 from dpokit.plan.plan import Plan
 
 STEPS = 2
-MICRO_BATCHES = 2  # gradients exist from the second on
+MICRO_BATCHES = 2  # the second runs with the gradients of the first in memory
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
 
 

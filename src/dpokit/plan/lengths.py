@@ -69,7 +69,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Steps:
-    """The size of a run; fields are None if the number of pairs is unknown."""
+    """The size of a run; None for fields that depend on an unknown number of pairs."""
 
     pairs: int | None
     global_batch_pairs: int

@@ -99,7 +99,7 @@ def _widen(value: Any) -> Any:
 
 
 class GpuHead(torch.autograd.Function):
-    """Log-probs `(tokens,)` of answer tokens, of hidden states `(tokens, width)` and a head `(vocabulary, width)`.
+    """Log-probs `(tokens,)` of answer tokens, from hidden states `(tokens, width)` and a head `(vocabulary, width)`.
 
     TRL computes them in tiles with Triton kernels (trl/kernels/chunked_logprob.py, TRL 1.16), which need a GPU. This
     class allocates the same tensors in the same order and keeps them as long.
