@@ -22,7 +22,7 @@ FREE_BYTES = 1 << 30
 MOST_EXPANSION = 100
 BATCH_ROWS = 1_000
 BLOCK_BYTES = 1 << 20
-SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
+SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 
 
 def check_file(path: Path, builder: str) -> None:
@@ -211,9 +211,7 @@ def _read_blocks(path: Path) -> Iterator[str]:
             while block := file.read(BLOCK_BYTES):
                 size += len(block)
                 if size > limit:
-                    raise _too_large(
-                        path, limit, "write one JSON object a line (JSONL), which is read a part at a time"
-                    )
+                    raise _too_large(path, limit, "write one JSON object a line (JSONL)")
                 text = decoder.decode(block)
                 line += text.count("\n")
                 if text:  # a block may hold only a part of a character
@@ -234,7 +232,7 @@ def _check_object(path: Path) -> None:
         with _open(path) as file:
             content = file.read(limit + 1)
         if len(content) > limit:
-            raise _too_large(path, limit, "write one JSON object a line (JSONL), which is read a part at a time")
+            raise _too_large(path, limit, "write one JSON object a line (JSONL)")
         json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
