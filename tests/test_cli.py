@@ -85,7 +85,7 @@ def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tin
     ("words", "says"),
     [
         (["no_such_recipe"], "SettingsError: there is no recipe 'no_such_recipe'"),
-        (["recipes/dpo_gpt2.py", "--gpus", "lots"], "SettingsError: --gpus 'lots' is no number of GPUs"),
+        (["recipes/dpo_gpt2.py", "--gpus", "lots"], "SettingsError: --gpus 'lots' is not a number of GPUs"),
         (["recipes/dpo_gpt2.py", "--bta", "0.5"], "SettingsError: the command line: there is no setting 'bta'"),
         (["recipes/dpo_gpt2.py", "--model_name_or_path", "no/such"], "ModelError: --model_name_or_path no/such"),
     ],

@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and for which split: as `datasets` finds them."""
+"""The files of a folder and their splits are those that `datasets` finds."""
 
 from pathlib import Path
 
@@ -13,9 +13,9 @@ LAYOUTS = {
     "one file": ["pairs.jsonl"],
     "splits by name": ["train.jsonl", "test.jsonl"],
     "splits by name and number": ["train_0.jsonl", "train_1.jsonl", "test-0.jsonl"],
-    "all three, by other words": ["training.jsonl", "evaluation.jsonl", "dev.jsonl"],
-    "a word within a name": ["my-train-set.jsonl", "my.val.jsonl", "other.jsonl"],
-    "a word that is no word": ["trainer.jsonl", "contest.jsonl"],
+    "all three, by other names": ["training.jsonl", "evaluation.jsonl", "dev.jsonl"],
+    "a split's name between hyphens or dots": ["my-train-set.jsonl", "my.val.jsonl", "other.jsonl"],
+    "a split's name inside a word": ["trainer.jsonl", "contest.jsonl"],
     "folders": ["data/train/a.jsonl", "data/train/deep/b.jsonl", "data/test/a.jsonl"],
     "folders with numbers": ["train-1/a.jsonl", "valid_2/a.jsonl"],
     "shards": ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"],
@@ -47,7 +47,7 @@ def make(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def names(folder: Path, splits: dict) -> dict[str, list[str]]:
+def list_names(folder: Path, splits: dict) -> dict[str, list[str]]:
     return {
         str(split): sorted(Path(file).relative_to(folder).as_posix() for file in files)
         for split, files in splits.items()
@@ -60,19 +60,19 @@ def test_splits_are_found_as_datasets_finds_them(layout, tmp_path):
     folder = make(tmp_path, LAYOUTS[layout])
     builder, splits = find_files(folder, None)
     ends = {"json": (".jsonl", ".json", ".JSONL"), "parquet": (".parquet",), "csv": (".csv",)}[builder]
-    theirs = DataFilesDict.from_patterns(get_data_patterns(str(folder)), str(folder))
-    theirs = {split: [f for f in files if f.removesuffix(".gz").endswith(ends)] for split, files in theirs.items()}
-    assert names(folder, splits) == names(folder, theirs)
+    expected = DataFilesDict.from_patterns(get_data_patterns(str(folder)), str(folder))
+    expected = {split: [f for f in files if f.removesuffix(".gz").endswith(ends)] for split, files in expected.items()}
+    assert list_names(folder, splits) == list_names(folder, expected)
 
 
 @pytest.mark.parametrize("card", CARDS)
-def test_a_readme_chooses_files_as_it_does_for_datasets(card, tmp_path):
+def test_a_readme_chooses_the_same_files_as_in_datasets(card, tmp_path):
     folder = make(tmp_path, FILES)
     entry = "\n".join("  " + line for line in CARDS[card].splitlines())
     (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: own\n{entry}\n---\n")
     patterns = sanitize_patterns(yaml.safe_load(CARDS[card])["data_files"])
-    theirs = DataFilesDict.from_patterns(patterns, str(folder))
-    assert names(folder, find_files(folder, None)[1]) == names(folder, theirs)
+    expected = DataFilesDict.from_patterns(patterns, str(folder))
+    assert list_names(folder, find_files(folder, None)[1]) == list_names(folder, expected)
 
 
 TWO = "---\nconfigs:\n- config_name: a\n  data_files: own/a.jsonl\n- config_name: b\n  data_files: c.jsonl\n{}---\n"
@@ -85,7 +85,7 @@ TWO = "---\nconfigs:\n- config_name: a\n  data_files: own/a.jsonl\n- config_name
 def test_a_configuration_is_chosen_by_name_or_default(config, mark, file, tmp_path):
     folder = make(tmp_path, FILES)
     (folder / "README.md").write_text(TWO.format(mark))
-    assert names(folder, find_files(folder, config)[1]) == {"train": [file]}
+    assert list_names(folder, find_files(folder, config)[1]) == {"train": [file]}
 
 
 def test_an_unknown_configuration_names_the_known_ones(tmp_path):
@@ -95,10 +95,10 @@ def test_an_unknown_configuration_names_the_known_ones(tmp_path):
     assert error.value.expected == "one of a, b"
 
 
-def test_a_snapshot_of_the_hub_s_cache_is_read(tmp_path):
-    """Its files are links to the blobs beside it."""
+def test_a_snapshot_in_the_hub_cache_is_read(tmp_path):
+    """The files of a snapshot are links to the blobs of the cache."""
     snapshot = tmp_path / "datasets--own--set" / "snapshots" / "0123"
     blob = make(tmp_path / "datasets--own--set", ["blobs/abc"]) / "blobs" / "abc"
     snapshot.mkdir(parents=True)
     (snapshot / "train.jsonl").symlink_to(blob)
-    assert names(snapshot, find_files(snapshot, None)[1]) == {"train": ["train.jsonl"]}
+    assert list_names(snapshot, find_files(snapshot, None)[1]) == {"train": ["train.jsonl"]}

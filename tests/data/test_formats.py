@@ -1,4 +1,4 @@
-"""Published layouts become pairs: recognised by their rows, split where the answers begin, each drop with a reason."""
+"""Rows of published layouts become pairs, split where the answers begin; each dropped row has a reason."""
 
 import ast
 from itertools import permutations
@@ -19,7 +19,7 @@ YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "conte
 TEXTS = {"chosen": " Yes.", "rejected": " No."}
 TURNS = {"chosen": [YES], "rejected": [NO]}
 
-# layout, row, and the pair it must become
+# layout, row, expected pair
 ROWS = [
     ("HH prompt", {"prompt": HH, "response": " Yes.", **TEXTS}, (HH, " Yes.", " No.")),
     ("HH prompt", {"prompt": f"{HH} ", "response": "Yes.", **TEXTS}, (f"{HH} ", " Yes.", " No.")),
@@ -45,7 +45,7 @@ def test_a_row_is_recognised_and_becomes_this_pair(name, row, expected):
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
 
 
-def test_no_layout_is_left_out_of_the_rows_above():
+def test_the_rows_above_cover_every_layout():
     assert {name for name, _, _ in ROWS} == {layout.name for layout in FORMATS}
 
 
@@ -56,13 +56,13 @@ def test_the_order_of_columns_does_not_matter(name, row, _):
 
 
 def test_a_minority_of_broken_rows_does_not_hide_the_layout():
-    sound = {"prompt": "Why?", **TEXTS}
-    assert find_format([{**sound, "chosen": None}, sound, sound], "test").name == "explicit, plain"
+    usable = {"prompt": "Why?", **TEXTS}
+    assert find_format([{**usable, "chosen": None}, usable, usable], "test").name == "explicit, plain"
     with pytest.raises(DataError, match="no known form"):
-        find_format([{**sound, "chosen": None}, sound], "test")
+        find_format([{**usable, "chosen": None}, usable], "test")
 
 
-def test_no_row_at_all_is_of_no_known_form():
+def test_data_without_rows_has_no_known_form():
     with pytest.raises(DataError, match="no row at all"):
         find_format([], "test")
 
@@ -96,7 +96,7 @@ def test_an_unusable_row_has_this_reason(name, row, reason):
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("first", "second"),
     [
         ("The sky is blue.", "The sky isn't blue."),
         ("The sky is blue.", "The sky is black."),
@@ -105,31 +105,31 @@ def test_an_unusable_row_has_this_reason(name, row, reason):
         ("The sky\nis", "The sky was"),
     ],
 )
-def test_a_common_beginning_ends_before_a_whole_word_of_either_answer(one, other):
+def test_a_common_beginning_ends_before_a_whole_word(first, second):
     prompts = set()
-    for chosen, rejected in ((one, other), (other, one)):
+    for chosen, rejected in ((first, second), (second, first)):
         pair = FORMATS[-1].to_pair({"chosen": chosen, "rejected": rejected})
         assert (pair.prompt + pair.chosen, pair.prompt + pair.rejected) == (chosen, rejected)
         assert pair.chosen[0].isspace()
         assert pair.rejected[0].isspace()
         prompts.add(pair.prompt)
-    assert len(prompts) == 1, "the prompt does not depend on which of the two is preferred"
+    assert len(prompts) == 1, "the prompt is the same whichever answer is preferred"
 
 
-def test_a_transcript_read_and_written_again_is_the_same():
+def test_a_transcript_survives_parsing_and_rendering():
     assert parse_transcript(LONG_HH) == ME
     assert render_transcript(parse_transcript(LONG_HH)) == LONG_HH
 
 
-def test_a_plain_text_is_one_user_message_without_its_outer_space():
+def test_a_plain_text_is_one_stripped_user_message():
     assert parse_transcript("  Why? ") == [WHY]
 
 
-def test_an_unfinished_answer_is_left_out_of_a_transcript():
+def test_an_empty_answer_is_left_out_of_a_transcript():
     assert parse_transcript("\n\nHuman: Why?\n\nAssistant:") == [WHY]
 
 
-def test_text_before_the_first_human_turn_is_not_lost():
+def test_text_before_the_first_human_turn_is_kept():
     messages = parse_transcript(f"Be brief.{HH}")
     assert any("Be brief." in message["content"] for message in messages)
     assert messages[-1]["content"].endswith("Why?")
@@ -139,11 +139,11 @@ def test_a_conversation_as_a_transcript_names_its_speakers():
     assert render_transcript([SYSTEM, *ME]) == f"\n\nSystem: Be brief.{LONG_HH}"
 
 
-def test_every_reason_that_the_source_gives_has_words_for_the_screen():
-    given = set()
+def test_every_reason_in_the_source_has_a_description():
+    reasons = set()
     for path in (ROOT / "src" / "dpokit" / "data").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UnusableError":
-                given.add(ast.literal_eval(node.args[0]))
-    assert given
-    assert given <= set(REASONS)
+                reasons.add(ast.literal_eval(node.args[0]))
+    assert reasons
+    assert reasons <= set(REASONS)

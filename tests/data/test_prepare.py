@@ -1,4 +1,4 @@
-"""From files and folders to counted, tokenised splits; broken input names itself."""
+"""Files and folders become counted, tokenised splits; an error names the broken input."""
 
 import gzip
 import json
@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 from datasets import Dataset, DatasetDict, load_dataset
-from test_tokens import DUMPS, encode
+from test_tokens import EXPECTED, encode
 from transformers import AutoTokenizer
 
-from dpokit.data.prepare import prepare_data
+from dpokit.data import prepare as preparation
+from dpokit.data.prepare import prepare_data, prepare_held_out
 from dpokit.data.tally import print_report
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments
@@ -78,13 +79,13 @@ def test_a_broken_file_is_named_with_what_is_wrong(name, content, seen, tmp_path
     assert name in str(error.value)
 
 
-def test_a_missing_file_and_a_missing_set_are_named(tmp_path, plain_tokenizer):
+def test_a_missing_file_or_dataset_is_named(tmp_path, plain_tokenizer):
     for name in (str(tmp_path / "none.jsonl"), "nobody/no-such-dataset"):
         with pytest.raises(DataError, match=Path(name).name):
             prepare(name, plain_tokenizer)
 
 
-def test_a_missing_split_names_the_splits_there_are_and_a_way_out(pairs_file, plain_tokenizer):
+def test_a_missing_split_is_reported_with_the_existing_ones(pairs_file, plain_tokenizer):
     with pytest.raises(DataError, match="no split 'test'; there is train") as error:
         prepare(pairs_file, plain_tokenizer, with_eval=True)
     assert "--eval_fraction" in str(error.value)
@@ -96,9 +97,9 @@ def test_no_usable_row_is_an_error_with_the_reasons(tmp_path, plain_tokenizer):
         prepare(tmp_path / "equal.jsonl", plain_tokenizer)
 
 
-def test_prompts_are_held_out_whole_and_always_the_same(tmp_path, plain_tokenizer):
+def test_the_same_whole_prompts_are_always_held_out(tmp_path, plain_tokenizer):
     file = write_pairs(tmp_path / "pairs.jsonl", 30)
-    file.write_text(file.read_text() + file.read_text().replace("Mix", "Stir"))  # each prompt twice
+    file.write_text(file.read_text() + file.read_text().replace("Mix", "Stir"))  # each prompt has two pairs
     first, again = (prepare(file, plain_tokenizer, with_eval=True, eval_fraction=0.2) for _ in range(2))
     train, held_out = ({tuple(ids) for ids in split["prompt_ids"]} for split in (first.train, first.eval))
     assert not train & held_out
@@ -117,11 +118,11 @@ def test_held_out_pairs_whose_prompt_is_trained_on_are_reported(tmp_path, plain_
     assert findings == ["4 of 6 held-out pairs have a prompt that is also trained on"]
 
 
-def test_the_first_rows_are_taken_where_fewer_are_asked_for(pairs_file, plain_tokenizer):
+def test_max_train_samples_takes_the_first_rows(pairs_file, plain_tokenizer):
     assert prepare(pairs_file, plain_tokenizer, max_train_samples=5).train["row"] == [0, 1, 2, 3, 4]
 
 
-def test_real_hh_rows_are_kept_but_for_five(shared, plain_tokenizer):
+def test_all_but_five_real_hh_rows_are_kept(shared, plain_tokenizer):
     data = prepare(shared / "data" / "hh-rlhf" / "harmless-base", plain_tokenizer, with_eval=True)
     record = data.record()
     assert record["train"]["format"] == "HH transcript"
@@ -130,7 +131,7 @@ def test_real_hh_rows_are_kept_but_for_five(shared, plain_tokenizer):
     assert record["eval"]["rows"] == 300
 
 
-def test_real_hh_rows_are_split_where_the_transcripts_are(shared, plain_tokenizer):
+def test_real_hh_rows_decode_to_their_transcripts(shared, plain_tokenizer):
     folder = shared / "data" / "hh-rlhf" / "harmless-base"
     rows = load_dataset("json", data_files=str(folder / "test.jsonl.gz"), split="train")
     for row in prepare(folder / "test.jsonl.gz", plain_tokenizer).train:
@@ -140,19 +141,19 @@ def test_real_hh_rows_are_split_where_the_transcripts_are(shared, plain_tokenize
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("name", DUMPS)
-def test_every_layout_read_from_a_file_has_the_same_ids_as_by_hand(name, streaming, tmp_path, chat_tokenizer):
-    row = DUMPS[name][0]
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_layout_in_a_file_has_the_ids_of_a_single_row(name, streaming, tmp_path, chat_tokenizer):
+    row = EXPECTED[name][0]
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
     data = prepare(tmp_path / "rows.jsonl", chat_tokenizer, dataset_streaming=streaming)
-    by_hand = encode(chat_tokenizer, row)
+    encoded = encode(chat_tokenizer, row)
     assert data.record()["train"]["format"] == name
-    expected = tuple(tuple(by_hand[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
+    expected = tuple(tuple(encoded[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
     assert ids_of(data.train) == [expected] * 3
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-def test_columns_named_like_ours_are_not_mistaken_for_them(streaming, tmp_path, plain_tokenizer):
+def test_columns_with_the_names_of_prepared_ones_are_ignored(streaming, tmp_path, plain_tokenizer):
     row = {**json.loads(LINE), "row": "first", "dropped": "yes", "cut": 3, "prompt_ids": [1]}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
     rows = list(prepare(tmp_path / "rows.jsonl", plain_tokenizer, dataset_streaming=streaming).train)
@@ -162,11 +163,11 @@ def test_columns_named_like_ours_are_not_mistaken_for_them(streaming, tmp_path, 
 
 
 def write_mixed(path: Path) -> Path:
-    """12 rows: 2 without an answer, 1 with two answers alike, 9 sound ones; the broken ones stand among the others."""
+    """Writes 12 rows in mixed order: 2 without an answer, 1 with equal answers, 9 usable rows."""
     write_pairs(path, 9)
-    sound = path.read_text().splitlines()
+    usable = path.read_text().splitlines()
     empty = json.dumps({"prompt": "The sky is", "chosen": " ", "rejected": " green."})
-    path.write_text("\n".join([empty, *sound[:4], LINE.replace("green", "blue").strip(), *sound[4:], empty]) + "\n")
+    path.write_text("\n".join([empty, *usable[:4], LINE.replace("green", "blue").strip(), *usable[4:], empty]) + "\n")
     return path
 
 
@@ -207,7 +208,7 @@ def test_a_stream_is_shuffled_by_its_seed(pairs_file, plain_tokenizer):
     assert sorted(orders[0]) == list(range(40))
 
 
-def test_a_streamed_evaluation_split_ends_where_it_is_told(tmp_path, plain_tokenizer):
+def test_a_streamed_evaluation_split_ends_at_max_eval_samples(tmp_path, plain_tokenizer):
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "test"):
@@ -226,50 +227,63 @@ def test_no_usable_row_in_a_stream_is_an_error_with_the_reasons(tmp_path, plain_
         prepare(tmp_path / "equal.jsonl", plain_tokenizer, dataset_streaming=True)
 
 
-def test_limits_that_leave_no_room_name_the_flags(pairs_file, plain_tokenizer):
+def test_limits_that_leave_no_tokens_name_the_flags(pairs_file, plain_tokenizer):
     with pytest.raises(DataError, match="40 no_room") as error:
         prepare(pairs_file, plain_tokenizer, max_length=1)
     assert "--max_length" in error.value.do
 
 
-def test_the_fingerprint_is_of_the_ids_and_not_of_the_file(pairs_file, tmp_path, plain_tokenizer):
+def test_the_fingerprint_depends_on_ids_and_not_on_the_file(pairs_file, tmp_path, plain_tokenizer):
     rows = [json.loads(line) for line in pairs_file.read_text().splitlines()]
     Dataset.from_list(rows).to_csv(tmp_path / "other.csv")
     (tmp_path / "copy.jsonl").write_bytes(pairs_file.read_bytes())
     (tmp_path / "changed.jsonl").write_text(pairs_file.read_text().replace("flour", "sand", 1))
-    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())) + "\n")
+    (tmp_path / "reversed.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())) + "\n")
     first = prepare(pairs_file, plain_tokenizer).fingerprint
     assert first == prepare(tmp_path / "copy.jsonl", plain_tokenizer).fingerprint
     assert first == prepare(tmp_path / "other.csv", plain_tokenizer).fingerprint
-    others = [prepare(tmp_path / name, plain_tokenizer).fingerprint for name in ("changed.jsonl", "turned.jsonl")]
+    others = [prepare(tmp_path / name, plain_tokenizer).fingerprint for name in ("changed.jsonl", "reversed.jsonl")]
     others.append(prepare(pairs_file, plain_tokenizer, max_length=20).fingerprint)
     others.append(prepare(pairs_file, plain_tokenizer, with_eval=True, eval_fraction=0.1).fingerprint)
     assert len({first, *others}) == 5
 
 
-def test_several_processes_tokenise_to_the_same_fingerprint(pairs_file, plain_tokenizer):
+def test_several_processes_give_the_same_fingerprint(pairs_file, plain_tokenizer):
     data = DataArguments(dataset_name=str(pairs_file))
-    one, two = (
+    single, double = (
         prepare_data(data, plain_tokenizer, max_length=None, with_eval=False, processes=n).fingerprint for n in (1, 2)
     )
-    assert one == two
+    assert single == double
 
 
-def test_the_same_prompts_are_held_out_in_whichever_order_the_rows_come(pairs_file, tmp_path, plain_tokenizer):
-    (tmp_path / "turned.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())) + "\n")
+def test_held_out_prompts_do_not_depend_on_the_order_of_rows(pairs_file, tmp_path, plain_tokenizer):
+    (tmp_path / "reversed.jsonl").write_text("\n".join(reversed(pairs_file.read_text().splitlines())) + "\n")
     held_out = [
         prepare(path, plain_tokenizer, with_eval=True, eval_fraction=0.25).eval
-        for path in (pairs_file, tmp_path / "turned.jsonl")
+        for path in (pairs_file, tmp_path / "reversed.jsonl")
     ]
     assert len(held_out[0]) == 10
     assert ids_of(held_out[0]) == ids_of(held_out[1])
 
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.9999])
-def test_a_hold_out_leaves_a_prompt_on_either_side(fraction, pairs_file, plain_tokenizer):
+def test_each_side_of_a_hold_out_has_a_prompt(fraction, pairs_file, plain_tokenizer):
     data = prepare(pairs_file, plain_tokenizer, with_eval=True, eval_fraction=fraction)
     assert min(len(data.train), len(data.eval)) == 1
     assert len(data.train) + len(data.eval) == 40
+
+
+@pytest.mark.parametrize("arguments", [{"eval_fraction": 0.25}, {"dataset_test_split": "train"}])
+def test_held_out_pairs_are_loaded_once(arguments, pairs_file, plain_tokenizer, monkeypatch):
+    loaded = []
+    load_splits = preparation.load_splits
+    monkeypatch.setattr(
+        preparation, "load_splits", lambda *args, **options: loaded.append(args) or load_splits(*args, **options)
+    )
+    data = DataArguments(dataset_name=str(pairs_file), **arguments)
+    held_out = prepare_held_out(data, plain_tokenizer, max_length=None)
+    assert len(loaded) == 1
+    assert len(held_out.pairs) == len(held_out.prompts) == (10 if "eval_fraction" in arguments else 40)
 
 
 def test_pairs_that_share_one_prompt_cannot_be_held_out(tmp_path, plain_tokenizer):
@@ -279,7 +293,7 @@ def test_pairs_that_share_one_prompt_cannot_be_held_out(tmp_path, plain_tokenize
     assert "--dataset_test_split" in error.value.do
 
 
-def test_a_limited_hold_out_still_accounts_for_every_row(pairs_file, plain_tokenizer):
+def test_a_limited_hold_out_counts_every_row(pairs_file, plain_tokenizer):
     data = prepare(pairs_file, plain_tokenizer, with_eval=True, eval_fraction=0.5, max_eval_samples=5)
     train, held_out = data.record()["train"], data.record()["eval"]
     assert len(data.eval) == 5
@@ -287,7 +301,7 @@ def test_a_limited_hold_out_still_accounts_for_every_row(pairs_file, plain_token
     assert train["rows"] + held_out["rows"] == 40
 
 
-def test_the_table_on_screen_holds_counts_reasons_and_findings(tmp_path, plain_tokenizer, capsys):
+def test_the_screen_shows_reasons_and_findings(tmp_path, plain_tokenizer, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
     write_mixed(folder / "train.jsonl")
@@ -301,7 +315,7 @@ def test_the_table_on_screen_holds_counts_reasons_and_findings(tmp_path, plain_t
     assert "3 of 3 held-out pairs have a prompt that is also trained on" in text
 
 
-def test_real_hh_rows_with_the_real_gpt2_tokenizer_are_counted_and_end_with_eos(shared):
+def test_real_hh_rows_and_gpt2_tokenizer_are_counted_with_eos(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer")
     data = prepare(shared / "data" / "hh-rlhf" / "harmless-base", tokenizer, with_eval=True, max_length=512)
     train = data.record()["train"]
@@ -315,7 +329,7 @@ def test_real_hh_rows_with_the_real_gpt2_tokenizer_are_counted_and_end_with_eos(
     assert len(whole) >= 1400
 
 
-def test_no_more_is_held_out_than_was_asked_for_though_a_prompt_has_several_pairs(tmp_path, plain_tokenizer):
+def test_max_eval_samples_limits_prompts_with_several_pairs(tmp_path, plain_tokenizer):
     file = write_pairs(tmp_path / "pairs.jsonl", 10)
     file.write_text(file.read_text() + file.read_text().replace("Mix", "Stir") + file.read_text().replace("Mix", "Get"))
     for most in (1, 2, 4):

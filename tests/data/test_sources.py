@@ -1,4 +1,4 @@
-"""Rows from files and folders, whole and streamed, and what is said of those that cannot be read."""
+"""Loads rows from files and folders, whole and streamed; errors name the file and the reason."""
 
 import gzip
 import json
@@ -9,6 +9,7 @@ import pytest
 from conftest import write_pairs
 from datasets import Dataset, DatasetDict
 
+from dpokit.data import check_file
 from dpokit.data.prepare import prepare_data
 from dpokit.data.sources import get_split, load_splits
 from dpokit.errors import DataError
@@ -21,7 +22,7 @@ BOTH_WAYS = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "s
 
 
 def write_rows(path: Path, kind: str) -> Path:
-    """The same rows in any kind of file, packed where the kind ends with gz."""
+    """Writes the same rows as any kind of file, packed if the kind ends with .gz."""
     plain = path.with_suffix(f".{kind.removesuffix('.gz')}")
     if "jsonl" in kind:
         plain.write_text(LINES, encoding="utf-8")
@@ -50,7 +51,7 @@ def test_every_kind_of_file_gives_its_rows(kind, streaming, tmp_path):
 
 @BOTH_WAYS
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_folder_has_the_splits_that_its_files_are_named_after(kind, streaming, tmp_path):
+def test_a_folder_has_the_splits_of_its_file_names(kind, streaming, tmp_path):
     for split in ("train", "test"):
         write_rows(tmp_path / split, kind)
     assert set(load_splits(str(tmp_path), None, streaming=streaming)) == {"train", "test"}
@@ -58,12 +59,12 @@ def test_a_folder_has_the_splits_that_its_files_are_named_after(kind, streaming,
 
 
 @BOTH_WAYS
-def test_a_saved_set_and_a_saved_set_of_splits_are_read(streaming, tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    Dataset.from_list(ROWS).save_to_disk(one)
-    DatasetDict(train=Dataset.from_list(ROWS), held=Dataset.from_list(ROWS[:2])).save_to_disk(two)
-    assert read(one, streaming=streaming) == ROWS
-    assert read(two, streaming=streaming, split="held") == ROWS[:2]
+def test_saved_datasets_with_and_without_splits_are_read(streaming, tmp_path):
+    single, splits = tmp_path / "single", tmp_path / "splits"
+    Dataset.from_list(ROWS).save_to_disk(single)
+    DatasetDict(train=Dataset.from_list(ROWS), held=Dataset.from_list(ROWS[:2])).save_to_disk(splits)
+    assert read(single, streaming=streaming) == ROWS
+    assert read(splits, streaming=streaming, split="held") == ROWS[:2]
 
 
 @BOTH_WAYS
@@ -78,28 +79,64 @@ def test_a_saved_set_and_a_saved_set_of_splits_are_read(streaming, tmp_path):
         ("marked.jsonl", "\ufeff" + LINES),
     ],
 )
-def test_an_unusual_but_sound_file_gives_its_rows(name, text, streaming, tmp_path):
+def test_an_unusual_but_valid_file_gives_its_rows(name, text, streaming, tmp_path):
     (tmp_path / name).write_bytes(text.encode())
     assert read(tmp_path / name, streaming=streaming) == ROWS
 
 
 @BOTH_WAYS
 @pytest.mark.parametrize("named", ["file", "folder"])
-def test_words_that_often_mean_nothing_are_answers_in_a_csv(named, streaming, tmp_path):
+def test_na_none_and_null_are_answers_in_a_csv(named, streaming, tmp_path):
     file = tmp_path / "train.csv"
     file.write_text("prompt,chosen,rejected\nIs it there?,NA,None\nIs it?,null,\n")
     rows = read(file if named == "file" else tmp_path, streaming=streaming)
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("NA", "None"), ("null", None)]
 
 
-def test_a_home_folder_is_understood(tmp_path, monkeypatch):
+@BOTH_WAYS
+@pytest.mark.parametrize("block_bytes", [1, 7, 100])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_is_read_in_blocks_of_any_size(indent, block_bytes, streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_file, "BLOCK_BYTES", block_bytes)
+    text = json.dumps(ROWS, indent=indent, ensure_ascii=False)
+    (tmp_path / "list.json").write_text(f"\ufeff{text} \n" + " " * block_bytes)  # another hash in each case
+    assert read(tmp_path / "list.json", streaming=streaming) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("[{},\n{}", "line 2 is broken JSON: Expecting ',' delimiter"),
+        ("[{},\n]", "line 2 is broken JSON: Expecting value"),
+        ("[{}]\nx", "line 2 is broken JSON: Extra data"),
+        ('[{},\n{"a": tru}]', "line 2 is broken JSON: Expecting value"),
+        ("[{},\n5]", "line 2 has a row that is not an object of columns"),
+    ],
+)
+def test_a_broken_list_names_its_line_and_the_reason(text, seen, tmp_path):
+    (tmp_path / "list.json").write_text(text)
+    with pytest.raises(DataError, match=seen) as error:
+        load_splits(str(tmp_path / "list.json"), None, streaming=False)
+    assert "list.json" in error.value.seen
+
+
+@BOTH_WAYS
+def test_a_row_of_a_list_beyond_the_limit_is_refused(streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(check_file, "LINE_BYTES", 200)
+    monkeypatch.setattr(check_file, "BLOCK_BYTES", 100)
+    (tmp_path / "list.json").write_text(json.dumps([*ROWS, {"prompt": "x" * 500}]))
+    with pytest.raises(DataError, match="longer than"):
+        load_splits(str(tmp_path / "list.json"), None, streaming=streaming)
+
+
+def test_a_tilde_is_expanded_to_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_rows(tmp_path / "rows", "jsonl")
     assert read("~/rows.jsonl", streaming=False) == ROWS
 
 
 PARQUET_HEAD = b"PAR1 and no more"
-# name, bytes, what the message must hold
+# name, bytes, pattern of the message
 BROKEN = [
     ("broken.jsonl", (LINES + '{"prompt": "The sk\n').encode(), "line 6 is broken JSON"),
     ("first.jsonl", b'{"prompt": \n' + LINES.encode(), "line 1 is broken JSON"),
@@ -132,7 +169,7 @@ BROKEN = [
 
 @BOTH_WAYS
 @pytest.mark.parametrize(("name", "content", "seen"), BROKEN, ids=[name for name, _, _ in BROKEN])
-def test_a_broken_file_is_one_error_that_names_the_file_and_what_was_seen(
+def test_a_broken_file_is_reported_with_its_name_and_the_reason(
     name, content, seen, streaming, tmp_path, plain_tokenizer
 ):
     (tmp_path / name).write_bytes(content)
@@ -153,21 +190,21 @@ def test_a_parquet_file_without_rows_is_refused(streaming, tmp_path, plain_token
 
 @BOTH_WAYS
 @pytest.mark.parametrize("name", ["none.jsonl", "./none", "~/none", "/no/such/folder", "none.csv.gz"])
-def test_a_missing_file_is_not_looked_for_on_the_hub(name, streaming):
+def test_a_missing_file_is_not_searched_on_the_hub(name, streaming):
     with pytest.raises(DataError, match="there is no such file") as error:
         load_splits(name, None, streaming=streaming)
     assert name in error.value.seen
 
 
 @BOTH_WAYS
-def test_a_hub_set_that_cannot_be_reached_is_named_with_what_to_check(streaming):
+def test_an_unreachable_hub_dataset_is_named_with_its_flag(streaming):
     with pytest.raises(DataError, match="nobody/nothing could not be loaded from the Hub") as error:
         load_splits("nobody/nothing", None, streaming=streaming)
     assert "--dataset_config" in error.value.do
 
 
 @pytest.mark.parametrize("name", [None, ""])
-def test_no_dataset_at_all_names_the_flag(name):
+def test_a_missing_dataset_name_names_the_flag(name):
     with pytest.raises(DataError, match="no dataset was named") as error:
         load_splits(name, None, streaming=False)
     assert "--dataset_name" in error.value.do
@@ -210,7 +247,7 @@ def test_files_of_one_folder_with_different_columns_are_refused(streaming, tmp_p
 
 
 @pytest.mark.parametrize("flag", ["dataset_train_split", "dataset_test_split"])
-def test_a_missing_split_names_those_there_are_and_the_flag(flag, tmp_path):
+def test_a_missing_split_is_reported_with_the_flag(flag, tmp_path):
     splits = load_splits(str(write_rows(tmp_path / "rows", "jsonl")), None, streaming=False)
     with pytest.raises(DataError, match=re.escape("no split 'validation'; there is train")) as error:
         get_split(splits, "validation", flag)
@@ -222,7 +259,7 @@ def test_a_missing_split_names_those_there_are_and_the_flag(flag, tmp_path):
 @pytest.mark.parametrize(
     ("line", "seen"), [(b'  {"prompt": "a" "chosen"},', "is broken JSON"), (b'  {"prompt": "\xe9"},', "is not UTF-8")]
 )
-def test_a_list_over_several_lines_names_the_line_that_is_broken(line, seen, streaming, tmp_path):
+def test_a_list_over_several_lines_names_its_broken_line(line, seen, streaming, tmp_path):
     lines = [b"[", *(json.dumps(row).encode() + b"," for row in ROWS), line, b"{}", b"]"]
     (tmp_path / "list.json").write_bytes(b"\n".join(lines))
     with pytest.raises(DataError, match=f"line 7 {seen}"):
@@ -230,7 +267,7 @@ def test_a_list_over_several_lines_names_the_line_that_is_broken(line, seen, str
 
 
 @BOTH_WAYS
-def test_a_later_file_of_a_split_that_does_not_fit_is_refused_whenever_it_is_met(streaming, tmp_path, plain_tokenizer):
+def test_a_later_file_with_other_columns_is_refused(streaming, tmp_path, plain_tokenizer):
     write_pairs(tmp_path / "train-00000-of-00002.jsonl", 50)
     (tmp_path / "train-00001-of-00002.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     data = DataArguments(dataset_name=str(tmp_path), dataset_streaming=streaming)

@@ -1,4 +1,4 @@
-"""Token dumps, row by row, for every published layout with a plain and a chat tokenizer; the rules of the cut."""
+"""Exact tokens of every published layout with a plain and a chat tokenizer; the rules of the length limits."""
 
 import copy
 import random
@@ -9,31 +9,31 @@ from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
 from dpokit.data.formats import FORMATS, UnusableError, find_format, parse_transcript
-from dpokit.data.tokens import Encoder, Limits, Renderer, cut
+from dpokit.data.tokens import Encoder, LengthLimits, Renderer, cut
 from dpokit.errors import DataError, ModelError
 
-ASKED = "How do I bake bread?"
+QUESTION = "How do I bake bread?"
 YES, NO = "Mix flour and wait.", "No, not again."
-HH = f"\n\nHuman: {ASKED}\n\nAssistant:"
-USER = {"role": "user", "content": ASKED}
+HH = f"\n\nHuman: {QUESTION}\n\nAssistant:"
+USER = {"role": "user", "content": QUESTION}
 
 
 def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-NO_LIMITS = Limits()
+NO_LIMITS = LengthLimits()
 TURNS = [USER, assistant("What kind?"), {"role": "user", "content": "Rye."}]
 HH_TURNS = "\n\nHuman: How do I bake bread?\n\nAssistant: What kind?\n\nHuman: Rye.\n\nAssistant:"
-CHAT = f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\n"
+CHAT = f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
 CHAT_TURNS = (
-    f"<|im_start|>user\n{ASKED}<|im_end|>\n<|im_start|>assistant\nWhat kind?<|im_end|>\n"
+    f"<|im_start|>user\n{QUESTION}<|im_end|>\n<|im_start|>assistant\nWhat kind?<|im_end|>\n"
     "<|im_start|>user\nRye.<|im_end|>\n<|im_start|>assistant\n"
 )
 SKY = "The sky is"
 
-# layout -> (row, what a plain tokenizer's model meets, what a chat model meets): prompt, chosen, rejected
-DUMPS = {
+# layout -> (row, texts of a plain model, texts of a chat model); texts are prompt, chosen, rejected
+EXPECTED = {
     "HH prompt": (
         {"prompt": HH, "response": f" {YES}", "chosen": f" {YES}", "rejected": f" {NO}"},
         (HH, f" {YES}", f" {NO}"),
@@ -42,7 +42,7 @@ DUMPS = {
     "explicit, plain": (
         {"prompt": SKY, "chosen": " blue.", "rejected": " green."},
         (SKY, " blue.", " green."),
-        (CHAT.replace(ASKED, SKY), "blue.", "green."),
+        (CHAT.replace(QUESTION, SKY), "blue.", "green."),
     ),
     "explicit, conversational": (
         {"prompt": TURNS, "chosen": [assistant(YES)], "rejected": [assistant(NO)]},
@@ -51,7 +51,7 @@ DUMPS = {
     ),
     "UltraFeedback": (
         {
-            "prompt": ASKED,
+            "prompt": QUESTION,
             "chosen": [USER, assistant(YES)],
             "rejected": [USER, assistant(NO)],
             "score_chosen": 8.0,
@@ -66,7 +66,7 @@ DUMPS = {
         (CHAT_TURNS, YES, NO),
     ),
     "HH transcript": (
-        # Both answers begin alike: a common beginning would cut into them.
+        # Both answers begin alike, so their common beginning is longer than the prompt.
         {"chosen": f"{HH_TURNS} No, mix it.", "rejected": f"{HH_TURNS} No, not again."},
         (HH_TURNS, " No, mix it.", " No, not again."),
         (CHAT_TURNS, "No, mix it.", "No, not again."),
@@ -74,37 +74,37 @@ DUMPS = {
     "implicit, plain": (
         {"chosen": "The sky is blue.", "rejected": "The sky is black."},
         (SKY, " blue.", " black."),
-        (CHAT.replace(ASKED, SKY), "blue.", "black."),
+        (CHAT.replace(QUESTION, SKY), "blue.", "black."),
     ),
 }
 
 
-def encode(tokenizer, row: dict, limits: Limits = NO_LIMITS) -> dict:
+def encode(tokenizer, row: dict, limits: LengthLimits = NO_LIMITS) -> dict:
     encoder = Encoder(Renderer(tokenizer), find_format([row], "test"), limits)
     columns = encoder({name: [value] for name, value in row.items()}, [0])
     return {name: values[0] for name, values in columns.items()}
 
 
-def test_every_layout_has_a_dump():
-    assert {layout.name for layout in FORMATS} == set(DUMPS)
+def test_the_table_above_has_every_layout():
+    assert {layout.name for layout in FORMATS} == set(EXPECTED)
 
 
-@pytest.mark.parametrize("name", DUMPS)
+@pytest.mark.parametrize("name", EXPECTED)
 @pytest.mark.parametrize("kind", ["plain", "chat"])
 def test_a_row_becomes_exactly_these_tokens(name, kind, plain_tokenizer, chat_tokenizer):
-    row, plain, chat = DUMPS[name]
+    row, plain, chat = EXPECTED[name]
     tokenizer, expected = (plain_tokenizer, plain) if kind == "plain" else (chat_tokenizer, chat)
     assert find_format([row], "test").name == name
     ids = encode(tokenizer, row)
     assert ids["dropped"] == ""
     for column, text in zip(("prompt_ids", "chosen_ids", "rejected_ids"), expected, strict=True):
         if column != "prompt_ids":
-            # EOS once, at the end, and nothing of a BOS before the answer.
+            # One EOS at the end, and no BOS before the answer.
             assert ids[column].count(tokenizer.eos_token_id) == 1
             text += tokenizer.eos_token
         assert tokenizer.decode(ids[column]) == text
         assert ids[column] == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert ids["prompt_ids"] == tokenizer(expected[0])["input_ids"]  # what the model sees at inference
+    assert ids["prompt_ids"] == tokenizer(expected[0])["input_ids"]  # as at inference
 
 
 def test_an_answer_that_already_ends_with_eos_ends_with_it_once(plain_tokenizer):
@@ -113,37 +113,37 @@ def test_an_answer_that_already_ends_with_eos_ends_with_it_once(plain_tokenizer)
     assert ids["chosen_ids"].count(plain_tokenizer.eos_token_id) == 1
 
 
-def test_a_shortened_answer_has_no_eos_and_a_shortened_prompt_keeps_its_end(plain_tokenizer):
-    row = DUMPS["HH prompt"][0]
-    whole, short = encode(plain_tokenizer, row), encode(plain_tokenizer, row, Limits(4, 3, None))
+def test_a_cut_answer_has_no_eos_and_a_cut_prompt_keeps_its_end(plain_tokenizer):
+    row = EXPECTED["HH prompt"][0]
+    whole, short = encode(plain_tokenizer, row), encode(plain_tokenizer, row, LengthLimits(4, 3, None))
     assert short["prompt_ids"] == whole["prompt_ids"][-4:]
     assert short["chosen_ids"] == whole["chosen_ids"][:3]
     assert plain_tokenizer.eos_token_id not in short["chosen_ids"]
     assert short["cut"] == "prompt answer"
 
 
-def test_a_bos_of_the_tokenizer_opens_the_prompt_alone_and_survives_the_cut(chat_tokenizer):
+def test_only_the_prompt_has_a_bos_and_the_cut_keeps_it(chat_tokenizer):
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template, tokenizer.bos_token = None, "<|im_start|>"
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
     )
-    ids = encode(tokenizer, DUMPS["HH prompt"][0], Limits(4, None, None))
+    ids = encode(tokenizer, EXPECTED["HH prompt"][0], LengthLimits(4, None, None))
     assert ids["prompt_ids"][0] == tokenizer.bos_token_id
     assert len(ids["prompt_ids"]) == 4
     assert tokenizer.bos_token_id not in ids["prompt_ids"][1:] + ids["chosen_ids"] + ids["rejected_ids"]
 
 
-def test_a_tokenizer_that_closes_every_text_with_eos_leaves_the_prompt_open(plain_tokenizer):
+def test_an_eos_of_the_tokenizer_is_removed_from_the_prompt(plain_tokenizer):
     tokenizer = copy.deepcopy(plain_tokenizer)
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end[0]}", special_tokens=[end]
     )
-    assert encode(tokenizer, DUMPS["HH prompt"][0])["prompt_ids"][-1] != tokenizer.eos_token_id
+    assert encode(tokenizer, EXPECTED["HH prompt"][0])["prompt_ids"][-1] != tokenizer.eos_token_id
 
 
-def test_a_tokenizer_that_writes_a_space_before_every_text_does_not_double_it():
+def test_a_space_that_the_tokenizer_adds_is_not_doubled():
     pieces = ["<unk>", "</s>", "▁", *(f"▁{word}" for word in ("The", "sky", "is", "blue.", "green."))]
     backend = Tokenizer(models.Unigram([(piece, 0.0 - i / 10) for i, piece in enumerate([*pieces, "\n"])], unk_id=0))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -163,7 +163,7 @@ def test_a_think_block_of_the_template_belongs_to_the_answer(chat_tokenizer):
     assert renderer.answer("Yes.", [USER]) == "<think></think>Yes.<|im_end|>"
 
 
-def test_a_turn_that_ends_with_another_special_token_than_eos_ends_there(chat_tokenizer):
+def test_an_answer_ends_with_the_template_s_end_of_turn(chat_tokenizer):
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
     assert Renderer(tokenizer).answer("Yes.", [USER]) == "Yes.<|im_end|>"
@@ -176,11 +176,11 @@ def test_a_tokenizer_without_eos_is_refused(plain_tokenizer):
         Renderer(tokenizer)
 
 
-def test_the_cut_keeps_its_promises_for_all_sizes():
+def test_the_cut_respects_the_limits_for_all_sizes():
     draw = random.Random(0)
     for _ in range(3000):
         prompt, chosen, rejected = (list(range(draw.randint(1, 12))) for _ in range(3))
-        limits = Limits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
+        limits = LengthLimits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
         try:
             p, c, r = cut(prompt, chosen, rejected, limits)
         except UnusableError as error:
@@ -191,7 +191,7 @@ def test_the_cut_keeps_its_promises_for_all_sizes():
         assert len(p) <= (limits.prompt_tokens or 99) and max(len(c), len(r)) <= (limits.answer_tokens or 99)
         assert len(p) + max(len(c), len(r)) <= (limits.total_tokens or 99)
         if len(c) < min(len(chosen), limits.answer_tokens or 99):
-            assert len(p) == 1, "an answer yields only when the prompt has yielded all but one token"
+            assert len(p) == 1, "an answer is cut only if the prompt is cut to one token"
 
 
 @pytest.mark.parametrize(
@@ -209,27 +209,27 @@ def test_an_unusable_row_is_dropped_with_its_reason(row, reason, plain_tokenizer
     assert encode(plain_tokenizer, row)["dropped"] == reason
 
 
-def test_a_null_in_a_sound_file_is_dropped_with_its_reason(plain_tokenizer):
+def test_a_null_among_usable_rows_is_dropped_with_its_reason(plain_tokenizer):
     rows = [{"prompt": SKY, "chosen": " blue.", "rejected": " green."}] * 3
     rows.append({"prompt": SKY, "chosen": None, "rejected": " green."})
-    encoder = Encoder(Renderer(plain_tokenizer), find_format(rows, "test"), Limits())
+    encoder = Encoder(Renderer(plain_tokenizer), find_format(rows, "test"), LengthLimits())
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     assert encoder(columns, range(4))["dropped"] == ["", "", "", "missing_text"]
 
 
-def test_rows_of_no_known_layout_are_shown_with_what_was_looked_for():
+def test_an_unknown_layout_is_reported_with_the_known_ones():
     with pytest.raises(DataError, match='"question": "why"') as error:
         find_format([{"question": "why", "answer": "because"}], "my.jsonl")
     assert all(layout.name in str(error.value) for layout in FORMATS)
 
 
-def encode_rows(tokenizer, rows: list[dict], limits: Limits = NO_LIMITS) -> dict[str, list]:
+def encode_rows(tokenizer, rows: list[dict], limits: LengthLimits = NO_LIMITS) -> dict[str, list]:
     encoder = Encoder(Renderer(tokenizer), find_format(rows, "test"), limits)
     return encoder({name: [row[name] for row in rows] for name in rows[0]}, range(len(rows)))
 
 
 def with_bos(tokenizer, bos: str):
-    """A copy without a chat template that opens every text with this token, as Llama's and OPT's do."""
+    """Returns a copy without chat template that adds this BOS to every text, as the tokenizers of Llama and OPT do."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template, tokenizer.bos_token = None, bos
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -238,9 +238,9 @@ def with_bos(tokenizer, bos: str):
     return tokenizer
 
 
-def test_a_row_becomes_these_tokens_one_by_one(plain_tokenizer, chat_tokenizer):
-    """Names of tokens, so that a boundary that moves is seen: an answer begins with its space, or after the newline."""
-    row = DUMPS["implicit, plain"][0]
+def test_a_row_has_these_tokens_at_its_boundaries(plain_tokenizer, chat_tokenizer):
+    """An answer begins with its own space, or after the newline of the template."""
+    row = EXPECTED["implicit, plain"][0]
     plain, chat = encode(plain_tokenizer, row), encode(chat_tokenizer, row)
     names = plain_tokenizer.convert_ids_to_tokens
     assert names(plain["prompt_ids"])[0][0] == "T"
@@ -254,9 +254,9 @@ def test_a_row_becomes_these_tokens_one_by_one(plain_tokenizer, chat_tokenizer):
     assert names(chat["chosen_ids"])[-1] == "<|im_end|>"
 
 
-@pytest.mark.parametrize("name", DUMPS)
-def test_prompt_and_answer_are_what_the_template_renders_as_a_whole(name, chat_tokenizer):
-    row = DUMPS[name][0]
+@pytest.mark.parametrize("name", EXPECTED)
+def test_prompt_and_answer_equal_the_rendered_conversation(name, chat_tokenizer):
+    row = EXPECTED[name][0]
     ids, pair = encode(chat_tokenizer, row), find_format([row], "test").to_pair(row)
     turns = pair.prompt if isinstance(pair.prompt, list) else parse_transcript(pair.prompt)
     for column, answer in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected)):
@@ -265,40 +265,40 @@ def test_prompt_and_answer_are_what_the_template_renders_as_a_whole(name, chat_t
 
 
 @pytest.mark.parametrize("name", ["HH transcript", "implicit, plain"])
-def test_prompt_and_answer_of_a_plain_model_are_the_rows_text_and_eos(name, plain_tokenizer):
-    row = DUMPS[name][0]
+def test_prompt_and_answer_of_a_plain_model_are_text_and_eos(name, plain_tokenizer):
+    row = EXPECTED[name][0]
     ids = encode(plain_tokenizer, row)
     for side in ("chosen", "rejected"):
         text = plain_tokenizer.decode(ids["prompt_ids"] + ids[f"{side}_ids"])
         assert text == row[side] + plain_tokenizer.eos_token
 
 
-def test_a_prompt_does_not_depend_on_the_row_that_opens_its_batch(plain_tokenizer):
-    """BOS and EOS are one token that opens every text (OPT): the empty text of a dropped row is that token alone."""
+def test_a_prompt_does_not_depend_on_the_batch_s_first_row(plain_tokenizer):
+    """As with OPT: BOS and EOS are one token, so the empty text of a dropped row is only this token."""
     tokenizer = with_bos(plain_tokenizer, plain_tokenizer.eos_token)
-    sound = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
-    dropped = {**sound, "rejected": " blue."}
-    batch = encode_rows(tokenizer, [dropped, sound])
+    usable = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
+    dropped = {**usable, "rejected": " blue."}
+    batch = encode_rows(tokenizer, [dropped, usable])
     assert batch["dropped"] == ["equal_answers", ""]
     assert batch["prompt_ids"][1] == tokenizer(SKY)["input_ids"]
-    assert batch["prompt_ids"][1] == encode(tokenizer, sound)["prompt_ids"]
+    assert batch["prompt_ids"][1] == encode(tokenizer, usable)["prompt_ids"]
 
 
-def test_a_tokenizer_that_closes_every_text_does_so_for_no_prompt_of_a_batch(plain_tokenizer):
+def test_no_prompt_of_a_batch_ends_with_an_added_eos(plain_tokenizer):
     tokenizer = copy.deepcopy(plain_tokenizer)
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end[0]}", special_tokens=[end]
     )
-    sound = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
-    batch = encode_rows(tokenizer, [{**sound, "prompt": f"{SKY}{end[0]}"}, sound, {**sound, "rejected": " blue."}])
+    usable = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
+    batch = encode_rows(tokenizer, [{**usable, "prompt": f"{SKY}{end[0]}"}, usable, {**usable, "rejected": " blue."}])
     assert tokenizer.decode(batch["prompt_ids"][1]) == SKY
     assert batch["chosen_ids"][1].count(end[1]) == 1
 
 
 @pytest.mark.parametrize("kind", ["plain", "chat"])
 @pytest.mark.parametrize("end", ["{eos}", "{eos}{eos}", "{eos}\n", " {eos} "])
-def test_an_answer_that_brings_its_own_eos_ends_with_one(end, kind, plain_tokenizer, chat_tokenizer):
+def test_an_answer_with_its_own_eos_ends_with_one_eos(end, kind, plain_tokenizer, chat_tokenizer):
     tokenizer = plain_tokenizer if kind == "plain" else chat_tokenizer
     end = end.format(eos=tokenizer.eos_token)
     ids = encode(tokenizer, {"prompt": SKY, "chosen": f" blue.{end}", "rejected": " green."})["chosen_ids"]
@@ -316,7 +316,7 @@ def test_an_answer_that_brings_its_own_eos_ends_with_one(end, kind, plain_tokeni
     ],
     ids=["empty text", "no common beginning", "no message before the answer"],
 )
-def test_a_row_without_a_prompt_is_dropped_whatever_the_tokenizer(row, kind, plain_tokenizer, chat_tokenizer):
+def test_a_row_without_a_prompt_is_dropped_with_any_tokenizer(row, kind, plain_tokenizer, chat_tokenizer):
     tokenizer = plain_tokenizer if kind == "plain" else chat_tokenizer
     assert encode(tokenizer, row)["dropped"] == "empty_prompt"
 
@@ -326,16 +326,16 @@ def test_a_row_without_a_prompt_is_dropped_whatever_the_tokenizer(row, kind, pla
     [[{"role": "system", "content": "Be brief."}, USER], [USER, USER], [USER, assistant("Well."), assistant("Hm.")]],
     ids=["system", "two questions", "two answers"],
 )
-def test_a_row_that_the_template_refuses_is_dropped_and_ends_no_run(turns, chat_tokenizer):
-    """As Gemma's and Mistral's: no system turn, and turns that take turns."""
+def test_a_row_that_the_template_refuses_is_dropped(turns, chat_tokenizer):
+    """As with Gemma and Mistral: no system turn, and alternating roles."""
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template = (
         "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
         "{% endfor %}" + tokenizer.chat_template
     )
-    sound = {"prompt": [USER], "chosen": [assistant(YES)], "rejected": [assistant(NO)]}
-    dropped = encode_rows(tokenizer, [sound, {**sound, "prompt": turns}])["dropped"]
+    usable = {"prompt": [USER], "chosen": [assistant(YES)], "rejected": [assistant(NO)]}
+    dropped = encode_rows(tokenizer, [usable, {**usable, "prompt": turns}])["dropped"]
     assert dropped[0] == ""
     assert dropped[1] != ""
 
@@ -347,48 +347,48 @@ def test_a_template_without_the_assistants_turn_is_refused(chat_tokenizer):
         Renderer(tokenizer)
 
 
-def test_a_turn_that_ends_with_another_special_token_has_it_once_and_last(chat_tokenizer):
+def test_an_end_of_turn_other_than_eos_is_the_last_token(chat_tokenizer):
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
-    ids = encode(tokenizer, DUMPS["HH prompt"][0])["chosen_ids"]
+    ids = encode(tokenizer, EXPECTED["HH prompt"][0])["chosen_ids"]
     assert ids == tokenizer(f"{YES}<|im_end|>", add_special_tokens=False)["input_ids"]
     assert tokenizer.eos_token_id not in ids
 
 
-def test_a_think_block_of_the_generation_prompt_is_not_written_twice(chat_tokenizer):
-    """A template that opens the turn with an empty think block and keeps it, as Qwen3 without thinking."""
+def test_a_think_block_of_the_prompt_is_not_repeated(chat_tokenizer):
+    """As with Qwen3 without thinking: the template begins the turn with an empty think block and keeps it."""
     tokenizer = copy.deepcopy(chat_tokenizer)
     think = "<think>\\n\\n</think>\\n\\n"
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "{{ message['content'] }}",
         "{% if message['role'] == 'assistant' %}" + think + "{% endif %}{{ message['content'] }}",
     ).replace("<|im_start|>assistant\n", "<|im_start|>assistant\n" + think)
-    ids = encode(tokenizer, DUMPS["UltraFeedback"][0])
+    ids = encode(tokenizer, EXPECTED["UltraFeedback"][0])
     whole = tokenizer.apply_chat_template([USER, assistant(YES)], tokenize=False)
     assert whole.count("<think>") == 1
     assert tokenizer.decode(ids["prompt_ids"] + ids["chosen_ids"]) == whole.removesuffix("\n")
     assert tokenizer.decode(ids["chosen_ids"]) == f"{YES}<|im_end|>"
 
 
-@pytest.mark.parametrize("limits", [Limits(1, None, None), Limits(None, None, 2), Limits(2, None, 2)])
+@pytest.mark.parametrize("limits", [LengthLimits(1, None, None), LengthLimits(None, None, 2), LengthLimits(2, None, 2)])
 def test_a_bos_is_not_kept_alone(limits, chat_tokenizer):
-    """One prompt token, and that a BOS, would leave an answer to nothing."""
+    """A prompt of only a BOS has no text to answer."""
     tokenizer = with_bos(chat_tokenizer, "<|im_start|>")
-    assert encode(tokenizer, DUMPS["HH prompt"][0], limits)["dropped"] == "no_room"
+    assert encode(tokenizer, EXPECTED["HH prompt"][0], limits)["dropped"] == "no_room"
 
 
-def test_answers_that_differ_only_behind_the_limit_are_dropped(plain_tokenizer):
+def test_answers_that_differ_only_after_the_limit_are_dropped(plain_tokenizer):
     row = {"prompt": SKY, "chosen": " blue, of course!", "rejected": " blue, not green."}
-    assert encode(plain_tokenizer, row, Limits(None, 2, None))["dropped"] == "equal_after_cut"
+    assert encode(plain_tokenizer, row, LengthLimits(None, 2, None))["dropped"] == "equal_after_cut"
 
 
-def test_the_cut_with_a_bos_keeps_it_and_its_promises_for_all_sizes():
+def test_the_cut_keeps_a_bos_and_the_limits_for_all_sizes():
     draw = random.Random(1)
     kept = 0
     for _ in range(3000):
         sizes = [draw.randint(1, 12) for _ in range(3)]
         prompt, chosen, rejected = ([*range(100 * i, 100 * i + size)] for i, size in enumerate(sizes, start=1))
-        limits = Limits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
+        limits = LengthLimits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
         try:
             p, c, r = cut(prompt, chosen, rejected, limits, keep_first=True)
         except UnusableError as error:
@@ -404,8 +404,8 @@ def test_the_cut_with_a_bos_keeps_it_and_its_promises_for_all_sizes():
         assert max(len(c), len(r)) <= (limits.answer_tokens or 99)
         assert len(p) + max(len(c), len(r)) <= (limits.total_tokens or 99)
         shortened = max(len(c), len(r)) < min(max(len(chosen), len(rejected)), limits.answer_tokens or 99)
-        assert not shortened or len(p) == min(2, len(prompt)), "the prompt's head yields first"
+        assert not shortened or len(p) == min(2, len(prompt)), "the prompt's start is cut first"
         unlimited = min(len(prompt), limits.prompt_tokens or 99)
         room = (limits.total_tokens or 99) - max(len(c), len(r))
-        assert len(p) == min(unlimited, max(room, len(p) if shortened else 0)), "no token is given up without need"
+        assert len(p) == min(unlimited, max(room, len(p) if shortened else 0)), "no token is cut without need"
     assert kept > 2000

@@ -275,14 +275,14 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "a link to the root": (make_link("more", "/"), "leads out of it"),
     "a link to a device": (make_link("test.jsonl", "/dev/zero"), "leads out of it"),
     "a link to a process": (make_link("test.jsonl", "/proc/self/environ"), "leads out of it"),
-    "a link to nothing": (make_link("test.jsonl", "nothing.jsonl"), "no regular file"),
+    "a link to nothing": (make_link("test.jsonl", "nothing.jsonl"), "not a regular file"),
     "a link to itself": (make_link("test.jsonl", "test.jsonl"), ""),
     "a link to the folder": (make_link("more", "."), None),
     "a link out that is no data": (make_link("notes.txt", "/etc/passwd"), None),
     "a README that is a link": (make_link("README.md", "/dev/zero"), None),
     "a README that is a pipe": (lambda folder: os.mkfifo(folder / "README.md"), None),
-    "a pipe": (make_pipe, "no regular file"),
-    "a socket": (make_socket, "no regular file"),
+    "a pipe": (make_pipe, "not a regular file"),
+    "a socket": (make_socket, "not a regular file"),
     "a name that datasets takes apart": (
         lambda folder: (folder / "zip:own::test.jsonl").write_text(LINES),
         "cannot be read",
@@ -424,6 +424,13 @@ def test_columns_that_are_no_text_are_not_opened(kind, saved, streaming, tmp_pat
     assert read(path, streaming=streaming) == ROWS
     assert not asked
     assert "columns that hold no text are left out: picture" in capsys.readouterr().err
+
+
+def test_columns_left_out_are_named_once_for_all_splits(tmp_path, site, capsys):
+    rows = Dataset.load_from_disk(write_media(tmp_path / "a", "images", site[0], saved=True, columns=("picture",)))
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "set")
+    load_splits(str(tmp_path / "set"), None, streaming=False)
+    assert capsys.readouterr().err.count("columns that hold no text are left out") == 1
 
 
 @BOTH_WAYS

@@ -1,19 +1,19 @@
-"""What several tests of the plan build: a recipe's settings, and a model of 8B parameters that is only a config."""
+"""Helpers of the plan's tests: the request of a recipe, and a model of 8B parameters without weights."""
 
 from pathlib import Path
 
 from conftest import ROOT
 
 
-def ask(folder: Path, recipe: str, gpus: str | None, *flags: str):
-    """What `load_asked` makes of a recipe's name, flags and GPUs, with an output folder of the test's own."""
-    from dpokit.plan.request import load_asked
+def build_request(folder: Path, recipe: str, gpus: str | None, *flags: str):
+    """Returns the plan's request for a recipe's name, flags and GPUs, with an output folder of the test."""
+    from dpokit.plan.request import load_request
 
-    return load_asked(str(ROOT / "recipes" / f"{recipe}.py"), [*flags, "--output_dir", str(folder / "run")], gpus)
+    return load_request(str(ROOT / "recipes" / f"{recipe}.py"), [*flags, "--output_dir", str(folder / "run")], gpus)
 
 
 def write_llama_8b(folder: Path, tokenizer) -> Path:
-    """Llama-3.1-8B's own numbers and a small tokenizer; no weights."""
+    """Writes the config of Llama-3.1-8B and a small tokenizer, without weights."""
     from transformers import LlamaConfig
 
     size = {"hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128256}

@@ -1,10 +1,10 @@
-"""Pairs, steps, tokens, longest rows: against the run's own preparation and batches."""
+"""Pairs, steps, tokens and longest rows equal those of a run's own preparation and batches."""
 
 from functools import partial
 
 import pytest
 from datasets import Dataset
-from planning import ask
+from planning import build_request
 
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
@@ -13,12 +13,12 @@ from dpokit.plan.lengths import Data, Length, count_steps, find_rows, find_worst
 
 @pytest.fixture
 def settings(tmp_path, pairs_file, tiny_gpt2):
-    """dpo_gpt2 on 40 pairs, 4 of them held out; 2 x 3 pairs a step."""
+    """The settings of dpo_gpt2 on 40 pairs, 4 of them held out; 2 x 3 pairs per step."""
 
     def build(*flags: str):
         paths = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.1"]
         shape = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3", "--max_length", "64"]
-        return partial(ask, tmp_path)("dpo_gpt2", "24", *paths, *shape, *flags).settings
+        return partial(build_request, tmp_path)("dpo_gpt2", "24", *paths, *shape, *flags).settings
 
     return build
 
@@ -51,7 +51,7 @@ def test_steps_are_those_of_the_run(settings, plain_tokenizer, devices, flags, p
     assert (steps.global_batch_pairs, steps.steps_per_epoch, steps.total_steps) == (6 * devices, per_epoch, total)
 
 
-def test_padding_is_what_the_batches_of_the_first_epoch_hold(settings):
+def test_padding_is_that_of_the_batches_of_the_first_epoch(settings):
     lengths = [Length(10, 5, 5), Length(10, 5, 5), Length(10, 1, 1), Length(10, 1, 1)]
     data = Data(lengths, [], 4, "exact", [])
     padded = ["--shared_prefix", "false", "--per_device_train_batch_size"]
@@ -62,15 +62,15 @@ def test_padding_is_what_the_batches_of_the_first_epoch_hold(settings):
     assert whole.padding_share == pytest.approx(1 - (2 * 30 + 2 * 22) / (8 * 15))
 
 
-def test_a_sample_says_so_and_takes_the_dataset_s_own_count(settings, plain_tokenizer):
-    """A file on the disk through the code for the Hub: streamed, a part of the rows."""
+def test_a_sample_is_reported_with_an_estimated_count(settings, plain_tokenizer):
+    """A local file goes through the code for the Hub, which streams a part of the rows."""
     data = sample_data(settings("--max_train_samples", "12"), plain_tokenizer, max_length=64)
     assert data.how == "estimated from 12 pairs"
     assert len(data.train) == 12
     assert data.train_pairs == round(12 * 0.9)
 
 
-def test_rows_are_counted_by_the_dataset_s_record(settings, tmp_path):
+def test_the_number_of_rows_comes_from_the_metadata(settings, tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     Dataset.from_dict({"a": [1] * 50}).to_parquet(folder / "train.parquet")
@@ -82,23 +82,23 @@ def test_rows_are_counted_by_the_dataset_s_record(settings, tmp_path):
     assert find_rows(settings("--dataset_name", str(folder), "--max_train_samples", "20")) == 20
 
 
-def test_a_dataset_out_of_reach_is_said_and_the_plan_goes_on(settings, plain_tokenizer):
+def test_an_unreachable_dataset_is_reported_and_the_plan_goes_on(settings, plain_tokenizer):
     data = load_data(settings("--dataset_name", "no/such-dataset"), plain_tokenizer, max_length=64)
-    assert "could not be looked at" in data.how
+    assert "could not be read" in data.how
     steps = count_steps(data, settings(), devices=8)
     assert (steps.pairs, steps.total_steps, steps.tokens_per_epoch, steps.global_batch_pairs) == (None, None, None, 48)
     shape = find_worst(data.train, settings(), pairs=2, max_length=64)
     assert (shape.pairs, shape.row_tokens) == (2, 64)
 
 
-def test_local_data_that_is_broken_is_an_error(settings, plain_tokenizer, tmp_path):
+def test_broken_local_data_is_an_error(settings, plain_tokenizer, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{")
     with pytest.raises(DataError):
         load_data(settings("--dataset_name", str(broken)), plain_tokenizer, max_length=64)
 
 
-def test_the_worst_micro_batch_has_the_longest_row_and_the_longest_answers(settings):
+def test_the_worst_micro_batch_has_the_longest_row_and_answers(settings):
     lengths = [Length(100, 1, 1), Length(1, 50, 60), Length(5, 5, 5)]
     shape = find_worst(lengths, settings("--shared_prefix", "false"), pairs=2, max_length=None)
     assert (shape.pairs, shape.row_tokens, shape.answer_tokens) == (2, 101, 110 + 10)

@@ -1,4 +1,4 @@
-"""Optimizer states by name."""
+"""Bytes of optimizer states, by the optimizer's name."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ from dpokit.plan.optimizer_memory import count_state_bytes
         ("adafactor", torch.float32, 0),
     ],
 )
-def test_states_of_an_optimizer_in_bytes_a_number(optim, dtype, bytes_a_number):
+def test_an_optimizer_has_these_bytes_of_state_per_number(optim, dtype, bytes_a_number):
     weight = torch.empty(1024, 1024, dtype=dtype, device="meta")
     assert count_state_bytes(optim, weight) / weight.numel() == bytes_a_number
 
 
-def test_adamw_of_torch_holds_what_is_counted():
+def test_the_count_equals_the_states_of_adamw_in_torch():
     weight = torch.nn.Parameter(torch.ones(300, 20))
     weight.grad = torch.ones_like(weight)
     optimizer = torch.optim.AdamW([weight])

@@ -1,4 +1,4 @@
-"""The whole plan: what is recommended, what is said where nothing fits, and the prediction against a real step."""
+"""The whole plan: the recommendation, the advice if nothing fits, and the prediction against a real step."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, write_pairs
-from planning import ask, write_llama_8b
+from planning import build_request, write_llama_8b
 
 from dpokit.errors import DpokitError, MachineError, ModelError, SettingsError
 from dpokit.plan.check import check_plan, raise_failure
@@ -21,29 +21,29 @@ def plan(tmp_path, tiny_gpt2, pairs_file):
 
     def build(gpus: str | None, *flags: str):
         paths = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.1"]
-        return build_plan(ask(tmp_path, "dpo_gpt2", gpus, *paths, "--max_length", "64", *flags))
+        return build_plan(build_request(tmp_path, "dpo_gpt2", gpus, *paths, "--max_length", "64", *flags))
 
     return build
 
 
-def test_the_simplest_placement_that_uses_all_devices_and_fits_is_recommended(plan):
-    made = plan("4x80")
-    assert made.recommended.placement == "DDP"
-    assert made.command.startswith("accelerate launch --config_file accelerate_configs/ddp.yaml ")
-    assert f"--max_length {64}" in made.command
-    assert plan("80").command.startswith(f"accelerate launch {made.asked.recipe} ")
+def test_the_simplest_fitting_placement_is_recommended(plan):
+    planned = plan("4x80")
+    assert planned.recommended.placement == "DDP"
+    assert planned.command.startswith("accelerate launch --config_file accelerate_configs/ddp.yaml ")
+    assert f"--max_length {64}" in planned.command
+    assert plan("80").command.startswith(f"accelerate launch {planned.request.recipe} ")
 
 
-def test_each_config_that_is_recommended_is_there(plan):
-    for room in plan("2x80").record()["placements"]:
-        assert (ROOT / room["config"]).is_file()
+def test_the_config_of_each_placement_exists(plan):
+    for estimate in plan("2x80").record()["placements"]:
+        assert (ROOT / estimate["config"]).is_file()
 
 
-def test_where_nothing_fits_it_says_what_to_change(plan, capsys):
-    made = plan("0.5")
-    assert made.recommended is None
-    assert made.command is None
-    print_plan(made, None)
+def test_a_plan_that_does_not_fit_names_changes(plan, capsys):
+    planned = plan("0.5")
+    assert planned.recommended is None
+    assert planned.command is None
+    print_plan(planned, None)
     text = capsys.readouterr().out
     assert "nothing fits" in text
     assert "--gradient_checkpointing true" in text
@@ -52,25 +52,25 @@ def test_where_nothing_fits_it_says_what_to_change(plan, capsys):
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_the_table_is_no_wider_than_the_screen_and_says_how_each_number_is_known(plan, capsys, monkeypatch, width):
+def test_the_table_fits_the_screen_and_names_its_sources(plan, capsys, monkeypatch, width):
     monkeypatch.setenv("COLUMNS", str(width))
-    made = plan("8x80")
-    print_plan(made, None)
+    planned = plan("8x80")
+    print_plan(planned, None)
     lines = capsys.readouterr().out.splitlines()
     table = lines[next(i for i, line in enumerate(lines) if line.startswith("placement")) :]
     assert all(len(line) <= width for line in table if "accelerate launch" not in line)
     assert table[0].split()[1:8] == ["weights", "grads", "optim.", "ref.", "activ.", "logits", "other"]
-    known = next(line for line in table if line.startswith("known by"))
-    assert known.split()[2:] == ["arith.", "arith.", "arith.", "arith.", "traced", "arith.", "assum."]
+    sources = next(line for line in table if line.startswith("known by"))
+    assert sources.split()[2:] == ["arith.", "arith.", "arith.", "arith.", "traced", "arith.", "assum."]
 
 
-def test_json_holds_every_part_and_its_sum(plan):
+def test_the_parts_in_json_add_up_to_the_total(plan):
     record = plan("8x80").record()
     assert json.loads(json.dumps(record)) == record
     assert record["steps"]["how"] == "exact"
-    for room in record["placements"]:
-        assert sum(room["device_gib"].values()) == pytest.approx(room["total_gib"], abs=0.005)
-        assert room["device_gib"].keys() == record["sources"].keys()
+    for estimate in record["placements"]:
+        assert sum(estimate["device_gib"].values()) == pytest.approx(estimate["total_gib"], abs=0.005)
+        assert estimate["device_gib"].keys() == record["sources"].keys()
 
 
 def test_a_model_without_a_config_is_one_error(plan, tmp_path):
@@ -78,31 +78,31 @@ def test_a_model_without_a_config_is_one_error(plan, tmp_path):
         plan("80", "--model_name_or_path", str(tmp_path))
 
 
-def test_more_than_the_model_s_positions_is_refused_as_in_a_run(plan):
+def test_more_tokens_than_positions_are_refused_as_in_a_run(plan):
     with pytest.raises(SettingsError, match="only 256 positions"):
         plan("80", "--max_length", "1000")
 
 
-def test_an_adapter_is_planned_on_its_base(plan, tiny_gpt2, tmp_path):
+def test_an_adapter_is_planned_with_its_base(plan, tiny_gpt2, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_gpt2), LoraConfig(r=4, task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
-    made = plan("80", "--model_name_or_path", str(tmp_path / "adapter"), "--use_peft")
-    assert made.blueprint.adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    planned = plan("80", "--model_name_or_path", str(tmp_path / "adapter"), "--use_peft")
+    assert planned.blueprint.adapter_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_8b_in_4_bit_is_planned_for_a_24_gb_gpu(tmp_path, plain_tokenizer):
     pytest.importorskip("bitsandbytes")
     folder = write_llama_8b(tmp_path / "llama", plain_tokenizer)
-    made = build_plan(ask(tmp_path, "dpo_qlora", "24", "--model_name_or_path", str(folder)))
-    assert made.recommended.placement == "one device"
-    assert 5.0 < made.rooms[0].parts["weights"] / 2**30 < 5.6
-    assert made.rooms[0].parts["optimizer"] < 2**27
+    planned = build_plan(build_request(tmp_path, "dpo_qlora", "24", "--model_name_or_path", str(folder)))
+    assert planned.recommended.placement == "one device"
+    assert 5.0 < planned.estimates[0].parts["weights"] / 2**30 < 5.6
+    assert planned.estimates[0].parts["optimizer"] < 2**27
 
 
-def test_check_needs_the_devices_here(plan):
+def test_a_check_of_devices_elsewhere_is_refused(plan):
     with pytest.raises(SettingsError, match="--check measures on this machine"):
         check_plan(plan("8x80"))
 
@@ -112,13 +112,13 @@ def test_check_needs_the_devices_here(plan):
     [(-9, ""), (137, "Killed"), (1, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory"),
      (1, "torch.OutOfMemoryError: CUDA out of memory.")],
 )  # fmt: skip
-def test_a_check_without_enough_memory_ends_in_one_message(code, text):
+def test_a_check_out_of_memory_ends_with_one_message(code, text):
     done = subprocess.CompletedProcess([], code, "", text)
     with pytest.raises(MachineError, match=r"ran out of memory \(the plan says 7.5 GiB\)"):
         raise_failure(done, {}, predicted_gib=7.5)
 
 
-def test_what_a_check_stops_with_is_handed_on():
+def test_an_error_of_the_check_is_raised():
     done = subprocess.CompletedProcess([], 2, "", "")
     with pytest.raises(DpokitError, match="seen"):
         raise_failure(done, {"seen": "seen", "expected": "e", "do": "d"}, predicted_gib=1.0)
@@ -126,19 +126,19 @@ def test_what_a_check_stops_with_is_handed_on():
         raise_failure(subprocess.CompletedProcess([], 1, "", "Traceback of something else"), {}, predicted_gib=1.0)
 
 
-def test_a_check_trains_and_leaves_nothing(plan, tmp_path):
-    made = plan(None, "--use_cpu", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2")
-    found = check_plan(made)
-    assert found["measured_gib"] > 0.2
-    assert found["difference_percent"] == pytest.approx(
-        100 * (found["predicted_gib"] / found["measured_gib"] - 1), abs=0.5
+def test_a_check_trains_and_leaves_no_files(plan, tmp_path):
+    planned = plan(None, "--use_cpu", "--per_device_train_batch_size", "2", "--per_device_eval_batch_size", "2")
+    result = check_plan(planned)
+    assert result["measured_gib"] > 0.2
+    assert result["difference_percent"] == pytest.approx(
+        100 * (result["predicted_gib"] / result["measured_gib"] - 1), abs=0.5
     )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture(scope="module")
 def gpt2_124m(tmp_path_factory, plain_tokenizer):
-    """GPT-2 of 124M random weights, with the real tokenizer where it is at hand."""
+    """GPT-2 124M with random weights, and the real tokenizer if the shared folder has it."""
     import torch
     from conftest import SHARED
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -160,7 +160,7 @@ def gpt2_124m(tmp_path_factory, plain_tokenizer):
 @pytest.mark.cold
 @pytest.mark.long
 def test_the_prediction_is_within_15_percent_of_a_real_step(method, keeps_freed_memory, gpt2_124m, tmp_path):
-    """In a process of its own: the baseline is the memory of the process that plans."""
+    """In a separate process, because the prediction includes the memory of the process that plans."""
     pairs = write_pairs(tmp_path / "pairs.jsonl", 40)
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     for row in rows[:8]:

@@ -1,25 +1,20 @@
-"""The traced step: the ledger against tensors of known size, a traced step against the same step on real tensors."""
+"""The ledger counts tensors of known size; a traced step has the weights, gradients and states of the model."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT
-from planning import ask, write_llama_8b
+from planning import build_request, write_llama_8b
 
-from dpokit.plan.allocator import find_heap
 from dpokit.plan.blueprint import build_blueprint, fill_with_fakes, list_tensors, load_config
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.trace import Shape, trace_step
 
 
 @pytest.fixture
-def asked(tmp_path):
-    return partial(ask, tmp_path)
+def make_request(tmp_path):
+    return partial(build_request, tmp_path)
 
 
 @pytest.fixture
@@ -27,7 +22,7 @@ def llama_8b(tmp_path, plain_tokenizer):
     return write_llama_8b(tmp_path / "llama_8b", plain_tokenizer)
 
 
-def test_the_ledger_counts_what_lives_at_once():
+def test_the_ledger_counts_the_live_tensors():
     ledger = Ledger()
     with ledger:
         a = torch.ones(1000)
@@ -42,48 +37,20 @@ def test_the_ledger_counts_what_lives_at_once():
     assert sum(ledger.by_kind.values()) == 0
 
 
-def test_the_ledger_tells_kinds_apart():
+def test_the_ledger_separates_kinds():
     ledger = Ledger()
     weight = torch.ones(10)
     ledger.hold(weight, "weights")
     with ledger:
         ledger.kind = "logits"
-        made = weight + 1
-    ledger.relabel(made, "gradients")
+        tensor = weight + 1
+    ledger.relabel(tensor, "gradients")
     assert {kind: size for kind, size in ledger.by_kind.items() if size} == {"weights": 40, "gradients": 40}
 
 
-@pytest.mark.cold
-def test_a_heap_that_is_asked_grows_by_what_is_asked_and_no_memory_is_used():
-    """In a process of its own: what other tests gave back would be taken again."""
-    if find_heap() is None:
-        pytest.skip("not glibc")
-    code = (
-        "import psutil; from dpokit.plan.allocator import find_heap\n"
-        "heap, before = find_heap(), psutil.Process().memory_info().rss\n"
-        "for key in range(4): heap.add(key, 2**28)\n"
-        "heap.drop(0); heap.add(5, 2**27)\n"
-        "print(heap.peak_bytes, psutil.Process().memory_info().rss - before)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    grown, used = map(int, done.stdout.split())
-    assert 2**30 - 2**22 <= grown < 2**30 + 2**28
-    assert used < 2**26
-
-
-def test_a_heap_that_is_refused_gives_up():
-    heap = find_heap()
-    if heap is None:
-        pytest.skip("not glibc")
-    heap.add(0, 2**62)
-    assert heap.refused
-    heap.add(1, 100)
-
-
 @pytest.mark.parametrize("flags", [[], ["--use_peft"], ["--gradient_checkpointing"], ["--precompute_ref_log_probs"]])
-def test_weights_gradients_and_states_are_those_of_the_model(flags, asked, tiny_gpt2):
-    settings = asked("dpo_gpt2", None, "--model_name_or_path", str(tiny_gpt2), "--use_cpu", *flags).settings
+def test_weights_gradients_and_states_are_those_of_the_model(flags, make_request, tiny_gpt2):
+    settings = make_request("dpo_gpt2", None, "--model_name_or_path", str(tiny_gpt2), "--use_cpu", *flags).settings
     blueprint = build_blueprint(settings, load_config(settings))
     shape = Shape(2, 64, 200)
     traced = trace_step(blueprint, settings, train=shape, evaluation=None, autocast=None, on_gpu=False)
@@ -100,27 +67,27 @@ def test_weights_gradients_and_states_are_those_of_the_model(flags, asked, tiny_
     assert traced.reference == (0 if flags in (["--use_peft"], ["--precompute_ref_log_probs"]) else traced.weights)
 
 
-def test_gradient_checkpointing_and_fewer_pairs_lower_the_peak(asked, tiny_gpt2):
+def test_gradient_checkpointing_and_fewer_pairs_lower_the_peak(make_request, tiny_gpt2):
     def peak(pairs: int, *flags: str) -> int:
-        settings = asked("dpo_gpt2", None, "--model_name_or_path", str(tiny_gpt2), "--use_cpu", *flags).settings
+        settings = make_request("dpo_gpt2", None, "--model_name_or_path", str(tiny_gpt2), "--use_cpu", *flags).settings
         blueprint = build_blueprint(settings, load_config(settings))
         shape = Shape(pairs, 200, 300)
         return trace_step(blueprint, settings, train=shape, evaluation=None, autocast=None, on_gpu=False).peak
 
     assert peak(1) < peak(4)
-    at_peak = asked("dpo_gpt2", "24", "--model_name_or_path", str(tiny_gpt2), "--bf16", "false").settings
-    kept, again = (
+    settings = make_request("dpo_gpt2", "24", "--model_name_or_path", str(tiny_gpt2), "--bf16", "false").settings
+    kept, recomputed = (
         trace_step(
-            build_blueprint(settings, load_config(settings)),
-            settings,
+            build_blueprint(variant, load_config(variant)),
+            variant,
             train=Shape(4, 200, 1600),
             evaluation=None,
             autocast=None,
             on_gpu=True,
         ).moments[0][0]
-        for settings in (at_peak, replace(at_peak, training=_with_checkpointing(at_peak.training)))
+        for variant in (settings, replace(settings, training=_with_checkpointing(settings.training)))
     )
-    assert again < 0.8 * kept
+    assert recomputed < 0.8 * kept
 
 
 def _with_checkpointing(training):
@@ -131,8 +98,8 @@ def _with_checkpointing(training):
     return training
 
 
-def test_fewer_answer_tokens_make_a_smaller_head_on_a_gpu(asked, tiny_gpt2):
-    settings = asked("dpo_gpt2", "24", "--model_name_or_path", str(tiny_gpt2)).settings
+def test_fewer_answer_tokens_make_a_smaller_head_on_a_gpu(make_request, tiny_gpt2):
+    settings = make_request("dpo_gpt2", "24", "--model_name_or_path", str(tiny_gpt2)).settings
 
     def logits(answer_tokens: int) -> int:
         blueprint = build_blueprint(settings, load_config(settings))
@@ -140,14 +107,14 @@ def test_fewer_answer_tokens_make_a_smaller_head_on_a_gpu(asked, tiny_gpt2):
         traced = trace_step(blueprint, settings, train=shape, evaluation=None, autocast=torch.bfloat16, on_gpu=True)
         return traced.at_peak["logits"]
 
-    assert logits(1000) - logits(500) >= 500 * 32768 * 2  # a tile's row is 32,768 numbers in bf16
+    assert logits(1000) - logits(500) >= 500 * 32768 * 2  # a row of a tile has 32,768 numbers in bf16
 
 
-def test_4_bit_weights_of_8b_take_what_the_paper_counts(asked, llama_8b):
+def test_4_bit_weights_of_8b_take_the_bytes_of_the_paper(make_request, llama_8b):
     pytest.importorskip("bitsandbytes")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    settings = asked("dpo_qlora", "24", "--model_name_or_path", str(llama_8b)).settings
+    settings = make_request("dpo_qlora", "24", "--model_name_or_path", str(llama_8b)).settings
     blueprint = build_blueprint(settings, load_config(settings))
     assert blueprint.parameters == 8_030_261_248
     assert blueprint.adapter_parameters == 41_943_040
@@ -156,15 +123,15 @@ def test_4_bit_weights_of_8b_take_what_the_paper_counts(asked, llama_8b):
         held = sum(t.numel() * t.element_size() for t in list_tensors(blueprint.policy))
     head_and_embedding, norms = 2 * 128256 * 4096, 65 * 4096
     linear = blueprint.parameters - head_and_embedding - norms
-    # arXiv 2305.14314: 4 bits a number and 0.127 for the scales; the adapter in 16 bit.
+    # arXiv 2305.14314: 4 bits per number and 0.127 for the scales; the adapter in 16 bit.
     expected = linear * (4 + 0.127) / 8 + 2 * (head_and_embedding + norms + blueprint.adapter_parameters)
     assert held == pytest.approx(expected, rel=1e-3)
 
 
-def test_an_8b_model_is_built_without_its_weights(asked, llama_8b):
+def test_an_8b_model_is_built_without_its_weights(make_request, llama_8b):
     import psutil
 
-    settings = asked("dpo_8b", "8x80", "--model_name_or_path", str(llama_8b)).settings
+    settings = make_request("dpo_8b", "8x80", "--model_name_or_path", str(llama_8b)).settings
     before = psutil.Process().memory_info().rss
     blueprint = build_blueprint(settings, load_config(settings))
     assert all(p.is_meta for p in blueprint.policy.parameters())

@@ -15,7 +15,7 @@ from dpokit.data.prepare import prepare_data
 from dpokit.errors import GateError, RunFolderError, SettingsError
 from dpokit.evaluate.command import evaluate_model
 from dpokit.plan.plan import build_plan
-from dpokit.plan.request import load_asked
+from dpokit.plan.request import load_request
 from dpokit.run import train
 from dpokit.rundir import RunDir, find_model, read_metrics
 from dpokit.settings.flags import DataArguments
@@ -137,7 +137,7 @@ def test_an_unknown_kind_is_refused(defaults):
 
 def test_a_supervised_recipe_has_no_plan(monkeypatch):
     monkeypatch.chdir(ROOT)
-    request = load_asked("sft_gpt2", [], None)
+    request = load_request("sft_gpt2", [], None)
     with pytest.raises(SettingsError, match="is supervised"):
         build_plan(request)
 

@@ -1,7 +1,9 @@
-"""Looks through a data file before a library reads it: whole, in the right encoding, of a size that can be read."""
+"""Checks a data file before a library reads it: complete, in UTF-8, and not too large to read."""
 
+import codecs
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -13,37 +15,78 @@ import pyarrow.parquet as pq
 
 from dpokit.errors import DataError
 
-LINE_BYTES = 64 << 20  # the longest context there is, 10 million tokens, has some 40 MB
-LIST_BYTES = 1 << 30  # a JSON list is read in one piece, which takes several times its size
-FREE_BYTES = 1 << 30  # a packed file may always expand to this,
-MOST_EXPANSION = 100  # and a large one to so many times its size; text seldom packs to a fiftieth
+LINE_BYTES = 64 << 20  # the longest context of any model, 10 million tokens, has about 40 MB
+LIST_BYTES = 1 << 30  # `datasets` reads a list of the Hub in one piece, which takes several times its size
+# A packed file may expand to FREE_BYTES, and a large one to MOST_EXPANSION times its size: text rarely packs to 1/50.
+FREE_BYTES = 1 << 30
+MOST_EXPANSION = 100
 BATCH_ROWS = 1_000
+BLOCK_BYTES = 1 << 20
+SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 
 
 def check_file(path: Path, builder: str) -> None:
-    """Reads a file once.
+    """Checks a file by reading it once.
 
     Args:
-        builder: how it will be read: json, csv or parquet. A packed Parquet file is checked when it is unpacked.
+        builder: the builder of `datasets` that reads it next: json, csv or parquet. A packed Parquet file is checked
+            after it is unpacked.
 
     Raises:
-        DataError: empty, cut off, wrongly encoded or too large; it names the line where there is one.
+        DataError: the file is empty, cut off, not UTF-8 or too large. The error names the line if it has one.
     """
     if builder == "parquet":
         _check_parquet(path)
-    elif builder == "json" and _first_bytes(path) in (b"[", b"{\n", b"{\r"):
-        _check_json_document(path)
+    elif builder == "json" and is_list(path):
+        for _ in read_list(path):
+            pass
+    elif builder == "json" and _first_bytes(path) in (b"{\n", b"{\r"):
+        _check_object(path)
     else:
         _check_lines(path, as_json=builder == "json")
 
 
+def is_list(path: Path) -> bool:
+    """Whether a JSON file is one list of rows instead of one row per line."""
+    return _first_bytes(path) == b"["
+
+
+def read_list(path: Path) -> Iterator[str]:
+    """Yields each row of a JSON list as JSON on one line; keeps about one row and one block in memory.
+
+    Raises: DataError as `check_file`.
+    """
+    text = _ListText(path)
+    text.skip_space()
+    text.place += 1
+    letter = text.skip_space()
+    if letter == "]":
+        text.place += 1
+    while letter != "]":
+        yield text.read_row()
+        letter = text.skip_space()
+        if letter not in (",", "]"):
+            raise text.refuse(text.place, "Expecting ',' delimiter")
+        text.place += 1
+    if text.skip_space():
+        raise text.refuse(text.place, "Extra data")
+
+
+def write_lines(path: Path, target: Path) -> None:
+    """Writes the rows of a JSON list as one JSON object a line. Raises: DataError as `check_file`."""
+    with target.open("w", encoding="utf-8") as file:
+        file.writelines(row + "\n" for row in read_list(path))
+        if file.tell() == 0:
+            file.write("\n")  # an empty list becomes an empty line: the file is not empty
+
+
 def find_limit(path: Path) -> int:
-    """The most bytes that a packed file may expand to."""
+    """Returns the most bytes that a packed file may expand to."""
     return max(FREE_BYTES, MOST_EXPANSION * path.stat().st_size)
 
 
 def unpack(path: Path, target: Path) -> None:
-    """Unpacks a gzip file. Raises: DataError where it expands beyond its limit or is broken."""
+    """Unpacks a gzip file. Raises: DataError if it expands beyond its limit or is broken."""
     try:
         with gzip.open(path) as packed, target.open("wb") as plain:
             limit = find_limit(path)
@@ -60,12 +103,12 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _first_bytes(path: Path) -> bytes:
-    """The first letter of a text; with the line's end where the line has no more."""
+    """Returns the first character of a text; after `{`, also the next one."""
     try:
         with _open(path) as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     except (EOFError, gzip.BadGzipFile):
-        return b""  # said by the check of the lines
+        return b""  # the check of the lines reports it
     return start[:1] if start[:1] != b"{" else start[:2]
 
 
@@ -73,29 +116,123 @@ def _check_lines(path: Path, *, as_json: bool) -> None:
     number = 0
     try:
         for number, line in _numbered_lines(path):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows marks a file's beginning
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows writes a byte order mark
             if as_json and text.strip() and not isinstance(json.loads(text), dict):
                 raise _refuse(path, f"line {number} is not an object of columns", "write one JSON object a line")
     except UnicodeDecodeError as error:
         raise _refuse(path, f"line {number} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
     except (EOFError, gzip.BadGzipFile) as error:
-        seen = f"the gzip data is cut off or broken after line {number}"
-        raise _refuse(path, seen, "download or pack it again") from error
+        problem = f"the gzip data is cut off or broken after line {number}"
+        raise _refuse(path, problem, "download or pack it again") from error
     except (ValueError, RecursionError) as error:
         raise _broken_json(path, number, error) from error
     if number == 0:
         raise _refuse(path, "the file is empty", "name another file")
 
 
-def _check_json_document(path: Path) -> None:
-    """A list of rows, or one object over several lines."""
+class _ListText:
+    """The text of a JSON list, read in blocks; parsed text is dropped.
+
+    Attributes:
+        place: position of the next character to parse in the text in memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.place = 0
+        self._path = path
+        self._blocks = _read_blocks(path)
+        self._text = ""
+        self._line = 1  # line of the first character in memory
+
+    def skip_space(self) -> str:
+        """Moves to the next character that is not white space and returns it; "" at the end of the file."""
+        while True:
+            space = SPACE.match(self._text, self.place)
+            self.place = self.place if space is None else space.end()
+            if self.place < len(self._text):
+                return self._text[self.place]
+            if not self._grow():
+                return ""
+
+    def read_row(self) -> str:
+        """Returns the next row as JSON on one line. Raises: DataError."""
+        self.skip_space()
+        while True:
+            try:
+                row, end = json.JSONDecoder().raw_decode(self._text, self.place)
+            except json.JSONDecodeError as error:
+                # A row that continues in the next block also fails to parse.
+                if len(self._text) - self.place > LINE_BYTES:
+                    problem = f"{error.msg}, or the row is longer than {LINE_BYTES >> 20} MiB"
+                    raise self.refuse(error.pos, problem) from error
+                if not self._grow():
+                    raise self.refuse(error.pos, error.msg) from error
+                continue
+            except (ValueError, RecursionError) as error:
+                raise _broken_json(self._path, self._find_line(self.place), error) from error
+            if not isinstance(row, dict):
+                problem = f"line {self._find_line(self.place)} has a row that is not an object of columns"
+                raise _refuse(self._path, problem, "write each row as a JSON object")
+            if end - self.place > LINE_BYTES:
+                problem = f"the row that ends in line {self._find_line(end)} is longer than {LINE_BYTES >> 20} MiB"
+                raise _refuse(self._path, problem, "leave the row out")
+            line = self._text[self.place : end].replace("\n", " ").replace("\r", " ")
+            self.place = end
+            return line
+
+    def refuse(self, place: int, problem: str) -> DataError:
+        """Returns the error for broken JSON at a position of the text in memory."""
+        line = self._find_line(place)
+        return _refuse(self._path, f"line {line} is broken JSON: {problem}", f"correct line {line}, or delete it")
+
+    def _find_line(self, place: int) -> int:
+        return self._line + self._text.count("\n", 0, place)
+
+    def _grow(self) -> bool:
+        """Drops the parsed text and reads more than the rest has; returns False at the end of the file."""
+        rest = self._text[self.place :]
+        parts, size = [rest], 0
+        while size <= len(rest) and (block := next(self._blocks, "")):
+            parts.append(block)
+            size += len(block)
+        if size:
+            self._line = self._find_line(self.place)
+            self._text, self.place = "".join(parts), 0
+        return size > 0
+
+
+def _read_blocks(path: Path) -> Iterator[str]:
+    """Yields the text of a JSON list in blocks. Raises: DataError if it is too large, not UTF-8 or broken gzip data."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    limit = min(LIST_BYTES, find_limit(path))
+    line, size = 1, 0
+    try:
+        with _open(path) as file:
+            while block := file.read(BLOCK_BYTES):
+                size += len(block)
+                if size > limit:
+                    raise _too_large(path, limit, "write one JSON object a line (JSONL)")
+                text = decoder.decode(block)
+                line += text.count("\n")
+                if text:  # a block may hold only a part of a character
+                    yield text
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        line += error.object.count(b"\n", 0, error.start)
+        raise _refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise _refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
+
+
+def _check_object(path: Path) -> None:
+    """Checks one object over several lines, which `datasets` reads in one piece."""
     content = b""
     try:
         limit = min(LIST_BYTES, find_limit(path))
         with _open(path) as file:
             content = file.read(limit + 1)
         if len(content) > limit:
-            raise _too_large(path, limit, "write one JSON object a line (JSONL), which is read a part at a time")
+            raise _too_large(path, limit, "write one JSON object a line (JSONL)")
         json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -107,7 +244,7 @@ def _check_json_document(path: Path) -> None:
 
 
 def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    # Decoded line by line: a text file is decoded in blocks, and an error in one names no line.
+    # Bytes, because Python decodes a text file in blocks, and an error in a block names no line.
     limit = find_limit(path) if path.suffix == ".gz" else None
     with _open(path) as file:
         for number in count(1):
@@ -115,8 +252,8 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if not line:
                 return
             if len(line) > LINE_BYTES:
-                seen = f"line {number} is longer than {LINE_BYTES >> 20} MiB"
-                raise _refuse(path, seen, f"mend line {number}, or delete it")
+                problem = f"line {number} is longer than {LINE_BYTES >> 20} MiB"
+                raise _refuse(path, problem, f"correct line {number}, or delete it")
             if limit is not None and file.tell() > limit:
                 raise _too_large(path, limit)
             yield number, line
@@ -133,14 +270,14 @@ def _check_parquet(path: Path) -> None:
             if column.physical_type == "BYTE_ARRAY":
                 texts.append(column.path)
             for chunk in chunks:
-                # A run of equal numbers, and a text that begins as the one before it, take no bytes in the file.
+                # Repeated numbers, and texts that begin like the previous text, take almost no bytes in the file.
                 each = max(8, column.length or 0)
                 if "DELTA_BYTE_ARRAY" in chunk.encodings:
                     each = max(each, chunk.total_uncompressed_size)
                 size += max(chunk.total_uncompressed_size, chunk.num_values * each)
     if size > limit:
         raise _too_large(path, limit)
-    # Read as a dictionary, a repeated text is in memory once, as it is in the file.
+    # Read as a dictionary, a repeated text is in memory only once, as in the file.
     size = 0
     with pq.ParquetFile(path, read_dictionary=texts) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=texts, use_threads=False):
@@ -151,13 +288,13 @@ def _check_parquet(path: Path) -> None:
 
 
 def _count_text(path: Path, array: pa.Array) -> int:
-    """Bytes of the texts in a column, each repetition counted. Raises: DataError for a very long one."""
+    """Returns the bytes of a column's texts, counting each repetition. Raises: DataError for a very long text."""
     if isinstance(array, pa.DictionaryArray):
         lengths = pc.binary_length(array.dictionary)
         longest = pc.max(lengths).as_py() or 0
         if longest > LINE_BYTES:
-            seen = f"a row has a text of {longest:,} bytes"
-            raise _refuse(path, seen, f"leave out rows of more than {LINE_BYTES >> 20} MiB")
+            problem = f"a row has a text of {longest:,} bytes"
+            raise _refuse(path, problem, f"leave out rows of more than {LINE_BYTES >> 20} MiB")
         return pc.sum(pc.cast(lengths.take(array.indices), pa.int64())).as_py() or 0
     if isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         return _count_text(path, array.flatten())
@@ -167,13 +304,13 @@ def _count_text(path: Path, array: pa.Array) -> int:
 
 
 def _broken_json(path: Path, line: int, error: Exception) -> DataError:
-    seen = "is nested too deeply" if isinstance(error, RecursionError) else f"is broken JSON: {error}"
-    return _refuse(path, f"line {line} {seen}", f"mend line {line}, or delete it")
+    problem = "is nested too deeply" if isinstance(error, RecursionError) else f"is broken JSON: {error}"
+    return _refuse(path, f"line {line} {problem}", f"correct line {line}, or delete it")
 
 
-def _too_large(path: Path, limit: int, do: str = "unpack it yourself, if you trust it") -> DataError:
+def _too_large(path: Path, limit: int, do: str = "if you trust it, unpack it first") -> DataError:
     return _refuse(path, f"its {path.stat().st_size:,} bytes expand to more than {limit:,}", do)
 
 
-def _refuse(path: Path, seen: str, do: str) -> DataError:
-    return DataError(f"{path}: {seen}", expected="a whole file with one row a line, or in Parquet", do=do)
+def _refuse(path: Path, problem: str, do: str) -> DataError:
+    return DataError(f"{path}: {problem}", expected="a complete file with one row per line, or in Parquet", do=do)

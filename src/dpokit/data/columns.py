@@ -1,4 +1,4 @@
-"""Splits of tokenised pairs read by the column: their numbers stay in Arrow, so memory stays flat."""
+"""Reads columns of tokenised splits; the token ids stay in Arrow files, so memory does not grow with the split."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ _FINGERPRINTS: WeakKeyDictionary[Dataset, str] = WeakKeyDictionary()  # by the o
 
 
 def read_column(split: Dataset, name: str) -> list[Any]:
-    """A column as Python values; for short ones."""
+    """Returns a column as a list of Python values; for columns that fit in memory."""
     return [value for batch in _batches(split, name) for value in batch[name].to_pylist()]
 
 
 def fingerprint_ids(splits: Sequence[Dataset]) -> str:
-    """sha256 over all token ids in order: what the model will see, and nothing else. Each split's own is kept."""
+    """Returns the sha256 of all token ids of the splits in order. The hash of each split is kept for later calls."""
     if len(splits) == 1 and splits[0] in _FINGERPRINTS:
         return _FINGERPRINTS[splits[0]]
     whole = hashlib.sha256()
@@ -32,7 +32,7 @@ def fingerprint_ids(splits: Sequence[Dataset]) -> str:
         digests = [whole] if number == 0 else [whole, hashlib.sha256()]
         for batch in _batches(split, *IDS):
             for name in IDS:
-                lengths, flat = _numbers(batch[name])
+                lengths, flat = _read_ids(batch[name])
                 for digest in digests:
                     digest.update(lengths.tobytes() + flat.tobytes())
         _FINGERPRINTS[split] = digests[-1].hexdigest()
@@ -40,10 +40,10 @@ def fingerprint_ids(splits: Sequence[Dataset]) -> str:
 
 
 def hash_prompts(split: Dataset) -> list[bytes]:
-    """A key for each pair's prompt: equal where the prompt's token ids are."""
+    """Returns a key for each pair's prompt; keys are equal if the prompts' token ids are."""
     keys = []
     for batch in _batches(split, "prompt_ids"):
-        lengths, flat = _numbers(batch["prompt_ids"])
+        lengths, flat = _read_ids(batch["prompt_ids"])
         ends = np.cumsum(lengths)
         keys += [
             hashlib.blake2b(flat[end - size : end].tobytes(), digest_size=16).digest()
@@ -53,10 +53,10 @@ def hash_prompts(split: Dataset) -> list[bytes]:
 
 
 def count_tokens(split: Dataset, columns: Sequence[str] = IDS) -> list[int]:
-    """Tokens of each pair, its prompt counted once; or of these of its parts."""
+    """Returns the number of tokens of each pair, or of these columns of it; the prompt counts once."""
     counts: list[int] = []
     for batch in _batches(split, *columns):
-        counts += np.sum([_numbers(batch[name])[0] for name in columns], axis=0).tolist()
+        counts += np.sum([_read_ids(batch[name])[0] for name in columns], axis=0).tolist()
     return counts
 
 
@@ -64,7 +64,7 @@ def _batches(split: Dataset, *names: str) -> Iterator[pa.Table]:
     return iter(split.select_columns(list(names)).with_format("arrow").iter(batch_size=BATCH_ROWS))
 
 
-def _numbers(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the rows, and all their ids one after another; both `<i4`."""
+def _read_ids(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the lengths of the rows, and the ids of all rows in one array; both `<i4`."""
     values = column.combine_chunks()
     return np.asarray(values.value_lengths()).astype("<i4"), np.asarray(values.flatten()).astype("<i4")

@@ -1,4 +1,4 @@
-"""The files of a data folder, by split: only regular files inside it, whatever its README or a link says."""
+"""Finds the files of a data folder by split: only regular files inside it, whatever its README or a link names."""
 
 import os
 import re
@@ -17,31 +17,32 @@ from datasets.splits import Split
 from dpokit.errors import DataError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-# As `push_to_hub` names the files of a split.
+# The file names that `push_to_hub` gives to a split.
 SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 CARD_BYTES = 1 << 20
-MOST_LEVELS = 32  # of folders in folders
+MOST_LEVELS = 32  # of nested folders
 PATTERN_LETTERS = 256
 
 Splits = dict[str, list[Path]]
 
 
 def find_builder(path: PurePath) -> str | None:
-    """The builder of `datasets` that reads a file of this name: json, csv or parquet, also packed; None for others."""
+    """Returns the builder of `datasets` for a file of this name, also packed: json, csv, parquet, or None."""
     return BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
 
 
 def find_files(folder: Path, config: str | None) -> tuple[str, Splits]:
-    """The builder and the files of each split: by the README's configurations, else by the files' names.
+    """Returns the builder and the files of each split, by the README's configurations or else by the files' names.
 
-    The rules are those of `datasets`; but a README may only choose among the folder's own files, and its other
-    settings (a separator, types of columns) are not read.
+    The rules are those of `datasets`, but a README can only choose among the folder's own files, and its other settings
+    (a separator, types of columns) are ignored.
 
     Args:
-        config: the configuration; by default the README's default one, or its first.
+        folder: the data folder.
+        config: the configuration's name; None for the README's default, or its first.
 
     Raises:
-        DataError: no data, a link that leads out of the folder, a device, an unknown configuration.
+        DataError: no data, a link that leads out of the folder, a device, or an unknown configuration.
     """
     files = {file.relative_to(folder).as_posix(): file for file in _list_files(folder)}
     kinds = Counter(find_builder(file) for file in files.values())
@@ -52,34 +53,38 @@ def find_files(folder: Path, config: str | None) -> tuple[str, Splits]:
     patterns = _read_patterns(folder, config)
     splits = _match(files, patterns) if patterns else _find_splits(files)
     if not any(splits.values()):
-        raise _refuse(folder, "its README.md names no file that is there", "correct its data_files, or name one file")
+        raise _refuse(folder, "its README.md names no file of the folder", "correct its data_files, or name one file")
     return builder, splits
 
 
 def _list_files(folder: Path) -> Iterator[Path]:
-    """Data files in order, each folder once. Hidden ones are left out."""
-    # A snapshot in a Hub cache holds links to the blobs beside it.
+    """Yields the data files in order, visiting each folder once. Hidden files and folders are left out."""
+    # The files of a snapshot in the Hub's cache are links to its blobs.
     is_snapshot = folder.parent.name == "snapshots" and (folder.parent.parent / "blobs").is_dir()
     inside = (folder.parent.parent if is_snapshot else folder).resolve()
-    seen: set[Path] = set()
+    visited: set[Path] = set()
 
-    def walk(here: Path) -> Iterator[Path]:
-        real = here.resolve()
-        if real in seen or len(here.relative_to(folder).parts) > MOST_LEVELS:
+    def walk(parent: Path) -> Iterator[Path]:
+        real = parent.resolve()
+        if real in visited or len(parent.relative_to(folder).parts) > MOST_LEVELS:
             return
-        seen.add(real)
-        for entry in sorted(here.iterdir()):
+        visited.add(real)
+        for entry in sorted(parent.iterdir()):
             name = str(entry.relative_to(folder))
             is_data = find_builder(entry) is not None and entry.name not in FILES_TO_IGNORE
             if entry.name.startswith((".", "__")) or not (is_data or entry.is_dir()):
                 continue
             if not Path(os.path.realpath(entry)).is_relative_to(inside):  # Path.resolve fails on a link to itself
-                raise _refuse(folder, f"{name} is a link that leads out of it", "copy the file, or name it by itself")
+                raise _refuse(
+                    folder,
+                    f"{name} is a link that leads out of it",
+                    "copy the file into the folder, or name the file itself",
+                )
             if entry.is_dir():
                 yield from walk(entry)
             elif not entry.is_file():
-                raise _refuse(folder, f"{name} is no regular file", "delete it")
-            elif "::" in name or "://" in name:  # `datasets` takes such a path apart
+                raise _refuse(folder, f"{name} is not a regular file", "delete it")
+            elif "::" in name or "://" in name:  # `datasets` reads such a path as an address
                 raise _refuse(folder, f"the name {name} cannot be read", "rename the file")
             else:
                 yield entry
@@ -88,22 +93,22 @@ def _list_files(folder: Path) -> Iterator[Path]:
 
 
 def _read_patterns(folder: Path, config: str | None) -> dict[str, list[str]]:
-    """File patterns by split of one configuration in the README's front matter; empty where there is none."""
+    """Returns the file patterns of each split of a configuration in the README's front matter; empty without one."""
     configs = [c for c in _read_card(folder).get("configs") or () if isinstance(c, Mapping)]
     names = [str(c.get("config_name", "default")) for c in configs]
     default = next((name for name, c in zip(names, configs, strict=True) if c.get("default") is True), None)
-    wanted = config or default or ("default" if "default" in names else next(iter(names), None))
+    chosen = config or default or ("default" if "default" in names else next(iter(names), None))
     if config and config not in names:
-        known = f"one of {', '.join(names)}" if names else "a README.md with configurations"
+        expected = f"one of {', '.join(names)}" if names else "a README.md with configurations"
         raise DataError(
-            f"{folder}: there is no configuration {config!r}", expected=known, do="correct --dataset_config"
+            f"{folder}: there is no configuration {config!r}", expected=expected, do="correct --dataset_config"
         )
     for name, entry in zip(names, configs, strict=True):
-        if name == wanted and entry.get("data_files"):
+        if name == chosen and entry.get("data_files"):
             try:
                 return _check_patterns(folder, sanitize_patterns(entry["data_files"]))
             except (ValueError, TypeError, AttributeError) as error:
-                raise _refuse(folder, "its README.md has broken data_files", "correct them") from error
+                raise _refuse(folder, "its README.md has broken data_files", "correct its data_files") from error
     return {}
 
 
@@ -118,18 +123,18 @@ def _check_patterns(folder: Path, patterns: Mapping[str, Sequence[Any]]) -> dict
 
 
 def read_split_rows(folder: Path, config: str | None) -> dict[str, int]:
-    """Rows of each split as the README's front matter counts them; empty where it does not."""
+    """Returns the number of rows of each split in the README's front matter; empty if it has none."""
     infos = _read_card(folder).get("dataset_info")
-    several: list[Any] = infos if isinstance(infos, list) else [infos]
+    all_infos: list[Any] = infos if isinstance(infos, list) else [infos]
     try:
-        wanted = next(info for info in several if config in (None, info.get("config_name")))
-        return {str(split["name"]): int(split["num_examples"]) for split in wanted["splits"]}
+        chosen = next(info for info in all_infos if config in (None, info.get("config_name")))
+        return {str(split["name"]): int(split["num_examples"]) for split in chosen["splits"]}
     except (AttributeError, KeyError, StopIteration, TypeError, ValueError):
         return {}
 
 
 def _read_card(folder: Path) -> Mapping[str, Any]:
-    """A README's front matter; empty where it has none or it cannot be read."""
+    """Returns a README's front matter; empty if it has none or it cannot be read."""
     readme = folder / "README.md"
     if not readme.is_file():
         return {}
@@ -145,7 +150,7 @@ def _read_card(folder: Path) -> Mapping[str, Any]:
 
 
 def _find_splits(files: Mapping[str, Path]) -> Splits:
-    """Files by split as `datasets` names them: by the shards' names, the folders' names, the files' names."""
+    """Returns the files by split as `datasets` does: by the names of shards, else of folders, else of files."""
     shards: Splits = {}
     for name, file in files.items():
         if shard := SHARD.fullmatch(name):
@@ -153,17 +158,17 @@ def _find_splits(files: Mapping[str, Path]) -> Splits:
     if shards:
         return shards
     for patterns in ALL_DEFAULT_PATTERNS:
-        if splits := {split: found for split, found in _match(files, patterns).items() if found}:
+        if splits := {split: matches for split, matches in _match(files, patterns).items() if matches}:
             return splits
     return {str(Split.TRAIN): list(files.values())}
 
 
 def _match(files: Mapping[str, Path], patterns: Mapping[Any, Sequence[str]]) -> Splits:
-    """Files by split; `**` stands for any number of folders."""
-    wanted = {str(split): [tuple(PurePath(p).parts) for p in values] for split, values in patterns.items()}
+    """Returns the files that match each split's patterns; `**` matches any number of folders."""
+    parts = {str(split): [tuple(PurePath(p).parts) for p in values] for split, values in patterns.items()}
     return {
-        split: [file for name, file in files.items() if any(_fits(PurePath(name).parts, p) for p in several)]
-        for split, several in wanted.items()
+        split: [file for name, file in files.items() if any(_fits(PurePath(name).parts, p) for p in split_parts)]
+        for split, split_parts in parts.items()
     }
 
 
@@ -180,7 +185,9 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return fits(0, 0)
 
 
-def _refuse(folder: Path, seen: str, do: str) -> DataError:
+def _refuse(folder: Path, problem: str, do: str) -> DataError:
     return DataError(
-        f"{folder}: {seen}", expected="a folder of data files named after their splits (train.jsonl, test.jsonl)", do=do
+        f"{folder}: {problem}",
+        expected="a folder of data files named after their splits (train.jsonl, test.jsonl)",
+        do=do,
     )

@@ -1,4 +1,4 @@
-"""Published layouts of preference data -> `Pair`. A layout is recognised by its rows, never by its name. No torch."""
+"""Turns rows of published layouts into `Pair`s. A layout is recognised by its rows, not by a name. No torch."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from dpokit.errors import DataError
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # any other by its own name
+ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # other roles keep their names
 
 Messages = list[dict[str, str]]
 Row = Mapping[str, Any]
@@ -20,8 +20,8 @@ class Pair:
 
     Attributes:
         prompt: plain text (an HH transcript ends with its `\\n\\nAssistant:`), or chat messages.
-        chosen, rejected: the answers' text; after a plain prompt with the space that separates them.
-        source: where it came from: dataset, split and row.
+        chosen, rejected: the answers' text; after a plain prompt, with the space that separates them.
+        source: dataset, split and row.
     """
 
     prompt: str | Messages
@@ -31,12 +31,12 @@ class Pair:
 
 
 class UnusableError(Exception):
-    """A row that is no preference pair; the argument is the reason, one word for data.json."""
+    """A row that is not a preference pair; the argument is the reason, a key of data.json."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A layout: its name, how one of its rows looks in words and in code, and the way to a pair."""
+    """A layout: its name, a description of its rows, a test for a row, and the conversion of a row to a pair."""
 
     name: str
     looks: str
@@ -45,9 +45,9 @@ class Format:
 
 
 def find_format(rows: Sequence[Row], source: str) -> Format:
-    """The layout that most of the sampled rows have; a broken row in a sound file does not hide it.
+    """Returns the layout of more than half of the sampled rows, so that a few broken rows do not matter.
 
-    Raises: DataError where none fits; it shows the first row and every layout that was looked for.
+    Raises: DataError if no layout fits; it shows the first row and all layouts.
     """
     for layout in FORMATS:
         if sum(layout.matches(row) for row in rows) * 2 > len(rows):
@@ -56,12 +56,12 @@ def find_format(rows: Sequence[Row], source: str) -> Format:
     raise DataError(
         f"{source} holds preference pairs of no known form; its first row is {shown}",
         expected="one of\n" + "\n".join(f"    {layout.name}: {layout.looks}" for layout in FORMATS),
-        do="rename or build the columns to one of these forms (prompt, chosen, rejected is the plainest)",
+        do="rename or build the columns to one of these forms (prompt, chosen, rejected is the simplest)",
     )
 
 
 def parse_transcript(text: str) -> Messages:
-    """An HH transcript as chat messages; a plain text is one user message. Unfinished last turns are left out."""
+    """Turns an HH transcript into chat messages; a plain text is one user message. Empty answers are left out."""
     if HUMAN not in text:
         return [{"role": "user", "content": text.strip()}]
     before, *parts = text.split(HUMAN)
@@ -74,7 +74,7 @@ def parse_transcript(text: str) -> Messages:
 
 
 def render_transcript(messages: Messages) -> str:
-    """Chat messages in the HH transcript form, open for the assistant's answer."""
+    """Returns chat messages as an HH transcript that ends where the assistant's answer begins."""
     turns = [f"\n\n{ROLES.get(m['role'], m['role'].title())}: {m['content'].strip()}" for m in messages]
     return "".join(turns) + ASSISTANT
 
@@ -115,8 +115,8 @@ def _split_transcript(text: str) -> tuple[str, str]:
 
 
 def _pair_from_transcripts(row: Row) -> Pair:
-    # Each transcript is split after its own last turn. The common beginning of both (TRL's way) cuts into the answers:
-    # in 19 % of HH's rows the two answers begin alike.
+    # Each transcript is split at its own last turn. TRL splits at the end of their common beginning: inside the answers
+    # in the 19 % of HH rows whose answers begin alike.
     prompt, chosen = _split_transcript(_text(row["chosen"]))
     other_prompt, rejected = _split_transcript(_text(row["rejected"]))
     if prompt != other_prompt:
@@ -135,13 +135,13 @@ def _pair_from_common_beginning(row: Row) -> Pair:
         if a != b:
             break
         length += 1
-    # Back to the last word boundary: the answers begin with whole words, and with the space before them.
+    # Back to the last word boundary, so that the answers begin with the space before a whole word.
     length = max((i for i in range(length) if chosen[i].isspace()), default=0)
     return Pair(chosen[:length], chosen[length:], rejected[length:])
 
 
 def _pair_from_conversations(prompt: Messages, chosen: Messages, rejected: Messages) -> Pair:
-    """Two conversations that share everything but their last, the assistant's, message."""
+    """Returns the pair of two conversations that differ only in their last message, the assistant's."""
     if prompt + chosen[:-1] != prompt + rejected[:-1]:
         raise UnusableError("different_prompts")
     if chosen[-1]["role"] != "assistant" or rejected[-1]["role"] != "assistant":
@@ -150,7 +150,7 @@ def _pair_from_conversations(prompt: Messages, chosen: Messages, rejected: Messa
 
 
 def _pair_from_messages(row: Row) -> Pair:
-    if row.get("vote") == "tie":  # of `dpokit serve`, as is the next one
+    if row.get("vote") == "tie":  # votes of `dpokit serve`
         raise UnusableError("tie")
     if row.get("vote") == "both_bad":
         raise UnusableError("both_bad")
@@ -158,7 +158,7 @@ def _pair_from_messages(row: Row) -> Pair:
 
 
 def _pair_from_ultrafeedback(row: Row) -> Pair:
-    # The prompt string is the first user message once more, which both lists already begin with.
+    # The prompt string repeats the first user message, with which both lists usually begin.
     pair = _pair_from_conversations([], _messages(row["chosen"]), _messages(row["rejected"]))
     if len(pair.prompt) == 0:
         return Pair([{"role": "user", "content": _text(row["prompt"])}], pair.chosen, pair.rejected)

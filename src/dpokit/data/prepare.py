@@ -1,4 +1,4 @@
-"""Settings and a tokenizer in; tokenised, counted, held-out splits out."""
+"""Prepares the data of a run: tokenised splits, counts and held-out pairs."""
 
 import time
 from collections import Counter
@@ -17,7 +17,7 @@ from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_co
 from dpokit.data.formats import Format, Messages, find_format, parse_transcript
 from dpokit.data.sources import Rows, get_split, load_splits
 from dpokit.data.tally import Tally
-from dpokit.data.tokens import Encoder, Limits, Renderer
+from dpokit.data.tokens import Encoder, LengthLimits, Renderer
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments
 
@@ -32,8 +32,9 @@ class PreparedData:
     Attributes:
         train: a `Dataset`, or an `IterableDataset` when streamed.
         eval: held-out pairs, or None.
-        tallies: counts of each split; a stream's go on growing while it is read.
-        fingerprint: sha256 over the token ids of both splits; None for a stream.
+        tallies: counts of each split; those of a stream grow while it is read.
+        findings: warnings for the screen and data.json.
+        fingerprint: sha256 of the token ids of both splits; None for a stream.
     """
 
     train: Rows
@@ -43,7 +44,7 @@ class PreparedData:
     fingerprint: str | None
 
     def record(self) -> dict[str, Any]:
-        """What data.json holds."""
+        """Returns the content of data.json."""
         splits = {name: tally.record() for name, tally in self.tallies.items()}
         return {"train": None, "eval": None} | splits | {"findings": self.findings, "fingerprint": self.fingerprint}
 
@@ -57,24 +58,40 @@ def prepare_data(
     processes: int | None = None,
     seed: int = 0,
 ) -> PreparedData:
-    """Loads, recognises, renders, tokenises, cuts, counts and holds out.
+    """Loads the rows, turns them into token ids, counts them, and holds out pairs for the evaluation.
 
     Args:
-        data: which rows.
+        data: dataset and limits.
         tokenizer: with an EOS token.
         max_length: most tokens of prompt and answer together.
         with_eval: whether held-out pairs are needed.
-        processes: how many tokenise in parallel.
-        seed: of a stream's shuffling; whole datasets are shuffled by the trainer.
+        processes: number of processes that tokenise.
+        seed: seed for shuffling a stream; the trainer shuffles other datasets.
 
     Raises:
-        DataError: not there, broken, of no known form, or without a usable pair.
-        ModelError: the tokenizer cannot end an answer.
+        DataError: the data is missing, broken, of no known layout, or without a usable pair.
+        ModelError: the tokenizer has no EOS token.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
     renderer = Renderer(tokenizer)
     splits = load_splits(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
+    return _prepare_splits(
+        splits, data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed
+    )
+
+
+def _prepare_splits(
+    splits: dict[str, Rows],
+    data: DataArguments,
+    renderer: Renderer,
+    *,
+    max_length: int | None,
+    with_eval: bool,
+    processes: int | None,
+    seed: int = 0,
+) -> PreparedData:
+    """Prepares splits that are already loaded; see `prepare_data`."""
+    limits = LengthLimits(data.max_prompt_length, data.max_completion_length, max_length)
     train_rows = get_split(splits, data.dataset_train_split, "dataset_train_split")
     eval_rows = None
     if with_eval and data.eval_fraction is None:
@@ -105,16 +122,16 @@ def prepare_data(
         tallies["eval"] = Tally(f"{data.eval_fraction:.2%} of the training prompts", layout.name, rows=len(held_out))
         tallies["train"].rows -= len(held_out)
         surplus = len(held_out) - (data.max_eval_samples or len(held_out))
-        if surplus > 0:  # the pairs of a single prompt are more than were asked for
+        if surplus > 0:  # a single prompt has more pairs than max_eval_samples
             tallies["eval"].dropped["over_max_eval_samples"] = surplus
             held_out = held_out.select(range(data.max_eval_samples or 0))
 
     findings = []
     if held_out is not None and isinstance(train, Dataset):
         trained_on = set(hash_prompts(train))
-        seen = sum(key in trained_on for key in hash_prompts(held_out))
-        if seen:  # its result says less about new prompts
-            findings.append(f"{seen:,} of {len(held_out):,} held-out pairs have a prompt that is also trained on")
+        repeated = sum(key in trained_on for key in hash_prompts(held_out))
+        if repeated:  # the evaluation then says less about new prompts
+            findings.append(f"{repeated:,} of {len(held_out):,} held-out pairs have a prompt that is also trained on")
     if held_out is not None:
         held_out = _count_shortened(held_out, tallies["eval"])
     fingerprint = None
@@ -126,13 +143,13 @@ def prepare_data(
 
 @dataclass
 class HeldOut:
-    """Held-out pairs, and where each came from.
+    """Held-out pairs, and the rows that they come from.
 
     Attributes:
         pairs: columns `prompt_ids`, `chosen_ids`, `rejected_ids`, `row`.
-        sources: of each pair: what its row's column `source` says; all empty where there is none.
-        prompts: of each pair: as the data has it, not cut.
-        turns: of each pair: the questions in its prompt.
+        sources: the column `source` of each pair's row; empty texts without this column.
+        prompts: the uncut prompt of each pair.
+        turns: the number of questions in each prompt.
         tally: counts of the split.
     """
 
@@ -146,10 +163,12 @@ class HeldOut:
 def prepare_held_out(
     data: DataArguments, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None, processes: int | None = None
 ) -> HeldOut:
-    """The pairs that a run with these settings is evaluated on, without those it is trained on.
+    """Returns the pairs on which a run with these settings is evaluated.
 
     Raises: DataError as `prepare_data`.
     """
+    (enable_progress_bar if has_bars() else disable_progress_bar)()
+    renderer = Renderer(tokenizer)
     splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
     if data.eval_fraction is None:
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
@@ -157,10 +176,10 @@ def prepare_held_out(
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
         layout = _find_layout(raw, name)
         tally = Tally(name, layout.name)
-        limits = Limits(data.max_prompt_length, data.max_completion_length, max_length)
-        pairs = _count_shortened(_encode(raw, Encoder(Renderer(tokenizer), layout, limits), tally, processes), tally)
+        limits = LengthLimits(data.max_prompt_length, data.max_completion_length, max_length)
+        pairs = _count_shortened(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
     else:
-        prepared = prepare_data(data, tokenizer, max_length=max_length, with_eval=True, processes=processes)
+        prepared = _prepare_splits(splits, data, renderer, max_length=max_length, with_eval=True, processes=processes)
         raw = get_split(splits, data.dataset_train_split, "dataset_train_split")
         layout, tally = _find_layout(raw, data.dataset_name), prepared.tallies["eval"]
         assert prepared.eval is not None
@@ -172,7 +191,7 @@ def prepare_held_out(
 
 
 def count_turns(prompt: str | Messages) -> int:
-    """The questions in a prompt: one where it is a plain text."""
+    """Counts the questions in a prompt; a plain text is one question."""
     messages = parse_transcript(prompt) if isinstance(prompt, str) else prompt
     return sum(message["role"] == "user" for message in messages)
 
@@ -182,15 +201,15 @@ def _take(rows: Rows, number: int) -> Rows:
 
 
 def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    """The rows. Raises: DataError; a stream's files are read only now, each kind with errors of its own."""
+    """Yields the rows. Raises: DataError: files of a stream are read only now, with errors of various types."""
     try:
         yield from rows
     except Exception as error:
         cause = error.__cause__ or error
         raise DataError(
             f"{name} cannot be read: {' '.join(str(cause).split())[:300]}",
-            expected="whole files with the same columns in every row",
-            do="mend the file that the first line names, or name another",
+            expected="complete files with the same columns in every row",
+            do="correct the file that the first line names, or name another",
         ) from error
 
 
@@ -202,7 +221,7 @@ def _find_layout(rows: Rows, name: str) -> Format:
 
 
 def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
-    begun = time.time()
+    began = time.time()
     encoded = rows.map(
         encoder.encode_usable,
         batched=True,
@@ -212,10 +231,10 @@ def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None
         num_proc=processes,
         desc=f"tokenising {tally.source}",
     )
-    computed_now = any(Path(file["filename"]).stat().st_mtime >= begun for file in encoded.cache_files)
-    if computed_now and not has_bars():  # a log has no bar of datasets'
-        say(f"tokenising {tally.source}: {len(rows):,} rows, {len(rows) / (time.time() - begun):,.0f} rows/s")
-    # Only usable rows are kept, so that they lie on disk in one piece; the few others are asked again for their reason.
+    computed_now = any(Path(file["filename"]).stat().st_mtime >= began for file in encoded.cache_files)
+    if computed_now and not has_bars():  # without a progress bar, a log gets one line
+        say(f"tokenising {tally.source}: {len(rows):,} rows, {len(rows) / (time.time() - began):,.0f} rows/s")
+    # The cache keeps only usable rows, contiguous on disk; the few others are encoded again for their reason.
     used = set(read_column(encoded, "row"))
     tally.rows = len(used)
     unusable = rows.select([row for row in range(len(rows)) if row not in used])
@@ -238,7 +257,7 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
     encoded = rows.map(encoder, batched=True, batch_size=256, with_indices=True, remove_columns=names)
 
     def kept_pairs() -> Iterator[dict[str, Any]]:
-        # A stream is begun anew by every look at its first rows and by every epoch; each row counts once.
+        # Every look at the first rows and every epoch starts the stream anew; each row counts once.
         for position, row in enumerate(_read(encoded, tally.source)):
             dropped, cut = row.pop("dropped"), row.pop("cut")
             if tally.add(dropped, cut) if position >= tally.rows else not dropped:
@@ -251,9 +270,9 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
 
 
 def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[Dataset, Dataset]:
-    """Splits by prompt, so that no prompt is on both sides; the same prompts are held out whatever the seed.
+    """Splits by prompt into training and held-out pairs; the held-out prompts do not depend on a seed.
 
-    No more is held out than `most_pairs` asks for: the rest is trained on.
+    If `most_pairs` is reached, the remaining prompts stay in training.
     """
     keys = hash_prompts(train)
     unique = sorted(set(keys))
@@ -271,9 +290,9 @@ def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[
         if chosen and most_pairs is not None and taken > most_pairs:
             break
         chosen.add(key)
-    held = [i for i, key in enumerate(keys) if key in chosen]
+    held_out = [i for i, key in enumerate(keys) if key in chosen]
     rest = [i for i, key in enumerate(keys) if key not in chosen]
-    return train.select(rest), train.select(held)
+    return train.select(rest), train.select(held_out)
 
 
 def _no_pair_left(tally: Tally) -> DataError:
@@ -281,5 +300,5 @@ def _no_pair_left(tally: Tally) -> DataError:
     return DataError(
         f"no usable pair is left of the {tally.rows:,} rows of {tally.source} ({tally.layout}): {reasons}",
         expected="rows with a prompt and two different answers that fit the length limits",
-        do="raise --max_length, --max_prompt_length or --max_completion_length, or look at the rows",
+        do="raise --max_length, --max_prompt_length or --max_completion_length, or check the rows",
     )

@@ -1,10 +1,10 @@
-"""Where rows come from: the Hub, a file, a folder; whole or streamed."""
+"""Loads rows from the Hub, a file or a folder, whole or streamed."""
 
 import errno
 import glob
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,32 +29,32 @@ from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Json
 
 from dpokit.console import say
-from dpokit.data.check_file import check_file, unpack
+from dpokit.data.check_file import check_file, is_list, unpack, write_lines
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
 from dpokit.file_hashes import hash_file
 from dpokit.rundir import read_record
 
-# Only an empty cell of a CSV is none: "NA", "None" and "null" are answers.
+# Only an empty cell of a CSV is missing: "NA", "None" and "null" can be answers.
 OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
-# Builders of `datasets` that a set on the Hub may use; `cache` reads what one of them wrote earlier, without a network.
+# Builders of `datasets` that a Hub dataset may use; `cache` reads what another wrote earlier, without a network.
 HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "cache")
-# Errors of a path that is read; the others (ENOSPC, EROFS, ...) come from the cache that is written.
-OF_THE_DATA = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+# Errors of reading the data; the others (ENOSPC, EROFS, ...) come from writing the cache.
+READ_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 Rows: TypeAlias = Dataset | IterableDataset
 
 
 def load_splits(name: str | None, config_name: str | None, *, streaming: bool) -> dict[str, Rows]:
-    """Every split of a dataset by name, rows untouched. Columns of images, audio and the like are left out, unread.
+    """Loads every split of a dataset, by name. Columns without text (images, audio, ...) are left out unread.
 
     Args:
         name: a Hub id, a file (JSONL, JSON, CSV, Parquet, also .gz), or a folder of such files or of `save_to_disk`.
-        config_name: the dataset's configuration, where it has several.
+        config_name: the dataset's configuration, if it has several.
         streaming: read rows as they are needed.
 
     Raises:
-        DataError: not there, not readable, broken, empty, too large; it names file and line where there is one.
+        DataError: missing, unreadable, broken, empty or too large data. The error names file and line.
     """
     if not name:
         raise DataError("no dataset was named", expected="a Hub id, a file or a folder", do="--dataset_name ID|PATH")
@@ -67,31 +67,31 @@ def load_splits(name: str | None, config_name: str | None, *, streaming: bool) -
         raise DataError(
             f"--dataset_name {name} is a pipe or a device",
             expected="a file, a folder or a Hub id",
-            do="write its rows into a file",
+            do="write its rows to a file",
         )
     if name.startswith((".", "/", "~")) or path.suffix in (*BUILDERS, ".gz"):
         raise DataError(
             f"--dataset_name {name}: there is no such file",
             expected="a file, a folder or a Hub id",
-            do="correct the path (it is taken from where the command is run)",
+            do="correct the path (relative to the current folder)",
         )
     return _load_from_hub(name, config_name, streaming=streaming)
 
 
-def find_disk_trouble_or(error: BaseException, seen: str, expected: str, do: str) -> Exception:
-    """A full disk while the cache is written is not the dataset's fault: it is said as what it is."""
-    trouble = None if getattr(error, "errno", None) in OF_THE_DATA else find_disk_trouble(error)
-    return trouble or DataError(seen, expected=expected, do=do)
+def find_disk_trouble_or(error: BaseException, problem: str, expected: str, do: str) -> Exception:
+    """Returns the error of the disk if it is full or failing while the cache is written, else a DataError."""
+    trouble = None if getattr(error, "errno", None) in READ_ERRORS else find_disk_trouble(error)
+    return trouble or DataError(problem, expected=expected, do=do)
 
 
 def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
-    """One split. Raises: DataError naming the splits there are."""
+    """Returns one split. Raises: DataError with the names of the splits."""
     if split not in splits:
         remedy = f"--{flag} {next(iter(splits))}"
         if flag == "dataset_test_split":
-            remedy = "name one of them with --dataset_test_split, hold out a part of the training rows with "
+            remedy = "name one with --dataset_test_split, hold out a part of the training rows with "
             remedy += (
-                "--eval_fraction 0.05, or do without evaluation: --eval_strategy no --load_best_model_at_end false"
+                "--eval_fraction 0.05, or train without evaluation: --eval_strategy no --load_best_model_at_end false"
             )
         raise DataError(f"there is no split {split!r}; there is {', '.join(splits)}", expected=f"--{flag}", do=remedy)
     return splits[split]
@@ -102,8 +102,8 @@ def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
     if builder is None:
         raise DataError(
             f"{path} is a file of an unknown kind",
-            expected="one of " + ", ".join(BUILDERS) + " (each also .gz)",
-            do="convert it, or rename it to what it is",
+            expected="one of " + ", ".join(BUILDERS) + " (each also with .gz)",
+            do="convert the file, or give it the right ending",
         )
     try:
         return _load_files(builder, {"train": [path]}, streaming=streaming)
@@ -114,8 +114,8 @@ def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
         raise find_disk_trouble_or(
             error,
             f"{path} cannot be read: {' '.join(str(cause).split())[:300]}",
-            f"a whole {builder} file with the same columns in every row",
-            "mend the file or export it again",
+            f"a complete {builder} file with the same columns in every row",
+            "correct the file, or export it again",
         ) from error
 
 
@@ -132,7 +132,7 @@ def _load_folder(path: Path, config_name: str | None, *, streaming: bool) -> dic
             error,
             f"the folder {path} cannot be read as a dataset: {' '.join(str(cause).split())[:300]}",
             "files named after their splits (train.jsonl, test.jsonl), all of one kind",
-            "mend the folder, or name one file",
+            "correct the folder, or name one file",
         ) from error
 
 
@@ -140,29 +140,41 @@ def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, R
     content = hashlib.sha256()
     readable: dict[str, list[Path]] = {}
     for split, files in splits.items():
-        readable[split] = [_unpack_parquet(file) if file.name.endswith(".parquet.gz") else file for file in files]
-        for file in readable[split]:
-            check_file(file, builder)
-            content.update(hash_file(file).encode())
+        readable[split] = [_make_readable(file, builder) for file in files]
+        for file, copy in zip(files, readable[split], strict=True):
+            if copy == file or builder == "parquet":  # copying a list has checked its rows
+                check_file(copy, builder)
+            content.update(hash_file(copy).encode())
     options = dict(OPTIONS.get(builder, {}))
     if builder == "parquet":
         first = next(file for files in readable.values() for file in files)
-        options["columns"] = _find_text_columns(Features.from_arrow_schema(pq.read_schema(first)))
-    # `datasets` knows a file that it has cached by path and time, and both may stay when the content changes: the
-    # configuration's name, which is a part of the cache's, says what the content is.
+        features = Features.from_arrow_schema(pq.read_schema(first))
+        options["columns"] = _find_text_columns(features)
+        _report_left_out([features])
+    # `datasets` recognises a cached file by path and time, which may stay the same when the content changes. The
+    # configuration's name is part of the cache's name, so it is a hash of the content.
     paths = {split: [glob.escape(str(file.absolute())) for file in files] for split, files in readable.items()}
     return dict(load_dataset(builder, content.hexdigest()[:32], data_files=paths, streaming=streaming, **options))
 
 
-def _unpack_parquet(packed: Path) -> Path:
-    """The unpacked copy, in the cache of `datasets`; it unpacks text files by itself, Parquet files not."""
+def _make_readable(file: Path, builder: str) -> Path:
+    """Returns the file, or a copy in the cache of `datasets`: Parquet unpacked, or a JSON list as one row per line.
+
+    `datasets` unpacks text files, but not Parquet files, and it reads a whole JSON list into memory.
+    """
+    if file.name.endswith(".parquet.gz"):
+        write, ending = unpack, ".parquet"
+    elif builder == "json" and is_list(file):
+        write, ending = write_lines, ".jsonl"
+    else:
+        return file
     folder = Path(config.EXTRACTED_DATASETS_PATH)
-    whole = folder / f"{hash_file(packed)}.parquet"
+    whole = folder / f"{hash_file(file)}{ending}"
     if not whole.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{whole.name}.{os.getpid()}"
         try:
-            unpack(packed, part)
+            write(file, part)
             part.replace(whole)
         finally:
             part.unlink(missing_ok=True)
@@ -170,12 +182,12 @@ def _unpack_parquet(packed: Path) -> Path:
 
 
 def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:
-    """A folder of `save_to_disk`. Raises: DataError where it leads out of itself."""
+    """Loads a folder of `save_to_disk`. Raises: DataError if it names or links to files outside of itself."""
 
-    def refuse(file: Path, seen: str) -> DataError:
+    def refuse(file: Path, problem: str) -> DataError:
         return DataError(
-            f"{file} {seen}",
-            expected="a folder as `save_to_disk` writes it",
+            f"{file} {problem}",
+            expected="a folder that `save_to_disk` wrote",
             do="save the dataset again, or name one file",
         )
 
@@ -183,12 +195,12 @@ def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:
         if not file.resolve().is_relative_to(folder.resolve()):
             raise refuse(file, f"is a link that leads out of {folder}")
         if not (file.is_file() or file.is_dir()):
-            raise refuse(file, "is no regular file")
+            raise refuse(file, "is not a regular file")
         if file.name in ("dataset_dict.json", "state.json"):
             record = read_record(file)
             names = record.get("splits") or [entry["filename"] for entry in record["_data_files"]]
             if outside := [name for name in names if Path(name).name != name]:
-                raise refuse(file, f"names {outside[0]}, which lies outside of its folder")
+                raise refuse(file, f"names {outside[0]}, which is outside of its folder")
     saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
     return _drop_media({k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits)
@@ -207,19 +219,19 @@ def _load_from_hub(name: str, config_name: str | None, *, streaming: bool) -> di
         raise find_disk_trouble_or(
             error,
             f"--dataset_name {name} could not be loaded from the Hub: {' '.join(str(error).split())[:300]}",
-            "a dataset that this machine can reach, with the configuration asked for",
-            "check the name and --dataset_config; for a gated set log in with `hf auth login`; without a network "
-            "give a file or a folder",
+            "a dataset that this machine can reach, with this configuration",
+            "check the name and --dataset_config; for a gated dataset log in with `hf auth login`; without a network "
+            "name a file or a folder",
         ) from error
 
 
 def _find_kind(builder: DatasetBuilder) -> str:
-    """The module of `datasets` that reads the files: json, csv, parquet, imagefolder, ..."""
+    """Returns the module of `datasets` that reads the files: json, csv, parquet, imagefolder, ..."""
     return type(builder).__module__.rpartition(".")[2]
 
 
 def _check_hub_builder(name: str, builder: DatasetBuilder) -> None:
-    """Raises: DataError for a set that is no text, or whose README names files that are not on the Hub."""
+    """Raises: DataError for a dataset that is not text, or whose README names files outside of its repository."""
     kind = _find_kind(builder)
     if kind not in HUB_BUILDERS:
         raise DataError(
@@ -231,26 +243,27 @@ def _check_hub_builder(name: str, builder: DatasetBuilder) -> None:
     outside = [file for file in files if not file.startswith("hf://") or "::" in file]
     separator = getattr(builder.config, "sep", None) or ""
     if outside or len(separator) > 1:
-        seen = f"names {outside[0][:200]} as its file" if outside else f"has the separator {separator[:200]!r}"
+        problem = f"names {outside[0][:200]} as its file" if outside else f"has the separator {separator[:200]!r}"
         raise DataError(
-            f"--dataset_name {name}: its README {seen}",
+            f"--dataset_name {name}: its README {problem}",
             expected="files of the dataset itself, and a separator of one letter",
-            do="download the files that you want, and name one of them",
+            do="download the files, and name one of them",
         )
 
 
 def _check_downloads(builder: DatasetBuilder) -> None:
-    """Fetches the files of a set, as its builder will find them in the cache. Raises: DataError as `check_file`."""
+    """Downloads a dataset's files into the cache, where its builder finds them. Raises: DataError as `check_file`."""
     kind = _find_kind(builder)
     downloads = DownloadManager(download_config=DownloadConfig(token=builder.token))
     for several in (builder.config.data_files or {}).values() if kind in set(BUILDERS.values()) else ():
         for file in map(Path, downloads.download(list(several))):
-            if find_builder(file) == kind:  # else it is packed in another way, which `datasets` knows
+            if find_builder(file) == kind:  # else it is packed in another way, which `datasets` unpacks
                 check_file(file, kind)
 
 
 def _drop_media(splits: Mapping[str, Rows]) -> dict[str, Rows]:
-    """The splits without columns that are no text: to decode one may open a file or an address that it names."""
+    """Returns the splits without columns that are not text: decoding those may open a file or an address."""
+    _report_left_out([rows.features for rows in splits.values() if rows.features is not None])
     kept: dict[str, Rows] = {}
     for split, rows in splits.items():
         features = rows.features
@@ -262,7 +275,7 @@ def _drop_media(splits: Mapping[str, Rows]) -> dict[str, Rows]:
 
 
 def _find_text_columns(features: Features) -> list[str]:
-    """Columns of texts, numbers, and lists or objects of these; others are named on the screen."""
+    """Returns the columns of texts, numbers, and lists or objects of these."""
 
     def is_text(feature: Any) -> bool:
         if isinstance(feature, Mapping):
@@ -271,7 +284,15 @@ def _find_text_columns(features: Features) -> list[str]:
             return is_text(feature.feature)
         return isinstance(feature, (ClassLabel, Json)) or (isinstance(feature, Value) and "binary" not in feature.dtype)
 
-    texts = [name for name, feature in features.items() if is_text(feature)]
-    if media := [f"{name} ({type(features[name]).__name__})" for name in features if name not in texts]:
-        say(f"columns that hold no text are left out: {', '.join(media)}")
-    return texts
+    return [name for name, feature in features.items() if is_text(feature)]
+
+
+def _report_left_out(splits: Iterable[Features]) -> None:
+    """Prints the columns that are left out, once for all splits."""
+    media: dict[str, str] = {}
+    for features in splits:
+        texts = _find_text_columns(features)
+        media |= {name: type(feature).__name__ for name, feature in features.items() if name not in texts}
+    if media:
+        names = ", ".join(f"{name} ({kind})" for name, kind in media.items())
+        say(f"columns that hold no text are left out: {names}")

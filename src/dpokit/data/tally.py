@@ -1,4 +1,4 @@
-"""What became of the rows: kept, dropped and why, shortened, and what should give one pause."""
+"""Counts of a split's rows: kept, dropped by reason, and shortened."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -10,26 +10,26 @@ from rich.table import Table
 from dpokit.safe_console import SafeConsole
 
 REASONS = {
-    "missing_text": "a prompt or an answer is missing or is no text",
+    "missing_text": "a prompt or an answer is missing or is not text",
     "no_answer_turn": "the conversation does not end with the assistant's answer",
     "different_prompts": "chosen and rejected answer different prompts",
-    "too_long_text": "a prompt or an answer has more than 8 million letters",
-    "empty_prompt": "there is no prompt",
+    "too_long_text": "a prompt or an answer has more than 8 million characters",
+    "empty_prompt": "the prompt is empty",
     "refused_by_template": "the model's chat template refuses the conversation",
-    "control_word": "a message holds a character that the model takes for a command",
+    "control_word": "a message has a character that is a control token of the model",
     "empty_answer": "an answer has no word",
-    "tie": "somebody who voted found both answers alike",
-    "both_bad": "somebody who voted found both answers bad",
+    "tie": "the vote calls both answers equally good",
+    "both_bad": "the vote calls both answers bad",
     "equal_answers": "chosen and rejected are the same",
-    "equal_after_cut": "chosen and rejected are the same as far as the length limits let them be seen",
-    "over_max_eval_samples": "max_eval_samples asks for fewer pairs than the held-out prompt has",
+    "equal_after_cut": "chosen and rejected are the same within the length limits",
+    "over_max_eval_samples": "the held-out prompt has more pairs than max_eval_samples",
     "no_room": "the length limits leave no token of the prompt and of each answer",
 }
 
 
 @dataclass
 class Tally:
-    """Counts of one split, row by row."""
+    """The counts of one split."""
 
     source: str
     layout: str
@@ -38,7 +38,7 @@ class Tally:
     shortened: Counter[str] = field(default_factory=Counter)
 
     def add(self, dropped: str, cut: str = "") -> bool:
-        """Counts one encoded row; True where it is kept."""
+        """Counts one encoded row; returns whether it is kept."""
         self.rows += 1
         if dropped:
             self.dropped[dropped] += 1
@@ -51,7 +51,7 @@ class Tally:
         return self.rows - self.dropped.total()
 
     def record(self) -> dict[str, Any]:
-        """The split's part of data.json."""
+        """Returns the split's part of data.json."""
         return {
             "source": self.source,
             "format": self.layout,
@@ -63,7 +63,7 @@ class Tally:
 
 
 def print_report(report: Mapping[str, Any]) -> None:
-    """The table on screen (stderr): a line for each split, then one for each reason and finding."""
+    """Prints the table on stderr: a line for each split, then a line for each reason and finding."""
     console = SafeConsole(stderr=True, highlight=False)
     table = Table(title="data", title_justify="left", box=None, pad_edge=False)
     for name in ("split", "format", "rows", "kept", "dropped", "prompt cut", "answer cut"):

@@ -1,7 +1,7 @@
-"""A chat template is a program that comes with a model: it is tried in a child process with little time and memory.
+"""Tries a model's chat template in a child process with limits of time and memory, because a template is a program.
 
-Jinja's sandbox keeps a template from files and functions, but not from loops and texts without end. Later conversations
-have a limit of time and of letters each; of memory they have none.
+Jinja's sandbox keeps a template from files and functions, but not from endless loops and texts. Each later conversation
+has a limit of time and of characters, but not of memory.
 """
 
 import os
@@ -20,10 +20,10 @@ from dpokit.data.formats import Messages
 from dpokit.errors import ModelError
 
 CPU_SECONDS, MEMORY_BYTES = 3, 2**30
-WAIT_SECONDS = 30.0  # on a busy machine; a child that waits for a lock uses no time of the processor
-MOST_LETTERS = 100_000  # of a rendered probe
-CONVERSATION_SECONDS = 10.0  # of this process's time
-MOST_EXPANSION = 10  # letters of a rendered conversation for each of its own, beside MOST_LETTERS
+WAIT_SECONDS = 30.0  # for a busy machine; a child that waits for a lock uses no CPU time
+MOST_LETTERS = 100_000  # characters of a rendered probe
+CONVERSATION_SECONDS = 10.0  # of this process's CPU time
+MOST_EXPANSION = 10  # rendered characters for each character of a conversation, beside MOST_LETTERS
 
 QUESTION: Messages = [{"role": "user", "content": "probe question"}]
 # A template may refuse the longer ones: not every model has system turns.
@@ -35,24 +35,23 @@ PROBES: tuple[Messages, ...] = (
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ModelError, which names the template, where rendering a question fails or has no end.
+    """Raises ModelError, with the template's name, if rendering a question fails or does not end.
 
-    A child process renders; where it cannot begin, for a lock that this process held, nothing is known and nothing is
-    raised.
+    A child process renders. If it blocks on a lock that this process held, the result is unknown and nothing is raised.
     """
 
     def render(messages: Messages) -> int:
         return len(str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)))
 
-    trouble = _run_boxed(render)
+    trouble = _run_in_child(render)
     if trouble is not None:
         raise _refuse(tokenizer, trouble)
 
 
 def render_in_bounds(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
-    """`apply_chat_template`'s text. Raises: ModelError where the template takes too long or writes too much.
+    """Returns the text of `apply_chat_template`. Raises: ModelError if the template takes too long or writes too much.
 
-    Time is bounded in a process's main thread alone, where a timer can interrupt the template.
+    Time is limited only in a process's main thread, where a timer can interrupt the template.
     """
 
     def stop(*_: object) -> Never:
@@ -68,9 +67,9 @@ def render_in_bounds(tokenizer: PreTrainedTokenizerBase, messages: Messages, **o
         if is_timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
-    own = sum(len(message["content"]) for message in messages)
-    if len(text) > MOST_LETTERS + MOST_EXPANSION * own:
-        raise _refuse(tokenizer, f"makes a text of {len(text):,} letters of a conversation of {own:,}")
+    size = sum(len(message["content"]) for message in messages)
+    if len(text) > MOST_LETTERS + MOST_EXPANSION * size:
+        raise _refuse(tokenizer, f"makes a text of {len(text):,} characters of a conversation of {size:,}")
     return text
 
 
@@ -82,11 +81,13 @@ def _refuse(tokenizer: PreTrainedTokenizerBase, trouble: str) -> ModelError:
     )
 
 
-def _run_boxed(render: Callable[[Messages], int]) -> str | None:
-    """What is wrong with rendering, in words; None where nothing is."""
+def _run_in_child(render: Callable[[Messages], int]) -> str | None:
+    """Renders in a child process; returns what is wrong as text, or None."""
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12, on forks beside threads: see WAIT_SECONDS
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # Python 3.12 warns of forks beside threads: see WAIT_SECONDS
         child = os.fork()
     if child == 0:
         _render(render, writing)
@@ -102,7 +103,7 @@ def _run_boxed(render: Callable[[Messages], int]) -> str | None:
 
 
 def _wait(child: int) -> int | None:
-    """The child's status; None where it stood still and was ended."""
+    """Returns the child's status; kills a child that does not end and returns None."""
     end = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < end:
         pid, status = os.waitpid(child, os.WNOHANG)
@@ -115,12 +116,12 @@ def _wait(child: int) -> int | None:
 
 
 def _render(render: Callable[[Messages], int], writing: int) -> Never:
-    """In the child: renders each probe, writes what goes wrong, and ends without any of the parent's clean-up."""
+    """Runs in the child: renders each probe, writes what is wrong, and exits without the parent's clean-up."""
     trouble = ""
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY_BYTES, held + MEMORY_BYTES))
+        in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, in_use + MEMORY_BYTES))
         for probe in PROBES:
             try:
                 length = render(probe)
@@ -131,7 +132,7 @@ def _render(render: Callable[[Messages], int], writing: int) -> Never:
                 if probe is QUESTION:
                     trouble = f"cannot be rendered: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
             if not trouble and length > MOST_LETTERS:
-                trouble = f"makes a text of {length:,} letters of a question of two words"
+                trouble = f"makes a text of {length:,} characters of a question of two words"
             if trouble:
                 break
         os.write(writing, trouble.encode(errors="replace"))

@@ -1,4 +1,4 @@
-"""Pairs -> token ids: the prompt rendered as the model will meet it, answers that end with EOS, one cut for both."""
+"""Turns pairs into token ids: the prompt as at inference, answers that end with EOS, both cut to the same limits."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,58 +16,62 @@ from dpokit.errors import ModelError
 
 Ids = list[int]
 PROBE = "probe answer"
-# Some tokenizers end the process on gigabytes; this many letters are some 2 million tokens.
+# Some tokenizers crash on gigabytes; this many characters are about 2 million tokens.
 TEXT_LETTERS = 8 << 20
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The most tokens of a prompt, of an answer, and of both together; None is no limit."""
+class LengthLimits:
+    """The most tokens of a prompt, of an answer, and of both together; None for no limit."""
 
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     total_tokens: int | None = None
 
 
-def cut(prompt: Ids, chosen: Ids, rejected: Ids, limits: Limits, *, keep_first: bool = False) -> tuple[Ids, Ids, Ids]:
-    """Cuts a pair to its limits: a prompt keeps its end, an answer its start, both answers share one prompt.
+def cut(
+    prompt: Ids, chosen: Ids, rejected: Ids, limits: LengthLimits, *, keep_first: bool = False
+) -> tuple[Ids, Ids, Ids]:
+    """Cuts a pair to the limits: the prompt keeps its end, the answers keep their start, and both have one prompt.
 
-    Where prompt and answer exceed `total_tokens`, the prompt's head yields first (down to one token, from which the
-    answer's first is predicted), then the answer's tail.
+    If prompt and answer exceed `total_tokens`, the cut shortens the prompt's start first, down to the one token that
+    predicts the answer's first token, and then the answer's end.
 
     Args:
-        keep_first: the prompt's first token is a BOS, which stays.
+        prompt, chosen, rejected: token ids.
+        limits: the limits.
+        keep_first: whether the prompt's first token is a BOS, which stays.
 
     Raises:
-        UnusableError: `no_room` where the limits leave no prompt token and answer token.
+        UnusableError: `no_room` if the limits leave no token of the prompt or of an answer.
     """
     chosen, rejected = chosen[: limits.answer_tokens], rejected[: limits.answer_tokens]
     fixed = int(keep_first)
-    room = len(prompt) if limits.prompt_tokens is None else limits.prompt_tokens
+    prompt_limit = len(prompt) if limits.prompt_tokens is None else limits.prompt_tokens
     if limits.total_tokens is not None:
         longest = max(len(chosen), len(rejected))
-        room = min(room, max(limits.total_tokens - longest, fixed + 1))
-        answer_room = limits.total_tokens - min(room, len(prompt))
-        chosen, rejected = chosen[: max(answer_room, 0)], rejected[: max(answer_room, 0)]
-    if len(prompt) > room:
-        if room <= fixed:
+        prompt_limit = min(prompt_limit, max(limits.total_tokens - longest, fixed + 1))
+        answer_limit = max(limits.total_tokens - min(prompt_limit, len(prompt)), 0)
+        chosen, rejected = chosen[:answer_limit], rejected[:answer_limit]
+    if len(prompt) > prompt_limit:
+        if prompt_limit <= fixed:
             raise UnusableError("no_room")
-        prompt = prompt[:fixed] + prompt[len(prompt) - room + fixed :]
+        prompt = prompt[:fixed] + prompt[len(prompt) - prompt_limit + fixed :]
     if not chosen or not rejected:
         raise UnusableError("no_room")
     return prompt, chosen, rejected
 
 
 class Renderer:
-    """Turns a pair into the texts that a tokenizer gets: by its chat template, or as an HH transcript.
+    """Renders a pair as text, with the tokenizer's chat template or as an HH transcript, and encodes text.
 
-    Raises: ModelError for a tokenizer without EOS (no answer could end), or with a template that hides the answer.
+    Raises: ModelError for a tokenizer without EOS, or with a template that leaves out the answer.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
-                "the tokenizer has no EOS token, so no answer could ever end",
+                "the tokenizer has no EOS token, so no answer can end",
                 expected="an EOS token",
                 do="set eos_token in the model folder's tokenizer_config.json, or use another model",
             )
@@ -79,17 +83,17 @@ class Renderer:
         if self.is_chat:
             check_template(tokenizer)
             self.lead, self.tail = self._probe_template()
-        self.spaces_alone = self._probe_spaces()
+        self.adds_space = self._probe_spaces()
         self.fast = self._find_fast()
         self.control_words = ControlWords(tokenizer)
 
     def _probe_template(self) -> tuple[str, str]:
-        """What the template puts before an answer (a think block, say) and after it, up to what ends the turn."""
+        """Returns the template's text before an answer (such as a think block) and after it, to the end of the turn."""
         question: Messages = [{"role": "user", "content": "probe question"}]
         prompt = self._apply(question, open_turn=True)
         whole = self._apply([*question, {"role": "assistant", "content": PROBE}], open_turn=False)
-        before, found, after = whole.rpartition(PROBE)
-        if not found:
+        before, probe, after = whole.rpartition(PROBE)
+        if not probe:
             raise ModelError(
                 "the chat template leaves the assistant's answer out",
                 expected="a template that renders user and assistant turns",
@@ -98,7 +102,7 @@ class Renderer:
         lead = before[len(prompt) :] if before.startswith(prompt) else ""
         if self.eos in after:
             return lead, after[: after.index(self.eos)] + self.eos
-        # Gemma and others end a turn with a special token that is not the EOS: generation stops there just the same.
+        # Gemma and others end a turn with another special token than EOS; generation stops at it, too.
         ends = [(after.index(t), t) for t in self.tokenizer.get_added_vocab() if t in after]
         return lead, after[: min(ends)[0]] + min(ends)[1] if ends else self.eos
 
@@ -106,32 +110,32 @@ class Renderer:
         return render_in_bounds(self.tokenizer, messages, chat_template=template, add_generation_prompt=open_turn)
 
     def _probe_spaces(self) -> bool:
-        """Whether the tokenizer writes a space before every text that stands alone, as SentencePiece does."""
+        """Whether the tokenizer adds a space before every text, as SentencePiece does."""
         alone = self.tokenizer(" yes", add_special_tokens=False)["input_ids"]
         after = self.tokenizer("\n", add_special_tokens=False)["input_ids"]
         return bool(self.tokenizer.decode(after + alone) != "\n yes")
 
     def encode(self, texts: list[str], *, special: bool = False) -> list[Ids]:
-        """Token ids of each text, with the tokenizer's BOS and EOS where `special`."""
+        """Returns the token ids of each text, with the tokenizer's BOS and EOS if `special`."""
         if self.fast is not None:
             return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=special)]
         ids: list[Ids] = self.tokenizer(texts, add_special_tokens=special)["input_ids"]
         return ids
 
     def _find_fast(self) -> Any:
-        """The Rust tokenizer, which needs no masks and character offsets, where it gives the same ids; else None."""
+        """Returns the Rust tokenizer, which skips masks and character offsets, if it gives the same ids; else None."""
         text = f" {PROBE}, \u00e9\u4f60 1\n\n{self.eos}{self.tail}"
         usual = [self.tokenizer([text], add_special_tokens=special)["input_ids"] for special in (False, True)]
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         if fast is None:
             return None
-        same = [[one.ids for one in fast.encode_batch_fast([text], add_special_tokens=s)] for s in (False, True)]
-        return fast if same == usual else None
+        ids = [[row.ids for row in fast.encode_batch_fast([text], add_special_tokens=s)] for s in (False, True)]
+        return fast if ids == usual else None
 
     def prompt(self, prompt: str | Messages, template: str | None = None) -> str:
-        """The prompt's text, ready for the answer; by this chat template, if any, in place of the tokenizer's.
+        """Returns the prompt's text up to the answer, rendered by `template` or by the tokenizer's chat template.
 
-        Raises: UnusableError for none, or one the template refuses.
+        Raises: UnusableError for an empty prompt, or a prompt that the template refuses.
         """
         if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise UnusableError("empty_prompt")
@@ -139,15 +143,15 @@ class Renderer:
             try:
                 messages = parse_transcript(prompt) if isinstance(prompt, str) else prompt
                 return self._apply(messages, open_turn=True, template=template)
-            except TemplateError as error:  # no system turn, say, or two questions in a row
+            except TemplateError as error:  # such as a system turn, or two questions in a row
                 raise UnusableError("refused_by_template") from error
         return prompt if isinstance(prompt, str) else render_transcript(prompt)
 
     def encode_prompts(self, texts: list[str]) -> list[Ids]:
-        """Token ids of rendered prompts, open for the answer."""
+        """Returns the token ids of rendered prompts, without an EOS of the tokenizer."""
         # A chat template writes its own BOS; a plain prompt gets the tokenizer's, as at inference.
         ids = self.encode(texts, special=not self.is_chat)
-        # Tokenizers that close every text with EOS would end the prompt.
+        # Some tokenizers end every text with EOS, which would end the prompt.
         end = [self.tokenizer.eos_token_id]
         return [
             row[:-1] if row[-1:] == end and not text.endswith(self.eos) else row
@@ -155,7 +159,7 @@ class Renderer:
         ]
 
     def encode_messages(self, messages: Messages) -> Ids:
-        """Token ids of a conversation, open for the answer; control words in its messages stay text.
+        """Returns the token ids of a conversation up to the answer; control words in its messages stay text.
 
         Raises: UnusableError as `prompt` and `ControlWords.split`.
         """
@@ -167,20 +171,21 @@ class Renderer:
         return [*self.encode_prompts([first])[0], *chain.from_iterable(self._continue(others))]
 
     def _mark_template(self, mark: str) -> str | None:
-        """The template for messages with marks; None for the tokenizer's own, where the other is not like it."""
+        """Returns the template for messages with marks, or None if it renders the probes in another way."""
         template = self.control_words.mark_template(mark)
         for probe in PROBES if template is not None else ():
             try:
                 if self._apply(probe, open_turn=True, template=template) != self._apply(probe, open_turn=True):
                     return None
-            except TemplateError:  # no system turn, say
+            except TemplateError:  # such as a system turn
                 continue
         return template
 
     def _continue(self, texts: list[str]) -> list[Ids]:
-        """Ids of each text as it follows another: without a BOS, and without the space that some write before a text.
+        """Returns the ids of each text as a continuation: without a BOS, and without a space that the tokenizer adds.
 
-        Those that do write it before a newline, too, whose tokens are taken off again.
+        A tokenizer that adds a space also adds it before a newline, so the text is encoded after a newline, whose
+        tokens are removed.
         """
         alone = [self.encode([letter])[0] for letter in "ab"]
         if self.tokenizer.decode(alone[0] + alone[1]) == "ab":
@@ -190,7 +195,7 @@ class Renderer:
         return [row[len(newline) :] if row[: len(newline)] == newline else plain for row, plain in rows]
 
     def answer(self, answer: str, prompt: str | Messages) -> str:
-        """The answer's text with its end, EOS exactly once. Raises: UnusableError for one without a word."""
+        """Returns the answer's text with its end of turn and one EOS. Raises: UnusableError for an empty answer."""
         while answer.rstrip().endswith(self.eos):
             answer = answer.rstrip().removesuffix(self.eos)
         if not answer.strip():
@@ -204,14 +209,14 @@ class Renderer:
 
 @dataclass
 class Encoder:
-    """Rows of one format -> `prompt_ids`, `chosen_ids`, `rejected_ids`, in batches; each drop has its reason."""
+    """Turns batches of rows into `prompt_ids`, `chosen_ids` and `rejected_ids`, or into a reason for dropping them."""
 
     renderer: Renderer
     layout: Format
-    limits: Limits
+    limits: LengthLimits
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        """A batch of columns -> as many rows, with `dropped` (a reason, or empty) and `cut` (which parts were)."""
+        """Encodes a batch of columns, row by row; `dropped` is a reason or empty, `cut` names the shortened parts."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         prompts, chosens, rejecteds, reasons = [], [], [], []
         for row in rows:
@@ -231,7 +236,7 @@ class Encoder:
         return columns
 
     def encode_usable(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        """The same without the rows that are dropped."""
+        """Encodes a batch and leaves out the dropped rows."""
         columns = self(batch, indices)
         used = [not reason for reason in columns["dropped"]]
         return {name: list(compress(values, used)) for name, values in columns.items()}
@@ -252,13 +257,13 @@ class Encoder:
         return (prompt, chosen, rejected), ""
 
     def _answer_ids(self, texts: list[str]) -> list[Ids]:
-        """Ids of answers as they follow a prompt: by themselves, so that they begin on a token boundary; no BOS.
+        """Returns the ids of answers without a BOS, encoded apart from the prompt: they begin at a token boundary.
 
-        SentencePiece tokenizers write a space before a text that stands alone. There the answer is encoded behind a
-        newline, whose tokens are taken off again.
+        SentencePiece tokenizers add a space before every text. For them the answer is encoded after a newline, whose
+        tokens are removed.
         """
         encode = self.renderer.encode
-        if not self.renderer.spaces_alone:
+        if not self.renderer.adds_space:
             return encode(texts)
         newline = len(encode(["\n"])[0])
         return [row[newline:] for row in encode(["\n" + text for text in texts])]

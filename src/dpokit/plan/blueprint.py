@@ -1,4 +1,4 @@
-"""The model without its weights: built of its config on the meta device, wrapped and quantised as for training."""
+"""The model without weights: built from its config on the meta device, with adapter and quantisation as in training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +16,14 @@ from dpokit.settings.load import Settings
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A policy, and the reference that is kept beside it, on the meta device.
+    """A policy and its reference, if a run keeps one in memory, on the meta device.
 
     Attributes:
-        parameters: of the whole model without adapters; a quantised weight counts once for each number it stands for.
-        adapter_parameters: of the adapter that is trained.
-        trained_parameters: all that the optimizer moves.
-        block_parameters: of the largest repeated block, what sharded placements gather at once.
-        head_parameters: of the LM head.
+        parameters: number of parameters without adapters; a quantised weight counts as the numbers that it encodes.
+        adapter_parameters: parameters of the trained adapter.
+        trained_parameters: all parameters that the optimizer updates.
+        block_parameters: parameters of the largest repeated block, which sharded placements gather at once.
+        head_parameters: parameters of the LM head.
     """
 
     policy: PreTrainedModel | PeftModel
@@ -36,10 +36,10 @@ class Blueprint:
 
 
 def load_config(settings: Settings) -> Any:
-    """The model's config alone. Raises: ModelError where there is none to be had; SettingsError from `find_base`."""
+    """Loads only the model's config. Raises: ModelError if it cannot be loaded; SettingsError from `find_base`."""
     model = settings.model
     if not model.model_name_or_path:
-        raise ModelError("no model was named", expected="a Hub id or a folder", do="--model_name_or_path ID|FOLDER")
+        raise ModelError("no model is named", expected="a Hub id or a folder", do="--model_name_or_path ID|FOLDER")
     try:
         name = find_base(model) or model.model_name_or_path
         return AutoConfig.from_pretrained(
@@ -49,22 +49,22 @@ def load_config(settings: Settings) -> Any:
         raise ModelError(
             f"--model_name_or_path {model.model_name_or_path}: no config could be loaded: "
             f"{' '.join(str(error).split())[:300]}",
-            expected="a Hub id that this machine can reach, or a folder with config.json and tokenizer",
-            do="check the name; for a gated model log in with `hf auth login`; without a network give a folder",
+            expected="a Hub id that this machine can reach, or a folder with config.json and a tokenizer",
+            do="check the name; for a gated model log in with `hf auth login`; without a network name a folder",
         ) from error
 
 
 def build_blueprint(settings: Settings, config: Any, *, dtype: torch.dtype | None = None) -> Blueprint:
-    """Policy and reference as `model.load` and DPOTrainer make them, without a weight.
+    """Builds policy and reference as `model.load` and DPOTrainer do, without weights.
 
     Args:
-        settings: of the run.
-        config: the model's own.
-        dtype: what the weights are kept in; None for `--dtype`.
+        settings: the run's settings.
+        config: the model's config.
+        dtype: the weights' dtype; None for `--dtype`.
 
     Raises:
-        ModelError: no causal language model can be built of the config.
-        SettingsError: LoRA's target modules are not there.
+        ModelError: the config is not one of a causal language model.
+        SettingsError: the model has none of LoRA's target modules.
     """
     policy = _build_causal_lm(settings, config, dtype)
     parameters = sum(p.numel() for p in policy.parameters())
@@ -89,18 +89,19 @@ def build_blueprint(settings: Settings, config: Any, *, dtype: torch.dtype | Non
 
 
 def find_dtype(settings: Settings, config: Any) -> torch.dtype:
-    """What `--dtype` keeps the weights in: its own name, or the config's for `auto`; float32 where nothing is said."""
+    """Returns the weights' dtype: that of `--dtype`; for `auto` that of the config, or float32 if it has none."""
     name = settings.model.dtype
     if name in ("auto", None):
         return getattr(config.get_text_config(), "dtype", None) or torch.float32
-    found = getattr(torch, str(name), torch.float32)
-    return found if isinstance(found, torch.dtype) else torch.float32
+    dtype = getattr(torch, str(name), torch.float32)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _build_causal_lm(settings: Settings, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    asked = settings.model.attn_implementation
-    # FlashAttention keeps what SDPA's own kernels keep: the output and a log-sum-exp a row (arXiv 2307.08691).
-    attention = "sdpa" if asked is not None and asked.startswith("flash") else asked
+    attention = settings.model.attn_implementation
+    if attention is not None and attention.startswith("flash"):
+        # FlashAttention keeps the same tensors as SDPA: the output and one log-sum-exp per row (arXiv 2307.08691).
+        attention = "sdpa"
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -111,16 +112,16 @@ def _build_causal_lm(settings: Settings, config: Any, dtype: torch.dtype | None)
             )
     except (ValueError, ImportError) as error:
         raise ModelError(
-            f"--model_name_or_path {settings.model.model_name_or_path} is no causal language model: "
+            f"--model_name_or_path {settings.model.model_name_or_path} is not a causal language model: "
             f"{' '.join(str(error).split())[:300]}",
-            expected="a model that transformers knows as a causal language model",
-            do="name another model; one with code of its own needs --trust_remote_code",
+            expected="a causal language model of transformers",
+            do="name another model; a model with its own code needs --trust_remote_code",
         ) from error
     return _disable_dropout(settings, model)
 
 
 def _disable_dropout(settings: Settings, model: Any) -> Any:
-    """As DPOTrainer does, adapters included."""
+    """Returns the model without dropout, as DPOTrainer sets it, also in adapters."""
     for module in model.modules() if settings.training.disable_dropout else ():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -128,7 +129,7 @@ def _disable_dropout(settings: Settings, model: Any) -> Any:
 
 
 def _quantise(settings: Settings, model: PreTrainedModel) -> PreTrainedModel:
-    """4-bit linear layers of bitsandbytes in place of the plain ones, as `from_pretrained` puts them."""
+    """Replaces linear layers by 4-bit layers of bitsandbytes, as `from_pretrained` does."""
     if not settings.model.load_in_4bit:
         return model
     try:
@@ -140,17 +141,17 @@ def _quantise(settings: Settings, model: PreTrainedModel) -> PreTrainedModel:
     except ImportError as error:
         raise ModelError(
             f"load_in_4bit needs bitsandbytes: {error}",
-            expected="bitsandbytes, installed",
+            expected="bitsandbytes",
             do="pip install 'dpokit[qlora]'",
         ) from error
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # as `model.load` does, and why it does
+            module.support_avx512bf16_for_cpu = False  # as in `model.load`, which has the reason
     return model.requires_grad_(False)
 
 
 def _add_adapter(settings: Settings, model: PreTrainedModel, *, as_is: bool) -> PreTrainedModel | PeftModel:
-    """The model with the adapter that is trained; `as_is`: in the weights' own type, as sharded placements keep it."""
+    """Returns the model with the trained adapter; `as_is` keeps it in the weights' dtype, as sharded placements do."""
     if not settings.model.use_peft:
         return model
     config = build_peft_config(settings, model)
@@ -163,11 +164,11 @@ def _add_adapter(settings: Settings, model: PreTrainedModel, *, as_is: bool) -> 
     with torch.device("meta"):
         policy = get_peft_model(model, config, autocast_adapter_dtype=not (as_is and not quantised))
         if continued:
-            policy.add_adapter("ref", config)  # the copy that DPOTrainer asks as the reference
+            policy.add_adapter("ref", config)  # the copy that DPOTrainer uses as the reference
     if quantised:
         for parameter in policy.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(torch.bfloat16)  # as DPOTrainer does, arXiv 2305.14314
+                parameter.data = parameter.data.to(torch.bfloat16)  # as DPOTrainer does (arXiv 2305.14314)
     return _disable_dropout(settings, policy)
 
 
@@ -176,22 +177,22 @@ def _block_lists(model: nn.Module) -> list[nn.ModuleList]:
 
 
 def fill_with_fakes(model: nn.Module, settings: Settings) -> None:
-    """Gives every weight of a meta model a fake CPU tensor, in place; called under a FakeTensorMode.
+    """Replaces every weight of a meta model by a fake CPU tensor, in place; the caller has entered a FakeTensorMode.
 
-    A 4-bit weight gets half a byte a number and the statistics that bitsandbytes keeps: one of 8 or 32 bits a block of
-    64, and where these are quantised once more one of 32 bits for 256 of them (arXiv 2305.14314, section 3).
+    A 4-bit weight takes half a byte per number, and one scale of 32 bits for each block of 64 numbers. If the scales
+    are quantised too, they take 8 bits, and 256 of them share one scale of 32 bits (arXiv 2305.14314, section 3).
     """
-    made: dict[int, torch.Tensor] = {}
+    fakes: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in made:
+        if id(tensor) not in fakes:
             if type(tensor).__name__ == "Params4bit":
-                made[id(tensor)] = _fake_4bit(tensor, nested=settings.model.use_bnb_nested_quant, settings=settings)
+                fakes[id(tensor)] = _fake_4bit(tensor, nested=settings.model.use_bnb_nested_quant, settings=settings)
             else:
                 new = torch.empty(tensor.shape, dtype=tensor.dtype)
                 is_parameter = isinstance(tensor, nn.Parameter)
-                made[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
-        return made[id(tensor)]
+                fakes[id(tensor)] = nn.Parameter(new, requires_grad=tensor.requires_grad) if is_parameter else new
+        return fakes[id(tensor)]
 
     for module in model.modules():
         stores: tuple[Any, ...] = (module._parameters, module._buffers)
@@ -204,7 +205,7 @@ def fill_with_fakes(model: nn.Module, settings: Settings) -> None:
 def _fake_4bit(weight: torch.Tensor, *, nested: bool, settings: Settings) -> nn.Parameter:
     from bitsandbytes.functional import QuantState
 
-    quant_state: Any = QuantState  # without types
+    quant_state: Any = QuantState  # bitsandbytes has no types
     blocks = -(-weight.numel() // 64)
     state2 = None
     if nested:
@@ -225,10 +226,10 @@ def _fake_4bit(weight: torch.Tensor, *, nested: bool, settings: Settings) -> nn.
 
 
 def list_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Parameters, buffers and 4-bit statistics: all that is kept as long as the model is."""
-    found: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
+    """Returns parameters, buffers and 4-bit scales: all tensors that live as long as the model."""
+    tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):
-            found += [t for t in vars(part).values() if isinstance(t, torch.Tensor)] if part is not None else []
-    return found
+            tensors += [t for t in vars(part).values() if isinstance(t, torch.Tensor)] if part is not None else []
+    return tensors

@@ -1,9 +1,9 @@
-"""A plan against reality: the longest rows are trained on for two steps, in a process of their own that leaves nothing.
+"""Checks a plan: a separate process trains two steps on the longest rows, and its peak memory is measured.
 
     python -m dpokit.plan.check FOLDER
 
-is that process; FOLDER holds the job and receives the result. The second step meets the optimizer states that the
-first one made, as all steps of a run but the first do.
+starts this process; it reads FOLDER/job.json and writes FOLDER/result.json. It takes two steps because optimizer states
+exist only from the second step on.
 """
 
 import json
@@ -18,40 +18,40 @@ from typing import Any
 from dpokit.console import quiet_dependencies, say
 from dpokit.errors import OUT_OF_MEMORY, DpokitError, MachineError, SettingsError
 from dpokit.interpreter import PYTHON
+from dpokit.plan.devices import GIB
 from dpokit.plan.plan import Plan
-from dpokit.plan.target import GIB
 
 STEPS = 2
-MICRO_BATCHES = 2  # a second one meets the gradients of the first
+MICRO_BATCHES = 2  # the second runs with the gradients of the first in memory
 
 
 def check_plan(plan: Plan) -> dict[str, Any]:
-    """Runs the longest rows for real; predicted and measured peak in GiB, and how far they are apart in percent.
+    """Trains the longest rows; returns predicted and measured peak in GiB, and their difference in percent.
 
-    On the CPU the peak is the process's resident memory, on a GPU what the caching allocator reserved.
+    On a CPU the peak is the process's resident memory, on a GPU the memory that the caching allocator reserved.
 
     Raises:
-        SettingsError: the plan is for devices that are not here.
-        MachineError: the step needs more memory than there is.
-        DpokitError: what a run would stop with.
+        SettingsError: the plan is for devices of another machine.
+        MachineError: the step needs more memory than this machine has.
+        DpokitError: the error of the step, as of a run.
     """
-    asked = plan.asked
-    if asked.target.host_gib is None:
+    request = plan.request
+    if request.devices.host_gib is None:
         raise SettingsError(
-            "--check measures on this machine, and --gpus gives devices that need not be here",
-            expected="one of them",
-            do="leave out --gpus to plan and check for this machine, or --check",
+            "--check measures on this machine, but --gpus plans for other devices",
+            expected="one of the two",
+            do="leave out --gpus to plan and check for this machine, or leave out --check",
         )
-    room = plan.rooms[0]
+    estimate = plan.estimates[0]
     with tempfile.TemporaryDirectory(prefix="dpokit-plan-") as folder:
         job = {
-            "recipe": str(asked.recipe.resolve()),
-            "flags": list(asked.flags),
+            "recipe": str(request.recipe.resolve()),
+            "flags": list(request.flags),
             "rows": plan.longest or make_rows(plan),
             "folder": folder,
         }
         Path(folder, "job.json").write_text(json.dumps(job))
-        say(f"checking: {STEPS} real steps of the longest rows, in a process of their own")
+        say(f"checking: {STEPS} real steps of the longest rows, in a separate process")
         done = subprocess.run(
             [*PYTHON, "-m", "dpokit.plan.check", folder],
             capture_output=True,
@@ -61,10 +61,10 @@ def check_plan(plan: Plan) -> dict[str, Any]:
         )
         result = Path(folder, "result.json")
         record: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
-    raise_failure(done, record, predicted_gib=room.total / GIB)
-    predicted, measured = room.total / GIB, record["peak_bytes"] / GIB
+    raise_failure(done, record, predicted_gib=estimate.total / GIB)
+    predicted, measured = estimate.total / GIB, record["peak_bytes"] / GIB
     return {
-        "placement": room.placement,
+        "placement": estimate.placement,
         "predicted_gib": round(predicted, 3),
         "measured_gib": round(measured, 3),
         "difference_percent": round(100 * (predicted / measured - 1), 2),
@@ -73,21 +73,21 @@ def check_plan(plan: Plan) -> dict[str, Any]:
 
 
 def make_rows(plan: Plan) -> list[dict[str, list[int]]]:
-    """Where no data was reached: pairs of `max_length` tokens, half of them the prompt's."""
+    """One pair of `max_length` tokens, half of them the prompt, for a plan that could not read the data."""
     tokens = plan.train.row_tokens
     half = tokens // 2
     return [{"prompt_ids": [0] * half, "chosen_ids": [1] * (tokens - half), "rejected_ids": [2] * (tokens - half)}]
 
 
 def raise_failure(done: "subprocess.CompletedProcess[str]", record: dict[str, Any], *, predicted_gib: float) -> None:
-    """Raises what the process met; nothing where it met nothing."""
+    """Raises the error of the check's process; returns if it succeeded."""
     if done.returncode == 0 and "peak_bytes" in record:
         return
     if done.returncode in (-9, 137) or OUT_OF_MEMORY.search(done.stderr):
         raise MachineError(
             f"the check ran out of memory (the plan says {predicted_gib:.1f} GiB)",
-            expected="as much free memory as the plan says, and some to spare",
-            do="end what else runs here, or lower per_device_train_batch_size or max_length",
+            expected="more free memory than the plan says",
+            do="end other programs, or lower per_device_train_batch_size or max_length",
         )
     if "seen" in record:
         raise DpokitError(record["seen"], expected=record["expected"], do=record["do"])
@@ -95,7 +95,7 @@ def raise_failure(done: "subprocess.CompletedProcess[str]", record: dict[str, An
 
 
 def run_check(folder: Path) -> None:
-    """The process's own part: load, train `STEPS` steps, evaluate one batch where a run would, write result.json."""
+    """Runs in the separate process: trains `STEPS` steps, evaluates one batch if a run would, writes result.json."""
     from datasets import Dataset
 
     from dpokit.model.load import build_peft_config, load_policy, load_reference, load_tokenizer
@@ -109,8 +109,8 @@ def run_check(folder: Path) -> None:
     job = json.loads((folder / "job.json").read_text())
     recipe = Path(job["recipe"])
     defaults = read_defaults(recipe)
-    asked = decide_reference(load_settings(str(recipe), defaults, job["flags"]))
-    first = asked.training
+    requested = decide_reference(load_settings(str(recipe), defaults, job["flags"]))
+    first = requested.training
     micro_batches = min(MICRO_BATCHES, first.gradient_accumulation_steps)
     evaluates = first.eval_strategy != "no"
     overrides = {
@@ -125,7 +125,7 @@ def run_check(folder: Path) -> None:
         "logging_steps": 1,
     }
     settings = load_settings(
-        str(recipe), defaults, [*job["flags"], *(word for k, v in overrides.items() for word in (f"--{k}", str(v)))]
+        str(recipe), defaults, [*job["flags"], *(part for k, v in overrides.items() for part in (f"--{k}", str(v)))]
     )
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
@@ -153,16 +153,16 @@ def run_check(folder: Path) -> None:
 
 
 def read_peak(*, on_cpu: bool) -> dict[str, Any]:
-    """This process's own peak. Not `ru_maxrss`, in which Linux counts the process that started this one."""
+    """Returns this process's peak memory: VmHWM first, since `ru_maxrss` on Linux also counts the parent process."""
     import torch
 
     if not on_cpu and torch.cuda.is_available():
         return {"peak_bytes": torch.cuda.max_memory_reserved(), "measured_as": "max_memory_reserved"}
     status = Path("/proc/self/status")
     if status.is_file():
-        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
-        if found is not None:
-            return {"peak_bytes": int(found[1]) * 1024, "measured_as": "VmHWM"}
+        match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if match is not None:
+            return {"peak_bytes": int(match[1]) * 1024, "measured_as": "VmHWM"}
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -170,14 +170,14 @@ def read_peak(*, on_cpu: bool) -> dict[str, Any]:
 
 
 def prefer_to_be_killed() -> None:
-    """Where memory runs out, the system ends this process and none of the user's."""
+    """Makes the system kill this process first if memory runs out, not another program of the user."""
     score = Path("/proc/self/oom_score_adj")
     if score.is_file():
         score.write_text("1000")
 
 
 def main() -> None:
-    """Runs the job in the folder that the command line names; the user's errors go into result.json."""
+    """Runs the job in the folder that the command line names; writes a user's error into result.json."""
     folder = Path(sys.argv[1])
     quiet_dependencies()
     try:

@@ -1,4 +1,4 @@
-"""How many pairs, steps and tokens a run has, and its longest rows; of local data exactly, of the Hub's by a sample."""
+"""Counts a run's pairs, steps and tokens and finds its longest rows; of a Hub dataset, it reads only a sample."""
 
 import math
 from collections.abc import Sequence
@@ -30,29 +30,30 @@ class Length:
 
     @property
     def row_tokens(self) -> int:
-        """The longer of its two rows."""
+        """Tokens of the longer of the pair's two rows."""
         return self.prompt + max(self.chosen, self.rejected)
 
     @property
     def needed_tokens(self) -> int:
-        """Each once: what is computed where prompts are shared."""
+        """Tokens that are computed if both answers share the prompt."""
         return self.prompt + self.chosen + self.rejected
 
     @property
     def tokens(self) -> int:
-        """Both rows: the prompt is computed with each answer."""
+        """Tokens of both rows: the prompt is computed with each answer."""
         return 2 * self.prompt + self.chosen + self.rejected
 
 
 @dataclass(frozen=True)
 class Data:
-    """Pairs of a run.
+    """The lengths of a run's pairs.
 
     Attributes:
-        train, evaluation: lengths of the pairs looked at; empty where the data was not reached.
-        train_pairs: how many there are; None where nobody knows.
-        how: `exact`, `estimated from N pairs`, or why nothing is known.
-        longest: token ids of the longest pairs, longest first, as many as a micro-batch has; empty as above.
+        train, evaluation: lengths of the pairs that were read; empty if the data was not reached.
+        train_pairs: number of training pairs; None if unknown.
+        how: `exact`, `estimated from N pairs`, or the reason why the lengths are unknown.
+        longest: token ids of the longest pairs, longest first, at most one micro-batch; empty if the data was not
+            reached.
     """
 
     train: Sequence[Length]
@@ -68,28 +69,28 @@ class Data:
 
 @dataclass(frozen=True)
 class Steps:
-    """What a run amounts to; None where the number of pairs is not known."""
+    """The size of a run; None for fields that depend on an unknown number of pairs."""
 
     pairs: int | None
     global_batch_pairs: int
     steps_per_epoch: int | None
     total_steps: int | None
     tokens_per_epoch: int | None
-    padding_share: float | None  # None where nothing is padded, or nobody knows
+    padding_share: float | None  # None without padding, too
     longest_row_tokens: int | None
     how: str
 
     def record(self) -> dict[str, Any]:
-        """JSON values."""
+        """Returns the fields as JSON values."""
         return asdict(self)
 
 
 def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Data:
-    """Local data whole, as the run will prepare it; a Hub dataset's size, and a sample streamed from it.
+    """Prepares local data as the run will; of a Hub dataset, reads the number of rows and streams a sample.
 
-    A Hub dataset that cannot be reached is no error: the plan says so and goes on without.
+    An unreachable Hub dataset is not an error: the plan reports it and continues without the data.
 
-    Raises: DataError for local data that cannot be used.
+    Raises: DataError for unusable local data.
     """
     name = settings.data.dataset_name
     evaluates = settings.training.eval_strategy != "no"
@@ -109,13 +110,13 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_len
     except DataError as error:
         if not name:
             raise
-        return Data([], [], None, f"the data could not be looked at: {error.seen}", [])
+        return Data([], [], None, f"the data could not be read: {error.seen}", [])
 
 
 def sample_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Data:
-    """Lengths of the first pairs, streamed; the number of rows by the dataset's own record.
+    """Streams the first pairs for their lengths; the number of rows comes from the dataset's metadata.
 
-    Raises: DataError where it cannot be reached or read.
+    Raises: DataError if the dataset cannot be reached or read.
     """
     data = settings.data
     first = min(data.max_train_samples or SAMPLE_PAIRS, SAMPLE_PAIRS)
@@ -139,9 +140,9 @@ def sample_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_l
 
 
 def find_rows(settings: Settings) -> int | None:
-    """Rows of the training split, or as many as `--max_train_samples` takes; None where the dataset's record has none.
+    """Returns the rows of the training split, at most `--max_train_samples`; None if the metadata has no number.
 
-    Only the record is read, no rows.
+    It reads only the metadata, no rows.
     """
     data = settings.data
     path = Path(str(data.dataset_name)).expanduser()
@@ -172,10 +173,10 @@ def _longest(pairs: Any, lengths: Sequence[Length], settings: Settings) -> list[
 
 
 def find_worst(lengths: Sequence[Length], settings: Settings, *, pairs: int, max_length: int | None) -> Shape:
-    """The largest micro-batch: as many of the longest pairs as fit; without data, rows of `max_length` tokens.
+    """Returns the largest micro-batch, of the longest pairs; without data, of rows of `max_length` tokens.
 
     Args:
-        pairs: of one device in one micro-batch.
+        pairs: pairs of one device in one micro-batch.
         max_length: the most tokens of a row.
     """
     if not lengths:
@@ -194,7 +195,7 @@ def find_worst(lengths: Sequence[Length], settings: Settings, *, pairs: int, max
 
 
 def count_steps(data: Data, settings: Settings, *, devices: int) -> Steps:
-    """Steps and tokens of a run on so many devices; the first epoch's own batches tell how much of them is padding."""
+    """Counts steps and tokens of a run on this number of devices; the share of padding is that of the first epoch."""
     training = settings.training
     per_device, micro_batches = training.per_device_train_batch_size, training.gradient_accumulation_steps
     batch = per_device * micro_batches * devices
@@ -206,16 +207,16 @@ def count_steps(data: Data, settings: Settings, *, devices: int) -> Steps:
     total = training.max_steps if training.max_steps > 0 else None
     if total is None and per_epoch is not None:
         total = math.ceil(training.num_train_epochs * per_epoch)
-    looked_at = len(data.train)
+    pairs_read = len(data.train)
     shared = settings.data.shared_prefix
     tokens = sum(length.needed_tokens if shared else length.tokens for length in data.train)
-    padding = None if shared or not looked_at else _padding_share(data.train, settings, devices=devices)
+    padding = None if shared or not pairs_read else _padding_share(data.train, settings, devices=devices)
     return Steps(
         pairs=pairs,
         global_batch_pairs=batch,
         steps_per_epoch=per_epoch,
         total_steps=total,
-        tokens_per_epoch=round(tokens / looked_at * pairs) if looked_at and pairs else None,
+        tokens_per_epoch=round(tokens / pairs_read * pairs) if pairs_read and pairs else None,
         padding_share=padding,
         longest_row_tokens=max((length.row_tokens for length in data.train), default=None),
         how=data.how,
@@ -233,7 +234,7 @@ def _padding_share(lengths: Sequence[Length], settings: Settings, *, devices: in
     )
     tokens = padded = 0
     for batch in batches:
-        met = [lengths[i] for i in batch if i >= 0]
-        tokens += sum(length.tokens for length in met)
-        padded += 2 * len(met) * max((length.row_tokens for length in met), default=0)
+        batch_lengths = [lengths[i] for i in batch if i >= 0]
+        tokens += sum(length.tokens for length in batch_lengths)
+        padded += 2 * len(batch_lengths) * max((length.row_tokens for length in batch_lengths), default=0)
     return 1 - tokens / padded

@@ -1,4 +1,4 @@
-"""Who holds memory at each moment of a step: every storage that an operation makes, from its birth to its end."""
+"""Counts the memory of a training step: every storage that an operation allocates, until it is freed."""
 
 import weakref
 from collections import Counter
@@ -9,46 +9,43 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpokit.plan.allocator import ShadowHeap
-
 KINDS = ("weights", "reference", "gradients", "optimizer", "activations", "logits")
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the bytes of all tensors alive while it is entered, by kind; made for fake tensors, which hold none.
+    """Counts the bytes of all live tensors by kind while it is active; for fake tensors, which have no memory.
 
     Attributes:
-        kind: what a new tensor counts as, until it is told otherwise.
-        by_kind: bytes alive now.
-        peak_bytes: the most bytes alive at once; `at_peak` is `by_kind` of that moment.
-        moments: `{gradients: (activations, logits)}` in bytes: for each size of the gradients, the most that lived
-            beside them. Placements that shard gradients find their own peak here.
+        kind: the kind of new tensors.
+        by_kind: live bytes.
+        peak_bytes: the most bytes alive at once; `at_peak` is `by_kind` at that moment.
+        moments: `{gradients: (activations, logits)}` in bytes: for each size of the gradients, the most activations and
+            logits alive beside them. From these, placements that shard gradients find their own peak.
     """
 
-    def __init__(self, heap: ShadowHeap | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types there
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch has no types for it
         self.kind = "activations"
         self.by_kind: Counter[str] = Counter()
         self.peak_bytes = 0
         self.at_peak: dict[str, int] = {}
         self.moments: dict[int, tuple[int, int]] = {}
         self._total = 0
-        self._heap = heap
         self._live: dict[int, tuple[int, str, Any]] = {}
 
     def hold(self, tensor: torch.Tensor, kind: str) -> None:
-        """Counts a tensor made outside. Weights are mapped from their file and take no part in the heap."""
-        self._add(tensor, kind, in_heap=False)
+        """Counts a tensor that was allocated before."""
+        self._add(tensor, kind)
 
     def relabel(self, tensor: torch.Tensor, kind: str) -> None:
-        """Says what a tensor has become: a gradient, once it is a parameter's own."""
+        """Moves a tensor to another kind: to `gradients`, once it is the gradient of a parameter."""
         key = tensor.untyped_storage()._cdata
         size, old, reference = self._live[key]
         self.by_kind[old] -= size
         self.by_kind[kind] += size
         self._live[key] = (size, kind, reference)
 
-    def _add(self, tensor: torch.Tensor, kind: str, *, in_heap: bool) -> None:
+    def _add(self, tensor: torch.Tensor, kind: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         size = storage.nbytes()
@@ -57,8 +54,6 @@ class Ledger(TorchDispatchMode):
         self._live[key] = (size, kind, weakref.ref(storage, partial(self._drop, key)))
         self._total += size
         self.by_kind[kind] += size
-        if in_heap and self._heap is not None:
-            self._heap.add(key, size)
         if self._total > self.peak_bytes:
             self.peak_bytes, self.at_peak = self._total, dict(self.by_kind)
         beside = (self.by_kind["activations"], self.by_kind["logits"])
@@ -69,12 +64,10 @@ class Ledger(TorchDispatchMode):
         size, kind, _ = self._live.pop(key)
         self._total -= size
         self.by_kind[kind] -= size
-        if self._heap is not None:
-            self._heap.drop(key)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._add(leaf, self.kind, in_heap=True)
+                self._add(leaf, self.kind)
         return result

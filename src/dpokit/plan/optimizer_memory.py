@@ -1,11 +1,11 @@
-"""Bytes of optimizer state a parameter, by the name of `--optim`."""
+"""Bytes of optimizer state for each parameter, by the name of `--optim`."""
 
 import math
 from typing import Any
 
-# (part of transformers' name, tensors of state as large as the weight, bytes of each number; 0 is the weight's own).
+# (part of the name in transformers, state tensors of the weight's shape, bytes per number; 0: as the weight).
 # AdamW keeps a first and a second moment (arXiv 1711.05101), Lion one (arXiv 2302.06675), Adafactor sums of rows and
-# columns (arXiv 1804.04235); in 8 bit there is one fp32 scale for 256 numbers (arXiv 2110.02861).
+# columns (arXiv 1804.04235); 8-bit states have one fp32 scale for 256 numbers (arXiv 2110.02861).
 STATES = (
     ("adafactor", 0, 0),
     ("lion_8bit", 1, 1),
@@ -20,9 +20,9 @@ BLOCK = 256
 
 
 def count_state_bytes(optim: Any, weight: Any) -> int:
-    """State of one weight tensor: AdamW's two moments in the weight's own type, unless the name says otherwise.
+    """Returns the bytes of state of one weight: for names not in `STATES`, AdamW's two moments in the weight's dtype.
 
-    bitsandbytes leaves tensors of fewer than 4,096 numbers in 32 bit (its `min_8bit_size`).
+    bitsandbytes keeps the states of tensors of fewer than 4,096 numbers in 32 bit (`min_8bit_size`).
     """
     name = str(getattr(optim, "value", optim))
     numbers = weight.numel()

@@ -1,8 +1,8 @@
-"""Memory a device needs under each placement: what the trace held, and arithmetic on who keeps which share.
+"""The memory of one device under each placement: the traced step, and the share of the states that a device keeps.
 
-P are all parameters, T those that are trained, N devices. Sources: DeepSpeed's `estimate_zero2_model_states_mem_needs`
-and `estimate_zero3_model_states_mem_needs` (0.19) with ZeRO's paper (arXiv 1910.02054), and accelerate's
-`fsdp2_prepare_model` (1.15).
+P is the number of parameters, T of trained parameters, N of devices. Sources: DeepSpeed 0.19
+(`estimate_zero2_model_states_mem_needs`, `estimate_zero3_model_states_mem_needs`), the paper of ZeRO (arXiv 1910.02054)
+and accelerate 1.15 (`fsdp2_prepare_model`).
 """
 
 import copy
@@ -15,16 +15,16 @@ import torch
 from dpokit.distributed.placement import check_placement
 from dpokit.errors import SettingsError
 from dpokit.plan.blueprint import Blueprint
+from dpokit.plan.devices import GIB, Devices
 from dpokit.plan.optimizer_memory import count_state_bytes
-from dpokit.plan.target import GIB, Target
-from dpokit.plan.trace import Traced
+from dpokit.plan.trace import StepMemory
 from dpokit.settings.load import Settings
 
 PARTS = ("weights", "gradients", "optimizer", "reference", "activations", "logits", "other")
 ONE_DEVICE, DDP, ZERO2, ZERO3, FSDP2, OFFLOAD = (
     *("one device", "DDP", "ZeRO-2", "ZeRO-3", "FSDP2", "ZeRO-3 + CPU offload"),
 )
-# In the order in which they are recommended: the simplest and fastest first, host memory only where nothing else fits.
+# In order of recommendation: the simplest and fastest first; offload only if nothing else fits.
 CONFIGS = {
     ONE_DEVICE: "single_gpu",
     DDP: "ddp",
@@ -34,29 +34,29 @@ CONFIGS = {
     OFFLOAD: "zero3_offload",
 }
 
-# Assumed, not measured: CUDA's context with the libraries' workspaces, NCCL's buffers, and what the caching allocator
-# holds beyond the tensors.
+# Assumed, not measured: CUDA's context with the workspaces of libraries, NCCL's buffers, and the share that the caching
+# allocator reserves beyond the tensors.
 CONTEXT_GIB = 1.0
 NCCL_GIB = 0.5
 ALLOCATOR_SHARE = 0.05
 
-# DeepSpeed's defaults (runtime/zero/config.py), in numbers; accelerate_configs/ leave them as they are.
+# DeepSpeed's defaults (runtime/zero/config.py), in numbers; accelerate_configs/ does not change them.
 REDUCE_BUCKET = 500_000_000
 MAX_LIVE_PARAMETERS = 1_000_000_000
-# DeepSpeed's `additional_buffer_factor`: pinned host memory is taken in larger pieces than asked for.
+# DeepSpeed's `additional_buffer_factor`: pinned host memory is allocated in larger pieces than needed.
 HOST_FACTOR = 1.5
 
 
 @dataclass(frozen=True)
-class Room:
-    """What one device needs under a placement, in bytes by part.
+class Estimate:
+    """The memory of one device under a placement.
 
     Attributes:
-        placement: in the words of `dpokit.distributed.placement`.
-        parts: bytes by `PARTS`.
-        host: bytes of the machine's own memory, for offloaded states.
-        fits: whether device and, where it is known, host have as much.
-        refused: why the placement does not work with these settings; None where it does.
+        placement: its name in `dpokit.distributed.placement`.
+        parts: bytes of each of `PARTS`.
+        host: bytes of host memory for offloaded states.
+        fits: whether device and host have this much memory; a host of unknown memory has.
+        refused: why a run with these settings refuses the placement; None if it accepts it.
     """
 
     placement: str
@@ -72,42 +72,46 @@ class Room:
 
 @dataclass(frozen=True)
 class Model:
-    """A blueprint's numbers and its two traces.
+    """A blueprint and its two traces.
 
     Attributes:
-        whole: traced with the weights as `--dtype` keeps them, under autocast: one device and DDP.
-        sharded: traced with weights in the type of the products, as ZeRO and FSDP2 compute.
+        whole: the step with weights in `--dtype` under autocast, for one device and DDP.
+        sharded: the step with weights in the compute dtype, as ZeRO and FSDP2 use them.
         quantised: whether base weights are 4- or 8-bit.
-        compute_bytes: of one number in the type of the products.
+        compute_bytes: bytes of one number in the compute dtype.
         optim: the optimizer's name.
     """
 
     blueprint: Blueprint
-    whole: Traced
-    sharded: Traced
+    whole: StepMemory
+    sharded: StepMemory
     quantised: bool
     compute_bytes: int
     optim: Any
 
     def states(self, numbers: int) -> int:
-        """Optimizer states of so many fp32 numbers."""
+        """Bytes of the optimizer states of this many fp32 numbers."""
         return count_state_bytes(self.optim, torch.empty(numbers, device="meta"))
 
 
-def list_rooms(model: Model, settings: Settings, target: Target) -> list[Room]:
-    """Every placement that so many GPUs allow, simplest first."""
-    names = list(CONFIGS) if target.count > 1 else [ONE_DEVICE, OFFLOAD]
-    rooms = []
+def list_estimates(model: Model, settings: Settings, devices: Devices) -> list[Estimate]:
+    """The memory of every placement that these GPUs allow, simplest first."""
+    names = list(CONFIGS) if devices.count > 1 else [ONE_DEVICE, OFFLOAD]
+    estimates = []
     for name in names:
-        parts, host = _count(name, model, devices=target.count)
-        room = Room(name, parts, host, fits=False, refused=find_refusal(name, settings))
-        enough = room.total <= target.memory_gib * GIB and (target.host_gib is None or host <= target.host_gib * GIB)
-        rooms.append(Room(name, parts, host, fits=enough and room.refused is None, refused=room.refused))
-    return rooms
+        parts, host = _count(name, model, devices=devices.count)
+        estimate = Estimate(name, parts, host, fits=False, refused=find_refusal(name, settings))
+        enough = estimate.total <= devices.memory_gib * GIB and (
+            devices.host_gib is None or host <= devices.host_gib * GIB
+        )
+        estimates.append(
+            Estimate(name, parts, host, fits=enough and estimate.refused is None, refused=estimate.refused)
+        )
+    return estimates
 
 
 def find_refusal(placement: str, settings: Settings) -> str | None:
-    """Why a run with these settings would be refused under the placement; None where it would not."""
+    """Why a run with these settings refuses the placement; None if it accepts it."""
     training = copy.copy(settings.training)
     if placement.startswith("ZeRO"):
         device = "cpu" if placement == OFFLOAD else "none"
@@ -121,13 +125,13 @@ def find_refusal(placement: str, settings: Settings) -> str | None:
         check_placement(training, settings.model)
     except SettingsError as error:
         if settings.origins.get("precompute_ref_log_probs") == "this machine":
-            return "the reference stays in memory there: plan that with --precompute_ref_log_probs false"
+            return "it keeps the reference in memory: plan it with --precompute_ref_log_probs false"
         return error.seen.rpartition(": ")[2]
     return None
 
 
 def _count(placement: str, model: Model, *, devices: int) -> tuple[dict[str, int], int]:
-    """Bytes by part on one device, and on the host."""
+    """Bytes of each part on one device, and bytes on the host."""
     if placement in (ONE_DEVICE, DDP):
         return _count_whole(model, ddp=placement == DDP), 0
     if placement == FSDP2:
@@ -136,7 +140,7 @@ def _count(placement: str, model: Model, *, devices: int) -> tuple[dict[str, int
 
 
 def _count_whole(model: Model, *, ddp: bool) -> dict[str, int]:
-    """All on each device: gradients in the weights' own type, AdamW's moments too. DDP's buckets are a copy of them."""
+    """Each device has all; gradients and AdamW's moments have the weights' dtype. DDP's buckets copy the gradients."""
     traced = model.whole
     gradients, (activations, logits) = max(traced.moments.items(), key=lambda moment: moment[0] + sum(moment[1]))
     parts = {
@@ -151,9 +155,9 @@ def _count_whole(model: Model, *, ddp: bool) -> dict[str, int]:
 
 
 def _count_zero(placement: str, model: Model, *, devices: int) -> tuple[dict[str, int], int]:
-    """ZeRO-2: 2P + 18T/N bytes under bf16. ZeRO-3: (2P + 18T)/N, and gathered layers. Offload: on the host.
+    """ZeRO-2 in bf16: 2P + 18T/N bytes. ZeRO-3: (2P + 18T)/N and gathered layers. Offload: the same on the host.
 
-    18 is 2 for the weight, 2 + 4 for the gradient in 16 and 32 bit, 4 for the fp32 weight and 8 for AdamW's moments.
+    18 = 2 for the weight, 2 + 4 for the gradient in 16 and 32 bit, 4 for the fp32 weight, 8 for AdamW's moments.
     """
     traced, size = model.sharded, model.compute_bytes
     trained = model.blueprint.trained_parameters
@@ -174,10 +178,10 @@ def _count_zero(placement: str, model: Model, *, devices: int) -> tuple[dict[str
 
 
 def _count_fsdp2(model: Model, *, devices: int) -> dict[str, int]:
-    """Trained weights, gradients and moments in fp32, sharded; frozen weights in their own type, sharded.
+    """Trained weights, gradients and moments are sharded in fp32, frozen weights in their own dtype.
 
-    A block is gathered while the one before it is still there, its gradients too, and the LM head whole. 4-bit weights
-    are left whole on each device.
+    FSDP2 gathers a block while the previous block and its gradients are still gathered, and gathers the LM head whole.
+    4-bit weights stay whole on each device.
     """
     traced, size = model.sharded, model.compute_bytes
     trained = model.blueprint.trained_parameters
@@ -188,7 +192,7 @@ def _count_fsdp2(model: Model, *, devices: int) -> dict[str, int]:
     head = 4 if trained >= model.blueprint.parameters else size
     gathered = 2 * size * block + head * model.blueprint.head_parameters
     if trained >= model.blueprint.parameters:
-        gathered += (size + 4) * block  # a block's gradients, and their sum in fp32
+        gathered += (size + 4) * block  # a block's gradients, and their fp32 sum
     return {
         "weights": weights,
         "gradients": 4 * trained // devices,

@@ -1,4 +1,4 @@
-"""A plan: parameters, steps, memory per placement, and what to run; nothing is downloaded but config and tokenizer."""
+"""A plan: parameters, steps, memory per placement and the command to run, from only the config and the tokenizer."""
 
 import shlex
 from dataclasses import dataclass, replace
@@ -11,8 +11,8 @@ from datasets.utils.logging import disable_progress_bar
 from dpokit.console import say
 from dpokit.errors import SettingsError
 from dpokit.model.load import find_max_length, load_tokenizer
-from dpokit.plan.allocator import find_heap
 from dpokit.plan.blueprint import Blueprint, build_blueprint, find_dtype, load_config
+from dpokit.plan.devices import GIB
 from dpokit.plan.lengths import Data, Row, Steps, count_steps, find_worst, load_data
 from dpokit.plan.placements import (
     CONFIGS,
@@ -21,47 +21,46 @@ from dpokit.plan.placements import (
     NCCL_GIB,
     ONE_DEVICE,
     PARTS,
+    Estimate,
     Model,
-    Room,
-    list_rooms,
+    list_estimates,
 )
-from dpokit.plan.request import Asked
-from dpokit.plan.target import GIB
-from dpokit.plan.trace import Shape, Traced, trace_step
+from dpokit.plan.request import PlanRequest
+from dpokit.plan.trace import Shape, StepMemory, trace_step
 from dpokit.settings.load import Settings
 
-# How each part of a row is known.
+# The source of each part of the memory.
 SOURCES = {
     "GPU": dict.fromkeys(("weights", "gradients", "optimizer", "reference", "logits"), "arithmetic")
     | {"activations": "traced", "other": "assumed"},
     "CPU": dict.fromkeys(("gradients", "optimizer", "activations", "logits"), "traced")
-    | {"weights": "arithmetic", "reference": "arithmetic", "other": "measured + traced"},
+    | {"weights": "arithmetic", "reference": "arithmetic", "other": "measured"},
 }
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All a plan says; `record` is its JSON.
+    """A plan; `record` returns it as JSON.
 
     Attributes:
-        asked: recipe, settings and devices.
-        blueprint: the model's numbers.
+        request: recipe, settings and devices.
+        blueprint: the model without weights.
         steps: pairs, steps and tokens.
         train: the largest micro-batch.
-        rooms: memory per placement, simplest first.
-        recommended: the first that fits; None where none does.
-        advice: what to change where none fits.
-        notes: what is not known, assumed or refused.
+        estimates: memory per placement, simplest first.
+        recommended: the first placement that fits; None if no placement fits.
+        advice: changes that lower the memory, if no placement fits.
+        notes: unknowns, assumptions and refused placements.
         longest: token ids of the longest pairs.
         max_length: the most tokens of a row.
     """
 
-    asked: Asked
+    request: PlanRequest
     blueprint: Blueprint
     steps: Steps
     train: Shape
-    rooms: list[Room]
-    recommended: Room | None
+    estimates: list[Estimate]
+    recommended: Estimate | None
     advice: list[str]
     notes: list[str]
     longest: list[Row]
@@ -69,26 +68,26 @@ class Plan:
 
     @property
     def command(self) -> str | None:
-        """What trains under the recommended placement."""
-        return None if self.recommended is None else build_command(self.asked, self.recommended.placement)
+        """The command that trains under the recommended placement."""
+        return None if self.recommended is None else build_command(self.request, self.recommended.placement)
 
     def record(self) -> dict[str, Any]:
-        """JSON values; memory in GiB."""
-        model = self.asked.settings.model
+        """Returns the plan as JSON values, memory in GiB."""
+        model = self.request.settings.model
         return {
-            "recipe": str(self.asked.recipe),
+            "recipe": str(self.request.recipe),
             "model": model.model_name_or_path,
-            "method": describe_method(self.asked.settings),
+            "method": describe_method(self.request.settings),
             "parameters": {
                 "total": self.blueprint.parameters + self.blueprint.adapter_parameters,
                 "trained": self.blueprint.trained_parameters,
                 "adapter": self.blueprint.adapter_parameters,
             },
             "devices": {
-                "kind": self.asked.target.kind,
-                "count": self.asked.target.count,
-                "memory_gib": round(self.asked.target.memory_gib, 2),
-                "from": self.asked.target.origin,
+                "kind": self.request.devices.kind,
+                "count": self.request.devices.count,
+                "memory_gib": round(self.request.devices.memory_gib, 2),
+                "from": self.request.devices.origin,
             },
             "steps": self.steps.record(),
             "worst_micro_batch": {
@@ -96,8 +95,8 @@ class Plan:
                 "row_tokens": self.train.row_tokens,
                 "answer_tokens": self.train.answer_tokens,
             },
-            "sources": SOURCES[self.asked.target.kind],
-            "placements": [_room_record(room) for room in self.rooms],
+            "sources": SOURCES[self.request.devices.kind],
+            "placements": [_record_estimate(estimate) for estimate in self.estimates],
             "recommended": None if self.recommended is None else self.recommended.placement,
             "command": self.command,
             "advice": self.advice,
@@ -105,20 +104,20 @@ class Plan:
         }
 
 
-def build_plan(asked: Asked) -> Plan:
-    """Reads config, tokenizer and rows, traces a step, and counts.
+def build_plan(request: PlanRequest) -> Plan:
+    """Reads config, tokenizer and rows, traces a step, and computes the memory of each placement.
 
     Raises:
-        ModelError: no config or tokenizer, or no causal language model.
-        DataError: local data that cannot be used.
-        SettingsError: settings that the model does not bear, or a recipe of another kind.
+        ModelError: config or tokenizer are missing, or the model is not a causal language model.
+        DataError: unusable local data.
+        SettingsError: settings that do not suit the model, or a recipe of another kind.
     """
-    settings = asked.settings
+    settings = request.settings
     if settings.kind != "dpo":
         raise SettingsError(
-            f"{asked.recipe} is supervised (kind {settings.kind}), and plans are of preference runs",
+            f"{request.recipe} is supervised (kind {settings.kind}); dpokit plans preference runs",
             expected="a DPO recipe",
-            do="plan the DPO run that follows: with the same model and batch it needs more memory",
+            do="plan the DPO run that follows: with the same model and batch, it needs more memory",
         )
     disable_progress_bar()
     config = load_config(settings)
@@ -127,27 +126,29 @@ def build_plan(asked: Asked) -> Plan:
     max_length = find_max_length(settings, blueprint.policy)
     data = load_data(settings, tokenizer, max_length=max_length)
     training = settings.training
-    # A sample's longest row is not the data's.
-    known = data if data.exact else replace(data, train=[], evaluation=[])
-    train = find_worst(known.train, settings, pairs=training.per_device_train_batch_size, max_length=max_length)
+    # The longest row of a sample is not the longest of the data.
+    whole = data if data.exact else replace(data, train=[], evaluation=[])
+    train = find_worst(whole.train, settings, pairs=training.per_device_train_batch_size, max_length=max_length)
     evaluation = None
     if training.eval_strategy != "no":
-        rows = known.evaluation or known.train
+        rows = whole.evaluation or whole.train
         evaluation = find_worst(rows, settings, pairs=training.per_device_eval_batch_size, max_length=max_length)
-    say(f"tracing a step of {train.pairs} pairs of {train.row_tokens:,} tokens, without weights")
-    notes = list_notes(asked, data)
-    if asked.target.kind == "CPU":
-        rooms = [_trace_on_cpu(asked, config, blueprint, train, evaluation, notes)]
+    say(f"tracing a step of {train.pairs} pairs of {train.row_tokens:,} tokens without weights")
+    notes = list_notes(request, data)
+    if request.devices.kind == "CPU":
+        estimates = [_trace_on_cpu(request, blueprint, train, evaluation)]
     else:
-        rooms = list_rooms(_trace_for_gpus(asked, config, blueprint, train, evaluation), settings, asked.target)
-    notes += [f"{room.placement} is refused: {room.refused}" for room in rooms if room.refused]
-    recommended = next((room for room in rooms if is_choice(room, asked)), None)
+        estimates = list_estimates(
+            _trace_for_gpus(request, config, blueprint, train, evaluation), settings, request.devices
+        )
+    notes += [f"{estimate.placement} is refused: {estimate.refused}" for estimate in estimates if estimate.refused]
+    recommended = next((estimate for estimate in estimates if is_choice(estimate, request)), None)
     return Plan(
-        asked=asked,
+        request=request,
         blueprint=blueprint,
-        steps=count_steps(data, settings, devices=asked.target.count),
+        steps=count_steps(data, settings, devices=request.devices.count),
         train=train,
-        rooms=rooms,
+        estimates=estimates,
         recommended=recommended,
         advice=[] if recommended is not None else list_advice(settings, train),
         notes=notes,
@@ -156,42 +157,36 @@ def build_plan(asked: Asked) -> Plan:
     )
 
 
-def is_choice(room: Room, asked: Asked) -> bool:
+def is_choice(estimate: Estimate, request: PlanRequest) -> bool:
     """Whether the placement fits and uses all devices."""
-    return room.fits and (asked.target.count == 1 or room.placement != ONE_DEVICE)
+    return estimate.fits and (request.devices.count == 1 or estimate.placement != ONE_DEVICE)
 
 
-def _trace_on_cpu(
-    asked: Asked, config: Any, blueprint: Blueprint, train: Shape, evaluation: Shape | None, notes: list[str]
-) -> Room:
-    """This machine's own row: the memory of this process, which has imported what a run imports, and the step's."""
-    shapes: dict[str, Any] = {"train": train, "evaluation": evaluation, "autocast": asked.autocast, "on_gpu": False}
-    heap = find_heap()
-    if heap is not None:
-        # Once without it: what torch keeps of a first trace would lie between the blocks, where a run has nothing.
-        trace_step(build_blueprint(asked.settings, config), asked.settings, **shapes, brief=True)
-        heap = find_heap()
-    before = psutil.Process().memory_info().rss
-    traced = trace_step(blueprint, asked.settings, **shapes, heap=heap)
-    parts = {part: traced.at_peak.get(part, 0) for part in PARTS if part != "other"}
-    holes = 0
-    if traced.heap_peak is None:
-        notes.append("what the allocator keeps between blocks is not in `other`: it could not be asked")
-    else:
-        holes = max(0, traced.weights + traced.reference + traced.heap_peak - traced.peak)
-    parts["other"] = before + holes
-    room = Room(ONE_DEVICE, parts, 0, fits=False)
-    return replace(room, fits=room.total <= asked.target.memory_gib * GIB)
+def _trace_on_cpu(request: PlanRequest, blueprint: Blueprint, train: Shape, evaluation: Shape | None) -> Estimate:
+    """Returns about the memory of a run on this CPU: the tensors alive at the peak, and the process before training.
+
+    This process has imported the same libraries as a run, so its resident memory is about that of a run before
+    training. Memory that the C library keeps after tensors are freed is not counted.
+    """
+    before_bytes = psutil.Process().memory_info().rss
+    traced = trace_step(
+        blueprint, request.settings, train=train, evaluation=evaluation, autocast=request.autocast, on_gpu=False
+    )
+    parts = {part: traced.at_peak.get(part, 0) for part in PARTS if part != "other"} | {"other": before_bytes}
+    estimate = Estimate(ONE_DEVICE, parts, 0, fits=False)
+    return replace(estimate, fits=estimate.total <= request.devices.memory_gib * GIB)
 
 
-def _trace_for_gpus(asked: Asked, config: Any, blueprint: Blueprint, train: Shape, evaluation: Shape | None) -> Model:
-    """Two traces: whole weights under autocast, and weights in the type of the products as sharded placements hold."""
-    settings = asked.settings
-    compute = asked.autocast or find_dtype(settings, config)
+def _trace_for_gpus(
+    request: PlanRequest, config: Any, blueprint: Blueprint, train: Shape, evaluation: Shape | None
+) -> Model:
+    """Traces the step twice: with whole weights under autocast, and with weights in the compute dtype for sharding."""
+    settings = request.settings
+    compute = request.autocast or find_dtype(settings, config)
     shapes: dict[str, Any] = {"train": train, "evaluation": evaluation, "on_gpu": True}
-    whole: Traced = trace_step(blueprint, settings, **shapes, autocast=asked.autocast)
+    whole: StepMemory = trace_step(blueprint, settings, **shapes, autocast=request.autocast)
     sharded = whole
-    if asked.target.count > 1 or compute != find_dtype(settings, config):
+    if request.devices.count > 1 or compute != find_dtype(settings, config):
         again = build_blueprint(settings, config, dtype=compute)
         sharded = trace_step(again, settings, **shapes, autocast=None)
     size = torch.empty((), dtype=compute).element_size()
@@ -200,64 +195,66 @@ def _trace_for_gpus(asked: Asked, config: Any, blueprint: Blueprint, train: Shap
 
 
 def describe_method(settings: Settings) -> str:
-    """`full`, `LoRA`, or `QLoRA`."""
+    """Returns `full`, `LoRA` or `QLoRA`."""
     if not settings.model.use_peft:
         return "full"
     return "QLoRA" if settings.model.load_in_4bit else "LoRA"
 
 
-def build_command(asked: Asked, placement: str) -> str:
-    """The launcher's line, with the flags that were given."""
-    words = ["accelerate", "launch"]
+def build_command(request: PlanRequest, placement: str) -> str:
+    """Returns the shell command of a run under this placement, with the flags of the request."""
+    launcher = ["accelerate", "launch"]
     if placement != ONE_DEVICE:
-        words += ["--config_file", f"accelerate_configs/{CONFIGS[placement]}.yaml"]
-    return shlex.join([*words, str(asked.recipe), *asked.flags])
+        launcher += ["--config_file", f"accelerate_configs/{CONFIGS[placement]}.yaml"]
+    return shlex.join([*launcher, str(request.recipe), *request.flags])
 
 
 def list_advice(settings: Settings, train: Shape) -> list[str]:
-    """What lowers the peak, the cheapest first."""
+    """Changes that lower the peak, the cheapest first."""
     training, model = settings.training, settings.model
     advice = []
     if not training.gradient_checkpointing:
-        advice.append("--gradient_checkpointing true: activations are computed again instead of kept")
+        advice.append("--gradient_checkpointing true: activations are recomputed instead of kept")
     if training.per_device_train_batch_size > 1:
         more = training.gradient_accumulation_steps * training.per_device_train_batch_size
-        advice.append(f"--per_device_train_batch_size 1 --gradient_accumulation_steps {more}: the same step in pieces")
+        advice.append(
+            f"--per_device_train_batch_size 1 --gradient_accumulation_steps {more}: the same step in smaller parts"
+        )
     if train.row_tokens > 512:
         advice.append(f"--max_length {train.row_tokens // 2}: shorter rows")
     if not model.use_peft and not training.precompute_ref_log_probs:
         advice.append("--precompute_ref_log_probs true: no reference beside the policy")
     if not model.use_peft:
-        advice.append("--use_peft: LoRA has almost no gradients and optimizer states")
+        advice.append("--use_peft: LoRA needs almost no gradients and optimizer states")
     if not model.load_in_4bit:
-        advice.append("--use_peft --load_in_4bit: QLoRA keeps weights in half a byte")
+        advice.append("--use_peft --load_in_4bit: QLoRA keeps each weight in half a byte")
     return advice or ["more or larger devices, or a smaller model"]
 
 
-def list_notes(asked: Asked, data: Data) -> list[str]:
-    """What the numbers rest on."""
-    notes = list(asked.settings.notes)
+def list_notes(request: PlanRequest, data: Data) -> list[str]:
+    """Notes on what the numbers assume."""
+    notes = list(request.settings.notes)
     if not data.exact:
         notes.append(data.how if not data.train else f"steps and tokens are {data.how}")
-        notes.append("memory is counted for rows of max_length")
-    if asked.target.kind == "GPU":
+        notes.append("memory is that of rows of max_length")
+    if request.devices.kind == "GPU":
         notes.append(
             f"other: {CONTEXT_GIB:g} GiB for CUDA's context and 5 % of the step for its allocator, {NCCL_GIB:g} GiB "
             f"for NCCL with several GPUs (assumed); buckets and gathered layers (arithmetic); host memory with "
             f"DeepSpeed's factor of {HOST_FACTOR:g}"
         )
-        if asked.settings.model.load_in_8bit:
-            notes.append("8-bit layers are counted as 16-bit ones: their own memory is less")
+        if request.settings.model.load_in_8bit:
+            notes.append("8-bit layers are counted as 16-bit layers: they take less")
     return notes
 
 
-def _room_record(room: Room) -> dict[str, Any]:
+def _record_estimate(estimate: Estimate) -> dict[str, Any]:
     return {
-        "placement": room.placement,
-        "config": f"accelerate_configs/{CONFIGS[room.placement]}.yaml",
-        "device_gib": {part: round(size / GIB, 3) for part, size in room.parts.items()},
-        "total_gib": round(room.total / GIB, 3),
-        "host_gib": round(room.host / GIB, 3),
-        "fits": room.fits,
-        "refused": room.refused,
+        "placement": estimate.placement,
+        "config": f"accelerate_configs/{CONFIGS[estimate.placement]}.yaml",
+        "device_gib": {part: round(size / GIB, 3) for part, size in estimate.parts.items()},
+        "total_gib": round(estimate.total / GIB, 3),
+        "host_gib": round(estimate.host / GIB, 3),
+        "fits": estimate.fits,
+        "refused": estimate.refused,
     }

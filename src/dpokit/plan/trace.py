@@ -1,7 +1,7 @@
-"""One worst-case step on tensors without data: the real model, adapter, checkpointing and loss, and nothing computed.
+"""Traces the memory of one worst-case step on fake tensors: with the real model, adapter, checkpointing and loss.
 
-torch's fake tensors have shapes, types and lives, but no memory. A step of an 8B model is gone through in seconds on a
-laptop, and a ledger notes what would be alive at each moment.
+torch's fake tensors have shapes, dtypes and lifetimes, but no data. A step of an 8B model takes seconds on a laptop. A
+ledger counts the bytes that would be alive at each moment.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,25 +13,29 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer puts on
+from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer installs
 
 from dpokit.model.score import find_obstacle
 from dpokit.model.shared_prefix import NAME, Packed
-from dpokit.plan.allocator import ShadowHeap
 from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
-from dpokit.plan.lm_head_memory import TILE_VOCABULARY, GpuHead
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.optimizer_memory import count_state_bytes
 from dpokit.settings.load import Settings
 
-HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer asks the policy's head for
+TILE_TOKENS = 4096  # TOKEN_CHUNK_SIZE in trl/kernels/chunked_logprob.py
+TILE_VOCABULARY = 32768  # _CHUNKED_LOGPROB_CHUNK_SIZE in trl/trainer/utils.py
+HEAD_OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1")  # what DPOTrainer reads from the policy's head
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A micro-batch: `pairs` pairs, each two rows padded to `row_tokens`; `answer_tokens` in all of them together.
+    """The shape of a micro-batch.
 
-    Where prompts are shared, `lengths` says how long prompt, chosen and rejected of each pair are, in tokens.
+    Attributes:
+        pairs: number of pairs.
+        row_tokens: tokens of each of the `2 * pairs` padded rows.
+        answer_tokens: answer tokens of all rows together.
+        lengths: tokens of prompt, chosen and rejected answer of each pair, if both answers share the prompt.
     """
 
     pairs: int
@@ -41,7 +45,7 @@ class Shape:
 
     @property
     def branches(self) -> list[tuple[int, int, int]]:
-        """As `shared_prefix.Packed.lengths`: a branch begins with the prompt's last token, and lacks the answer's."""
+        """Lengths as in `shared_prefix.Packed`: a branch is the prompt's last token and the answer without its last."""
         return [(prompt - 1, chosen, rejected) for prompt, chosen, rejected in self.lengths]
 
     @property
@@ -51,16 +55,16 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """What a step held, in bytes.
+class StepMemory:
+    """The memory of a traced step, in bytes.
 
     Attributes:
-        weights, reference: of all weights, and of the reference kept beside them.
-        trained, states: of the weights that are trained, and of their optimizer states.
-        peak: the most alive at once; `at_peak` by kind.
+        weights: all weights of the policy.
+        reference: a reference model in memory.
+        trained: the trained weights.
+        states: the optimizer states.
+        peak: the most bytes alive at once; `at_peak` is the peak by kind.
         moments: see `Ledger`.
-        heap_peak: how much this machine's allocator grew by at most, weights and reference left out; None where it
-            was not asked.
     """
 
     weights: int
@@ -70,10 +74,9 @@ class Traced:
     peak: int
     at_peak: dict[str, int]
     moments: dict[int, tuple[int, int]]
-    heap_peak: int | None
 
 
-# What CUDA's autocast computes in fp32 and CPU's does not (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32).
+# Operations in fp32 under CUDA's autocast, but not under the CPU's (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32).
 FP32_ON_CUDA = {
     *(torch.nn.functional.layer_norm, torch.layer_norm, torch.pow, torch.Tensor.pow, torch.Tensor.__pow__),
     *(torch.nn.functional.softmax, torch.softmax, torch.Tensor.softmax, torch.nn.functional.log_softmax),
@@ -82,7 +85,7 @@ FP32_ON_CUDA = {
 
 
 class CudaAutocast(TorchFunctionMode):
-    """Lets CPU's autocast, under which the trace runs, widen the operations that CUDA's would."""
+    """Makes the CPU's autocast, under which the trace runs, compute in fp32 what CUDA's autocast does."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in FP32_ON_CUDA and torch.is_autocast_enabled("cpu"):
@@ -95,6 +98,41 @@ def _widen(value: Any) -> Any:
     return value.float() if narrow else value
 
 
+class GpuHead(torch.autograd.Function):
+    """Log-probs `(tokens,)` of answer tokens, from hidden states `(tokens, width)` and a head `(vocabulary, width)`.
+
+    TRL computes them in tiles with Triton kernels (trl/kernels/chunked_logprob.py, TRL 1.16), which need a GPU. This
+    class allocates the same tensors in the same order and keeps them as long.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Allocates the statistics of each token, one tile of logits and one chunk of the head in the compute dtype."""
+        compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        statistics = [torch.empty(len(hidden)) for _ in range(7)]
+        tile = torch.empty(min(len(hidden), TILE_TOKENS), TILE_VOCABULARY, dtype=compute)
+        chunk = weight[:TILE_VOCABULARY].to(compute)
+        ctx.save_for_backward(hidden, weight, *statistics[:2])
+        ctx.compute = compute
+        del tile, chunk
+        return torch.empty(len(hidden))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # noqa: ARG004 - only its shape matters
+        """Allocates the gradients, which TRL sums in fp32 for inputs of any dtype, and each tile once more."""
+        hidden, weight, *_ = ctx.saved_tensors
+        needs_hidden, needs_weight = ctx.needs_input_grad
+        grad_hidden = torch.empty(hidden.shape) if needs_hidden else None
+        grad_weight = torch.empty(weight.shape) if needs_weight else None
+        tile = torch.empty(min(len(hidden), TILE_TOKENS), TILE_VOCABULARY, dtype=ctx.compute)
+        chunk = weight[:TILE_VOCABULARY].to(ctx.compute)
+        del tile, chunk
+        return (
+            grad_hidden.to(hidden.dtype) if grad_hidden is not None else None,
+            grad_weight.to(weight.dtype) if grad_weight is not None else None,
+        )
+
+
 def trace_step(
     blueprint: Blueprint,
     settings: Settings,
@@ -103,21 +141,18 @@ def trace_step(
     evaluation: Shape | None,
     autocast: torch.dtype | None,
     on_gpu: bool,
-    heap: ShadowHeap | None = None,
-    brief: bool = False,
-) -> Traced:
-    """Two optimizer steps, the second with the first's optimizer states, then a batch of the evaluation.
+) -> StepMemory:
+    """Traces two optimizer steps, the second with optimizer states, then one batch of the evaluation.
 
     Args:
-        blueprint: the models; they are filled with fake tensors and of no further use.
-        settings: of the run.
-        train, evaluation: the largest micro-batch of each; None where the run evaluates nothing.
-        autocast: the type of mixed precision's products; None for none.
-        on_gpu: whether the head and autocast are a GPU's.
-        heap: where to rehearse the allocations.
-        brief: one micro-batch of each kind is enough.
+        blueprint: the models; the trace fills them with fake tensors, after which nothing else can use them.
+        settings: the run's settings.
+        train: the largest micro-batch of the training.
+        evaluation: the largest batch of the evaluation; None without evaluation.
+        autocast: the compute dtype of mixed precision; None without it.
+        on_gpu: whether to trace the head and the autocast of a GPU.
     """
-    ledger = Ledger(heap)
+    ledger = Ledger()
     with FakeTensorMode(), ExitStack() as stack:
         step = _Step(blueprint, settings, ledger, autocast=autocast, on_gpu=on_gpu)
         if on_gpu and autocast is not None:
@@ -126,16 +161,14 @@ def trace_step(
         if settings.training.precompute_ref_log_probs:
             step.precompute(train)
         micro_batches = min(2, settings.training.gradient_accumulation_steps)
-        for number in (1,) if brief else (1 if on_gpu else micro_batches, micro_batches):
+        for number in (1 if on_gpu else micro_batches, micro_batches):
             for _ in range(number):
                 step.forward_and_backward(train)
             step.update()
         if evaluation is not None:
             step.evaluate(evaluation)
-    if heap is not None and heap.refused:
-        heap = None
     trained = sum(p.numel() * p.element_size() for p in step.trained)
-    return Traced(
+    return StepMemory(
         weights=step.weights,
         reference=step.reference_bytes,
         trained=trained,
@@ -143,12 +176,11 @@ def trace_step(
         peak=ledger.peak_bytes,
         at_peak=ledger.at_peak,
         moments=ledger.moments,
-        heap_peak=None if heap is None else heap.peak_bytes,
     )
 
 
 class _Step:
-    """The parts of a step, on fake tensors, in the order of `DPOTrainer._compute_loss` (TRL 1.16)."""
+    """The parts of a step on fake tensors, in the order of `DPOTrainer._compute_loss` (TRL 1.16)."""
 
     def __init__(
         self, blueprint: Blueprint, settings: Settings, ledger: Ledger, *, autocast: torch.dtype | None, on_gpu: bool
@@ -173,32 +205,32 @@ class _Step:
                 self.policy.enable_input_require_grads()
 
     def _fill(self, model: Any, kind: str) -> int:
-        """Fakes for the weights, TRL's head, and hooks that tell the backbone's memory from the head's."""
+        """Fills the weights with fake tensors, and adds hooks that separate the backbone's memory from the head's."""
         fill_with_fakes(model, self.settings)
         for tensor in list_tensors(model):
             self.ledger.hold(tensor, kind)
         causal_lm = model.get_base_model() if self.settings.model.use_peft and kind == "weights" else model
         if self.shares:
             causal_lm.set_attn_implementation(NAME)
-        causal_lm.base_model.register_forward_pre_hook(lambda *_: self._now("activations"))
+        causal_lm.base_model.register_forward_pre_hook(lambda *_: self._set_kind("activations"))
         causal_lm.base_model.register_forward_hook(lambda _, __, output: self._leave_backbone(output))
         return self.ledger.by_kind[kind]
 
-    def _now(self, kind: str) -> None:
+    def _set_kind(self, kind: str) -> None:
         self.ledger.kind = kind
 
     def _leave_backbone(self, output: Any) -> None:
-        self._now("logits")
-        if output.last_hidden_state.requires_grad:  # backward comes back from the head here
-            output.last_hidden_state.register_hook(lambda _: self._now("activations"))
+        self._set_kind("logits")
+        if output.last_hidden_state.requires_grad:  # backward leaves the head at this tensor
+            output.last_hidden_state.register_hook(lambda _: self._set_kind("activations"))
 
     def _score(self, model: Any, shape: Shape) -> torch.Tensor:
-        """Log-probs of the answer tokens, `(answer tokens,)`, by the backbone and TRL's head."""
+        """Returns the answer tokens' log-probs `(answer tokens,)`, of the backbone and TRL's head."""
         causal_lm = model.get_base_model() if hasattr(model, "get_base_model") else model
         hidden = causal_lm.base_model(**self._lay_out(shape), use_cache=False).last_hidden_state
         width = hidden.shape[-1]
         hidden = hidden.reshape(-1, width) if self.shares and shape.lengths else hidden[:, :-1].reshape(-1, width)
-        answers = hidden[: shape.answer_tokens].clone()  # TRL selects them by a mask: a copy
+        answers = hidden[: shape.answer_tokens].clone()  # TRL selects them with a mask, which copies them
         head = causal_lm.get_output_embeddings()
         if self.on_gpu:
             return GpuHead.apply(answers, head.weight)  # type: ignore[no-untyped-call]  # torch has no types for apply
@@ -229,13 +261,13 @@ class _Step:
             self._score(self.policy if self.reference is None else self.reference, shape)
 
     def precompute(self, shape: Shape) -> None:
-        """The reference's pass over the rows, before the first step."""
+        """Traces the reference's pass over the rows, before the first step."""
         self.policy.eval()
         with self._mixed_precision():
             self._score_by_reference(shape)
 
     def forward_and_backward(self, shape: Shape) -> None:
-        """One micro-batch. Backward begins in the head."""
+        """Traces one micro-batch. The backward pass begins in the head."""
         self.policy.train()
         with self._mixed_precision():
             log_probs = self._score(self.policy, shape)
@@ -243,13 +275,13 @@ class _Step:
                 self._score_by_reference(shape)
             loss = log_probs.sum()
         del log_probs
-        self._now("logits")
+        self._set_kind("logits")
         loss.backward()
 
     def update(self) -> None:
-        """AdamW's states are made at the first step, and the gradients are dropped after each."""
+        """Allocates optimizer states at the first step, and frees the gradients."""
         if not self.states:
-            self._now("optimizer")
+            self._set_kind("optimizer")
             for parameter in self.trained:
                 size = count_state_bytes(self.settings.training.optim, parameter)
                 self.states += [torch.zeros(part, dtype=torch.uint8) for part in (size // 2, size - size // 2)]
@@ -257,7 +289,7 @@ class _Step:
             parameter.grad = None
 
     def evaluate(self, shape: Shape) -> None:
-        """A batch of held-out pairs: no gradients, but often more pairs."""
+        """Traces a batch of held-out pairs: without gradients, but often with more pairs."""
         self.policy.eval()
         with torch.no_grad(), self._mixed_precision():
             self._score(self.policy, shape)

@@ -37,11 +37,11 @@ def plan(
         quiet_dependencies()
         from dpokit.plan.check import check_plan
         from dpokit.plan.plan import build_plan
-        from dpokit.plan.request import load_asked
+        from dpokit.plan.request import load_request
         from dpokit.plan.table import print_plan
 
         with user_errors():
-            made = build_plan(load_asked(recipe, context.args, gpus))
+            made = build_plan(load_request(recipe, context.args, gpus))
             checked = check_plan(made) if check else None
     if as_json:
         echo(json.dumps(made.record() | {"check": checked}, indent=2))
@@ -104,7 +104,7 @@ def submit(
         from dpokit.story import user_errors
 
         quiet_dependencies()
-        from dpokit.plan.request import load_asked
+        from dpokit.plan.request import load_request
         from dpokit.settings.layers import find_recipe
 
         with user_errors():
@@ -128,7 +128,7 @@ def submit(
             check_job(job)
             # As a run would read them, for GPUs that this machine need not have; what memory they have does not matter.
             gpus = f"{nodes * gpus_per_node}x80" if gpus_per_node else None
-            load_asked(str(job.recipe), job.command().flags, gpus)
+            load_request(str(job.recipe), job.command().flags, gpus)
             answer = render_job(job) if dry_run else submit_text(render_job(job))
     typer.echo(answer, nl=not dry_run)
 
