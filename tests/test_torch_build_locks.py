@@ -10,15 +10,15 @@ import psutil
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from dpokit.torch_build_locks import pass_dead_locks
+from dpokit.torch_build_locks import remove_dead_locks
 
 COMPILE = """
 import sys
 from torch.utils.cpp_extension import load
 
-from dpokit.torch_build_locks import pass_dead_locks
+from dpokit.torch_build_locks import remove_dead_locks
 
-pass_dead_locks(dead_after_seconds=0)
+remove_dead_locks(dead_after_seconds=0)
 load("answer", [sys.argv[1]], is_python_module=False)
 print("compiled")
 """
@@ -59,7 +59,7 @@ def test_a_compilation_that_was_killed_does_not_hold_up_the_next(folder, tmp_pat
 def test_a_lock_that_a_process_of_this_machine_holds_is_left_to_torch(folder):
     baton = FileBaton(folder / "lock")
     assert baton.try_acquire()
-    pass_dead_locks(dead_after_seconds=0)
+    remove_dead_locks(dead_after_seconds=0)
     baton.release()  # an error, were it gone
 
 
@@ -67,7 +67,7 @@ def test_a_young_lock_that_nobody_here_holds_is_waited_for(folder, capfd):
     (folder / "lock").touch()
     far_away = threading.Timer(1.0, (folder / "lock").unlink)
     far_away.start()
-    pass_dead_locks()
+    remove_dead_locks()
     assert not (folder / "lock").exists()
     far_away.join(5)
     assert not far_away.is_alive()

@@ -1,7 +1,7 @@
-"""dpokit: Direct Preference Optimization on one to many GPUs, with proof."""
+"""dpokit: Direct Preference Optimization on one to many GPUs."""
 
 import logging
 
-# bitsandbytes looks for an optional CPU kernel whenever it is imported, and PEFT always imports it. Said here, before
-# either is; delete when bitsandbytes asks only on use.
+# bitsandbytes logs about a missing optional CPU kernel whenever it is imported, and PEFT always imports it. The level
+# is set before both imports. Delete when bitsandbytes looks for the kernel only on use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -167,5 +167,5 @@ def test_a_silent_builder_is_given_up_after_the_time_out(start, sign):
     first, second = start(0, 0, 0), start(1, 0, 600)
     assert second.stdout.readline() == "builds\n"
     second.send_signal(sign)
-    lost = "rank 0 lost rank 1, or waited 3 s for it in vain: rank 1 gave no sign of life"
+    lost = "rank 0 lost rank 1, which ended or did not respond within 3 s: rank 1 gave no sign of life"
     assert lost in lines_of(first)[-1]

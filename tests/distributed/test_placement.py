@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from trl import DPOConfig, ModelConfig
 
-from dpokit.distributed.placement import check_placement, find_asked_placement, find_placement
+from dpokit.distributed.placement import check_placement, find_placement, find_requested_placement
 from dpokit.errors import SettingsError
 
 
@@ -36,7 +36,7 @@ def ask(training, monkeypatch):
 
 @pytest.mark.parametrize("placement", ["one device", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload", "FSDP1", "FSDP2"])
 def test_what_the_launcher_asks_for_is_read(placement, ask):
-    assert find_asked_placement(ask(placement)) == placement
+    assert find_requested_placement(ask(placement)) == placement
 
 
 def test_a_plain_model_is_on_one_device_and_one_spread_over_gpus_by_torch_is_not():

@@ -13,7 +13,7 @@ from dpokit.distributed.processes import (
     _read_accelerate_command,
     check_devices,
     check_world_size,
-    find_asked_processes,
+    find_requested_processes,
     is_main_process,
 )
 from dpokit.errors import MachineError
@@ -31,14 +31,14 @@ def no_default_config(monkeypatch, tmp_path) -> Path:
 
 def test_the_world_size_of_the_launcher_is_what_was_asked_for(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    number, where = find_asked_processes()
+    number, where = find_requested_processes()
     assert number == 4
     assert "WORLD_SIZE" in where
 
 
 def test_without_a_launcher_nothing_was_asked_for(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert find_asked_processes() is None
+    assert find_requested_processes() is None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_single_process_launcher_is_found_by_its_command_line(tmp_path):
     """The real launcher: it starts one process, exports no WORLD_SIZE, and its own words are all there is."""
     script = tmp_path / "show.py"
     script.write_text(
-        "from dpokit.distributed.processes import find_asked_processes\nprint('asked', find_asked_processes())\n"
+        "from dpokit.distributed.processes import find_requested_processes as find\nprint('asked', find())\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}

@@ -14,7 +14,7 @@ from dpokit.checkpoint.preempt import Notice
 from dpokit.report.read import load_run
 from dpokit.rundir import RunDir
 from dpokit.sweep.trial import TrialRun
-from dpokit.torch_build_locks import pass_dead_locks
+from dpokit.torch_build_locks import remove_dead_locks
 
 HOUR = 3600.0
 # A clock set while something runs, in seconds.
@@ -92,7 +92,7 @@ def test_a_lock_with_the_time_of_another_clock_is_waited_for(seconds, tmp_path, 
     lock.touch()
     os.utime(lock, (time.time() - seconds,) * 2)
     began = time.monotonic()
-    pass_dead_locks(dead_after_seconds=1.0)
+    remove_dead_locks(dead_after_seconds=1.0)
     assert time.monotonic() - began >= 1.0
     assert not lock.exists()
 

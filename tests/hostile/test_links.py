@@ -88,7 +88,7 @@ def test_a_pipe_in_the_place_of_a_file_stops_every_verb_at_once(name, verb, run)
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    with pytest.raises(RunFolderError, match=r"is neither a file nor a folder|it is no file"):
+    with pytest.raises(RunFolderError, match=r"is neither a file nor a folder|it is not a file"):
         VERBS[verb](run)
 
 

@@ -16,7 +16,7 @@ from dpokit.model.base_and_tuned import find_run
 from dpokit.model.load import load_policy
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings.flags import FlagParser
-from dpokit.settings.load import FROM_RUN, load_settings, read_asked
+from dpokit.settings.load import FROM_RUN, load_settings, read_run_settings
 
 # What a stranger's run.json might ask of this machine.
 GREEDY = {
@@ -50,7 +50,7 @@ def record_with(**values: object) -> dict:
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_run_folder_grants_nothing(name):
-    asked = read_asked(record_with(**{name: GREEDY[name]}))
+    asked = read_run_settings(record_with(**{name: GREEDY[name]}))
     assert asked.get(name) != GREEDY[name]
     assert asked["output_dir"] == "unused"
 
@@ -59,7 +59,7 @@ def test_every_flag_is_either_described_by_a_run_or_left_to_this_command_line():
     """A new flag is taken from no run folder until somebody lists it, and nothing is listed that is no flag."""
     flags = set(FlagParser().names()) | set(FlagParser("sft").names())
     assert FROM_RUN - {"kind"} <= flags
-    taken = read_asked(record_with(**dict.fromkeys(flags, "x"))).keys()
+    taken = read_run_settings(record_with(**dict.fromkeys(flags, "x"))).keys()
     assert taken - {"output_dir", "report_to", "use_cpu"} == FROM_RUN & flags
     assert not {name for name in FROM_RUN if "trust" in name or "hub" in name or "dir" in name or "num_proc" in name}
 

@@ -462,7 +462,7 @@ def test_a_run_folder_that_goes_away_ends_the_run_in_one_message(loss, moment, w
     assert "Traceback" not in log
     assert log.count("RunFolderError") == 1, log
     assert words in log
-    assert "brought up to date" not in log
+    assert "could not be updated" not in log
     if loss == "removed":
         assert not lives.run.run_json.exists(), "a run that was deleted is not made again"
 

@@ -27,7 +27,7 @@ from dpokit.report.page import find_samples, list_alarms
 from dpokit.report.read import Run, load_run, mapping, read_object
 from dpokit.report.tables import Table, interval
 from dpokit.report.verdict import find_judgement, judge
-from dpokit.rundir import CARD_MARK, RunDir, is_of_card, write_whole
+from dpokit.rundir import CARD_MARK, RunDir, is_card_file, write_whole
 
 FIRST_FIGURES = ("loss", "margins", "accuracies", "rewards", "logps", "grad_norm")
 FIRST_ROWS = ("accuracy", "margin", "loss", "kl_per_token")
@@ -179,7 +179,7 @@ def check_ours(path: Path) -> None:
     """Raises RunFolderError where a file is in the way that is no card of ours, or one that was edited since."""
     if not path.exists():
         return
-    if not path.is_file() or not is_of_card(path):
+    if not path.is_file() or not is_card_file(path):
         raise RunFolderError(
             f"{path} is there, and was not written by dpokit card",
             expected="a free name, or an older card to be replaced",

@@ -16,7 +16,7 @@ from dpokit.evaluate.inputs import Subject, load_subject
 from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
 from dpokit.model.reference import find_cache_folder
-from dpokit.rundir import noticing_loss, write_json
+from dpokit.rundir import lost_folder_errors, write_json
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def evaluate_model(
             "a judge was named, and no answers are sampled", expected="answers to judge", do="--answers 50"
         )
     sampling = sampling or Sampling()
-    with noticing_loss(what):
+    with lost_folder_errors(what):
         subject = load_subject(what, base=base, data=data, split=split, argv=argv)
         if answers:
             # What cannot be answered is an error before anything is scored.

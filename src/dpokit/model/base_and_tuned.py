@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.model.load import find_base, find_max_length, load_frozen, load_tokenizer, name_model
 from dpokit.rundir import RunDir, find_model
-from dpokit.settings.load import Settings, read_asked
+from dpokit.settings.load import Settings, read_run_settings
 
 
 @dataclass
@@ -74,7 +74,7 @@ def find_run(what: str) -> tuple[RunDir | None, dict[str, Any]]:
 
 def read_defaults(record: dict[str, Any], what: str) -> dict[str, Any]:
     """Settings of a run, or for a model that was named, for a verb that trains nothing."""
-    return read_asked(record) | ({} if record else {"model_name_or_path": what})
+    return read_run_settings(record) | ({} if record else {"model_name_or_path": what})
 
 
 def find_names(settings: Settings, run: RunDir | None, what: str, base: str | None) -> tuple[str, str | None]:

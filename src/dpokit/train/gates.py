@@ -19,7 +19,7 @@ from trl import DPOConfig
 
 from dpokit.console import say
 from dpokit.distributed.coordination import decide_on_main_process
-from dpokit.distributed.placement import find_asked_placement, find_placement
+from dpokit.distributed.placement import find_placement, find_requested_placement
 from dpokit.errors import GateError
 from dpokit.model.score import find_dropout
 from dpokit.train.steps import StepTrainer
@@ -93,7 +93,7 @@ class GateCallback(TrainerCallback):
             self._trip_gradient("no parameter of the model may be trained")
 
     def _check_in_force(self, args: TrainingArguments) -> None:
-        asked, placement = find_asked_placement(args), find_placement(self.trainer.model_wrapped)
+        asked, placement = find_requested_placement(args), find_placement(self.trainer.model_wrapped)
         if placement != asked.removesuffix(" + CPU offload"):
             self.gates.trip(
                 f"the model was to be placed by {asked} over {args.world_size} processes, but it is by {placement}",
