@@ -1,4 +1,4 @@
-"""The console script: what --help costs, how a mistake of the user ends, what goes where."""
+"""The console script: --help without torch, errors of the user, stdout and stderr."""
 
 import json
 import os
@@ -18,9 +18,9 @@ from dpokit.verbs.app import app
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft"}
 
 
-def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
+def dpokit(*argv: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "dpokit.cli", *words]
+    command = [sys.executable, "-m", "dpokit.cli", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=environment)
 
 
@@ -71,7 +71,7 @@ def test_an_option_is_known_with_dashes_and_with_underscores(option, tmp_path):
     assert "holds no run" in done.stderr
 
 
-def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tiny_gpt2, pairs_file):
+def test_the_result_goes_to_stdout_and_progress_to_stderr(tiny_gpt2, pairs_file):
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--max_length", "64"]
     done = dpokit("plan", "recipes/dpo_gpt2.py", *flags, "--eval_fraction", "0.1", "--gpus", "2x24", "--json")
     assert done.returncode == 0, done.stderr
@@ -90,7 +90,7 @@ def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tin
         (["recipes/dpo_gpt2.py", "--model_name_or_path", "no/such"], "ModelError: --model_name_or_path no/such"),
     ],
 )
-def test_a_mistake_is_one_message_without_a_traceback_and_exit_code_2(words, says):
+def test_a_mistake_is_one_message_and_exit_code_2(words, says):
     done = dpokit("plan", *words)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr

@@ -1,4 +1,4 @@
-"""README and docs/: links, paths, commands, tables and numbers are those of the repository."""
+"""README and docs/: links, paths, commands, tables and numbers agree with the repository."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from dpokit.settings.flags import DataArguments
 from dpokit.verbs.app import app
 
 DOCS = ROOT / "docs"
-OTHER_PROGRAMS = {"accelerate", "dpokit", "sbatch", "bash", "vllm", "transformers"}  # the first four: see other tests
+OTHER_PROGRAMS = {"accelerate", "dpokit", "sbatch", "bash", "vllm", "transformers"}  # other tests check the first four
 
 
 def test_the_readme_has_at_most_200_lines():
@@ -53,7 +53,7 @@ def test_the_table_of_changes_has_15_rows_with_files_and_tests():
     rows = [line.split("|") for line in read_section(DOCS / "CONTRIBUTING.md", "To change X, open Y").splitlines()[3:]]
     assert len(rows) >= 15
     for row in rows:
-        assert re.search(r"`(src|recipes|tests)/", row[2]), row  # that each exists: the test above
+        assert re.search(r"`(src|recipes|tests)/", row[2]), row  # the test above checks that each path exists
         assert "`tests/" in row[3], row
 
 

@@ -1,4 +1,4 @@
-"""The one tree of errors: three sentences each, and whole on the way to another rank."""
+"""The tree of errors: each message has three parts and survives pickling to another rank."""
 
 import errno
 import pickle
@@ -59,6 +59,6 @@ def test_disk_trouble_is_found_behind_the_error_of_a_library(number, seen):
     assert "--output_dir" in trouble.do
 
 
-def test_what_is_no_disk_trouble_is_none():
+def test_other_errors_are_no_disk_trouble():
     assert find_disk_trouble(ValueError("beta")) is None
     assert find_disk_trouble(OSError(errno.ECONNREFUSED, "refused")) is None

@@ -1,4 +1,4 @@
-"""How many processes were asked for, how many there are, and who speaks."""
+"""The requested and the actual number of processes, and the rank that prints."""
 
 import os
 import subprocess
@@ -23,20 +23,20 @@ RECIPE = "recipes/dpo_gpt2.py"
 
 @pytest.fixture(autouse=True)
 def no_default_config(monkeypatch, tmp_path) -> Path:
-    """Whoever runs the tests may have written a config with `accelerate config`; here its place is a path of ours."""
+    """Replaces the path of accelerate's default config, which a user may have written with `accelerate config`."""
     path = tmp_path / "default_config.yaml"
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(path))
     return path
 
 
-def test_the_world_size_of_the_launcher_is_what_was_asked_for(monkeypatch):
+def test_the_requested_number_is_the_launchers_world_size(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     number, where = find_requested_processes()
     assert number == 4
     assert "WORLD_SIZE" in where
 
 
-def test_without_a_launcher_nothing_was_asked_for(monkeypatch):
+def test_without_a_launcher_no_number_is_requested(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert find_requested_processes() is None
 
@@ -99,7 +99,7 @@ def test_the_projects_own_configs_ask_for_what_they_say():
 
 
 def test_a_single_process_launcher_is_found_by_its_command_line(tmp_path):
-    """The real launcher: it starts one process, exports no WORLD_SIZE, and its own words are all there is."""
+    """The real launcher: it starts one process and exports no WORLD_SIZE; only its command line has the number."""
     script = tmp_path / "show.py"
     script.write_text(
         "from dpokit.distributed.processes import find_requested_processes as find\nprint('asked', find())\n"
@@ -110,14 +110,14 @@ def test_a_single_process_launcher_is_found_by_its_command_line(tmp_path):
     assert "asked (2, 'accelerate launch --num_processes 2')" in done.stdout
 
 
-def test_a_world_of_one_is_right_where_one_or_nothing_was_asked_for(monkeypatch):
+def test_one_process_is_accepted_if_one_or_none_is_requested(monkeypatch):
     assert check_world_size() == 1
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert check_world_size() == 1
 
 
-def test_a_world_smaller_than_asked_for_is_refused_with_the_way_out(monkeypatch):
-    PartialState()  # of one process, before the environment speaks of two
+def test_fewer_processes_than_requested_are_refused(monkeypatch):
+    PartialState()  # has one process: it is built before the environment says two
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MachineError, match=r"2 processes were asked for .* but 1 is training") as error:
         check_world_size()
@@ -125,7 +125,7 @@ def test_a_world_smaller_than_asked_for_is_refused_with_the_way_out(monkeypatch)
     assert "--num_processes 1" in error.value.do
 
 
-def test_more_processes_than_gpus_are_refused_with_the_number_there_is(monkeypatch):
+def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(MachineError, match="4 processes were started on this machine, which has 2 GPUs") as error:

@@ -78,7 +78,7 @@ def test_numbers_that_real_configs_hold_are_within_bounds(changes, model):
     check_config(str(model), None)
 
 
-def test_tensors_that_do_not_match_are_passed_over_where_gates_warn(model, capfd):
+def test_mismatched_tensors_are_ignored_with_gates_warn(model, capfd):
     MODELS["a value head"][0](model)
     load(model, gates="warn")
     assert "no place for: v_head.summary.weight" in capfd.readouterr().err

@@ -55,7 +55,7 @@ def test_a_copy_keeps_its_merge_and_its_evaluation(reverse, run):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_copy_of_a_run_that_was_trained_on_has_an_outdated_merge(reverse, run):
+def test_a_copy_of_a_resumed_run_has_an_outdated_merge(reverse, run):
     run.take_possession(6)
     run.write_run(state="finished")
     set_times(run.path, reverse=reverse)
@@ -108,7 +108,7 @@ def search(tmp_path):
     return Search(load_space(space), tmp_path / "sweep", storage=None, name="own")
 
 
-def test_a_worker_of_this_machine_is_known_whoever_sets_the_clock(search, set_clock):
+def test_a_local_worker_is_recognised_with_any_clock(search, set_clock):
     set_clock()
     assert search._is_alive(search.worker)
     host, pid, start = search.worker.split(":")

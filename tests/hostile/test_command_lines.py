@@ -39,7 +39,7 @@ def load(kind: str, name: str, value: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), FLAGS)
-def test_any_value_of_any_flag_is_taken_or_refused_in_one_message(kind, name, tmp_path):
+def test_any_flag_value_is_accepted_or_refused_in_one_message(kind, name, tmp_path):
     numeric = FLAGS[kind, name] in ("int", "float")
     for value in NUMBERS if numeric else WORDS:
         try:
@@ -129,7 +129,7 @@ def defaults(tiny_gpt2, tmp_path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), TRAINED)
-def test_a_run_with_an_odd_value_trains_or_says_in_one_message_why_not(name, value, defaults, tmp_path, monkeypatch):
+def test_a_run_with_an_odd_value_trains_or_fails_in_one_message(name, value, defaults, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapted = ["--use_peft"] if name.startswith("lora_") else []
     best = ["--load_best_model_at_end", "--eval_fraction", "0.3", "--eval_strategy", "steps", "--eval_steps", "1"]
@@ -170,7 +170,7 @@ def test_every_verb_is_tried():
 @pytest.mark.slow
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_path_that_leads_nowhere_is_one_message_and_exit_code_2(verb, path):
+def test_a_missing_path_is_one_message_and_exit_code_2(verb, path):
     """And the verb ends, `serve` and `chat` too."""
     done = dpokit(*(PATHS[path] if word == "PATH" else word for word in VERBS[verb]))
     assert done.returncode == 2, done.stderr[-2000:]

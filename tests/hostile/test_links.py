@@ -67,7 +67,7 @@ def check_untouched(private: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, run, private):
+def test_a_file_linked_out_of_the_folder_stops_every_verb(name, verb, run, private):
     path = run.path / name
     path.parent.mkdir(exist_ok=True)
     content = path.read_bytes() if path.exists() else b"{}"
@@ -94,7 +94,7 @@ def test_a_pipe_in_the_place_of_a_file_stops_every_verb_at_once(name, verb, run)
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, run, private):
+def test_a_folder_linked_out_of_the_run_stops_every_verb(name, verb, run, private):
     path = run.path / name
     if path.exists():
         path.rename(run.path / "aside")

@@ -260,7 +260,7 @@ def test_requests_without_end_are_ended(page):
         assert not opened
 
 
-def test_idle_sockets_of_one_address_leave_room_for_others_and_are_closed(page):
+def test_idle_sockets_of_an_address_are_limited_and_closed(page):
     before = len(page.said)
     with ExitStack() as stack:
         for _ in range(530):
@@ -288,7 +288,7 @@ def test_questions_whose_readers_are_gone_make_room(page, way):
     wait_until_answered(page, SLACK, "127.0.0.1")
 
 
-def test_one_address_fills_no_queue_and_others_take_turns_with_it(page):
+def test_one_address_cannot_fill_the_queue(page):
     with ExitStack() as stack:
         clients = [stack.enter_context(httpx.Client(base_url=page.url, trust_env=False)) for _ in range(20)]
         for client in clients:

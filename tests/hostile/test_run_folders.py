@@ -55,7 +55,7 @@ def test_a_run_folder_grants_nothing(name):
     assert asked["output_dir"] == "unused"
 
 
-def test_every_flag_is_either_described_by_a_run_or_left_to_this_command_line():
+def test_a_flag_comes_from_the_run_or_the_command_line():
     """A new flag is taken from no run folder until somebody lists it, and nothing is listed that is no flag."""
     flags = set(FlagParser().names()) | set(FlagParser("sft").names())
     assert FROM_RUN - {"kind"} <= flags
@@ -170,7 +170,7 @@ def test_code_is_run_where_the_command_line_trusts_it(verb, coded_run):
 
 
 @pytest.mark.cold
-def test_a_verb_that_follows_training_imports_nothing_from_the_working_folder(tmp_path, monkeypatch, capfd):
+def test_a_verb_after_training_imports_no_module_of_the_folder(tmp_path, monkeypatch, capfd):
     for name in ("typer", "torch", "json", "dpokit"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')\n")
     monkeypatch.chdir(tmp_path)

@@ -167,7 +167,7 @@ def test_a_card_shows_no_secret(form, option, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_no_file_and_no_screen_of_a_run_and_its_verbs_shows_a_planted_secret(tiny_gpt2, tmp_path):
+def test_no_output_of_a_run_or_its_verbs_shows_a_secret(tiny_gpt2, tmp_path):
     """A run that gets a token as a flag, and keys from its environment; then every verb; then starts that fail."""
     planted = {
         "HF_TOKEN": f"hf_env{SECRET}",

@@ -277,7 +277,7 @@ def test_ctrl_c_again_ends_a_run_that_is_still_saving(world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM], ids=lambda number: number.name)
-def test_a_signal_while_a_verb_follows_the_run_names_what_is_left(number, world):
+def test_a_signal_during_a_verb_after_training_names_the_rest(number, world):
     lives = build_lives(world, f"merging-{number.name}", "--merge_after_training", "true")
     with until(lives, MOMENTS["merging"]) as process:
         process.send_signal(number)
@@ -314,7 +314,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_before_the_first_step_ends_the_other_as_preempted(world):
+def test_a_signal_before_the_first_step_preempts_both_ranks(world):
     """Without a launcher's agent, which would end the other one."""
     lives = build_lives(world, "one of two", steps=200)
     words = [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), *lives.flags, "--use_cpu", "--ddp_timeout", "30"]
@@ -370,7 +370,7 @@ def find_words(verb: str, run: RunDir, world: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_signal_at_a_random_moment_of_a_verb_leaves_nothing_half_made(verb, world, tmp_path):
+def test_a_signal_at_a_random_moment_leaves_no_partial_output(verb, world, tmp_path):
     run = RunDir(tmp_path / "run")
     shutil.copytree(world / "whole", run.path)
     words = find_words(verb, run, world)

@@ -82,7 +82,7 @@ def check_world_size() -> int:
 
 
 def find_machine(*, on_cpu: bool) -> dict[str, Any]:
-    """The hardware of a run, for run.json: the product name of the `device`, and the number of `nodes`; no host name."""
+    """The hardware of a run, for run.json: the `device`'s product name and the number of `nodes`; no host name."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     nodes = processes // int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
     if on_cpu:
