@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
 
-# Variables that a library, the C library or the interpreter reads before a program starts.
+# Variables that a library, the C library or the interpreter reads at import or at its start.
 READ_EARLY = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TRACKIO_", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "LD_")
 READ_EARLY += ("CUDA_", "MPL", "HOME", "XDG_CACHE_HOME", "TMPDIR", "LANG", "LC_", "PYTHONHASHSEED", "PYTHONWARNINGS")
 READ_EARLY += ("PYTHONUTF8", "TORCH_EXTENSIONS_DIR", "CXX")
@@ -57,7 +57,7 @@ class ForkServer:
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def fork(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
-        """The pid of the new child, whose first three files these are."""
+        """The pid of the new child, which gets the files as stdin, stdout and stderr."""
         with self.lock:
             socket.send_fds(self.near, [json.dumps(request).encode()], list(files))
             return int(self.near.recv(64))
@@ -80,8 +80,8 @@ class Popen(COLD):
     """subprocess.Popen that forks from the server where possible."""
 
     def _execute_child(self, args: Any, executable: Any, *more: Any) -> None:
-        # CPython's order behind `executable`: preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
-        # shell, then both ends of three pipes, restore_signals, four of users, start_new_session, process_group.
+        # CPython's order after `executable`: preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
+        # shell, then both ends of three pipes, restore_signals, four for users, start_new_session, process_group.
         preexec, _, passed, cwd, env, _, _, shell = more[:8]
         environment = dict(os.environ if env is None else env)
         words = [] if isinstance(args, (str, bytes)) else [os.fspath(word) for word in args]
@@ -244,7 +244,7 @@ def become(request: Mapping[str, Any]) -> Never:
 
 
 def settle_hub(before: Mapping[str, str]) -> None:
-    """Gives the Hub's client the variables that it would have read at import."""
+    """Makes the Hub's client read its variables again, because they differ from those at its import."""
     names = {name for name in (*before, *os.environ) if name.startswith(READ_BY_HUB)}
     if any(before.get(name) != os.environ.get(name) for name in names):
         from huggingface_hub import constants, hf_api

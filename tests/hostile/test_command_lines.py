@@ -1,4 +1,4 @@
-"""Sloppy command lines: every flag with values that nobody means ends in one message, or in a run that can be."""
+"""Wrong command lines: every flag with nonsensical values ends in one message, or in a run that works."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ WORDS = ("", " ", "x", "-", "--", "null", "{}", "[", '{"x": 1}', "a=b", "\u00b2"
 
 
 def flags_of(kind: str) -> dict[str, str]:
-    """Every flag and the name of its type."""
+    """The name of each flag's type, by the flag."""
     parser = FlagParser(kind)
     return {
         action.dest: getattr(action.type, "__name__", str(action.type))
@@ -34,8 +34,8 @@ FLAGS |= {("sft", name): type_ for name, type_ in flags_of("sft").items() if ("d
 
 
 def load(kind: str, name: str, value: str, folder: Path) -> None:
-    given = {"kind": kind, "output_dir": str(folder / "run"), "use_cpu": True, "report_to": "none"}
-    load_settings("test", given, [f"--{name}={value}"])
+    defaults = {"kind": kind, "output_dir": str(folder / "run"), "use_cpu": True, "report_to": "none"}
+    load_settings("test", defaults, [f"--{name}={value}"])
 
 
 @pytest.mark.parametrize(("kind", "name"), FLAGS)
@@ -50,7 +50,7 @@ def test_any_flag_value_is_accepted_or_refused_in_one_message(kind, name, tmp_pa
 
 @pytest.mark.parametrize(("kind", "name"), [key for key, type_ in FLAGS.items() if type_ in ("int", "float")])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_number_that_is_none_is_refused(value, kind, name, tmp_path):
+def test_nan_or_infinity_is_refused(value, kind, name, tmp_path):
     with pytest.raises(SettingsError, match=name):
         load(kind, name, value, tmp_path)
 
@@ -72,11 +72,11 @@ def test_a_number_out_of_its_range_is_refused(name, number, tmp_path):
     assert f"--{name}" in refusal.value.do
 
 
-def test_every_bound_is_that_of_a_flag():
+def test_every_bound_has_a_flag():
     assert {name for name in BOUNDS if not any((kind, name) in FLAGS for kind in KINDS)} == set()
 
 
-# -- values that settings alone cannot judge ---------------------------------------------------------------------------
+# -- values that only a run can check ----------------------------------------------------------------------------------
 
 VALUES = {"int": ("0", "1", "2"), "float": ("0", "1e-300", "0.5", "1", "1e30")}
 SLOPPY = {
@@ -171,7 +171,7 @@ def test_every_verb_is_tried():
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_missing_path_is_one_message_and_exit_code_2(verb, path):
-    """And the verb ends, `serve` and `chat` too."""
+    """Every verb ends, also `serve` and `chat`."""
     done = dpokit(*(PATHS[path] if word == "PATH" else word for word in VERBS[verb]))
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
