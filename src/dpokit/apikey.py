@@ -22,7 +22,7 @@ class ApiKey:
             raise SettingsError(
                 f"the key in {variable} holds a character that no key has (a space, a newline, or beyond ASCII)",
                 expected="the key alone",
-                do=f"export {variable} anew",
+                do=f"set {variable} again",
             )
 
     def __bool__(self) -> bool:
@@ -41,7 +41,7 @@ class ApiKey:
 
 
 def read_api_key(variable: str = "OPENAI_API_KEY") -> ApiKey:
-    """The key in an environment variable; an empty one where it is not set.
+    """The key in an environment variable; an empty one if it is not set.
 
     Raises: SettingsError for a key that a header cannot hold; the message does not show the key.
     """

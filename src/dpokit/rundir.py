@@ -181,8 +181,8 @@ class RunDir:
         if (trouble := _find_record_trouble(record)) is not None:
             raise RunFolderError(
                 f"{self.run_json} is damaged ({trouble})",
-                expected="the record that a run keeps of itself",
-                do="--overwrite_run true to begin anew here, or another --output_dir",
+                expected="the file as the run wrote it",
+                do="--overwrite_run true to start again here, or another --output_dir",
             )
         return record
 

@@ -40,8 +40,8 @@ def user_errors() -> Iterator[None]:
         with working(), path_errors():
             yield
     except DpokitError as error:
-        from dpokit.distributed.coordination import speaks_for_all
+        from dpokit.distributed.coordination import is_first_to_report
 
-        if speaks_for_all():
+        if is_first_to_report():
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

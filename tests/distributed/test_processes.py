@@ -135,9 +135,9 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     check_devices()
 
 
-@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
-def test_rank_0_and_a_process_without_a_rank_speak(rank, speaks, monkeypatch):
+@pytest.mark.parametrize(("rank", "is_main"), [(None, True), ("0", True), ("1", False)])
+def test_rank_0_and_a_process_without_a_rank_are_main(rank, is_main, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    assert is_main_process() is speaks
+    assert is_main_process() is is_main

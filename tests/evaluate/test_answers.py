@@ -129,7 +129,7 @@ def test_no_prompts_are_an_error_that_writes_nothing(base, tokenizer, tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_the_users_error(base, tokenizer, tmp_path):
-    with pytest.raises(RunFolderError, match="folder cannot be made"):
+    with pytest.raises(RunFolderError, match="folder cannot be created"):
         write_answers(tmp_path / "no", PROMPTS, base=base, tuned=base, tokenizer=tokenizer, sampling=SAMPLING)
 
 

@@ -65,7 +65,7 @@ PICKLES: dict[str, Callable[[Path], bytes]] = {
     "numpy's exec": text_opcodes('cnumpy.testing._private.utils\nrunstring\n(S\'open("$","w")\'\n}tR.'),
     "after the first pickle's names": text_opcodes("ccollections\nOrderedDict\n)Rp0\n0cos\nsystem\n(S'touch $'\ntR."),
     "BUILD with a state": text_opcodes("cargparse\nNamespace\n)R(dS'x'\ncos\nsystem\n(S'touch $'\ntRsb."),
-    "a class of ours": text_opcodes("cdpokit.sweep.trial\nTrialRun\n."),
+    "a class of dpokit": text_opcodes("cdpokit.sweep.trial\nTrialRun\n."),
     "nothing that ends": text_opcodes("(lp0\n"),
     "no pickle": text_opcodes("GIF89a $"),
 }

@@ -92,8 +92,8 @@ HONEST: dict[str, Callable[[bytes], Reply]] = {
     "a content type of pages": lambda body: says(body, "Content-Type: text/html"),
     "a charset that it does not have": lambda body: says(body, "Content-Type: text/event-stream; charset=latin-1"),
     "50 KB of headers": lambda body: says(body, *[f"X-{i}: {'x' * 1000}" for i in range(50)]),
-    "gzip that nobody asked for": lambda body: says(gzip.compress(body), "Content-Encoding: gzip"),
-    "deflate that nobody asked for": lambda body: says(zlib.compress(body), "Content-Encoding: deflate"),
+    "gzip without a request for it": lambda body: says(gzip.compress(body), "Content-Encoding: gzip"),
+    "deflate without a request for it": lambda body: says(zlib.compress(body), "Content-Encoding: deflate"),
     "gzip by its old name": lambda body: [*chunked([gzip.compress(body)], "Content-Encoding: x-gzip"), b"0\r\n\r\n"],
     "the encoding that is none": lambda body: says(body, "Content-Encoding: identity"),
 }

@@ -22,7 +22,7 @@ T = TypeVar("T")
 _builds = count()
 
 
-def speaks_for_all() -> bool:
+def is_first_to_report() -> bool:
     """Whether this process shows the error that ended its run: True for the first process that calls this function.
 
     Other ranks have the same error or a consequence of it. Before the process group exists, True on local rank 0 of
