@@ -5,7 +5,8 @@
     accelerate launch --config_file accelerate_configs/zero3_offload.yaml recipes/dpo_8b.py
 
 Weights, gradients and optimizer states of 8B parameters need more memory than one GPU has; `dpokit plan
-recipes/dpo_8b.py --gpus 8x80` shows where they fit. The flags of TRL's DPOConfig, ModelConfig and ScriptArguments work.
+recipes/dpo_8b.py --gpus 8x80` shows where they fit. Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments
+works; `--help` lists them.
 """
 
 from dpokit.story import main

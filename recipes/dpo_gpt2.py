@@ -20,7 +20,7 @@ DEFAULTS = {
     # Longer pairs are cut from the prompt's start; 1,024 (all positions) costs memory that only the few longest need.
     "max_length": 512,
     # The published runs used 5e-5 and ended with an eval loss above ln 2, worse than the untrained model. A fifth of
-    # that rate learns more slowly, and its best checkpoint is better than the untrained model.
+    # that rate learns more slowly and reaches a best checkpoint worth keeping.
     "learning_rate": 1e-5,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,

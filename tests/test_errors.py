@@ -48,7 +48,7 @@ def test_an_error_that_is_sent_to_another_rank_arrives_whole(kind):
 def test_disk_trouble_is_found_behind_the_error_of_a_library(number, seen):
     try:
         try:
-            raise OSError(number, "words of the system", "/scratch/run")
+            raise OSError(number, "the message of the system", "/scratch/run")
         except OSError as cause:
             raise RuntimeError("could not save") from cause
     except RuntimeError as error:

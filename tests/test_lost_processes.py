@@ -46,8 +46,8 @@ def start(port, flags) -> Iterator[Callable[..., subprocess.Popen]]:
         local_rank = rank if local_rank is None else local_rank
         places = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in places.items()}
-        words = [sys.executable, RECIPE, *flags]
-        begun.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
+        command = [sys.executable, RECIPE, *flags]
+        begun.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
         return begun[-1]
 
     yield start_rank

@@ -107,15 +107,15 @@ def documented_commands() -> list[str]:
 
 @pytest.mark.parametrize("command", documented_commands())
 def test_a_documented_command_names_existing_files(command):
-    words = shlex.split(command)
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file()
-        assert all((ROOT / word).exists() for word in words[2:] if word.startswith("tests/"))
+    argv = shlex.split(command)
+    if argv[0] == "bash":
+        assert (ROOT / argv[1]).is_file()
+        assert all((ROOT / word).exists() for word in argv[2:] if word.startswith("tests/"))
         return
-    position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
-    for launcher_flag, value in pairwise(words[2:position]):
+    position = next(i for i, word in enumerate(argv) if word.startswith("recipes/"))
+    for launcher_flag, value in pairwise(argv[2:position]):
         if launcher_flag == "--config_file":
             assert (ROOT / value).is_file()
-    flags = [str(ROOT / w) if w.startswith("recipes/presets") else w for w in words[position + 1 :]]
+    flags = [str(ROOT / w) if w.startswith("recipes/presets") else w for w in argv[position + 1 :]]
     if "--help" not in flags:
-        load_settings(words[position], defaults_of(ROOT / words[position]), [*flags, *ON_CPU])
+        load_settings(argv[position], defaults_of(ROOT / argv[position]), [*flags, *ON_CPU])

@@ -124,8 +124,8 @@ def test_leftovers_of_tests_are_reported(tmp_path):
         "def test_port():\n    kept.append(socket.create_server(('127.0.0.1', 0)))\n"
         f"def test_mount(tmp_path):\n{mount}"
     )
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", f"--basetemp={tmp_path / 'base'}"]
-    done = subprocess.run([*words, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", f"--basetemp={tmp_path / 'base'}"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     left = done.stdout.partition("left behind")[2]
     mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for place in mounted:
@@ -152,9 +152,9 @@ def test_a_killed_test_run_has_listed_the_packages_that_passed(tmp_path):
     (tmp_path / "tests" / "two" / "test_b.py").write_text(
         "import os, time\ndef test_b():\n    time.sleep(float(os.environ['NAP']))\n"
     )
-    words = [sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
+    command = [sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
     with (tmp_path / "log").open("w") as log:
-        cut = warm.COLD(words, stdout=log, cwd=tmp_path, env=os.environ | {"NAP": "600"})
+        cut = warm.COLD(command, stdout=log, cwd=tmp_path, env=os.environ | {"NAP": "600"})
         end = time.monotonic() + 60
         while "one: 1 passed in" not in (tmp_path / "log").read_text():
             assert time.monotonic() < end, (tmp_path / "log").read_text()
@@ -162,7 +162,7 @@ def test_a_killed_test_run_has_listed_the_packages_that_passed(tmp_path):
         cut.kill()
         cut.wait()
     assert "two:" not in (tmp_path / "log").read_text()
-    whole = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"NAP": "0"})
+    whole = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"NAP": "0"})
     table = whole.stdout.partition("seconds of each package")[2].splitlines()
     rows = {line.split()[0]: line for line in table if line.startswith(("one", "two"))}
     assert rows["one"].split()[2:] == ["0", "1", "over", "its", "budget"]

@@ -84,24 +84,24 @@ class Popen(COLD):
         # shell, then both ends of three pipes, restore_signals, four for users, start_new_session, process_group.
         preexec, _, passed, cwd, env, _, _, shell = more[:8]
         environment = dict(os.environ if env is None else env)
-        words = [] if isinstance(args, (str, bytes)) else [os.fspath(word) for word in args]
-        special = shell or preexec or passed or executable or any(isinstance(word, bytes) for word in words)
-        server = None if special or read_program(words) is None else get_server()
+        argv = [] if isinstance(args, (str, bytes)) else [os.fspath(word) for word in args]
+        special = shell or preexec or passed or executable or any(isinstance(word, bytes) for word in argv)
+        server = None if special or read_program(argv) is None else get_server()
         if server is None or not server.serves(environment):
             super()._execute_child(args, executable, *more)
             return
-        request = {"words": words, "environment": environment, "cwd": os.fspath(cwd or Path.cwd()), "session": more[-2]}
+        request = {"argv": argv, "environment": environment, "cwd": os.fspath(cwd or Path.cwd()), "session": more[-2]}
         stdin, _, _, stdout, _, stderr = more[8:14]
         self.pid = server.fork(request, [end if end >= 0 else n for n, end in enumerate((stdin, stdout, stderr))])
         self._child_created = True
         self._close_pipe_fds(*more[8:14])
 
 
-def read_program(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
+def read_program(argv: Sequence[str]) -> tuple[str, str, list[str]] | None:
     """(`-m`, `-c` or `file`; what it names; arguments) of a Python command; None for any other."""
-    if not words or words[0] != sys.executable:
+    if not argv or argv[0] != sys.executable:
         return None
-    rest = list(words[1:])
+    rest = list(argv[1:])
     while rest[:1] in (["-u"], ["-P"]):
         rest.pop(0)
     if len(rest) > 1 and rest[0] in ("-m", "-c"):
@@ -203,15 +203,15 @@ def become(request: Mapping[str, Any]) -> Never:
     os.environ.clear()
     os.environ.update(request["environment"])
     settle_hub(before)
-    show_in_proc(command=request["words"], environment=request["environment"])
+    show_in_proc(command=request["argv"], environment=request["environment"])
     start_nested_server(request["until_ready"])
     os.close(request["until_ready"])
     random.seed()
-    settle_streams(at_once="-u" in request["words"][1:3])
-    kind, name, arguments = read_program(request["words"]) or ("", "", [])
+    settle_streams(at_once="-u" in request["argv"][1:3])
+    kind, name, arguments = read_program(request["argv"]) or ("", "", [])
     sys.argv = ["-c" if kind == "-c" else name, *arguments]
     sys.path[0] = {"file": str(Path(name).parent.absolute()), "-m": request["cwd"], "-c": ""}[kind]
-    if "-P" in request["words"][1:3]:
+    if "-P" in request["argv"][1:3]:
         sys.path.pop(0)
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place and place not in sys.path]

@@ -164,7 +164,7 @@ def build_client(
     Args:
         url: the server's URL. The environment's proxy is not used for a server on this machine.
         api_key: sent with each request.
-        tls: the result of `httpx.create_ssl_context`, shared by clients because it takes longer than a request.
+        tls: the result of `httpx.create_ssl_context`, which takes longer than a request.
         silence_seconds: time-out between two pieces of a reply.
         connect_seconds: time-out for the connection.
     """

@@ -121,8 +121,8 @@ def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
     def start_rank(rank: int, local_rank: int, seconds: float, fails: int | None = None) -> subprocess.Popen:
         places = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in places.items()}
-        words = [sys.executable, str(script), str(seconds), str(fails)]
-        begun.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
+        command = [sys.executable, str(script), str(seconds), str(fails)]
+        begun.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         return begun[-1]
 
     yield start_rank

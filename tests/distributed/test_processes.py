@@ -42,7 +42,7 @@ def test_without_a_launcher_no_number_is_requested(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--num_processes", "2", RECIPE],
         ["--num_processes=2", RECIPE],
@@ -52,8 +52,8 @@ def test_without_a_launcher_no_number_is_requested(monkeypatch):
     ],
     ids=" ".join,
 )
-def test_a_number_on_accelerates_command_line_is_read(words):
-    assert _read_accelerate_command(words) == (2, "accelerate launch --num_processes 2")
+def test_a_number_on_accelerates_command_line_is_read(argv):
+    assert _read_accelerate_command(argv) == (2, "accelerate launch --num_processes 2")
 
 
 def test_a_number_in_accelerates_config_file_is_read(tmp_path):
@@ -67,8 +67,8 @@ def test_a_number_in_accelerates_config_file_is_read(tmp_path):
 def test_the_command_line_is_stronger_than_the_config_file(tmp_path):
     config = tmp_path / "two.yaml"
     config.write_text("num_processes: 2\n")
-    words = ["--config_file", str(config), "--num_processes", "3", RECIPE]
-    assert _read_accelerate_command(words) == (3, "accelerate launch --num_processes 3")
+    argv = ["--config_file", str(config), "--num_processes", "3", RECIPE]
+    assert _read_accelerate_command(argv) == (3, "accelerate launch --num_processes 3")
 
 
 def test_a_number_in_the_users_default_config_is_read(no_default_config):
@@ -86,10 +86,10 @@ def test_a_config_file_without_a_number_asks_for_none(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [[RECIPE], ["--cpu", RECIPE], [RECIPE, "--num_processes", "4"], ["--config_file", "none.yaml", RECIPE]]
+    "argv", [[RECIPE], ["--cpu", RECIPE], [RECIPE, "--num_processes", "4"], ["--config_file", "none.yaml", RECIPE]]
 )
-def test_a_command_without_a_number_asks_for_none(words):
-    assert _read_accelerate_command(words) is None
+def test_a_command_without_a_number_asks_for_none(argv):
+    assert _read_accelerate_command(argv) is None
 
 
 def test_the_projects_own_configs_ask_for_what_they_say():

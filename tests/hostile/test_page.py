@@ -140,10 +140,10 @@ ENDLESS = {
 @pytest.fixture(scope="module")
 def page(tiny_gpt2, tmp_path_factory) -> Iterator[Served]:
     votes = tmp_path_factory.mktemp("page") / "votes.jsonl"
-    words = (str(tiny_gpt2), "--base", str(tiny_gpt2), "--use_cpu", "--votes", str(votes))
-    words += ("--per-minute", "100000", "--forwarded-allow-ips", PROXY)
+    argv = (str(tiny_gpt2), "--base", str(tiny_gpt2), "--use_cpu", "--votes", str(votes))
+    argv += ("--per-minute", "100000", "--forwarded-allow-ips", PROXY)
     slow = {"AILING_SECONDS": "0.05", "AILING_PATIENCE": str(PATIENCE)}
-    with serve(*words, program=AILING, **slow) as made:
+    with serve(*argv, program=AILING, **slow) as made:
         for _ in range(300):
             if is_answered(made):
                 break

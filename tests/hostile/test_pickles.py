@@ -96,7 +96,7 @@ def test_shards_of_deepspeed_lie_beside_the_file_that_names_them(name, folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda path: path.symlink_to("/etc/hostname"), "is a link to a place outside"),
         (lambda path: path.symlink_to(path.parent.parent), "is a link to a place outside"),
@@ -104,9 +104,9 @@ def test_shards_of_deepspeed_lie_beside_the_file_that_names_them(name, folder):
     ],
     ids=["a link to a file", "a link to a folder", "a pipe"],
 )
-def test_an_odd_file_is_found_and_not_opened(make: Callable[[Path], None], words, folder):
+def test_an_odd_file_is_found_and_not_opened(make: Callable[[Path], None], message, folder):
     make(folder / "optimizer.pt")
-    assert words in find_pickle_trouble(folder)
+    assert message in find_pickle_trouble(folder)
 
 
 @pytest.mark.parametrize(

@@ -148,12 +148,12 @@ def coded_run(plain_tokenizer, tmp_path) -> tuple[RunDir, Path]:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [["evaluate"], ["merge"], ["merge", "--no-proof"], ["chat", "--prompt", "Hello"]],
-    ids=lambda words: " ".join(words),
+    ids=lambda argv: " ".join(argv),
 )
-def test_code_that_only_the_run_trusts_is_not_run(words, coded_run):
-    (run, ran), (verb, *flags) = coded_run, words
+def test_code_that_only_the_run_trusts_is_not_run(argv, coded_run):
+    (run, ran), (verb, *flags) = coded_run, argv
     done = dpokit(verb, str(run.path), *flags)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr

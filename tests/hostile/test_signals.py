@@ -363,7 +363,7 @@ VERBS = {
 }
 
 
-def find_words(verb: str, run: RunDir, world: Path) -> list[str]:
+def build_command(verb: str, run: RunDir, world: Path) -> list[str]:
     places = {"RUN": [str(run.path)], "FLAGS": [*build_lives(world, "flags").flags, "--use_cpu"]}
     return [sys.executable, "-m", "dpokit.cli", *[each for word in VERBS[verb] for each in places.get(word, [word])]]
 
@@ -373,10 +373,10 @@ def find_words(verb: str, run: RunDir, world: Path) -> list[str]:
 def test_a_signal_at_a_random_moment_leaves_no_partial_output(verb, world, tmp_path):
     run = RunDir(tmp_path / "run")
     shutil.copytree(world / "whole", run.path)
-    words = find_words(verb, run, world)
+    command = build_command(verb, run, world)
     before = set(run.path.rglob("*"))
     began = time.monotonic()
-    whole = subprocess.run(words, capture_output=True, text=True)
+    whole = subprocess.run(command, capture_output=True, text=True)
     seconds = time.monotonic() - began
     assert whole.returncode == 0, whole.stderr
     made = set(run.path.rglob("*")) - before
@@ -384,7 +384,7 @@ def test_a_signal_at_a_random_moment_leaves_no_partial_output(verb, world, tmp_p
     for number in (SIGINT, SIGTERM, SIGINT):
         for path in made:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(chance.uniform(0.3, 0.9) * seconds)
         process.send_signal(number) if process.poll() is None else None
         _, stderr = process.communicate(timeout=60)
@@ -395,7 +395,7 @@ def test_a_signal_at_a_random_moment_leaves_no_partial_output(verb, world, tmp_p
         assert left <= made, left - made
     for path in made:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    assert subprocess.run(words, capture_output=True, text=True).returncode == 0
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
 
 
 # -- the run folder disappears -----------------------------------------------------------------------------------------
@@ -454,14 +454,14 @@ LOSSES = {
     ],
 )
 def test_a_lost_run_folder_ends_the_run_in_one_message(loss, moment, world):
-    act, words = LOSSES[loss]
+    act, message = LOSSES[loss]
     lives = build_lives(world, f"gone-{loss}-{moment}", steps=200)
     with until(lives, MOMENTS[moment]) as process, act(lives.run.path) or nullcontext():
         assert process.wait(timeout=60) == 2, lives.last_log()[-3000:]
     log = lives.last_log()
     assert "Traceback" not in log
     assert log.count("RunFolderError") == 1, log
-    assert words in log
+    assert message in log
     assert "could not be updated" not in log
     if loss == "removed":
         assert not lives.run.run_json.exists(), "a deleted run must not be created again"
@@ -473,13 +473,13 @@ def test_a_lost_run_folder_ends_the_run_in_one_message(loss, moment, world):
 def test_a_run_folder_lost_during_a_verb_is_one_message(share, verb, world, tmp_path):
     run = RunDir(tmp_path / "run")
     shutil.copytree(world / "whole", run.path)
-    words = find_words(verb, run, world)
+    command = build_command(verb, run, world)
     began = time.monotonic()
-    assert subprocess.run(words, capture_output=True, text=True).returncode == 0
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     seconds = time.monotonic() - began
     remove(run.path)
     shutil.copytree(world / "whole", run.path)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(share * seconds)
     remove(run.path)
     out, err = process.communicate(timeout=60)

@@ -44,9 +44,9 @@ def test_each_layer_overrides_the_one_before_and_is_remembered(tmp_path):
 )
 def test_a_misspelt_or_short_name_is_an_error_in_every_layer(name, hint, tmp_path):
     config = yaml_file(tmp_path, f"{name}: 1\n")
-    for words, recipe in (([f"--{name}", "1"], {}), ([f"--{name}=1"], {}), ([], {name: 1}), (["--config", config], {})):
+    for argv, recipe in (([f"--{name}", "1"], {}), ([f"--{name}=1"], {}), ([], {name: 1}), (["--config", config], {})):
         with pytest.raises(SettingsError, match=f"no setting '{name}'") as error:
-            load(*words, **recipe)
+            load(*argv, **recipe)
         assert hint in error.value.do
 
 
@@ -62,9 +62,9 @@ def test_a_retired_name_is_answered_with_todays(name):
 )
 def test_a_value_of_the_wrong_type_is_an_error_in_every_layer(name, value, tmp_path):
     config = yaml_file(tmp_path, f"{name}: {value}\n")
-    for words, recipe in (([f"--{name}", value], {}), ([], {name: value}), (["--config", config], {})):
+    for argv, recipe in (([f"--{name}", value], {}), ([], {name: value}), (["--config", config], {})):
         with pytest.raises(SettingsError, match=name):
-            load(*words, **recipe)
+            load(*argv, **recipe)
 
 
 @pytest.mark.parametrize("text", ["", "- beta\n", "beta: [\n"])
@@ -103,7 +103,7 @@ def test_a_cpu_run_is_in_fp32_by_default():
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--padding_free"],
         ["--hub_strategy", "checkpoint"],
@@ -123,9 +123,9 @@ def test_a_cpu_run_is_in_fp32_by_default():
     ],
     ids=" ".join,
 )
-def test_an_unsupported_or_impossible_value_is_refused(words):
+def test_an_unsupported_or_impossible_value_is_refused(argv):
     with pytest.raises(SettingsError):
-        load(*words)
+        load(*argv)
 
 
 def test_a_record_is_json_and_holds_no_secret():
@@ -142,18 +142,18 @@ def every_layer(tmp_path, name: str, value: str) -> list[tuple[list[str], dict]]
 
 @pytest.mark.parametrize("name", RETIRED)
 def test_a_retired_name_is_answered_in_every_layer(name, tmp_path):
-    for words, recipe in every_layer(tmp_path, name, "1"):
+    for argv, recipe in every_layer(tmp_path, name, "1"):
         with pytest.raises(SettingsError, match=f"no setting '{name}'") as error:
-            load(*words, **recipe)
+            load(*argv, **recipe)
         assert RETIRED[name] in error.value.do
 
 
 @pytest.mark.parametrize("name", ["bta", "warmup_ratio"])
 def test_an_error_names_the_layer_that_holds_the_key(name, tmp_path):
     layers = ("the command line", "recipe dpo_x", "settings.yaml")
-    for (words, recipe), layer in zip(every_layer(tmp_path, name, "1"), layers, strict=True):
+    for (argv, recipe), layer in zip(every_layer(tmp_path, name, "1"), layers, strict=True):
         with pytest.raises(SettingsError) as error:
-            load(*words, **recipe)
+            load(*argv, **recipe)
         assert layer in error.value.seen
 
 
@@ -183,14 +183,14 @@ def test_an_unsupported_flag_is_refused_in_every_layer(name, tmp_path):
     }.get(name, "true")
     of_pairs = name in {field.name for kind in (DPOConfig, DataArguments) for field in dataclasses.fields(kind)}
     kind = {} if of_pairs else {"kind": "sft", "loss_type": "nll"}
-    for words, recipe in every_layer(tmp_path, name, value):
+    for argv, recipe in every_layer(tmp_path, name, value):
         with pytest.raises(SettingsError, match=f"sets {name}") as error:
-            load(*words, **kind, **recipe)
+            load(*argv, **kind, **recipe)
         assert REFUSED[name] in error.value.do
 
 
 @pytest.mark.parametrize(
-    ("words", "seen", "do"),
+    ("argv", "seen", "do"),
     [
         (["--max_train_samples", "0"], "max_train_samples is 0", "--max_train_samples"),
         (["--eval_answers", "-1"], "eval_answers is -1", "--eval_answers"),
@@ -221,14 +221,14 @@ def test_an_unsupported_flag_is_refused_in_every_layer(name, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_a_conflict_names_the_flag_to_change(words, seen, do):
+def test_a_conflict_names_the_flag_to_change(argv, seen, do):
     with pytest.raises(SettingsError, match=seen) as error:
-        load(*words)
+        load(*argv)
     assert do in error.value.do
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--max_length", "2"],
         ["--max_train_samples", "1", "--max_prompt_length", "1", "--max_completion_length", "1"],
@@ -238,8 +238,8 @@ def test_a_conflict_names_the_flag_to_change(words, seen, do):
     ],
     ids=" ".join,
 )
-def test_values_without_a_conflict_are_accepted(words):
-    load(*words)
+def test_values_without_a_conflict_are_accepted(argv):
+    load(*argv)
 
 
 def on_gpu(monkeypatch, *, has_bf16: bool) -> None:
@@ -318,18 +318,18 @@ def test_a_value_in_yaml_has_its_type(text, name, value, tmp_path):
 @pytest.mark.parametrize("name", ["beta", "learning_rate", "logging_steps"])
 def test_null_for_a_required_value_is_an_error_with_its_name(name, tmp_path):
     config = yaml_file(tmp_path, f"{name}: null\n")
-    for words, recipe in ((["--config", config], {}), ([], {name: None})):
+    for argv, recipe in ((["--config", config], {}), ([], {name: None})):
         with pytest.raises(SettingsError, match=name):
-            load(*words, **recipe)
+            load(*argv, **recipe)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "beta", "max_steps"])
 def test_a_list_for_a_single_value_is_an_error_with_its_name(name, tmp_path):
     for value in ([1], [1, 2]):
         config = yaml_file(tmp_path, f"{name}: {value}\n")
-        for words, recipe in ((["--config", config], {}), ([], {name: value})):
+        for argv, recipe in ((["--config", config], {}), ([], {name: value})):
             with pytest.raises(SettingsError, match=name):
-                load(*words, **recipe)
+                load(*argv, **recipe)
 
 
 def test_a_missing_file_of_a_setting_is_a_settings_error(tmp_path):
@@ -363,9 +363,9 @@ def test_no_secret_is_in_what_settings_print():
 
 
 def test_no_secret_is_in_an_error():
-    for words in (["--hub_tokn", "hf_secret"], ["--hub_tokn=hf_secret"], ["--hub_token", "hf_secret", "--beta", "x"]):
+    for argv in (["--hub_tokn", "hf_secret"], ["--hub_tokn=hf_secret"], ["--hub_token", "hf_secret", "--beta", "x"]):
         with pytest.raises(SettingsError) as error:
-            load(*words)
+            load(*argv)
         assert "hf_secret" not in str(error.value)
 
 

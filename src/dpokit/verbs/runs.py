@@ -89,7 +89,7 @@ def submit(
     array: Annotated[str | None, typer.Option(help="Passed to sbatch: 0-7; %a in a flag is the index.")] = None,
     exclusive: Annotated[bool, typer.Option("--exclusive", help="Use whole nodes.")] = False,
     job_name: Annotated[str | None, typer.Option(help="By default the recipe's name.")] = None,
-    signal_seconds: Annotated[int, typer.Option(help="Seconds before the limit at which the run saves.")] = 300,
+    signal_seconds: Annotated[int, typer.Option(help="Save this many seconds before the limit, then requeue.")] = 300,
     max_restarts: Annotated[int, typer.Option(help="Most restarts after crashes.")] = 3,
     sbatch: Annotated[
         list[str] | None, typer.Option(metavar="OPTION", help="Any other option of sbatch: --sbatch=--constraint=h100.")
