@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the toolkit ready on a fresh machine: a virtual environment where none is active, and pinned versions.
-# Sourced by quickstart.sh and test.sh (so that the environment stays active); extras of pyproject.toml as arguments.
+# Installs the toolkit with pinned versions; creates a virtual environment if none is active.
+# quickstart.sh and test.sh source it, so that the environment stays active; the argument is an extra of pyproject.toml.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$here"
@@ -12,13 +12,13 @@ if [ -z "${VIRTUAL_ENV:-}" ]; then
 fi
 
 extras="${1:-}"
-wanted="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $here $extras"
+version="$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1) $here $extras"
 stamp="$VIRTUAL_ENV/.dpokit-installed"
-if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+if [ "$(cat "$stamp" 2>/dev/null || true)" != "$version" ]; then
     echo "installing dpokit with pinned versions into $VIRTUAL_ENV ..." >&2
-    # torch first and by itself: a CPU-only build that is at hand then serves all that need torch.
+    # torch is installed first: an installed CPU-only build then satisfies all packages that need torch.
     python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' constraints.txt)"
-    # DeepSpeed compiles what a run needs when it needs it, not all it has now.
+    # DeepSpeed compiles an operator when a run first needs it, and none now.
     DS_BUILD_OPS=0 python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras:+[$extras]}"
-    echo "$wanted" > "$stamp"
+    echo "$version" > "$stamp"
 fi

@@ -17,10 +17,10 @@ DEFAULTS = {
     "dataset_name": "Anthropic/hh-rlhf",
     # 1,000 held-out pairs: accuracy to 1.5 points (one standard error), in an eighth of the whole split's time.
     "max_eval_samples": 1000,
-    # Longer pairs are cut, the prompt's head first; 1,024 (all positions) costs memory for the few longest alone.
+    # Longer pairs are cut from the prompt's start; 1,024 (all positions) costs memory that only the few longest need.
     "max_length": 512,
-    # The published runs took 5e-5 and ended with an eval loss above ln 2, worse than the untouched model. A fifth of it
-    # learns more slowly and has a best checkpoint to keep.
+    # The published runs used 5e-5 and ended with an eval loss above ln 2, worse than the untrained model. A fifth of
+    # that rate learns more slowly and reaches a best checkpoint worth keeping.
     "learning_rate": 1e-5,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
@@ -37,7 +37,7 @@ DEFAULTS = {
     "loss_weights": [1.0, 0.1],
     # Activations of a 124M model fit on any GPU; recomputing them would cost a fifth of the speed.
     "gradient_checkpointing": False,
-    # The best checkpoint by eval loss is what is kept: the last is often past its best.
+    # The run keeps the checkpoint with the lowest eval loss: the last one is often overfitted.
     "eval_strategy": "steps",
     "eval_steps": 0.1,
     "save_strategy": "steps",

@@ -16,21 +16,21 @@ DEFAULTS = {
     "dataset_train_split": "train_prefs",
     "dataset_test_split": "test_prefs",
     "max_eval_samples": 1000,
-    # Its answers are long: 1,024 tokens hold most pairs whole, at twice the memory of 512.
+    # The answers are long: 1,024 tokens hold most pairs whole, at twice the memory of 512.
     "max_length": 1024,
-    # An instruct model is already aligned; ten times less than for GPT-2 keeps what it knows.
+    # An instruct model is already aligned; a tenth of GPT-2's rate preserves that.
     "learning_rate": 1e-6,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
-    # 32 pairs a step on one device; its 152,000-token vocabulary makes logits, not weights, the memory's peak.
+    # 32 pairs a step on one device; with a vocabulary of 152,000 tokens, logits need more memory than weights.
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 16,
     "per_device_eval_batch_size": 4,
     "num_train_epochs": 1,
     "beta": 0.1,
-    # A fifth slower, and the difference between fitting and not fitting on a 24 GB GPU.
+    # A fifth slower, but the run fits on a 24 GB GPU only with it.
     "gradient_checkpointing": True,
-    # The best checkpoint by eval loss is what is kept.
+    # The run keeps the checkpoint with the lowest eval loss.
     "eval_strategy": "steps",
     "eval_steps": 0.1,
     "save_strategy": "steps",

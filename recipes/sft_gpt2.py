@@ -1,9 +1,9 @@
-"""GPT-2 on the chosen answers of Anthropic's preferences: the warm start of a DPO run; any causal LM by flag.
+"""GPT-2 on the chosen answers of Anthropic's preferences, as the start of a DPO run; any causal LM by flag.
 
     accelerate launch recipes/sft_gpt2.py
     accelerate launch recipes/dpo_gpt2.py --model_name_or_path runs/sft_gpt2
 
-The second command trains on from the first one's model, which is its reference, too. Every flag of TRL's SFTConfig,
+The second command starts from the model of the first one, which is also its reference. Every flag of TRL's SFTConfig,
 ModelConfig and ScriptArguments works; `--help` lists them.
 """
 
@@ -16,9 +16,9 @@ DEFAULTS = {
     "model_name_or_path": "openai-community/gpt2",
     "dataset_name": "Anthropic/hh-rlhf",
     "max_eval_samples": 1000,
-    # As in the DPO run: the two share their tokens.
+    # The same as in the DPO run, so that both share their cached tokens.
     "max_length": 512,
-    # A common rate for small models; DPO, which pushes two answers apart, takes a fifth of it.
+    # A common rate for small models; DPO uses a fifth of it.
     "learning_rate": 5e-5,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
@@ -26,11 +26,11 @@ DEFAULTS = {
     "per_device_train_batch_size": 8,
     "gradient_accumulation_steps": 4,
     "per_device_eval_batch_size": 16,
-    # The model is to write in the way of the answers, not to know them by heart.
+    # The model shall learn the style of the answers, not memorise them.
     "num_train_epochs": 1,
     # Activations of a 124M model fit on any GPU; recomputing them would cost a fifth of the speed.
     "gradient_checkpointing": False,
-    # The best checkpoint by the loss on held-out chosen answers is what is kept.
+    # The run keeps the checkpoint with the lowest loss on held-out chosen answers.
     "eval_strategy": "steps",
     "eval_steps": 0.1,
     "save_strategy": "steps",

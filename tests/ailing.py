@@ -1,7 +1,7 @@
-"""dpokit with a model that takes its time over each token, and has no memory left for one of its answers.
+"""dpokit with a model that is slow at each token, and that runs out of memory at one of its answers.
 
-AILING_SECONDS: of each step. AILING_ANSWER: which answer finds no memory, counted from 1. AILING_PATIENCE: seconds that
-the page's server waits for a request, a reader and a session's stream, instead of its own.
+Environment variables: AILING_SECONDS, the time of each step; AILING_ANSWER, the number of the answer that runs out of
+memory, from 1; AILING_PATIENCE, seconds that replace the page server's time-outs for a request, a reader and a session.
 """
 
 import os
@@ -28,7 +28,7 @@ def ailing_generate(self, *args, **kwargs):
     return generate(self, *args, **kwargs)
 
 
-@wraps(forward)  # transformers looks at what it takes
+@wraps(forward)  # transformers inspects its parameters
 def slow_forward(self, *args, **kwargs):
     time.sleep(SECONDS)
     return forward(self, *args, **kwargs)

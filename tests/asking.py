@@ -1,4 +1,4 @@
-"""One who talks to the page without a browser, as its script does: joins Gradio's queue, and reads the events."""
+"""A client of the page without a browser: like the page's script, it joins Gradio's queue and reads the events."""
 
 import json
 import secrets
@@ -12,7 +12,7 @@ SETTINGS = (0.7, 0.95, 16, 0)
 
 
 class Asker:
-    """A session of its own."""
+    """One session of the page."""
 
     def __init__(self, url: str, **options: Any) -> None:
         self.url, self.session = url, secrets.token_hex(5)
@@ -21,8 +21,8 @@ class Asker:
         self.ids = {part["props"].get("elem_id"): part["id"] for part in self.config["components"]}
 
     def find_function(self, elem_id: str, event: str = "click") -> int:
-        wanted = [self.ids[elem_id], event]
-        return next(found["id"] for found in self.config["dependencies"] if wanted in found["targets"])
+        target = [self.ids[elem_id], event]
+        return next(function["id"] for function in self.config["dependencies"] if target in function["targets"])
 
     def join(self, function: Any, data: Any, **more: Any) -> httpx.Response:
         body = {"data": data, "fn_index": function, "session_hash": self.session, "event_data": None, **more}
@@ -33,7 +33,7 @@ class Asker:
         )
 
     def events(self) -> Iterator[dict[str, Any]]:
-        """What is told to this session, until what it asked for is complete."""
+        """The events that the server sends to this session, until its request is complete."""
         with self.client.stream("GET", "/gradio_api/queue/data", params={"session_hash": self.session}) as response:
             for line in response.iter_lines():
                 if line.startswith("data:"):
@@ -43,7 +43,7 @@ class Asker:
                         return
 
     def ask(self, question: Any, *, settings: Any = SETTINGS, blind: Any = False, goes_on: Any = "Right") -> list[dict]:
-        """Every event of a question; each has the time it came under `at`."""
+        """Every event of a question, each with its time of arrival as `at`."""
         data = [question, *settings, blind, goes_on, None]
         joined = self.join(self.find_function("ask"), data)
         if joined.status_code != 200:
@@ -57,5 +57,5 @@ class Asker:
 
 
 def read_text(events: list[dict]) -> str:
-    """All that was told, as one text to look into."""
+    """All events as one JSON text."""
     return json.dumps(events)

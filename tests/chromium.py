@@ -1,4 +1,4 @@
-"""A real headless Chromium for tests: screenshots, PDF, and what a page measures of another one in a frame."""
+"""A real headless Chromium for tests: screenshots, PDF, and JavaScript that measures a page."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 )
-# The page under test has no script of its own, and may have none: another page of the same origin looks into it.
+# The page under test must not contain scripts, so another page of the same origin shows it in a frame and measures it.
 MEASURING_PAGE = """<!DOCTYPE html><title>waiting</title><iframe src="PAGE" width="WIDTH" height="900"></iframe><script>
 onload = () => {
   const frame = document.querySelector("iframe"), page = frame.contentDocument;
@@ -28,14 +28,14 @@ onload = () => {
 
 
 def skip_without_chromium() -> None:
-    """Skips the test where there can be no Chromium; under CI_MUST_RUN_CHROMIUM=1 that is a failure."""
+    """Skips the test if Chromium cannot be installed; with CI_MUST_RUN_CHROMIUM=1 the test fails instead."""
     skip_because(install(("chromium",), ("chromium",)), unless="CI_MUST_RUN_CHROMIUM")
 
 
-def run_chromium(*words: str) -> str:
-    """Its standard output."""
+def run_chromium(*flags: str) -> str:
+    """Chromium's standard output."""
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
-        command = ["chromium", *FLAGS, f"--user-data-dir={profile}", *words]
+        command = ["chromium", *FLAGS, f"--user-data-dir={profile}", *flags]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
@@ -46,7 +46,7 @@ def colour_flag(dark: bool) -> str:
 
 
 class Site:
-    """A folder served on this machine alone, which keeps every path that was asked for."""
+    """A folder that is served on this machine only; `asked` lists every requested path."""
 
     def __init__(self, folder: Path, asked: list[str], port: int) -> None:
         self.folder, self.asked, self.address = folder, asked, f"http://127.0.0.1:{port}"

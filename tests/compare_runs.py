@@ -1,4 +1,4 @@
-"""Two runs side by side: what a user would compare to see that an interruption left no trace."""
+"""Compares the metrics and weights of two runs, one of them interrupted."""
 
 import json
 import shutil
@@ -7,27 +7,27 @@ from typing import Any
 
 from dpokit.rundir import RunDir, read_metrics
 
-# What differs between two runs of the same thing.
-OF_THE_CLOCK = ("seconds", "runtime", "per_second", "total_flos")
+# Parts of the names of metrics that differ between two equal runs.
+TIMING = ("seconds", "runtime", "per_second", "total_flos")
 
 
 def read_steps(run: RunDir) -> list[dict[str, Any]]:
-    """metrics.jsonl without the clock, and without records that hold nothing else."""
+    """The records of metrics.jsonl without times; records that hold only times are left out."""
     records = [
-        {name: value for name, value in record.items() if not any(word in name for word in OF_THE_CLOCK)}
+        {name: value for name, value in record.items() if not any(word in name for word in TIMING)}
         for record in read_metrics(run.metrics_jsonl)
     ]
     return [record for record in records if record.keys() - {"step"}]
 
 
 def read_weights(run: RunDir) -> bytes:
-    """The final weights, every bit of them."""
+    """The bytes of the final weights."""
     folder = run.adapter if run.adapter.exists() else run.model
     return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
 
 
 def check_same(run: RunDir, whole: RunDir) -> None:
-    """Every logged number and every weight equal, each step once. Raises: AssertionError."""
+    """Raises AssertionError if a logged number or a weight differs, or if a step is logged twice."""
     steps = [record["step"] for record in read_metrics(run.metrics_jsonl)]
     assert steps == sorted(set(steps))
     assert read_steps(run) == read_steps(whole)
@@ -35,7 +35,7 @@ def check_same(run: RunDir, whole: RunDir) -> None:
 
 
 def interrupt(whole: RunDir, folder: Path, *, after: int) -> RunDir:
-    """A copy of a finished run as a crash would have left it behind its checkpoint of step `after`."""
+    """A copy of a finished run in the state after a crash, with no checkpoint later than step `after`."""
     shutil.copytree(whole.path, folder)
     run = RunDir(folder)
     for path in (run.model, run.adapter):

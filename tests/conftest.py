@@ -1,4 +1,4 @@
-"""What all tests share: small tokenizers and models made on the spot, pairs, and real data where it is at hand."""
+"""Shared by all tests: small generated tokenizers, models and pairs, and real data if it is available."""
 
 import gc
 import json
@@ -20,12 +20,12 @@ from time_table import TimeTable, read_budget
 
 pytest.register_assert_rewrite("compare_runs")
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads that wait for each other cost more than they bring
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tiny models, several threads are slower than one
 _CACHE = tempfile.TemporaryDirectory(prefix="dpokit-test-cache-")
 os.environ["DPOKIT_CACHE"] = _CACHE.name
 os.environ["DPOKIT_STATE"] = str(Path(_CACHE.name, "state"))
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything reads it: a slip must fail fast
-# datasets reads it at import; the folder is of this session alone, and goes when the process ends.
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before any import reads it, so that an accidental download fails at once
+# datasets reads it at import; the folder belongs to this session and is removed when the process ends.
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="dpokit-test-datasets-")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 
@@ -40,7 +40,7 @@ SENTENCES = [
     "It is better to ask twice than to lose your way once, said the old teacher.",
 ]
 
-# As Qwen2 has it: ChatML, the EOS ends the turn, a newline follows it.
+# Like Qwen2's template: ChatML, where the EOS ends the turn and a newline follows it.
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A shell's background job ignores Ctrl-C, and so would each process that a test starts.
+    # A background job of a shell ignores SIGINT, and each process that a test starts would inherit that.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     hands_tests_out = not hasattr(config, "workerinput") and getattr(config.option, "dist", "no") != "no"
@@ -73,12 +73,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # each run collects garbage twice, which takes half a second if it looks at every imported module
+    gc.freeze()  # each run collects garbage twice, which takes half a second if all imported modules are visited
 
 
 @pytest.fixture(autouse=True)
 def fresh_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """accelerate keeps its state in singletons: each test builds its own."""
+    """Resets accelerate's singletons after each test, so that each test builds its own state."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     yield
@@ -90,7 +90,7 @@ def fresh_process_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests marked `cold` start ordinary processes: see warm.py."""
+    """Makes tests marked `cold` start ordinary processes: see warm.py."""
     if request.node.get_closest_marker("cold"):
         monkeypatch.setattr(subprocess, "Popen", warm.COLD)
 
@@ -104,16 +104,16 @@ def shared() -> Path:
 
 
 def find_free_port() -> int:
-    """A port that nothing listens on, out of those that the kernel gives nobody who asks for any."""
+    """A free port outside of the range from which the kernel assigns ports."""
     while True:
-        port = random.SystemRandom().randrange(20_000, 30_000)  # another one in every process, whatever was seeded
+        port = random.SystemRandom().randrange(20_000, 30_000)  # independent of seeds, so processes differ
         with socket.socket() as free, suppress(OSError):
             free.bind(("", port))
             return port
 
 
 def build_tokenizer(special: list[str], **names: str):
-    """A byte-level BPE of some 400 tokens, always the same."""
+    """A byte-level BPE tokenizer of some 400 tokens, always the same."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -124,14 +124,14 @@ def build_tokenizer(special: list[str], **names: str):
 
 @pytest.fixture(scope="session")
 def plain_tokenizer():
-    """A stand-in for GPT-2's: no chat template, one special token."""
+    """A tokenizer like GPT-2's: no chat template, one special token."""
     end = "<|endoftext|>"
     return build_tokenizer([end], bos_token=end, eos_token=end, pad_token=end)
 
 
 @pytest.fixture(scope="session")
 def chat_tokenizer():
-    """A stand-in for Qwen2's."""
+    """A tokenizer like Qwen2's: ChatML template, the EOS ends a turn."""
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer = build_tokenizer(special, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHATML
@@ -169,7 +169,7 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer) -> Path
 
 
 def write_pairs(path: Path, number: int) -> Path:
-    """HH-form pairs with distinct prompts and answers of varied lengths."""
+    """Writes pairs in HH's layout with distinct prompts and answers of varied lengths."""
     with path.open("w") as file:
         for i in range(number):
             prompt = f"\n\nHuman: How do I bake {'good ' * (i % 5)}bread number {i}?\n\nAssistant:"
@@ -186,5 +186,5 @@ def pairs_file(tmp_path: Path) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """The table of docs/placements.md, where their tests were run."""
+    """Prints the table of docs/placements.md if the tests of placements were run."""
     write_placements(terminalreporter)

@@ -19,7 +19,7 @@ def join_lines(text: str) -> str:
 
 
 def list_commands(start: str = "") -> list[str]:
-    """The commands in the bash blocks of all pages, or those of them that begin with `start`."""
+    """The commands in the bash blocks of all pages that begin with `start`."""
     blocks = re.findall(r"^```bash\n(.*?)^```", read_pages(), re.M | re.S)
     lines = [line.strip() for block in blocks for line in block.splitlines()]
     return sorted({line for line in lines if line and not line.startswith("#") and line.startswith(start)})

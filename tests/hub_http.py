@@ -1,4 +1,4 @@
-"""One connection of the Hub on this machine: how requests are read and answered, and how they go wrong."""
+"""One connection of the local Hub: reads requests, answers them, and injects faults."""
 
 import json
 import re
@@ -14,13 +14,14 @@ PAGE = b"<html>this is a proxy's page, not the Hub's JSON</html>"
 
 @dataclass
 class Fault:
-    """What goes wrong with the next `times` requests whose "METHOD /path" matches.
+    """A fault of the next `times` requests whose "METHOD /path" matches.
 
     Attributes:
         match: regular expression.
-        status: answers so; None drops the connection instead, after `cut_bytes` of the request's body.
-        lost: the request is done first, so only its answer is missing.
-        hold: nothing is answered while this is not set; `seen` is set when the request is there.
+        status: the reply's status; None drops the connection instead, after `cut_bytes` of the request's body.
+        lost: handle the request before the connection is dropped, so only its answer is lost.
+        hold: the answer waits until this event is set.
+        seen: set when the request arrives.
     """
 
     match: str
@@ -34,12 +35,12 @@ class Fault:
 
 
 class Connection(BaseHTTPRequestHandler):
-    """One connection."""
+    """Handles the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
-    routes: tuple[tuple[str, str, Callable], ...] = ()  # method, path, who answers
+    routes: tuple[tuple[str, str, Callable], ...] = ()  # method, pattern of the path, handler
 
-    def log_message(self, *words) -> None:
+    def log_message(self, *_) -> None:
         pass
 
     def reply(self, status: int = 200, body=b"", headers: dict | None = None, kind: str = "application/json") -> None:
@@ -58,7 +59,7 @@ class Connection(BaseHTTPRequestHandler):
         self.reply(status, {"error": message}, {"X-Error-Message": message} | named)
 
     def pieces(self) -> Iterator[bytes]:
-        """The request's body, plain or chunked (as the client streams files), read once."""
+        """The request's body, plain or chunked (as the client streams files); empty when it is read again."""
         if self.consumed:
             return
         self.consumed, left = True, int(self.headers.get("Content-Length") or 0)
@@ -105,16 +106,16 @@ class Connection(BaseHTTPRequestHandler):
             self.wfile.close()
             self.wfile = out
         else:
-            seen = 0
+            received = 0
             for data in self.pieces():
-                if (seen := seen + len(data)) >= fault.cut_bytes:
+                if (received := received + len(data)) >= fault.cut_bytes:
                     break
         self.close_connection = True
         return self.connection.close()
 
     def answer(self, path: str, line: str) -> None:
         for method, pattern, route in self.routes:
-            found = re.fullmatch(pattern, path)
-            if found and method == {"HEAD": "GET"}.get(self.command, self.command):
-                return route(self, **{name: value for name, value in found.groupdict().items() if value is not None})
+            match = re.fullmatch(pattern, path)
+            if match and method == {"HEAD": "GET"}.get(self.command, self.command):
+                return route(self, **{name: value for name, value in match.groupdict().items() if value is not None})
         return self.refuse(404, f"no such route: {line}")

@@ -1,7 +1,7 @@
-"""What tests leave behind: processes, ports, mounts and network devices (a Slurm node has one), named at the end.
+"""Reports what tests leave behind: processes, ports, mounts and network devices (a Slurm node has one).
 
-Orphans of a test are children of the process that ran it, as tests/warm.py makes it their reaper. What fixtures of a
-module hold is looked at when the module is through.
+Orphans of a test become children of the process that ran it, because tests/warm.py makes it their reaper. Resources of
+module fixtures are checked at the end of the module.
 """
 
 import socket
@@ -16,7 +16,7 @@ import warm
 
 
 def find_held() -> dict[tuple[str, str], str]:
-    """{(kind, identity): in words} of what this process and its children hold now."""
+    """{(kind, identity): description} of the processes, mounts and network devices that exist now."""
     held = {}
     for pid in find_children():
         with suppress(psutil.Error):  # it has just ended
@@ -40,14 +40,14 @@ def find_children() -> list[str]:
 
 
 def find_ports() -> dict[tuple[str, str], str]:
-    """The same of TCP ports that this process itself listens on."""
-    own = psutil.Process().net_connections(kind="tcp")
-    ports = {str(one.laddr.port) for one in own if one.status == psutil.CONN_LISTEN and one.type == socket.SOCK_STREAM}
-    return {("port", port): f"port {port}" for port in ports}
+    """{(kind, identity): description} of the TCP ports that this process itself listens on."""
+    sockets = psutil.Process().net_connections(kind="tcp")
+    listening = [item for item in sockets if item.status == psutil.CONN_LISTEN and item.type == socket.SOCK_STREAM]
+    return {("port", str(item.laddr.port)): f"port {item.laddr.port}" for item in listening}
 
 
 def is_there(kind: str, identity: str) -> bool:
-    """Whether it outlived the suite: other tests that ran at the same time may have had a mount or a device."""
+    """Whether it still exists at the end; a mount or a device may have belonged to a test that ran at the same time."""
     if kind == "process":
         with suppress(psutil.Error):
             return bool(psutil.Process(int(identity)).status() != psutil.STATUS_ZOMBIE)
@@ -56,11 +56,11 @@ def is_there(kind: str, identity: str) -> bool:
 
 
 class Leftovers:
-    """The plugin: in each process that runs tests it looks, in the one that reports it prints."""
+    """The pytest plugin: each process that runs tests checks for leftovers, and the reporting process prints them."""
 
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
-        self.left: list[tuple[str, str, str]] = []  # kind, identity, in words
+        self.left: list[tuple[str, str, str]] = []  # kind, identity, description
         self.known = find_held() | find_ports()
         self.new: dict[tuple[str, str], tuple[str, str]] = {}
 
@@ -71,12 +71,12 @@ class Leftovers:
         ends = nextitem is None or nextitem.path != item.path
         if ends:
             held |= find_ports()
-        for key, words in held.items():
+        for key, text in held.items():
             if key not in self.known:
-                self.new.setdefault(key, (item.nodeid, words))
+                self.new.setdefault(key, (item.nodeid, text))
         if ends:
-            left = {key: f"{name} left {words}" for key, (name, words) in self.new.items() if key in held}
-            self.left += [(*key, words) for key, words in left.items()]
+            left = {key: f"{name} left {text}" for key, (name, text) in self.new.items() if key in held}
+            self.left += [(*key, text) for key, text in left.items()]
             self.known |= held
             self.new.clear()
         return outcome
@@ -87,10 +87,10 @@ class Leftovers:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any) -> None:
-        self.left += [tuple(one) for one in getattr(node, "workeroutput", {}).get("leftovers", [])]
+        self.left += [tuple(entry) for entry in getattr(node, "workeroutput", {}).get("leftovers", [])]
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        lines = [words for kind, identity, words in self.left if is_there(kind, identity)]
+        lines = [text for kind, identity, text in self.left if is_there(kind, identity)]
         if lines:
             terminalreporter.section("left behind")
             for line in lines:

@@ -1,6 +1,6 @@
-"""A Hugging Face Hub on this machine, for models, that speaks the protocol of the real client: LFS and Xet.
+"""A local Hugging Face Hub for models, which speaks the protocols of the real client: LFS and Xet.
 
-It runs in threads of the test: `hub.requests` has every request in order, `hub.faults` what is to go wrong with which.
+It runs in threads of the test: `hub.requests` has every request in order, `hub.faults` the faults to inject.
 """
 
 import base64
@@ -23,7 +23,7 @@ WRITE, READ, FINE = "hf_localwrite0123456789", "hf_localread0123456789", "hf_loc
 
 
 class LocalHub(ThreadingHTTPServer):
-    """Blobs lie in `root`/blobs by their sha256, what hf_xet uploads in `root`/xet."""
+    """Keeps blobs in `root`/blobs by their sha256, and uploads of hf_xet in `root`/xet."""
 
     daemon_threads = True
 
@@ -47,23 +47,23 @@ class LocalHub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address) -> None:
-        """A client that was cut off, or killed, is part of the play."""
+        """Prints nothing: tests cut clients off and kill them."""
 
     def asked(self, match: str) -> list[str]:
         """The requests that match."""
         return [line for line in self.requests if re.search(match, line)]
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, dict]:
-        """What a branch holds: {path: {size, oid, sha256, lfs}}."""
+        """The files of a branch: {path: {size, oid, sha256, lfs}}."""
         repo = self.repos[repo_id]
         return repo["commits"][repo["refs"][revision]]["files"]
 
     def read(self, repo_id: str, path: str) -> bytes:
-        """A file's content, where it did not come through Xet."""
+        """The content of a file that was not uploaded through Xet."""
         return (self.root / "blobs" / self.files(repo_id)[path]["sha256"]).read_bytes()
 
     def count_blobs(self) -> int:
-        """Contents that are here, committed or not."""
+        """The number of stored blobs, committed or not."""
         return len(list((self.root / "blobs").iterdir()))
 
     def keep(self, content: bytes) -> dict:
@@ -105,10 +105,10 @@ def serve(root: Path, *, part_bytes: int | None = None) -> Iterator[LocalHub]:
 
 
 class Handler(Connection):
-    """What the Hub answers."""
+    """Answers requests like the Hub."""
 
     def may(self, *, write: bool = False) -> bool:
-        """Whether the caller may go on; where not, the refusal is sent already."""
+        """Whether the caller has permission; if not, the refusal is sent already."""
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ").strip()
         self.who = self.server.whoami.get(token)
         if (token or write) and not self.who:
@@ -120,7 +120,7 @@ class Handler(Connection):
         return True
 
     def find_files(self, repo_id: str, revision: str):
-        """(repository, commit, files); None where the Hub's refusal is sent already."""
+        """(repository, commit, files); None if the refusal is sent already."""
         repo = self.server.repos.get(repo_id)
         if repo is None or (repo["private"] and not self.who):
             return self.refuse(404 if self.who else 401, "Repository not found", "RepoNotFound")
@@ -141,17 +141,17 @@ class Handler(Connection):
     def create_repo(self) -> None:
         if not self.may(write=True):
             return None
-        asked, hub = json.loads(self.body()), self.server
-        repo_id = f"{asked.get('organization') or self.who['name']}/{asked['name']}"
-        told = {"url": f"{hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
+        request, hub = json.loads(self.body()), self.server
+        repo_id = f"{request.get('organization') or self.who['name']}/{request['name']}"
+        record = {"url": f"{hub.url}/{repo_id}", "name": repo_id, "id": repo_id}
         with hub.lock:
             if repo_id in hub.repos:
-                return self.reply(409, told | {"error": "You already created this model repo"})
+                return self.reply(409, record | {"error": "You already created this model repo"})
             first = hashlib.sha1(repo_id.encode()).hexdigest()
             files = {".gitattributes": hub.keep(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n")}
-            private = asked.get("visibility") == "private"
+            private = request.get("visibility") == "private"
             hub.repos[repo_id] = {"private": private, "refs": {"main": first}, "commits": {first: {"files": files}}}
-        return self.reply(200, told)
+        return self.reply(200, record)
 
     def create_branch(self, repo_id: str, branch: str) -> None:
         if self.may(write=True) and (found := self.find_files(repo_id, "main")):
@@ -181,22 +181,22 @@ class Handler(Connection):
 
     def preupload(self, repo_id: str, revision: str) -> None:
         if self.may(write=True) and (found := self.find_files(repo_id, revision)):
-            told = []
+            entries = []
             for file in json.loads(self.body())["files"]:
                 mode = "lfs" if file["path"].endswith((".safetensors", ".model", ".png")) else "regular"
                 oid = found[2].get(file["path"], {}).get("oid")
-                told.append({"path": file["path"], "shouldIgnore": False, "oid": oid, "uploadMode": mode})
-            self.reply(200, {"files": told})
+                entries.append({"path": file["path"], "shouldIgnore": False, "oid": oid, "uploadMode": mode})
+            self.reply(200, {"files": entries})
 
     def lfs_batch(self, repo_id: str) -> None:
         if not self.may(write=True):
             return
-        hub, told = self.server, []
-        for asked in json.loads(self.body())["objects"]:
-            oid, size = asked["oid"], asked["size"]
-            told.append(entry := {"oid": oid, "size": size, "authenticated": True})
+        hub, entries = self.server, []
+        for requested in json.loads(self.body())["objects"]:
+            oid, size = requested["oid"], requested["size"]
+            entries.append(entry := {"oid": oid, "size": size, "authenticated": True})
             if (hub.root / "blobs" / oid).exists():
-                continue  # no actions: it is there already
+                continue  # an entry without actions means that the Hub has the blob
             href, parts = f"{hub.url}/_lfs/part/{oid}/", -(-size // hub.part_bytes) if hub.part_bytes else 1
             upload = {"href": f"{href}whole?X-Amz-Signature=signed"}
             if parts > 1:
@@ -205,7 +205,7 @@ class Handler(Connection):
                 upload["header"] = {"chunk_size": str(hub.part_bytes), **numbered}
             entry["actions"] = {"upload": upload}
         transfer = "multipart" if hub.part_bytes else "basic"
-        self.reply(200, {"transfer": transfer, "objects": told}, kind="application/vnd.git-lfs+json")
+        self.reply(200, {"transfer": transfer, "objects": entries}, kind="application/vnd.git-lfs+json")
 
     def lfs_store(self, pieces: Iterator[bytes], oid: str, part: str) -> None:
         received, digest = self.server.root / "parts" / uuid.uuid4().hex, hashlib.sha256()
@@ -228,7 +228,7 @@ class Handler(Connection):
         self.lfs_store((part.read_bytes() for part in parts), oid, "whole")
 
     def xet_token(self, repo_id: str, kind: str, revision: str) -> None:
-        if self.may(write=kind == "write"):  # hf_xet keeps its content in a folder where the address is local://
+        if self.may(write=kind == "write"):  # with an address local:// hf_xet keeps its content in a folder
             cas, expires = f"local://{(self.server.root / 'xet').resolve()}", int(time.time()) + 3600
             headers = {"X-Xet-Cas-Url": cas, "X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": expires}
             self.reply(200, {"accessToken": "x", "exp": expires, "casUrl": cas}, headers)
@@ -264,13 +264,13 @@ class Handler(Connection):
             return self.refuse(404, "Entry not found", "EntryNotFound")
         blob = self.server.root / "blobs" / file["sha256"]
         headers = {"X-Repo-Commit": found[1], "ETag": f'"{file["oid"]}"', "Accept-Ranges": "bytes"}
-        if not blob.exists():  # it came through Xet: where hf_xet finds it
+        if not blob.exists():  # uploaded through Xet: the headers tell hf_xet where to read it
             headers |= {"X-Xet-Hash": self.server.find_xet_hash(file["sha256"]), "X-Linked-Size": file["size"]}
             address = f"{self.server.url}/api/models/{repo_id}/xet-read-token/{found[1]}"
             headers |= {"X-Linked-Etag": headers["ETag"], "Link": f'<{address}>; rel="xet-auth"'}
         size, start, status = file["size"], 0, 200
-        if asked := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            start, status = int(asked[1]), 206
+        if match := re.match(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start, status = int(match[1]), 206
             headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
         self.reply(status, b"", headers | {"Content-Length": size - start}, "application/octet-stream")
         if self.command == "GET":

@@ -1,4 +1,4 @@
-"""The table of docs/placements.md, made of what test_placements.py saw in this very run."""
+"""The table of docs/placements.md, from the results of test_placements.py in this test run."""
 
 import os
 from datetime import date
@@ -11,23 +11,23 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "deepspeed", "
 
 def write_placements(terminalreporter) -> None:
     """Writes the table to the terminal if any test recorded a `placement`: (device, placement, kind)."""
-    seen: dict[tuple[str, str, str], str] = {}
+    results: dict[tuple[str, str, str], str] = {}
     for outcome, mark in (("passed", "yes"), ("failed", "FAILS")):
         for report in terminalreporter.getreports(outcome):
             for name, value in getattr(report, "user_properties", []):
                 if name == "placement" and (report.when == "call" or outcome == "failed"):
-                    seen[tuple(value)] = mark
-    if seen:
+                    results[tuple(value)] = mark
+    if results:
         terminalreporter.section("placements, for docs/placements.md")
-        terminalreporter.write_line(render(seen))
+        terminalreporter.write_line(render(results))
 
 
-def render(seen: dict[tuple[str, str, str], str]) -> str:
-    """Markdown: a row a placement, a column per device and kind; what was not run says so."""
+def render(results: dict[tuple[str, str, str], str]) -> str:
+    """A Markdown table with a row per placement and a column per device and kind; tests that did not run are marked."""
     lines = ["| placement | " + " | ".join(f"{device}, {kind}" for device, kind in COLUMNS) + " |"]
     lines.append("|---|" + "---|" * len(COLUMNS))
     for placement in PLACEMENTS:
-        cells = [seen.get((device, placement, kind), "not run") for device, kind in COLUMNS]
+        cells = [results.get((device, placement, kind), "not run") for device, kind in COLUMNS]
         lines.append(f"| {placement} | " + " | ".join(cells) + " |")
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return "\n".join([*lines, "", f"{date.today()}, {machine()}; {versions}."])

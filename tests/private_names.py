@@ -1,4 +1,4 @@
-"""Finds where a source tree depends on the insides of other libraries: private names, and methods that it overrides."""
+"""Finds where a source tree depends on internals of other libraries: private names, and methods that it overrides."""
 
 import ast
 import builtins
@@ -12,9 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-INNER_PACKAGE = "trl."  # what is imported from TRL's subpackages has a row, too
+INNER_PACKAGE = "trl."  # names imported from TRL's subpackages have a row, too
 ENDINGS = {"endswith", "startswith", "removesuffix", "removeprefix"}  # their arguments are parts of names
-KINDS = ("read", "call", "override", "set")  # the later ones depend more on how the library works
+KINDS = ("read", "call", "override", "set")  # in the order of how much each depends on the library's internals
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Use:
 
     Attributes:
         file: relative to the source tree.
-        line: the first is 1.
-        name: as far as the source tells: `_evaluate`, or `torch.utils._pytree.tree_map` for an import.
+        line: counted from 1.
+        name: as the source has it: `_evaluate`, or `torch.utils._pytree.tree_map` for an import.
         kind: one of KINDS.
-        method: our method, where it overrides one.
+        method: the source's method, if it overrides one of the library.
         upstream: the library's functions of that name that the source calls or overrides, one for each base class.
-        call: the call, where there is one.
+        call: the call, if the use is one.
     """
 
     file: str
@@ -56,23 +56,23 @@ def is_of_python(name: str) -> bool:
 
 
 def find_object(name: str) -> Any:
-    """The module, class, function or value of a dotted name. Raises: AttributeError where there is none."""
+    """The module, class, function or value of a dotted name. Raises: AttributeError if it does not exist."""
     parts = name.split(".")
-    found = importlib.import_module(parts[0])
+    value = importlib.import_module(parts[0])
     for number, part in enumerate(parts[1:], start=2):
         try:
-            found = getattr(found, part)
+            value = getattr(value, part)
         except AttributeError:
             try:
-                found = importlib.import_module(".".join(parts[:number]))
+                value = importlib.import_module(".".join(parts[:number]))
             except ImportError as error:
                 raise AttributeError(f"{'.'.join(parts[:number])} cannot be imported") from error
-    return found
+    return value
 
 
 @cache
 def read_source(thing: Any) -> str:
-    """The file that defines a class or a function; empty for what is not written in Python."""
+    """The source of the file that defines a class or a function; empty if it is not written in Python."""
     try:
         return Path(str(inspect.getsourcefile(thing))).read_text()
     except (OSError, TypeError):
@@ -80,7 +80,7 @@ def read_source(thing: Any) -> str:
 
 
 class Tree:
-    """The classes of a package, and the classes of other libraries that each of them becomes a part of.
+    """The classes of a package, and the library classes that each of them extends or is mixed with.
 
     Args:
         root: the package's folder, whose name is the package's.
@@ -102,25 +102,25 @@ class Tree:
         return ".".join([self.root.name, *Path(file).with_suffix("").parts]).removesuffix(".__init__")
 
     def full_name(self, file: str, name: str) -> str:
-        """The dotted name behind a name in a file: of an import, of Python's own, or of the file itself."""
+        """The dotted name that a name in a file refers to: an import, a builtin, or a name of the file itself."""
         first, *rest = name.split(".")
         if first in self.imports[file]:
             return ".".join([self.imports[file][first], *rest])
         return f"builtins.{name}" if hasattr(builtins, first) else f"{self.module_name(file)}.{name}"
 
     def ancestors(self, name: str) -> Iterator[str]:
-        """A class of the package with its ancestors: those of the package, and the first ones of each library."""
+        """A class of the package and its ancestors, up to the first ones that belong to other libraries."""
         yield name
         if name in self.classes:
             for base in self.classes[name].bases:
                 yield from self.ancestors(base)
 
     def upstream_bases(self, name: str) -> list[type]:
-        """The classes of other libraries that stand behind a class, or beside it in one that is made of it."""
+        """The library classes among the ancestors of a class, and of the classes that inherit from it."""
         families = [list(self.ancestors(other)) for other in self.classes]
         names = dict.fromkeys(base for family in families if name in family for base in family)
-        found = [find_object(base) for base in names if base.split(".")[0] != self.root.name]
-        kinds = [kind for kind in found if isinstance(kind, type)]
+        bases = [find_object(base) for base in names if base.split(".")[0] != self.root.name]
+        kinds = [kind for kind in bases if isinstance(kind, type)]
         return [kind for kind in kinds if not any(other is not kind and issubclass(other, kind) for other in kinds)]
 
     def find_uses(self) -> list[Use]:
@@ -129,7 +129,7 @@ class Tree:
 
 
 def list_imports(module: ast.Module) -> Iterator[tuple[str, str]]:
-    """Each name that an import makes, anywhere in a file, with the dotted name that it means."""
+    """Each name that an import defines, anywhere in a file, with its dotted name."""
     for node in ast.walk(module):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -140,10 +140,10 @@ def list_imports(module: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 class FileSearch(ast.NodeVisitor):
-    """Collects the uses of one file.
+    """Collects the uses of private names in one file.
 
     Attributes:
-        uses: what was found.
+        uses: the uses so far.
     """
 
     def __init__(self, tree: Tree, file: str, module: ast.Module) -> None:
@@ -152,7 +152,7 @@ class FileSearch(ast.NodeVisitor):
         self.parents = {child: node for node in ast.walk(module) for child in ast.iter_child_nodes(node)}
         self.own = {node.name for node in ast.walk(module) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         self.own |= {node.attr for node in ast.walk(module) if _is_set_of_self(node)}
-        self._bases: list[list[type]] = []  # of the classes around the node
+        self._bases: list[list[type]] = []  # library bases of each class around the node
         self.visit(module)
 
     def _note(self, node: ast.AST, name: str, kind: str, **more: Any) -> None:
@@ -214,7 +214,7 @@ class FileSearch(ast.NodeVisitor):
                 self.visit(part)
 
     def visit_Constant(self, node: ast.Constant) -> None:
-        """A name in quotes: of `getattr`, of a key, of a logger, of a list of names."""
+        """Notes a private name in quotes: an argument of `getattr`, a key, a logger, an entry of a list."""
         if not isinstance(node.value, str) or not re.fullmatch(r"\w+(\.\w+)*", node.value):
             return
         is_own = is_of_python(node.value) or node.value in self.own
@@ -231,7 +231,7 @@ class FileSearch(ast.NodeVisitor):
         return ("set" if is_set else "read"), None
 
     def _find_root(self, node: ast.AST) -> str:
-        """The dotted name of the import that an expression begins with; empty for anything else."""
+        """The dotted name of the import that an expression begins with; empty for other expressions."""
         while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
             node = node.func if isinstance(node, ast.Call) else node.value
         return self.tree.imports[self.file].get(node.id, "") if isinstance(node, ast.Name) else ""
@@ -245,20 +245,20 @@ class FileSearch(ast.NodeVisitor):
 
 
 def find_functions(bases: list[type], name: str) -> tuple[Any, ...]:
-    """What each class has under a name, each once; nothing that every object has."""
+    """The attributes of the classes under a name, each once."""
     return tuple(dict.fromkeys(getattr(base, name) for base in bases if hasattr(base, name)))
 
 
 def is_in_source(kind: type, name: str) -> bool:
-    """Whether a class's source, or an ancestor's, reads or sets an attribute of its instances."""
-    return any(re.search(rf"\bself\.{name}\b", read_source(one)) for one in inspect.getmro(kind))
+    """Whether the source of a class or of an ancestor reads or sets an attribute of its instances."""
+    return any(re.search(rf"\bself\.{name}\b", read_source(cls)) for cls in inspect.getmro(kind))
 
 
 def is_hook(kind: type, name: str) -> bool:
-    """Whether a library's documentation or Python's asks for a method to be overridden."""
-    owners = [one for one in inspect.getmro(kind) if name in vars(one)]
-    texts = [inspect.getdoc(vars(one)[name]) or "" for one in owners]
-    is_named = any(is_of_python(one.__module__) or one.__name__ == "TrainerCallback" for one in owners[:1])
+    """Whether the documentation of a library or of Python asks users to override a method."""
+    owners = [cls for cls in inspect.getmro(kind) if name in vars(cls)]
+    texts = [inspect.getdoc(vars(cls)[name]) or "" for cls in owners]
+    is_named = any(is_of_python(cls.__module__) or cls.__name__ == "TrainerCallback" for cls in owners[:1])
     return is_named or any("overrid" in text.lower() for text in texts)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of `dpokit push` share: run folders, and the real client set to the Hub on this machine."""
+"""Shared by the tests of `dpokit push`: run folders, and the real client connected to the local Hub."""
 
 import hashlib
 import os
@@ -18,13 +18,13 @@ from dpokit.rundir import RunDir
 REPO = "tester/tiny"
 BASE = "org/base"
 CARD = "---\nlicense: mit\n---\n\n# Tiny\n\n![loss](figures/loss.png)\n"
-# huggingface_hub's own tries take a second each; those of hf_xet are told to be quicker, before it is loaded.
+# huggingface_hub waits a second between tries; hf_xet reads shorter waits from these variables when it is loaded.
 QUICK_XET = {"HF_XET_CLIENT_RETRY_BASE_DELAY": "20ms", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2"}
 QUICK = RetryPolicy(tries=3, first_wait_seconds=0.01, most_wait_seconds=0.05, silence_seconds=20.0)
 
 
 def make_run(folder: Path, model: Path, *, adapter: bool = False, merged: bool = False) -> RunDir:
-    """A finished run of a model's folder: fully trained, or an adapter, or that with a merged model beside it."""
+    """A finished run made from a model's folder: with a whole model, an adapter, or an adapter and a merged model."""
     run = RunDir(folder)
     (folder / "figures").mkdir(parents=True)
     (folder / "figures" / "loss.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
@@ -40,7 +40,7 @@ def make_run(folder: Path, model: Path, *, adapter: bool = False, merged: bool =
 
 
 def write_adapter(folder: Path, model: Path) -> None:
-    """A LoRA of the model, with weights that change it, whose config names a base of the Hub."""
+    """Writes a LoRA adapter with nonzero weights, whose config names a base on the Hub."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -55,7 +55,7 @@ def write_adapter(folder: Path, model: Path) -> None:
 
 
 def connect(monkeypatch: pytest.MonkeyPatch, hub: LocalHub, *, xet: bool = False, token: str | None = WRITE) -> None:
-    """Sets the client of this process to the Hub on this machine, as its environment variables would."""
+    """Connects the client of this process to the local Hub, as its environment variables would."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", not xet)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", True)
@@ -70,14 +70,14 @@ def connect(monkeypatch: pytest.MonkeyPatch, hub: LocalHub, *, xet: bool = False
 
 
 def client_environment(hub: LocalHub, *, xet: bool) -> dict[str, str]:
-    """The same for a process of its own."""
+    """The environment that connects another process to the local Hub."""
     settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": WRITE, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
     settings |= {"HF_HOME": str(hub.root / "home"), "HF_HUB_DISABLE_XET": "0" if xet else "1", "NO_PROXY": "127.0.0.1"}
     return os.environ | settings | QUICK_XET | {"PYTHONPATH": str(ROOT / "src")}
 
 
 def start_push(run: RunDir, hub: LocalHub, *flags: str, xet: bool = False) -> subprocess.Popen[str]:
-    """`dpokit push RUN --repo-id tester/tiny --yes` in a process of its own."""
+    """Starts `dpokit push RUN --repo-id tester/tiny` with these flags as another process."""
     command = [sys.executable, "-m", "dpokit.cli", "push", str(run.path), "--repo-id", REPO, *flags]
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=client_environment(hub, xet=xet), cwd=ROOT, **pipes)

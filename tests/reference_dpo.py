@@ -1,4 +1,4 @@
-"""DPO by its definition, in float64: log-probs one sequence at a time, and every loss that TRL offers, as formulas.
+"""DPO from its definition, in float64: log-probs of one sequence at a time, and the formula of every loss of TRL.
 
 Sources: DPO arXiv 2305.18290, IPO 2310.12036 (length-normalised, as TRL's authors agreed with IPO's), SLiC/hinge
 2309.06657, EXO 2402.00856, NCA 2402.05369, robust 2403.00409, BCO 2404.04656, SPPO 2405.00675, AOT 2406.05882,
@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 
 
 def answer_log_prob(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """log p(answer | prompt), summed over the answer's tokens, of one unpadded sequence."""
+    """log p(answer | prompt) of one unpadded sequence, summed over the answer's tokens."""
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
     steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
     return steps.gather(1, torch.tensor(answer)[:, None]).sum()

@@ -1,4 +1,4 @@
-"""Run folders made by hand, as training and `dpokit evaluate` leave them."""
+"""Run folders written by the tests, with the same files as training and `dpokit evaluate` write."""
 
 import json
 import math
@@ -29,7 +29,7 @@ DATA = {
 
 
 def make_steps(steps: int, *, every: int, seed: int = 0, gpu: bool = False) -> list[dict[str, Any]]:
-    """Records of a run that learns; an evaluation every so many steps, none with 0."""
+    """Records of a run whose loss falls, with an evaluation after every `every` steps; 0 means no evaluations."""
     chance = random.Random(seed)
     records = []
     for step in range(1, steps + 1):
@@ -68,7 +68,7 @@ def make_steps(steps: int, *, every: int, seed: int = 0, gpu: bool = False) -> l
 
 
 def make_run(folder: Path, records: list[dict[str, Any]], **more: Any) -> Path:
-    """A run folder with these records; `settings` go over SETTINGS, the rest into run.json."""
+    """A run folder with these records; `settings` override SETTINGS, and other arguments are fields of run.json."""
     folder.mkdir(parents=True, exist_ok=True)
     changed = {name: (value, "command line") for name, value in more.pop("settings", {}).items()}
     settings = {name: {"value": v, "origin": origin} for name, (v, origin) in (SETTINGS | changed).items()}
@@ -93,7 +93,7 @@ def make_run(folder: Path, records: list[dict[str, Any]], **more: Any) -> Path:
 
 
 def make_starts(*steps: int) -> list[dict[str, Any]]:
-    """`generations` of a run that was preempted, or killed, and resumed at these steps."""
+    """The `generations` of a run that was preempted or killed, and resumed at these steps."""
     starts = [{"host": "n1", "began": "2026-11-20T09:00:00+00:00", "resumed_step": 0, "job": "101"}]
     for number, step in enumerate(steps):
         starts[-1] |= {"ended": "running" if number % 2 else "preempted", "ended_step": step + 3}
@@ -109,7 +109,7 @@ def v(value: float, spread: float = 0.02) -> dict[str, float]:
 def add_evaluation(
     folder: Path, *, prompt: str = "\n\nHuman: How do I bake bread?\n\nAssistant:", text: str = ""
 ) -> None:
-    """What `dpokit evaluate` leaves."""
+    """Writes the files of `dpokit evaluate`."""
     evaluation = folder / "eval"
     evaluation.mkdir(exist_ok=True)
     base = {"model": "gpt2", "loss": v(0.693, 0), "ranking_accuracy": v(0.46), "ranking_accuracy_per_token": v(0.52)}
@@ -135,20 +135,20 @@ def add_evaluation(
         },
     }
     (evaluation / "pairs.json").write_text(json.dumps(pairs))
-    said = (
+    answer = (
         text
         or "Mix flour, water, salt and yeast. Knead the dough, let it rest for an hour, then bake it for 35 minutes."
     )
     answers = [
         {
             "prompt": prompt,
-            "chosen": said,
+            "chosen": answer,
             "base": {"text": text or "I don't know.\n\nHuman: Why not?", "tokens": 12, "ended": False},
-            "tuned": {"text": said, "tokens": 31, "ended": True},
+            "tuned": {"text": answer, "tokens": 31, "ended": True},
         }
         for _ in range(3)
     ]
-    (evaluation / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    (evaluation / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in answers))
     side = {"mean_tokens": 41.2, "repetition": 0.12, "distinct_2": 0.71, "ended": 0.4}
     numbers = {
         "end": "t0",

@@ -1,4 +1,4 @@
-"""Run folders with an adapter of any kind, as training leaves them, made in a moment; and models to compare."""
+"""Run folders with an adapter of any kind, made without training; and models to compare."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ ATTENTION = {
 
 
 def build_base(folder: Path, kind: str, tokenizer, **changes: Any) -> Path:
-    """A random model of 2 layers with weights large enough for its log-probs to differ from token to token."""
+    """A random model of 2 layers, with weights so large that log-probs differ from token to token."""
     from transformers import GPT2Config, LlamaConfig, Qwen2Config
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
@@ -40,7 +40,7 @@ def build_base(folder: Path, kind: str, tokenizer, **changes: Any) -> Path:
 
 
 def build_run(folder: Path, base: Path, adapter: LoraConfig | None, **settings: Any) -> RunDir:
-    """A finished run whose adapter (or, without one, whose whole model) is random and far from its start."""
+    """A finished run whose adapter (or, without one, whose whole model) is random and far from its initial weights."""
     folder.mkdir(exist_ok=True)
     run = RunDir(folder / "run")
     run.make()
@@ -78,17 +78,17 @@ def build_run(folder: Path, base: Path, adapter: LoraConfig | None, **settings: 
 
 
 def find_logits(model: Any) -> torch.Tensor:
-    """Of a fixed row of tokens: `(20, vocabulary)`, fp32."""
+    """The logits of a fixed row of tokens: `(20, vocabulary)`, fp32."""
     with torch.no_grad():
         return model.eval()(input_ids=torch.arange(5, 25)[None]).logits[0].float()
 
 
 def load_adapted(run: RunDir, **options: Any) -> PeftModel:
-    """Base and adapter, by PEFT alone."""
+    """Base and adapter, loaded with PEFT."""
     base = json.loads(run.run_json.read_text())["settings"]["model_name_or_path"]["value"]
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, **options), run.adapter)
 
 
 def load_merged(run: RunDir) -> Any:
-    """By the plainest call."""
+    """The merged model, loaded with transformers."""
     return AutoModelForCausalLM.from_pretrained(run.merged)

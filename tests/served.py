@@ -1,4 +1,4 @@
-"""Small runs to talk to, and the real `dpokit serve` over them."""
+"""Small runs to chat with, and the real `dpokit serve` for them."""
 
 import os
 import subprocess
@@ -51,8 +51,8 @@ class Served:
     """A running `dpokit serve`.
 
     Attributes:
-        url: what it printed.
-        said: lines of its log.
+        url: the URL that it printed.
+        said: the lines of its log.
     """
 
     url: str
@@ -61,21 +61,21 @@ class Served:
 
 
 @contextmanager
-def serve(*words: str, program: tuple[str, ...] = ("-m", "dpokit.cli"), **environment: str) -> Iterator[Served]:
-    """`dpokit serve` on a free port while the block runs."""
-    command = [sys.executable, *program, "serve", *words, "--port", "0"]
+def serve(*flags: str, program: tuple[str, ...] = ("-m", "dpokit.cli"), **environment: str) -> Iterator[Served]:
+    """Runs `dpokit serve` on a free port while the block runs."""
+    command = [sys.executable, *program, "serve", *flags, "--port", "0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(
         command, **pipes, env=os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"} | environment
     )
     assert process.stdout is not None and process.stderr is not None
-    said: list[str] = []
-    reader = threading.Thread(target=lambda: said.extend(process.stderr), daemon=True)
+    log: list[str] = []
+    reader = threading.Thread(target=lambda: log.extend(process.stderr), daemon=True)
     reader.start()
     try:
         url = process.stdout.readline().strip()
-        assert url.startswith("http://"), "".join(said)
-        yield Served(url, process, said)
+        assert url.startswith("http://"), "".join(log)
+        yield Served(url, process, log)
     finally:
         process.terminate()
         process.wait(timeout=60)

@@ -1,4 +1,4 @@
-"""A disk that is soon full: a tmpfs, for tests that are root."""
+"""A small disk that fills up quickly: a tmpfs, which needs root."""
 
 import gc
 import os
@@ -13,7 +13,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """The folder holds no more than `size` (200k) while the block runs; skips where nothing can be mounted."""
+    """Limits the folder to `size` (such as 200k) while the block runs; skips the test if mounting is not possible."""
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a tmpfs")
     folder.mkdir()
@@ -26,7 +26,7 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def unmount(folder: Path) -> None:
-    """Takes a disk away, once a process that is ending has closed its files there."""
+    """Unmounts a disk; waits until ending processes have closed their files there."""
     gc.collect()
     end = time.monotonic() + 30
     while subprocess.run(["umount", str(folder)], check=time.monotonic() > end).returncode:
@@ -34,5 +34,5 @@ def unmount(folder: Path) -> None:
 
 
 def enlarge(folder: Path, size: str) -> None:
-    """Gives a small disk room."""
+    """Makes a small disk larger."""
     subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)

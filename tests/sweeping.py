@@ -1,4 +1,4 @@
-"""`dpokit sweep` as a process of its own, over the stand-in recipe."""
+"""Runs `dpokit sweep` as a process, with a recipe that replaces training."""
 
 import json
 import os
@@ -13,13 +13,13 @@ STAND_IN = Path(__file__).parent / "sweep" / "stand_in_recipe.py"
 
 
 class Sweeping:
-    """A search in a folder of its own.
+    """A search in its own folder.
 
     Args:
-        folder: for the space, the search and a note of every start of a run.
-        text: the space, without its recipe.
-        recipe: without it the stand-in.
-        more: of the environment.
+        folder: holds the space, the search and the list of all starts of runs.
+        text: the space without its recipe.
+        recipe: by default the recipe that replaces training.
+        more: environment variables.
     """
 
     def __init__(self, folder: Path, text: str, *, recipe: Path = STAND_IN, **more: str) -> None:
@@ -28,8 +28,8 @@ class Sweeping:
         self.space.write_text(f"recipe: {recipe}\n{text}")
 
     def command(self, *flags: str) -> list[str]:
-        words = [sys.executable, "-m", "dpokit.cli", "sweep", str(self.space), "--output-dir", str(self.folder)]
-        return [*words, "--json", *flags]
+        argv = [sys.executable, "-m", "dpokit.cli", "sweep", str(self.space), "--output-dir", str(self.folder)]
+        return [*argv, "--json", *flags]
 
     def environment(self) -> dict[str, str]:
         return os.environ | {"STAND_IN_STARTS": str(self.starts_file)} | self.more
@@ -45,7 +45,7 @@ class Sweeping:
         )
 
     def finish(self, *flags: str) -> dict:
-        """Works until it is over; what it says."""
+        """Runs the search to its end; its JSON output."""
         done = subprocess.run(
             self.command(*flags), env=self.environment(), capture_output=True, text=True, timeout=500, check=False
         )
@@ -61,14 +61,14 @@ class Sweeping:
         )
 
     def runs(self) -> list[RunDir]:
-        """In the order of their trials."""
-        found = [path for path in self.folder.glob("trial-*") if path.is_dir()]
+        """The runs in the order of their trials."""
+        folders = [path for path in self.folder.glob("trial-*") if path.is_dir()]
         return [
-            RunDir(path) for path in sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+            RunDir(path) for path in sorted(folders, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
         ]
 
     def check_whole(self, trials: int, *, steps: int = 8) -> None:
-        """Every trial finished, each of its steps once, and none began anew once it had finished."""
+        """Asserts that every trial has finished with each of its steps once, and that none restarted after its end."""
         assert [run.path.name for run in self.runs()] == [f"trial-{number}" for number in range(trials)]
         for run in self.runs():
             assert run.read_run()["state"] == "finished"

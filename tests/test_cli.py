@@ -1,4 +1,4 @@
-"""The console script: what --help costs, how a mistake of the user ends, what goes where."""
+"""The console script: --help without torch, errors of the user, stdout and stderr."""
 
 import json
 import os
@@ -18,22 +18,22 @@ from dpokit.verbs.app import app
 HEAVY = {"torch", "transformers", "trl", "datasets", "peft"}
 
 
-def dpokit(*words: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
+def dpokit(*argv: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "120"}
-    command = [sys.executable, "-m", "dpokit.cli", *words]
+    command = [sys.executable, "-m", "dpokit.cli", *argv]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in typer.main.get_command(app).commands)])
+@pytest.mark.parametrize("argv", [["--help"], *([verb, "--help"] for verb in typer.main.get_command(app).commands)])
 @pytest.mark.cold
-def test_help_needs_no_torch(words):
+def test_help_needs_no_torch(argv):
     code = (
         "import sys, dpokit.verbs.app as cli\n"
         "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as ended:\n    assert ended.code == 0, ended.code\n"
         f"print('heavy:', sorted({HEAVY | {'matplotlib'}!r} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
     assert done.stdout.endswith("heavy: []\n"), done.stderr
     assert any(word in done.stdout for word in ("RECIPE", "RUN", "SPACE", "prepare"))
 
@@ -48,8 +48,8 @@ def test_a_verb_that_reads_a_run_needs_no_torch(verb, tmp_path):
         f"print(sorted({HEAVY!r} & set(sys.modules)))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    words = [sys.executable, "-c", code, verb, str(tmp_path / "run")]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    argv = [sys.executable, "-c", code, verb, str(tmp_path / "run")]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.stdout.endswith("[]\n"), done.stderr
 
 
@@ -57,10 +57,10 @@ def documented() -> list[list[str]]:
     return [shlex.split(command, comments=True) for command in list_commands("dpokit ")]
 
 
-@pytest.mark.parametrize("words", documented(), ids=" ".join)
-def test_a_documented_verb_takes_these_options(words):
-    verb = typer.main.get_command(app).commands[words[1]]
-    context = verb.make_context(words[1], words[2:])
+@pytest.mark.parametrize("argv", documented(), ids=" ".join)
+def test_a_documented_verb_takes_these_options(argv):
+    verb = typer.main.get_command(app).commands[argv[1]]
+    context = verb.make_context(argv[1], argv[2:])
     flags = {word.removeprefix("--") for word in context.args if word.startswith("--")}
     assert flags <= set(FlagParser(prog="any").names())
 
@@ -71,7 +71,7 @@ def test_an_option_is_known_with_dashes_and_with_underscores(option, tmp_path):
     assert "holds no run" in done.stderr
 
 
-def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tiny_gpt2, pairs_file):
+def test_the_result_goes_to_stdout_and_progress_to_stderr(tiny_gpt2, pairs_file):
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--max_length", "64"]
     done = dpokit("plan", "recipes/dpo_gpt2.py", *flags, "--eval_fraction", "0.1", "--gpus", "2x24", "--json")
     assert done.returncode == 0, done.stderr
@@ -82,7 +82,7 @@ def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tin
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("argv", "says"),
     [
         (["no_such_recipe"], "SettingsError: there is no recipe 'no_such_recipe'"),
         (["recipes/dpo_gpt2.py", "--gpus", "lots"], "SettingsError: --gpus 'lots' is not a number of GPUs"),
@@ -90,8 +90,8 @@ def test_the_answer_goes_to_stdout_as_one_json_object_and_progress_to_stderr(tin
         (["recipes/dpo_gpt2.py", "--model_name_or_path", "no/such"], "ModelError: --model_name_or_path no/such"),
     ],
 )
-def test_a_mistake_is_one_message_without_a_traceback_and_exit_code_2(words, says):
-    done = dpokit("plan", *words)
+def test_a_mistake_is_one_message_and_exit_code_2(argv, says):
+    done = dpokit("plan", *argv)
     assert done.returncode == 2, done.stderr
     assert says in done.stderr
     assert done.stderr.count("do this:") == 1

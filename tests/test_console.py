@@ -1,4 +1,4 @@
-"""Progress: bars in a terminal, a plain line now and then in a log, nothing where nobody wants it."""
+"""Progress: bars in a terminal, a plain line now and then in a log, nothing if it is hidden."""
 
 import os
 import pty
@@ -30,15 +30,15 @@ def clock(monkeypatch):
     return Clock
 
 
-def test_a_log_gets_a_line_every_30_seconds_with_speed_and_time_left(clock, capfd):
+def test_a_log_gets_a_progress_line_every_30_seconds(clock, capfd):
     progress = track_progress(total=1000, initial=100, desc="training", unit="step")
     for step in range(60):
         clock.now += 1.5
         progress.set_postfix({"loss": f"{0.6931 - step / 1000:.4f}"})
         progress.update()
     progress.close()
-    told = capfd.readouterr().err
-    assert told.splitlines() == [
+    log = capfd.readouterr().err
+    assert log.splitlines() == [
         "training: step 120 of 1,000, loss 0.6741, 1.5 s/step, 22:00 left",
         "training: step 140 of 1,000, loss 0.6541, 1.5 s/step, 21:30 left",
         "training: step 160 of 1,000, loss 0.6341, 1.5 s/step, 21:00 left",
@@ -46,13 +46,13 @@ def test_a_log_gets_a_line_every_30_seconds_with_speed_and_time_left(clock, capf
     ]
 
 
-def test_what_is_over_at_once_leaves_one_line(clock, capfd):
+def test_a_short_loop_leaves_one_line(clock, capfd):
     for _ in track_progress(range(40), desc="scoring", unit="batch"):
         clock.now += 0.1
     assert capfd.readouterr().err == "scoring: batch 40 of 40, 10.00 batch/s\n"
 
 
-def test_progress_that_is_not_to_stay_leaves_nothing(clock, capfd):
+def test_progress_without_leave_leaves_no_line(clock, capfd):
     with track_progress(total=4, desc="evaluating", unit="batch", leave=False) as progress:
         clock.now += 0.1
         progress.update(4)
@@ -79,7 +79,7 @@ def test_hidden_progress_counts_and_shows_nothing(hidden_by, monkeypatch, capfd)
     assert capfd.readouterr().err == ""
 
 
-def test_a_second_end_says_nothing_more(capfd):
+def test_closing_twice_writes_one_line(capfd):
     progress = PlainProgress(None, desc="judging", unit="reply", total=None, initial=0, leave=True)
     progress.close()
     progress.close()
@@ -88,7 +88,7 @@ def test_a_second_end_says_nothing_more(capfd):
 
 @pytest.fixture
 def forty_steps(tiny_gpt2, tmp_path):
-    """Settings of a run of 40 steps, each of them logged, with two evaluations."""
+    """Settings of a run of 40 steps that logs every step and evaluates twice."""
     return {
         "model_name_or_path": str(tiny_gpt2),
         "dataset_name": str(write_pairs(tmp_path / "pairs.jsonl", 24)),
@@ -109,16 +109,16 @@ def forty_steps(tiny_gpt2, tmp_path):
 
 def test_40_logged_steps_fill_less_than_3_kb_of_a_log(forty_steps, capfd):
     train("dpo_test", forty_steps, [])
-    told = capfd.readouterr().err
-    assert "training: step 40 of 40, loss 0." in told
-    assert "\r" not in told
-    assert "\x1b" not in told
-    assert len(told.encode()) < 3000
+    log = capfd.readouterr().err
+    assert "training: step 40 of 40, loss 0." in log
+    assert "\r" not in log
+    assert "\x1b" not in log
+    assert len(log.encode()) < 3000
 
 
 def test_disable_tqdm_makes_each_log_a_line(forty_steps, capfd):
     train("dpo_test", forty_steps, ["--disable_tqdm", "--logging_steps", "10"])
-    told = capfd.readouterr().err.splitlines()
-    lines = [line.partition(",")[0] for line in told if line.startswith("training: ")]
+    log = capfd.readouterr().err.splitlines()
+    lines = [line.partition(",")[0] for line in log if line.startswith("training: ")]
     assert lines == [f"training: step {step} of 40" for step in (1, 10, 20, 30, 40)]
-    assert sum(line.split()[:1] in (["20"], ["40"]) for line in told) == 2, "evaluations stay lines of their own"
+    assert sum(line.split()[:1] in (["20"], ["40"]) for line in log) == 2, "each evaluation has a line"

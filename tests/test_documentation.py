@@ -1,4 +1,4 @@
-"""README and docs/: links, paths, commands, tables and numbers are those of the repository."""
+"""README and docs/: links, paths, commands, tables and numbers agree with the repository."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from dpokit.settings.flags import DataArguments
 from dpokit.verbs.app import app
 
 DOCS = ROOT / "docs"
-OTHER_PROGRAMS = {"accelerate", "dpokit", "sbatch", "bash", "vllm", "transformers"}  # the first four: see other tests
+OTHER_PROGRAMS = {"accelerate", "dpokit", "sbatch", "bash", "vllm", "transformers"}  # other tests check the first four
 
 
 def test_the_readme_has_at_most_200_lines():
@@ -53,31 +53,31 @@ def test_the_table_of_changes_has_15_rows_with_files_and_tests():
     rows = [line.split("|") for line in read_section(DOCS / "CONTRIBUTING.md", "To change X, open Y").splitlines()[3:]]
     assert len(rows) >= 15
     for row in rows:
-        assert re.search(r"`(src|recipes|tests)/", row[2]), row  # that each exists: the test above
+        assert re.search(r"`(src|recipes|tests)/", row[2]), row  # the test above checks that each path exists
         assert "`tests/" in row[3], row
 
 
 @pytest.mark.parametrize("command", list_commands())
 def test_a_command_starts_a_known_program(command):
-    words = shlex.split(command, comments=True)
-    if words[0] == "pip" and "-c" in words:
-        assert (ROOT / words[words.index("-c") + 1]).is_file()
+    argv = shlex.split(command, comments=True)
+    if argv[0] == "pip" and "-c" in argv:
+        assert (ROOT / argv[argv.index("-c") + 1]).is_file()
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        assert set(filter(None, words[-1].removeprefix(".").strip("[]").split(","))) <= extras.keys()
-    elif words[0] == "pip":
-        assert words[1:] == ["install", "transformers[serving]"]
-    elif words[0] == "python":
-        assert (ROOT / words[1]).is_file()
-    elif words[0] == ".":
-        assert words[1:] == [".venv/bin/activate"]
-    elif words[0] == "python3":
-        assert words[1:3] == ["-m", "venv"]
-    elif words[0] == "accelerate" and "-m" in words:
-        module, verb = words[words.index("-m") + 1 :][:2]
+        assert set(filter(None, argv[-1].removeprefix(".").strip("[]").split(","))) <= extras.keys()
+    elif argv[0] == "pip":
+        assert argv[1:] == ["install", "transformers[serving]"]
+    elif argv[0] == "python":
+        assert (ROOT / argv[1]).is_file()
+    elif argv[0] == ".":
+        assert argv[1:] == [".venv/bin/activate"]
+    elif argv[0] == "python3":
+        assert argv[1:3] == ["-m", "venv"]
+    elif argv[0] == "accelerate" and "-m" in argv:
+        module, verb = argv[argv.index("-m") + 1 :][:2]
         assert module == "dpokit.cli"
         assert verb in typer.main.get_command(app).commands
     else:
-        assert words[0] in OTHER_PROGRAMS
+        assert argv[0] in OTHER_PROGRAMS
 
 
 def test_the_rows_of_the_readme_are_pairs_of_one_layout():

@@ -1,4 +1,4 @@
-"""The one tree of errors: three sentences each, and whole on the way to another rank."""
+"""The tree of errors: each message has three parts and survives pickling to another rank."""
 
 import errno
 import pickle
@@ -48,7 +48,7 @@ def test_an_error_that_is_sent_to_another_rank_arrives_whole(kind):
 def test_disk_trouble_is_found_behind_the_error_of_a_library(number, seen):
     try:
         try:
-            raise OSError(number, "words of the system", "/scratch/run")
+            raise OSError(number, "the message of the system", "/scratch/run")
         except OSError as cause:
             raise RuntimeError("could not save") from cause
     except RuntimeError as error:
@@ -59,6 +59,6 @@ def test_disk_trouble_is_found_behind_the_error_of_a_library(number, seen):
     assert "--output_dir" in trouble.do
 
 
-def test_what_is_no_disk_trouble_is_none():
+def test_other_errors_are_no_disk_trouble():
     assert find_disk_trouble(ValueError("beta")) is None
     assert find_disk_trouble(OSError(errno.ECONNREFUSED, "refused")) is None

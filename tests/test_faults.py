@@ -1,4 +1,4 @@
-"""A part of each fault that tests/soak/ runs in full: real processes, killed, signalled, or out of disk."""
+"""Short versions of the faults in tests/soak/: real processes that are killed, signalled, or out of disk."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from dpokit.rundir import RunDir, read_metrics
 pytestmark = pytest.mark.slow
 
 
-LONG = 60  # steps of a run that a test interrupts at a step: it must not end while the test is kept waiting
+LONG = 60  # steps of a run that a test interrupts: enough that the run does not end before the test acts
 
 
 def build_lives(folder: Path, name: str, *more: str, config: str | None, steps: int = 20) -> Lives:
@@ -44,7 +44,7 @@ def build_lives(folder: Path, name: str, *more: str, config: str | None, steps: 
     ],
     ids=["one", "ddp", "zero2", "zero3", "fsdp2", "qlora"],
 )
-def test_a_run_that_is_killed_at_random_ends_as_one_that_is_not(config, more, tmp_path):
+def test_a_run_killed_at_random_times_ends_the_same(config, more, tmp_path):
     whole = build_lives(tmp_path, "whole", *more, config=config)
     whole.finish()
     lives = build_lives(tmp_path, "killed", *more, config=config)
@@ -56,8 +56,8 @@ def test_a_run_that_is_killed_at_random_ends_as_one_that_is_not(config, more, tm
     check_same(lives.run, whole.run)
 
 
-@pytest.mark.alone  # the last file of a checkpoint is there for a moment only
-def test_a_run_that_is_killed_while_each_file_is_written_ends_as_one_that_is_not(tmp_path):
+@pytest.mark.alone  # the last file of a checkpoint exists under its temporary name only for a moment
+def test_a_run_killed_while_it_writes_any_file_ends_the_same(tmp_path):
     assert "manifest.json" in soak_files(tmp_path)["files"]
 
 
@@ -65,14 +65,14 @@ def test_a_run_that_is_killed_while_each_file_is_written_ends_as_one_that_is_not
     ("config", "numbers"),
     [("ddp_cpu", (2, 1, 2)), ("zero2_cpu", (2, 1, 2)), ("zero3_cpu", (2, 3)), ("fsdp2_cpu", (2, 3))],
 )
-def test_another_number_of_processes_keeps_pairs_losses_and_weights(config, numbers, tmp_path):
-    """To rounding: sums over ranks are added in another order."""
+def test_another_number_of_processes_keeps_losses_and_weights(config, numbers, tmp_path):
+    """They are equal up to rounding: sums over ranks are added in another order."""
     more = ["--loss_type", "sigmoid", "--loss_weights", "1", "--gradient_accumulation_steps", "3"]
     whole = build_lives(tmp_path, "whole", *more, config=config)
     whole.finish()
     lives = build_lives(tmp_path, "moved", *more, config=config)
     for number, step in zip(numbers, (6, 11, 99), strict=False):
-        alone = config == "ddp_cpu" and number == 1  # accelerate's launcher of DDP wants more than one
+        alone = config == "ddp_cpu" and number == 1  # accelerate's DDP launcher needs several processes
         lives.config, lives.launcher = None if alone else config, ["--num_processes", str(number)]
         if number != numbers[-1] or step == 6:
             lives.kill_when(lambda step=step: lives.last_step() >= step)
@@ -90,34 +90,34 @@ def test_another_number_of_processes_keeps_pairs_losses_and_weights(config, numb
 
 
 def read_numbers(run: RunDir) -> tuple[list[tuple[int, float]], list[float]]:
-    """Step and tokens seen of each log, and its loss."""
+    """Step and token count of each log, and its loss."""
     records = [record for record in read_metrics(run.metrics_jsonl) if "loss" in record]
     return [(record["step"], record["num_tokens"]) for record in records], [record["loss"] for record in records]
 
 
 def workers_of(launcher: subprocess.Popen) -> dict[str, psutil.Process]:
-    found = {}
+    workers = {}
     for child in psutil.Process(launcher.pid).children(recursive=True):
         try:
-            found[child.environ().get("RANK", "")] = child
+            workers[child.environ().get("RANK", "")] = child
         except psutil.Error:
             continue
-    found.pop("", None)
-    return found
+    workers.pop("", None)
+    return workers
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_any_rank_saves_all_at_one_step_and_the_run_goes_on_as_if_nothing_was(sign, tmp_path):
+def test_a_signal_to_any_rank_saves_all_at_the_same_step(sign, tmp_path):
     whole = build_lives(tmp_path, "whole", config="ddp_cpu", steps=LONG)
     whole.finish()
     lives = build_lives(tmp_path, "preempted", config="ddp_cpu", steps=LONG)
-    lives.launcher = ["--max_restarts", "1"]  # which is for crashes: who was asked to end does not begin again
+    lives.launcher = ["--max_restarts", "1"]  # for crashes only: a preempted worker is not restarted
     with lives.living() as launcher:
         while lives.last_step() < 6:
             assert launcher.poll() is None, lives.last_log()[-3000:]
             time.sleep(0.01)
         workers_of(launcher)["1"].send_signal(sign)
-        time.sleep(0.3)  # the other rank hears of it later, or when all is over
+        time.sleep(0.3)  # the other rank gets its signal later, or after the end
         for worker in workers_of(launcher).values():
             with suppress(psutil.NoSuchProcess):
                 worker.send_signal(sign)
@@ -146,7 +146,7 @@ def test_a_signal_to_a_single_process_ends_it_with_75(tmp_path):
 
 
 @pytest.mark.parametrize("config", [None, "zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
-def test_a_disk_that_is_full_in_the_middle_of_a_save_costs_no_checkpoint_that_was_whole(config, tmp_path):
+def test_a_full_disk_during_a_save_keeps_earlier_checkpoints(config, tmp_path):
     small = tmp_path / "small"
     with small_disk(small, "4m"):
         lives = Lives(RunDir(small / "run"), make_flags(tmp_path, []), config, tmp_path / "cache")
@@ -155,15 +155,15 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save_costs_no_checkpoint_that_wa
         assert "no space is left" in lives.last_log()
         record = json.loads((small / "run" / "run.json").read_text())
         assert record["state"] == "failed", lives.last_log()[-3000:]
-        found = find_checkpoints(lives.run, deep=True)
-        assert found
-        assert not any(checkpoint.resume_problem for checkpoint in found)
+        checkpoints = find_checkpoints(lives.run, deep=True)
+        assert checkpoints
+        assert not any(checkpoint.resume_problem for checkpoint in checkpoints)
         assert not list((small / "run").glob(".checkpoint-*"))
         enlarge(small, "64m")
         lives.finish()
 
 
-def test_a_killed_rank_is_started_again_by_the_launcher_and_nothing_is_lost(tmp_path):
+def test_a_launcher_restarts_a_killed_rank_without_loss(tmp_path):
     whole = build_lives(tmp_path, "whole", config="ddp_cpu", steps=LONG)
     whole.finish()
     lives = build_lives(tmp_path, "restarted", config="ddp_cpu", steps=LONG)
@@ -178,7 +178,7 @@ def test_a_killed_rank_is_started_again_by_the_launcher_and_nothing_is_lost(tmp_
     assert len(lives.run.read_run()["generations"]) == 2
 
 
-def test_a_start_that_was_cut_off_writes_nothing_once_another_has_taken_over(tmp_path):
+def test_a_start_that_was_taken_over_writes_nothing_more(tmp_path):
     whole = build_lives(tmp_path, "whole", config=None, steps=LONG)
     whole.finish()
     lives = build_lives(tmp_path, "twice", config=None, steps=LONG)
@@ -191,9 +191,9 @@ def test_a_start_that_was_cut_off_writes_nothing_once_another_has_taken_over(tmp
         lives.finish()
         os.kill(cut_off.pid, signal.SIGCONT)
         assert cut_off.wait(timeout=60) == 2
-    told = log_of_the_first.read_text()
-    assert "was taken over by a later start of this run" in told
-    assert "Traceback" not in told
+    log = log_of_the_first.read_text()
+    assert "was taken over by a later start of this run" in log
+    assert "Traceback" not in log
     check_same(lives.run, whole.run)
     assert lives.run.read_run()["state"] == "finished"
 

@@ -1,4 +1,7 @@
-"""Who may import whom: downwards only, rooms on one floor do not know each other, light rooms stay light."""
+"""The import rules: only from lower floors, not within a floor, and no heavy library in light modules.
+
+A floor is a set of packages and top-level modules of dpokit; docs/architecture.md lists them.
+"""
 
 import ast
 import os
@@ -20,7 +23,7 @@ FLOORS = [
     {"after_training"},
     {"train", "evaluate", "merge", "push", "serve", "cluster", "run_state"},
     {"card"},
-    {"report"},  # whose tables and verdict the model card shows, too
+    {"report"},  # below the model card, which shows its tables and verdict
     {"checkpoint", "model", "data", "figures"},
     {"settings", "rundir", "distributed", "errors", "console", "metrics", "untrained_loss", "torch_build_locks"}
     | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"}
@@ -36,30 +39,30 @@ MODULES = sorted(SRC.rglob("*.py"))
 
 
 def imports(path: Path) -> set[str]:
-    """Full names of all modules that a file imports, anywhere in it; what comes from a package may be a module.
+    """Full names of all modules that a file imports, anywhere in it; a name imported from a package may be a module.
 
     Imports for type checkers alone are left out.
     """
-    found = set()
+    modules = set()
     tree = ast.parse(path.read_text())
     tree.body = [node for node in tree.body if not ast.unparse(node).startswith("if TYPE_CHECKING:")]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(str(node.module))
+            modules.add(str(node.module))
             names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {name for name in names if is_ours(name) or name == "trl.trainer"}
-    return found
+            modules |= {name for name in names if is_dpokit(name) or name == "trl.trainer"}
+    return modules
 
 
-def is_ours(name: str) -> bool:
+def is_dpokit(name: str) -> bool:
     return name.split(".")[0] == "dpokit" and module_path(name).is_file()
 
 
-def floor_of(room: str) -> int:
-    return next(level for level, rooms in enumerate(FLOORS) if room in rooms)
+def floor_of(package: str) -> int:
+    return next(level for level, packages in enumerate(FLOORS) if package in packages)
 
 
 def module_path(name: str) -> Path:
@@ -67,38 +70,38 @@ def module_path(name: str) -> Path:
     return path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
 
 
-def files_of(room: str) -> list[Path]:
-    """The modules of a room, which may be one file, a folder, or not there yet."""
-    files = [SRC / f"{room.replace('.', '/')}.py", *(SRC / room).glob("*.py")]
+def files_of(package: str) -> list[Path]:
+    """The modules of a package or of a top-level module."""
+    files = [SRC / f"{package.replace('.', '/')}.py", *(SRC / package).glob("*.py")]
     return [path for path in files if path.exists()]
 
 
 def test_imports_go_downwards():
     for path in MODULES:
-        room = path.relative_to(SRC).parts[0].removesuffix(".py")
-        if room == "__init__":
+        package = path.relative_to(SRC).parts[0].removesuffix(".py")
+        if package == "__init__":
             assert imports(path) <= {"importlib", "logging", "typing"}
             continue
-        others = {name.split(".")[1] for name in imports(path) if name.startswith("dpokit.")} - {room}
-        if floor_of(room) < len(FLOORS) - 1:
-            upwards = {other for other in others if floor_of(other) <= floor_of(room)}
+        others = {name.split(".")[1] for name in imports(path) if name.startswith("dpokit.")} - {package}
+        if floor_of(package) < len(FLOORS) - 1:
+            upwards = {other for other in others if floor_of(other) <= floor_of(package)}
             assert not upwards, f"{path.relative_to(SRC)} imports {upwards}"
 
 
-@pytest.mark.parametrize("room", [room for room in LIGHT if room != "cli"])  # a verb imports its room when called
-def test_light_rooms_import_nothing_heavy(room):
-    seen, to_read = set(), files_of(room)
+@pytest.mark.parametrize("package", [name for name in LIGHT if name != "cli"])  # a verb's imports are in its function
+def test_light_packages_import_nothing_heavy(package):
+    checked, to_read = set(), files_of(package)
     while to_read:
         path = to_read.pop()
-        if path in seen:
+        if path in checked:
             continue
-        seen.add(path)
+        checked.add(path)
         names = imports(path)
         assert not {name.split(".")[0] for name in names} & HEAVY, path
-        ours = [name for name in names if is_ours(name)]
+        modules = [name for name in names if is_dpokit(name)]
         # Importing a module runs its packages' __init__ first.
-        ours += [name.rpartition(".")[0] for name in ours]
-        to_read += [module_path(name) for name in ours]
+        modules += [name.rpartition(".")[0] for name in modules]
+        to_read += [module_path(name) for name in modules]
 
 
 def test_inner_names_stay_where_they_are_explained():
@@ -126,19 +129,19 @@ def test_an_import_is_seen_however_it_is_written(tmp_path):
 
 
 def test_every_module_has_its_floor():
-    rooms = {path.relative_to(SRC).parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
-    assert rooms <= set().union(*FLOORS)
+    packages = {path.relative_to(SRC).parts[0].removesuffix(".py") for path in MODULES} - {"__init__"}
+    assert packages <= set().union(*FLOORS)
 
 
 @pytest.mark.parametrize("path", [*(ROOT / "recipes").glob("*.py")], ids=lambda path: path.name)
-def test_a_recipe_imports_no_other_recipe_and_nothing_heavy_of_its_own(path):
+def test_a_recipe_imports_no_other_recipe_and_no_heavy_library(path):
     recipes = {other.stem for other in (ROOT / "recipes").glob("*.py")}
     first = {name.split(".")[0] for name in imports(path)}
     assert not first & (recipes | {"recipes"} | HEAVY)
 
 
-def test_no_module_of_the_ground_floor_needs_itself():
-    """None needs one that needs it: each module of a package counts by itself."""
+def test_modules_of_the_ground_floor_import_in_no_circle():
+    """Checked for single modules, because packages of the ground floor import each other."""
     paths = [path for name in GROUND for path in files_of(name)]
     names = {".".join(path.relative_to(SRC.parent).with_suffix("").parts): path for path in paths}
     needs = {name: imports(path) & names.keys() for name, path in names.items()}
@@ -148,9 +151,9 @@ def test_no_module_of_the_ground_floor_needs_itself():
 
 
 @pytest.mark.cold
-def test_light_rooms_load_nothing_heavy_when_they_are_imported():
-    """What the files say, once more in a real interpreter."""
-    files = [path for room in LIGHT for path in files_of(room)]
+def test_light_packages_load_nothing_heavy_when_imported():
+    """The same as the test on the source, in a real interpreter."""
+    files = [path for package in LIGHT for path in files_of(package)]
     names = [".".join(path.relative_to(SRC.parent).with_suffix("").parts) for path in files]
     code = f"import sys, {', '.join(names)}; print(sorted({HEAVY!r} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": str(SRC.parent)}

@@ -1,4 +1,4 @@
-"""Under the real launchers: one process, two, and what happens when they are not as many as were asked for."""
+"""Training under the real launchers: with one process, with two, and with fewer than requested."""
 
 import json
 import subprocess
@@ -23,10 +23,8 @@ def records(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize(("train_pairs", "steps"), [pytest.param(31, 8, marks=pytest.mark.cold), (33, 10)])
-def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weights(
-    train_pairs, steps, tiny_gpt2, tmp_path
-):
-    """Neither training nor held-out pairs divide by the batch; of 33, one rank has a stand-in in the last step."""
+def test_two_processes_have_the_same_numbers_and_weights_as_one(train_pairs, steps, tiny_gpt2, tmp_path):
+    """The batch divides neither training nor held-out pairs; with 33 pairs, one rank repeats a row in the last step."""
     from safetensors.torch import load_file
 
     data = tmp_path / "data"
@@ -40,8 +38,8 @@ def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weigh
     ]
     one = [*flags, "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
     two = [*flags, "--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "2"]
-    for launcher, given in ((ONE, one), (TWO, two)):
-        done = launch(launcher, *given, "--gradient_accumulation_steps", "2", "--per_device_eval_batch_size", "2")
+    for launcher, argv in ((ONE, one), (TWO, two)):
+        done = launch(launcher, *argv, "--gradient_accumulation_steps", "2", "--per_device_eval_batch_size", "2")
         assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["world_size"] == 2
     pairs = list(zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True))
@@ -59,28 +57,28 @@ def test_one_process_and_two_report_the_same_numbers_and_end_with_the_same_weigh
 
 
 @pytest.mark.parametrize("config", [None, *sorted((ROOT / "accelerate_configs").glob("*.yaml"))], ids=str)
-def test_a_placement_leaves_the_launcher_no_default_to_warn_of(config, monkeypatch, tmp_path):
-    """Without one it lists what it took for granted, as docs/settings.md says."""
+def test_a_placement_sets_every_value_that_accelerate_warns_of(config, monkeypatch, tmp_path):
+    """Without a config, accelerate lists the values that it assumes, as docs/settings.md explains."""
     from accelerate.commands import launch as launcher
 
-    told: list[str] = []
-    monkeypatch.setattr(launcher.logger, "warning", lambda message, *_, **__: told.append(message))
+    warnings: list[str] = []
+    monkeypatch.setattr(launcher.logger, "warning", lambda message, *_, **__: warnings.append(message))
     monkeypatch.setattr(launcher, "default_config_file", str(tmp_path / "none"))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    words = ["--config_file", str(config)] if config else []
-    launcher._validate_launch_command(launcher.launch_command_parser().parse_args([*words, "recipe.py"]))
-    assert bool(told) == (config is None), told
+    argv = ["--config_file", str(config)] if config else []
+    launcher._validate_launch_command(launcher.launch_command_parser().parse_args([*argv, "recipe.py"]))
+    assert bool(warnings) == (config is None), warnings
 
 
 def test_a_recipe_says_at_once_that_it_has_begun():
-    """Before the imports, which take seconds; once, whatever the number of processes."""
+    """The line comes before the imports, which take seconds, and once for any number of processes."""
     done = launch(TWO, "--learning_rat", "1e-4")
     first = next(line for line in done.stderr.splitlines() if line)
     assert first == "dpo_gpt2: importing torch, transformers and TRL"
     assert done.stderr.count("importing torch") == 1
 
 
-def test_two_processes_asked_of_a_launcher_that_starts_one_are_refused(tiny_gpt2, pairs_file, tmp_path):
+def test_a_launcher_that_drops_num_processes_is_refused(tiny_gpt2, pairs_file, tmp_path):
     done = launch(
         ["--cpu", "--num_processes", "2"],
         *("--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file)),
@@ -93,7 +91,7 @@ def test_two_processes_asked_of_a_launcher_that_starts_one_are_refused(tiny_gpt2
 
 
 @pytest.mark.cold
-def test_a_misspelt_flag_is_one_message_without_a_traceback_and_exit_code_2(tmp_path):
+def test_a_misspelt_flag_is_one_message_and_exit_code_2(tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), "--learning_rat", "1e-4"],
         capture_output=True,
@@ -107,7 +105,7 @@ def test_a_misspelt_flag_is_one_message_without_a_traceback_and_exit_code_2(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bad_data_is_one_message_on_two_processes_and_nobody_waits(tiny_gpt2, tmp_path):
+def test_bad_data_ends_two_processes_with_one_message(tiny_gpt2, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": \n')
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(tmp_path / "bad.jsonl")]
     flags += ["--output_dir", str(tmp_path / "run"), "--max_length", "96"]
@@ -123,7 +121,7 @@ def test_bad_data_is_one_message_on_two_processes_and_nobody_waits(tiny_gpt2, tm
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", [ONE, TWO], ids=["one_process", "two_processes"])
 def test_a_twelve_layer_gpt2_trains_on_real_hh_rows(launcher, shared, tmp_path):
-    """Random weights, real tokenizer and rows, GPT-2's own depth; the width is GPT-2's too."""
+    """Random weights, real tokenizer and rows, GPT-2's own depth and width."""
     import torch
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -143,7 +141,7 @@ def test_a_twelve_layer_gpt2_trains_on_real_hh_rows(launcher, shared, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     data = json.loads((tmp_path / "run" / "data.json").read_text())
     assert data["train"]["dropped"] == {"different_prompts": 4, "empty_answer": 1}
-    seen = records(tmp_path / "run")
-    assert [record["step"] for record in seen] == [1, 2, 3]
-    assert seen[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert seen[-1]["eval_loss"] > 0
+    logged = records(tmp_path / "run")
+    assert [record["step"] for record in logged] == [1, 2, 3]
+    assert logged[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert logged[-1]["eval_loss"] > 0

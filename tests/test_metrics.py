@@ -1,4 +1,4 @@
-"""The table of metrics: a row each, read by everything that shows one."""
+"""The table of metrics: it has a row for each metric, and all outputs read it."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_each_metric_has_one_row():
 
 @pytest.mark.parametrize("kind", ["dpo", "sft"])
 def test_every_number_of_a_run_has_a_row(kind, tiny_gpt2, pairs_file, tmp_path, monkeypatch):
-    """A metric that is logged and stands in no row is named."""
+    """The failure names each logged metric without a row."""
     flags = [
         "--model_name_or_path",
         str(tiny_gpt2),
@@ -64,12 +64,12 @@ def test_every_number_of_a_run_has_a_row(kind, tiny_gpt2, pairs_file, tmp_path, 
         ("own", False),
     ],
 )
-def test_better_is_known_for_metrics_of_others_too(name, is_lower):
+def test_better_is_known_for_metrics_of_other_libraries(name, is_lower):
     assert is_lower_better(name) is is_lower
 
 
 def test_a_new_metric_needs_one_row(tmp_path, monkeypatch):
-    """A figure with its line, a column, a choice of the best checkpoint: all from the row."""
+    """The row alone gives it a line in a figure, a column, and makes it a choice for the best checkpoint."""
     own = Metric("own/metric", "A metric of this test.", "down", ("dpo",), "loss", "own line", "own column")
     monkeypatch.setattr(metrics, "LOGGED", [*LOGGED, own])
     steps = [record | {"own/metric": 1.0, "eval_own/metric": 2.0} for record in make_steps(6, every=3)]

@@ -1,10 +1,10 @@
-"""Every placement trains, evaluates, saves and is reloaded, with the losses of one process.
+"""Every placement trains, evaluates, saves and reloads, with the same losses as one process.
 
 Prints the table of docs/placements.md:
 
     bash launch/test.sh --slow tests/test_placements.py
 
-The CPU columns are the twins, two processes over gloo; the GPU columns need a GPU and take all that are visible.
+The CPU columns are two processes over gloo; the GPU columns need a GPU and use all that are visible.
 """
 
 import json
@@ -18,7 +18,7 @@ from test_launch import launch, records
 
 PLACEMENTS = ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 CPU_TWINS = ["ddp_cpu", "zero2_cpu", "zero3_cpu", "zero3_offload", "fsdp2_cpu"]
-# Recipe and flags; QLoRA is the recipe as it stands: 4-bit layers, 16-bit adapters, bitsandbytes' 8-bit AdamW.
+# Recipe and flags; QLoRA is the unchanged recipe: 4-bit layers, 16-bit adapters, bitsandbytes' 8-bit AdamW.
 KINDS = {
     "full": ("dpo_gpt2", []),
     "LoRA": (
@@ -27,7 +27,7 @@ KINDS = {
     ),
     "QLoRA": ("dpo_qlora", ["--dataset_train_split", "train", "--dataset_test_split", "test"]),
 }
-# 16-bit adapters and 4-bit products leave rounding where the order of sums differs; fp32 leaves none to speak of.
+# With 16-bit adapters and 4-bit products, another order of sums changes the rounding; with fp32 hardly.
 TOLERANCE = {"full": 2e-4, "LoRA": 2e-4, "QLoRA": 1e-2}
 SHOWN = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "eval_loss"}
 GPUS = torch.cuda.device_count()
@@ -50,7 +50,7 @@ def tiny_llama(tmp_path_factory, plain_tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """17 and 7 pairs: an epoch's last step and the evaluation leave a rank without a pair."""
+    """17 and 7 pairs: in an epoch's last step and in the evaluation, one rank has no pair."""
     folder = tmp_path_factory.mktemp("data")
     write_pairs(folder / "train.jsonl", 17)
     write_pairs(folder / "test.jsonl", 7)
@@ -59,17 +59,17 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama, data):
-    """Trains by config, kind and pairs a device; the same run is made once."""
+    """Trains with a config, a kind and a number of pairs per device; equal runs are trained once."""
     folder, done = tmp_path_factory.mktemp("runs"), {}
 
     def train(config: str, kind: str, per_device: int, *flags: str, launcher: tuple[str, ...] = ()) -> Path:
         name = "_".join([config, kind, str(per_device), *flags])
         if name not in done:
             done[name] = folder / name
-            recipe, asked = KINDS[kind]
+            recipe, kind_flags = KINDS[kind]
             result = launch(
                 ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), *launcher],
-                *("--model_name_or_path", str(tiny_llama), "--dataset_name", str(data), *asked, *flags),
+                *("--model_name_or_path", str(tiny_llama), "--dataset_name", str(data), *kind_flags, *flags),
                 *("--output_dir", str(folder / name), "--num_train_epochs", "2", "--max_length", "96"),
                 *("--learning_rate", "1e-3", "--warmup_steps", "0", "--logging_steps", "1"),
                 *("--loss_type", "sigmoid", "--loss_weights", "1.0", "--eval_steps", "2", "--save_steps", "2"),
@@ -84,7 +84,7 @@ def run(tmp_path_factory, tiny_llama, data):
 
 
 def check_same_run(folder: Path, one: Path, kind: str, placement: str) -> None:
-    """Placement in force, every logged loss, and the final weights read back from the disk."""
+    """Asserts the placement in force, every logged loss, and the final weights read back from the disk."""
     record = json.loads((folder / "run.json").read_text())
     assert record["state"] == "finished"
     assert record["placement"] == placement.removesuffix(" + CPU offload")
@@ -95,12 +95,12 @@ def check_same_run(folder: Path, one: Path, kind: str, placement: str) -> None:
         assert line.keys() == expected.keys()
         for name in SHOWN & expected.keys():
             assert line[name] == pytest.approx(expected[name], rel=TOLERANCE[kind], abs=TOLERANCE[kind]), name
-    ours, theirs = (reload(path, kind) for path in (folder, one))
-    assert ours.keys() == theirs.keys()
-    for name, weight in ours.items():
+    weights, expected_weights = (reload(path, kind) for path in (folder, one))
+    assert weights.keys() == expected_weights.keys()
+    for name, weight in weights.items():
         assert weight.numel() > 0
-        # AdamW moves a weight by up to the learning rate a step, whatever its gradient's size.
-        assert (weight - theirs[name]).abs().max() < (1e-4 if kind != "QLoRA" else 6e-3), name
+        # AdamW moves a weight by up to the learning rate per step, whatever its gradient's size.
+        assert (weight - expected_weights[name]).abs().max() < (1e-4 if kind != "QLoRA" else 6e-3), name
 
 
 def reload(folder: Path, kind: str) -> dict[str, torch.Tensor]:
@@ -117,14 +117,14 @@ def reload(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 def find_optimizer(config: str, kind: str) -> list[str]:
-    """What 8-bit AdamW has no step for is refused (FSDP2), or replaced by DeepSpeed's own AdamW (offload)."""
+    """Flags for plain AdamW if 8-bit AdamW is refused (FSDP2) or replaced by DeepSpeed's own AdamW (offload)."""
     return ["--optim", "adamw_torch"] if kind == "QLoRA" and ("fsdp2" in config or "offload" in config) else []
 
 
 def in_words(config: str) -> str:
     name = config.removesuffix("_cpu")
-    words = {"single_gpu": "one device", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
-    return words.get(name, "ZeRO-3 + CPU offload")
+    names = {"single_gpu": "one device", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
+    return names.get(name, "ZeRO-3 + CPU offload")
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_two_cpu_processes_train_as_one_does(config, kind, run, record_property)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp_cpu", "zero2_cpu", "zero3_cpu", "fsdp2_cpu"])
-def test_a_config_for_many_serves_one(config, run):
+def test_a_config_for_several_processes_runs_with_one(config, run):
     flags = ["--use_cpu"]
     one = run("single_gpu", "full", 4, *flags)
     alone = run(config, "full", 4, *flags, launcher=("--num_processes", "1"))

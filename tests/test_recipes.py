@@ -1,4 +1,4 @@
-"""Every recipe, preset, accelerate config and documented command is read; each recipe and preset trains two steps."""
+"""Reads every recipe, preset, accelerate config and documented command; each recipe and preset trains two steps."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def recipe_of(preset: Path) -> Path:
 
 @pytest.fixture
 def stand_in_data(tmp_path: Path) -> Path:
-    """A folder with the splits that the recipes name, in the transcript form of HH."""
+    """A folder with the splits that the recipes name, as transcripts in HH's layout."""
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "test"):
@@ -65,7 +65,7 @@ def test_a_preset_trains_two_steps_with_its_own_settings(preset, stand_in_data, 
     recipe = recipe_of(preset)
     flags = stand_ins(recipe, stand_in_data, tiny_gpt2, tiny_qwen2, tmp_path / "run")
     published = yaml.safe_load(preset.read_text())
-    length = min(published["max_length"], 256)  # the stand-ins have 256 positions
+    length = min(published["max_length"], 256)  # the tiny models have 256 positions
     run = train(str(recipe), defaults_of(recipe), ["--config", str(preset), *flags, "--max_length", str(length)])
     check_run(run, {k: v for k, v in published.items() if f"--{k}" not in flags and k != "max_length"})
 
@@ -79,10 +79,10 @@ def check_run(run, expected: dict) -> None:
     assert steps == sorted(set(steps))
     assert steps[-1] == 2
     for name, value in expected.items():
-        seen = record["settings"][name]["value"]
+        recorded = record["settings"][name]["value"]
         value = [value] if isinstance(value, str) and name in ("loss_type", "report_to") else value
-        value = "all-linear" if value == ["all-linear"] else value  # TRL makes one word of one
-        assert seen == value, name
+        value = "all-linear" if value == ["all-linear"] else value  # TRL turns a list of one name into the name
+        assert recorded == value, name
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -101,21 +101,21 @@ def test_an_accelerate_config_is_short_and_read_by_accelerate(config):
 
 def documented_commands() -> list[str]:
     text = "\n".join([read_pages(), *(join_lines(recipe.read_text()) for recipe in RECIPES)])
-    found = re.findall(r"^\s*(accelerate launch [^\n#]*recipes/[^\n#]*|bash launch/[^\n#]*)", text, re.M)
-    return sorted({command.strip() for command in found})
+    commands = re.findall(r"^\s*(accelerate launch [^\n#]*recipes/[^\n#]*|bash launch/[^\n#]*)", text, re.M)
+    return sorted({command.strip() for command in commands})
 
 
 @pytest.mark.parametrize("command", documented_commands())
-def test_a_documented_command_names_what_exists(command):
-    words = shlex.split(command)
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file()
-        assert all((ROOT / word).exists() for word in words[2:] if word.startswith("tests/"))
+def test_a_documented_command_names_existing_files(command):
+    argv = shlex.split(command)
+    if argv[0] == "bash":
+        assert (ROOT / argv[1]).is_file()
+        assert all((ROOT / word).exists() for word in argv[2:] if word.startswith("tests/"))
         return
-    position = next(i for i, word in enumerate(words) if word.startswith("recipes/"))
-    for launcher_flag, value in pairwise(words[2:position]):
+    position = next(i for i, word in enumerate(argv) if word.startswith("recipes/"))
+    for launcher_flag, value in pairwise(argv[2:position]):
         if launcher_flag == "--config_file":
             assert (ROOT / value).is_file()
-    flags = [str(ROOT / w) if w.startswith("recipes/presets") else w for w in words[position + 1 :]]
+    flags = [str(ROOT / w) if w.startswith("recipes/presets") else w for w in argv[position + 1 :]]
     if "--help" not in flags:
-        load_settings(words[position], defaults_of(ROOT / words[position]), [*flags, *ON_CPU])
+        load_settings(argv[position], defaults_of(ROOT / argv[position]), [*flags, *ON_CPU])

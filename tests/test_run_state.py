@@ -1,4 +1,4 @@
-"""How a run's end gets into run.json."""
+"""The record of a run's end in run.json."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from dpokit.rundir import RunDir
 from dpokit.settings.load import load_settings
 
 
-def test_a_run_that_a_full_disk_ended_says_so_once_others_have_given_their_space_back(tiny_gpt2, tmp_path):
+def test_a_full_disk_is_recorded_after_other_ranks_free_space(tiny_gpt2, tmp_path):
     disk, run = tmp_path / "disk", RunDir(tmp_path / "disk" / "run")
     flags = ["--model_name_or_path", str(tiny_gpt2), "--output_dir", str(run.path), "--use_cpu"]
     settings = load_settings("dpo_test", {}, [*flags, "--report_to", "none"])
@@ -20,7 +20,7 @@ def test_a_run_that_a_full_disk_ended_says_so_once_others_have_given_their_space
         run.make()
         with pytest.raises(RunFolderError, match="no space is left"), keep_record(run, settings, 1):
             save = os.open(disk / "save", os.O_WRONLY | os.O_CREAT)
-            (disk / "save").unlink()  # as rank 0 gives a save up that another rank is still writing
+            (disk / "save").unlink()  # rank 0 removes a failed save in the same way while another rank still writes
             threading.Timer(2.0, os.close, [save]).start()
             while True:
                 os.write(save, bytes(2**12))

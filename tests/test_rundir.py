@@ -1,4 +1,4 @@
-"""The run folder: written whole or not at all, read back with care."""
+"""The run folder: files are written whole or not at all, and damaged ones are reported."""
 
 import json
 
@@ -71,7 +71,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     assert [path.name for path in RunDir(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
 
 
-def test_a_number_that_json_has_not_leaves_the_old_file(tmp_path):
+def test_nan_is_refused_and_leaves_the_old_file(tmp_path):
     path = tmp_path / "data.json"
     write_json(path, {"loss": 1.0})
     with pytest.raises(ValueError, match="JSON"):
@@ -106,7 +106,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_a_killed_writer_left_is_not_in_the_new_folder(tmp_path):
+def test_files_of_a_killed_writer_are_not_in_the_new_folder(tmp_path):
     (tmp_path / ".model.part").mkdir()
     (tmp_path / ".model.part" / "half").write_text("")
     with new_folder(tmp_path / "model") as part:
@@ -148,7 +148,7 @@ def test_a_new_run_forgets_what_the_file_held(tmp_path):
     assert read_metrics(path) == [{"step": 1, "seconds": 2.0, "loss": 0.9}]
 
 
-def test_a_run_resumed_twice_goes_on_from_the_clock_of_its_last_kept_record(tmp_path):
+def test_a_second_resume_continues_the_clock_of_the_first(tmp_path):
     path = tmp_path / "metrics.jsonl"
     MetricsFile(RunDir(tmp_path), after_step=0).log(1, 10.0, {})
     MetricsFile(RunDir(tmp_path), after_step=1).log(2, 5.0, {})

@@ -1,4 +1,4 @@
-"""A run from outside: its folder, what it refuses, and how it says so."""
+"""A whole run: its folder, its refusals and their messages."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_a_run_leaves_record_metrics_data_and_weights(defaults, capfd):
     assert "Warning" not in screen.err + screen.out
 
 
-def test_a_finished_run_is_not_touched_unless_told_to(defaults):
+def test_a_finished_run_changes_only_on_request(defaults):
     run = train("dpo_test", defaults, [])
     before = run.metrics_jsonl.read_text()
     with pytest.raises(RunFolderError, match="holds a finished run"):
@@ -114,7 +114,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(folder, defaults):
         train("dpo_test", defaults, ["--output_dir", folder])
 
 
-def test_a_full_disk_ends_in_one_message_and_no_half_written_model(defaults, tmp_path):
+def test_a_full_disk_ends_in_one_message_and_no_partial_model(defaults, tmp_path):
     small = tmp_path / "small"
     with small_disk(small, "96k"):
         with pytest.raises(RunFolderError, match="no space is left"):
@@ -124,29 +124,29 @@ def test_a_full_disk_ends_in_one_message_and_no_half_written_model(defaults, tmp
 
 
 def causes(error: BaseException) -> list[type]:
-    found = []
+    kinds = []
     while (cause := error.__cause__ or error.__context__) is not None:
-        found.append(type(error := cause))
-    return found
+        kinds.append(type(error := cause))
+    return kinds
 
 
-def test_a_disk_that_fills_up_at_any_file_of_a_save_gives_its_space_back(defaults, tmp_path):
-    """Among them tokenizer.json, where the tokenizers library raises a bare Exception."""
+def test_a_save_that_fills_the_disk_frees_its_space(defaults, tmp_path):
+    """The disk sizes cover every file of a save, also tokenizer.json, where tokenizers raises a bare Exception."""
     small, kinds = tmp_path / "small", set()
     for size in range(64, 640, 16):
         with small_disk(small, f"{size}k"):
             run = RunDir(small / "run")
-            seen = ""
+            message = ""
             try:
                 train("dpo_test", defaults, ["--output_dir", str(run.path), "--save_steps", "1"])
             except RunFolderError as error:
-                seen = error.seen
+                message = error.seen
                 kinds |= set(causes(error))
-            assert not seen or "no space is left" in seen
+            assert not message or "no space is left" in message
             if run.run_json.exists():
-                assert run.read_run()["state"] == ("failed" if seen else "finished")
+                assert run.read_run()["state"] == ("failed" if message else "finished")
             assert not [path for path in run.path.rglob("*") if path.name.startswith(".")]
-            assert not any(found.resume_problem for found in find_checkpoints(run, deep=True))
+            assert not any(checkpoint.resume_problem for checkpoint in find_checkpoints(run, deep=True))
         small.rmdir()
     assert Exception in kinds
 
@@ -160,7 +160,7 @@ def test_a_stream_trains_like_a_file(defaults):
 
 def test_the_best_checkpoint_by_eval_loss_is_kept(defaults):
     flags = ["--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end"]
-    # A rate that ruins the model: the first evaluation is the best.
+    # This learning rate ruins the model, so the first evaluation is the best.
     run = train("dpo_test", defaults, [*flags, "--eval_fraction", "0.2", "--learning_rate", "0.3", "--max_steps", "4"])
     losses = {
         record["step"]: record["eval_loss"]

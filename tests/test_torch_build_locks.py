@@ -1,4 +1,4 @@
-"""Compilations of torch that were killed, by the real thing: a compiler, a baton, a lock that is left."""
+"""Stale locks of killed torch compilations, with a real compiler and torch's own lock files."""
 
 import os
 import subprocess
@@ -10,15 +10,15 @@ import psutil
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from dpokit.torch_build_locks import pass_dead_locks
+from dpokit.torch_build_locks import remove_dead_locks
 
 COMPILE = """
 import sys
 from torch.utils.cpp_extension import load
 
-from dpokit.torch_build_locks import pass_dead_locks
+from dpokit.torch_build_locks import remove_dead_locks
 
-pass_dead_locks(dead_after_seconds=0)
+remove_dead_locks(dead_after_seconds=0)
 load("answer", [sys.argv[1]], is_python_module=False)
 print("compiled")
 """
@@ -26,14 +26,14 @@ print("compiled")
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Where torch compiles, and nothing else does."""
+    """A folder in which only this test's torch compiles."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     made = tmp_path / "answer"
     made.mkdir()
     return made
 
 
-def test_a_compilation_that_was_killed_does_not_hold_up_the_next(folder, tmp_path):
+def test_a_killed_compilation_does_not_block_the_next_one(folder, tmp_path):
     source, endless = tmp_path / "answer.cpp", tmp_path / "endless"
     source.write_text("int answer() { return 42; }\n")
     endless.write_text('#!/bin/sh\ncase "$*" in *answer.cpp*) touch compiling; exec sleep 600;; esac\nexec c++ "$@"\n')
@@ -48,7 +48,7 @@ def test_a_compilation_that_was_killed_does_not_hold_up_the_next(folder, tmp_pat
     for process in [killed, *psutil.Process(killed.pid).children(recursive=True)]:
         process.kill()
     killed.wait()
-    assert (folder / "lock").exists(), "torch has learnt to remove it: so can dpokit.torch_build_locks"
+    assert (folder / "lock").exists(), "torch removes the lock itself now: delete dpokit.torch_build_locks"
 
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
@@ -56,20 +56,20 @@ def test_a_compilation_that_was_killed_does_not_hold_up_the_next(folder, tmp_pat
     assert not (folder / "lock").exists()
 
 
-def test_a_lock_that_a_process_of_this_machine_holds_is_left_to_torch(folder):
+def test_a_lock_that_a_local_process_holds_is_kept(folder):
     baton = FileBaton(folder / "lock")
     assert baton.try_acquire()
-    pass_dead_locks(dead_after_seconds=0)
-    baton.release()  # an error, were it gone
+    remove_dead_locks(dead_after_seconds=0)
+    baton.release()  # raises if the lock is gone
 
 
-def test_a_young_lock_that_nobody_here_holds_is_waited_for(folder, capfd):
+def test_a_young_lock_of_another_machine_is_waited_for(folder, capfd):
     (folder / "lock").touch()
     far_away = threading.Timer(1.0, (folder / "lock").unlink)
     far_away.start()
-    pass_dead_locks()
+    remove_dead_locks()
     assert not (folder / "lock").exists()
     far_away.join(5)
     assert not far_away.is_alive()
-    said = capfd.readouterr().err
-    assert said.count("waiting up to 300 s") == 1 and "removed" not in said
+    log = capfd.readouterr().err
+    assert log.count("waiting up to 300 s") == 1 and "removed" not in log

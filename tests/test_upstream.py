@@ -1,4 +1,4 @@
-"""Each name inside another library that the source depends on is listed in `dpokit.upstream`, and is still there."""
+"""Every internal name of another library that the source uses is listed in `dpokit.upstream` and still exists."""
 
 import ast
 import importlib.util
@@ -28,11 +28,11 @@ def find_uses(root: Path) -> list[Use]:
     return [use for use in Tree(root).find_uses() if use.file != TABLE]
 
 
-# -- what is checked: each function returns one line for each thing that is wrong ---------------------------------
+# -- checks: each function returns one line for each problem -------------------------------------------------------
 
 
 def check_names(rows: tuple[UpstreamName, ...]) -> list[str]:
-    """Names that their library does not have, or that another file of it defines."""
+    """Names that their library lacks, or that another file of it defines."""
     lines = []
     for row in rows:
         if not is_there(row.name):
@@ -43,7 +43,7 @@ def check_names(rows: tuple[UpstreamName, ...]) -> list[str]:
 
 
 def check_uses(uses: list[Use], rows: tuple[UpstreamName, ...]) -> list[str]:
-    """Uses without a row, or of a kind that depends on more than the row says."""
+    """Uses without a row, or of a kind that depends on more internals than the kind in the row."""
     lines = []
     for use in uses:
         listed = [row for row in rows if is_use_of(use, row)]
@@ -72,7 +72,7 @@ def check_rows(uses: list[Use], rows: tuple[UpstreamName, ...], root: Path) -> l
 
 
 def check_overrides(uses: list[Use]) -> list[str]:
-    """Overrides that do not accept the arguments of what they override."""
+    """Overrides that do not accept the arguments of the overridden method."""
     return [
         f"{use.file}:{use.line}: {use.name} {trouble} of {name_function(upstream)}"
         for use in uses
@@ -83,7 +83,7 @@ def check_overrides(uses: list[Use]) -> list[str]:
 
 
 def check_calls(uses: list[Use]) -> list[str]:
-    """Calls of a library's methods with arguments that these do not take."""
+    """Calls of a library's methods with arguments that the methods do not accept."""
     lines = []
     for use in uses:
         if use.call is None:
@@ -119,13 +119,13 @@ def is_there(name: str) -> bool:
         return False
     if isinstance(owner, type):
         is_set = rf'\.{last}\b\s*(:[^=\n]+)?=(?!=)|["\']{last}["\']'
-        return any(re.search(is_set, read_code(one)) for one in inspect.getmro(owner))
+        return any(re.search(is_set, read_code(cls)) for cls in inspect.getmro(owner))
     return re.search(rf"\b{last}\b", read_code(owner)) is not None
 
 
 @cache
 def read_code(thing: Any) -> str:
-    """The code of one class or function; empty for what is not written in Python."""
+    """The code of a class or function; empty if it is not written in Python."""
     try:
         return inspect.getsource(thing)
     except (OSError, TypeError):
@@ -133,7 +133,7 @@ def read_code(thing: Any) -> str:
 
 
 def read_library_file(file: str) -> str:
-    """A library's file, by its path where the library is installed; empty where there is none."""
+    """The text of a library's file, by its path in the folder of installed packages; empty if it does not exist."""
     spec = importlib.util.find_spec(file.split("/")[0].removesuffix(".py"))
     origin = Path(str(spec.origin)) if spec is not None else Path()
     path = (origin.parent.parent if origin.name == "__init__.py" else origin.parent) / file
@@ -149,23 +149,24 @@ def name_function(function: Any) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
 
-def compare_parameters(ours: ast.arguments, theirs: inspect.Signature) -> list[str]:
-    """What keeps an override from accepting the arguments of the method that it overrides; empty where nothing does."""
-    places = [argument.arg for argument in [*ours.posonlyargs, *ours.args]]
-    named = {argument.arg for argument in ours.kwonlyargs}
+def compare_parameters(override: ast.arguments, overridden: inspect.Signature) -> list[str]:
+    """Why an override does not accept the arguments of the method that it overrides; empty if it does."""
+    places = [argument.arg for argument in [*override.posonlyargs, *override.args]]
+    named = {argument.arg for argument in override.kwonlyargs}
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    wanted = [parameter for parameter in theirs.parameters.values() if parameter.kind not in several]
+    parameters = [parameter for parameter in overridden.parameters.values() if parameter.kind not in several]
     troubles = []
-    for place, parameter in enumerate(wanted):
+    for place, parameter in enumerate(parameters):
         fits = place < len(places) and places[place] == parameter.name
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
             fits = parameter.name in {*places, *named}
-        if not (fits or parameter.name in named or ours.kwarg or (ours.vararg and place >= len(places))):
+        if not (fits or parameter.name in named or override.kwarg or (override.vararg and place >= len(places))):
             troubles.append(f"does not accept the parameter {parameter.name}")
-    required = places[: len(places) - len(ours.defaults)]
-    required += [one.arg for one, default in zip(ours.kwonlyargs, ours.kw_defaults, strict=True) if default is None]
-    unknown = set(required) - set(theirs.parameters)
-    return troubles + [f"requires the parameter {name}, which is none" for name in sorted(unknown)]
+    required = places[: len(places) - len(override.defaults)]
+    keywords = zip(override.kwonlyargs, override.kw_defaults, strict=True)
+    required += [argument.arg for argument, default in keywords if default is None]
+    unknown = set(required) - set(overridden.parameters)
+    return troubles + [f"requires the unknown parameter {name}" for name in sorted(unknown)]
 
 
 def fail_with(lines: list[str]) -> None:
@@ -205,7 +206,7 @@ def test_the_table_is_sorted_and_has_each_name_once():
         assert row.delete_when.endswith("."), row.name
 
 
-# -- the checks find what they are for ----------------------------------------------------------------------------
+# -- tests of the checks themselves ---------------------------------------------------------------------------------
 
 FIRST = UPSTREAM_NAMES[0]
 
@@ -268,8 +269,8 @@ def made_up_uses(tmp_path_factory) -> list[Use]:
 
 def test_each_unlisted_name_is_one_line(made_up_uses):
     lines = check_uses(made_up_uses, UPSTREAM_NAMES)
-    found = [line.removesuffix(" has no row in src/dpokit/upstream.py").partition(": ")[2] for line in lines]
-    assert found == [
+    uses = [line.removesuffix(" has no row in src/dpokit/upstream.py").partition(": ")[2] for line in lines]
+    assert uses == [
         "peft.utils.other._get_submodules (call)",
         "trl.trainer.utils.pad (call)",
         "_save_checkpoint (override)",
@@ -282,7 +283,7 @@ def test_each_unlisted_name_is_one_line(made_up_uses):
     ]
 
 
-def test_a_use_that_depends_on_more_than_its_row_says_is_one_line(made_up_uses):
+def test_a_use_of_a_stronger_kind_than_its_row_is_one_line(made_up_uses):
     row = replace(FIRST, name="transformers.Trainer._save_checkpoint", used_in=("module.py",), kind="call")
     (line,) = check_uses([use for use in made_up_uses if use.name == "_save_checkpoint"], (row,))
     assert line.endswith("_save_checkpoint is of kind override, and its row says call")

@@ -1,4 +1,4 @@
-"""Warm processes behave as cold ones; and what tests leave behind, or take too long for, is named."""
+"""Warm processes behave like cold ones; leftovers of tests, and packages that take too long, are reported."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def finish(process) -> tuple[int, str, str]:
 PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
 
-def test_a_warm_process_has_its_imports_behind_it():
+def test_a_warm_process_starts_with_its_imports_done():
     code = "import sys; print('trl.trainer.dpo_trainer' in sys.modules)"
     assert finish(warm.Popen([sys.executable, "-c", code], **PIPES))[1] == "True\n"
 
@@ -46,7 +46,7 @@ def test_a_warm_process_has_its_imports_behind_it():
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
     ],
 )
-def test_a_process_ends_as_it_would_cold(code, ends_with):
+def test_a_warm_process_ends_like_a_cold_one(code, ends_with):
     warmly, coldly = (finish(kind([sys.executable, "-c", code], **PIPES)) for kind in (warm.Popen, warm.COLD))
     assert warmly[0] == coldly[0] == ends_with
     assert warmly[1] == coldly[1]
@@ -61,11 +61,10 @@ def test_arguments_folder_environment_and_input_arrive(popen, tmp_path):
         " sys.stdin.read(), os.getpgid(0) == os.getpid(), __name__]))"
     )
     environment = {name: value for name, value in os.environ.items() if name != "PATH"} | {"NEW": "one"}
-    words = [sys.executable, str(script), "--flag", "a b"]
-    process = popen(words, cwd=tmp_path, env=environment, stdin=subprocess.PIPE, start_new_session=True, **PIPES)
+    command = [sys.executable, str(script), "--flag", "a b"]
+    process = popen(command, cwd=tmp_path, env=environment, stdin=subprocess.PIPE, start_new_session=True, **PIPES)
     out, _ = process.communicate("typed", timeout=100)
-    told = [words[1:], str(tmp_path), str(tmp_path), "one", None, "typed", True, "__main__"]
-    assert json.loads(out) == told
+    assert json.loads(out) == [command[1:], str(tmp_path), str(tmp_path), "one", None, "typed", True, "__main__"]
 
 
 def test_the_process_table_shows_command_and_environment(popen):
@@ -75,7 +74,7 @@ def test_the_process_table_shows_command_and_environment(popen):
     try:
         shown = psutil.Process(process.pid)
         assert shown.ppid() == os.getpid()
-        while not shown.cmdline():  # the kernel is about to start it
+        while not shown.cmdline():  # empty until the process has started
             pass
         assert shown.cmdline() == [sys.executable, "-c", "input()", "--rank", "3"]
         assert shown.environ()["RANK"] == "3"
@@ -84,17 +83,17 @@ def test_the_process_table_shows_command_and_environment(popen):
         process.communicate()
 
 
-def test_what_a_library_reads_early_is_not_ignored():
+def test_a_variable_read_at_import_starts_a_cold_process():
     code = "import sys; print('trl' in sys.modules)"
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     assert finish(warm.Popen([sys.executable, "-c", code], env=environment, **PIPES))[1] == "False\n"
 
 
-def test_the_hub_of_the_environment_is_asked():
+def test_a_warm_process_uses_the_hub_of_its_environment():
     code = "import huggingface_hub as h; print(h.constants.ENDPOINT, h.hf_api.api.endpoint, h.constants.HF_HUB_OFFLINE)"
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HUB_OFFLINE": "0"}
-    told = finish(warm.Popen([sys.executable, "-c", code], env=environment, **PIPES))[1]
-    assert told == "http://127.0.0.1:1 http://127.0.0.1:1 False\n"
+    out = finish(warm.Popen([sys.executable, "-c", code], env=environment, **PIPES))[1]
+    assert out == "http://127.0.0.1:1 http://127.0.0.1:1 False\n"
 
 
 def test_a_fork_server_exits_with_its_client():
@@ -106,11 +105,11 @@ def test_a_fork_server_exits_with_its_client():
     assert not server.is_running() or server.status() == psutil.STATUS_ZOMBIE
 
 
-def test_what_tests_leave_behind_is_named(tmp_path):
+def test_leftovers_of_tests_are_reported(tmp_path):
     (tmp_path / "conftest.py").write_text(
         f"import sys\nsys.path.insert(0, {str(TESTS)!r})\nfrom leftovers import Leftovers\nimport warm\n"
         "def pytest_configure(config):\n"
-        "    warm.ForkServer(None, {}, 0)  # whoever runs the tests is given their orphans\n"
+        "    warm.ForkServer(None, {}, 0)  # makes this process the reaper of orphans\n"
         "    config.pluginmanager.register(Leftovers(config))\n"
     )
     mount = (
@@ -125,8 +124,8 @@ def test_what_tests_leave_behind_is_named(tmp_path):
         "def test_port():\n    kept.append(socket.create_server(('127.0.0.1', 0)))\n"
         f"def test_mount(tmp_path):\n{mount}"
     )
-    words = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", f"--basetemp={tmp_path / 'base'}"]
-    done = subprocess.run([*words, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", "-s", f"--basetemp={tmp_path / 'base'}"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     left = done.stdout.partition("left behind")[2]
     mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
     for place in mounted:
@@ -141,7 +140,7 @@ def test_what_tests_leave_behind_is_named(tmp_path):
     assert any(place.startswith(str(tmp_path)) for place in mounted) == ("test_left.py::test_mount left mount" in left)
 
 
-def test_a_run_that_is_cut_has_said_which_packages_passed(tmp_path):
+def test_a_killed_test_run_has_listed_the_packages_that_passed(tmp_path):
     (tmp_path / "tests" / "one").mkdir(parents=True)
     (tmp_path / "tests" / "two").mkdir()
     (tmp_path / "tests" / "conftest.py").write_text(
@@ -153,9 +152,9 @@ def test_a_run_that_is_cut_has_said_which_packages_passed(tmp_path):
     (tmp_path / "tests" / "two" / "test_b.py").write_text(
         "import os, time\ndef test_b():\n    time.sleep(float(os.environ['NAP']))\n"
     )
-    words = [sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
+    command = [sys.executable, "-u", "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={tmp_path}", str(tmp_path)]
     with (tmp_path / "log").open("w") as log:
-        cut = warm.COLD(words, stdout=log, cwd=tmp_path, env=os.environ | {"NAP": "600"})
+        cut = warm.COLD(command, stdout=log, cwd=tmp_path, env=os.environ | {"NAP": "600"})
         end = time.monotonic() + 60
         while "one: 1 passed in" not in (tmp_path / "log").read_text():
             assert time.monotonic() < end, (tmp_path / "log").read_text()
@@ -163,12 +162,12 @@ def test_a_run_that_is_cut_has_said_which_packages_passed(tmp_path):
         cut.kill()
         cut.wait()
     assert "two:" not in (tmp_path / "log").read_text()
-    whole = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"NAP": "0"})
+    whole = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"NAP": "0"})
     table = whole.stdout.partition("seconds of each package")[2].splitlines()
     rows = {line.split()[0]: line for line in table if line.startswith(("one", "two"))}
     assert rows["one"].split()[2:] == ["0", "1", "over", "its", "budget"]
     assert rows["two"].split()[2:] == ["900", "1"]
-    assert whole.returncode == 0, "a package that takes long is named, not failed"
+    assert whole.returncode == 0, "a package over its budget is reported, and does not fail"
 
 
 def test_every_package_has_a_budget():

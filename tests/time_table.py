@@ -1,7 +1,7 @@
-"""Seconds and cases of each package of tests: a line when a package is through, a table at the end.
+"""Reports seconds and cases of each package of tests: a line when a package has ended, and a table at the end.
 
-A run that is cut off has said by then which packages passed. What a package may take on two cores stands in
-time_budget.toml; one that takes longer is named, not failed.
+So the log of an interrupted run lists the packages that passed. time_budget.toml has the seconds that a package may
+take on two cores; a package that takes longer is reported, and does not fail.
 """
 
 import tomllib
@@ -16,13 +16,13 @@ BUDGET = Path(__file__).with_name("time_budget.toml")
 
 
 def find_package(name: str) -> str:
-    """`data` of tests/data/test_any.py::test_it; of a file that stands in no package its name without `test_`."""
+    """`data` for tests/data/test_any.py::test_it; for a file directly in tests/, its name without `test_`."""
     parts = name.partition("::")[0].split("/")
     return parts[-2] if len(parts) > 2 else parts[-1].removeprefix("test_").removesuffix(".py")
 
 
 class TimeTable:
-    """The plugin, for the process that reports.
+    """The pytest plugin, for the reporting process.
 
     Args:
         budget: {package: seconds}.
@@ -41,7 +41,7 @@ class TimeTable:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: Sequence[str]) -> None:
-        if not self.waiting:  # every worker has collected the same
+        if not self.waiting:  # every worker collects the same tests
             self._expect(ids)
 
     def _expect(self, ids: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class TimeTable:
             return
         terminalreporter.section("seconds of each package")
         terminalreporter.write_line(f"{'package':<16}{'seconds':>9}{'budget':>8}{'cases':>7}")
-        for package, seconds in sorted(self.seconds.items(), key=lambda one: -one[1]):
+        for package, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
             budget = self.budget.get(package)
             over = "  over its budget" if budget is not None and seconds > budget else ""
             shown = "-" if budget is None else f"{budget:.0f}"

@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Never
 
-# Variables that a library, the C library or the interpreter reads before a program starts.
+# Variables that a library, the C library or the interpreter reads at import or at its start.
 READ_EARLY = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TRACKIO_", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "LD_")
 READ_EARLY += ("CUDA_", "MPL", "HOME", "XDG_CACHE_HOME", "TMPDIR", "LANG", "LC_", "PYTHONHASHSEED", "PYTHONWARNINGS")
 READ_EARLY += ("PYTHONUTF8", "TORCH_EXTENSIONS_DIR", "CXX")
@@ -57,7 +57,7 @@ class ForkServer:
         LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
     def fork(self, request: Mapping[str, Any], files: Sequence[int]) -> int:
-        """The pid of the new child, whose first three files these are."""
+        """The pid of the new child, which gets the files as stdin, stdout and stderr."""
         with self.lock:
             socket.send_fds(self.near, [json.dumps(request).encode()], list(files))
             return int(self.near.recv(64))
@@ -80,28 +80,28 @@ class Popen(COLD):
     """subprocess.Popen that forks from the server where possible."""
 
     def _execute_child(self, args: Any, executable: Any, *more: Any) -> None:
-        # CPython's order behind `executable`: preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
-        # shell, then both ends of three pipes, restore_signals, four of users, start_new_session, process_group.
+        # CPython's order after `executable`: preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags,
+        # shell, then both ends of three pipes, restore_signals, four for users, start_new_session, process_group.
         preexec, _, passed, cwd, env, _, _, shell = more[:8]
         environment = dict(os.environ if env is None else env)
-        words = [] if isinstance(args, (str, bytes)) else [os.fspath(word) for word in args]
-        special = shell or preexec or passed or executable or any(isinstance(word, bytes) for word in words)
-        server = None if special or read_program(words) is None else get_server()
+        argv = [] if isinstance(args, (str, bytes)) else [os.fspath(word) for word in args]
+        special = shell or preexec or passed or executable or any(isinstance(word, bytes) for word in argv)
+        server = None if special or read_program(argv) is None else get_server()
         if server is None or not server.serves(environment):
             super()._execute_child(args, executable, *more)
             return
-        request = {"words": words, "environment": environment, "cwd": os.fspath(cwd or Path.cwd()), "session": more[-2]}
+        request = {"argv": argv, "environment": environment, "cwd": os.fspath(cwd or Path.cwd()), "session": more[-2]}
         stdin, _, _, stdout, _, stderr = more[8:14]
         self.pid = server.fork(request, [end if end >= 0 else n for n, end in enumerate((stdin, stdout, stderr))])
         self._child_created = True
         self._close_pipe_fds(*more[8:14])
 
 
-def read_program(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
+def read_program(argv: Sequence[str]) -> tuple[str, str, list[str]] | None:
     """(`-m`, `-c` or `file`; what it names; arguments) of a Python command; None for any other."""
-    if not words or words[0] != sys.executable:
+    if not argv or argv[0] != sys.executable:
         return None
-    rest = list(words[1:])
+    rest = list(argv[1:])
     while rest[:1] in (["-u"], ["-P"]):
         rest.pop(0)
     if len(rest) > 1 and rest[0] in ("-m", "-c"):
@@ -203,15 +203,15 @@ def become(request: Mapping[str, Any]) -> Never:
     os.environ.clear()
     os.environ.update(request["environment"])
     settle_hub(before)
-    show_in_proc(command=request["words"], environment=request["environment"])
+    show_in_proc(command=request["argv"], environment=request["environment"])
     start_nested_server(request["until_ready"])
     os.close(request["until_ready"])
     random.seed()
-    settle_streams(at_once="-u" in request["words"][1:3])
-    kind, name, arguments = read_program(request["words"]) or ("", "", [])
+    settle_streams(at_once="-u" in request["argv"][1:3])
+    kind, name, arguments = read_program(request["argv"]) or ("", "", [])
     sys.argv = ["-c" if kind == "-c" else name, *arguments]
     sys.path[0] = {"file": str(Path(name).parent.absolute()), "-m": request["cwd"], "-c": ""}[kind]
-    if "-P" in request["words"][1:3]:
+    if "-P" in request["argv"][1:3]:
         sys.path.pop(0)
     places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [place for place in places if place and place not in sys.path]
@@ -244,7 +244,7 @@ def become(request: Mapping[str, Any]) -> Never:
 
 
 def settle_hub(before: Mapping[str, str]) -> None:
-    """Gives the Hub's client the variables that it would have read at import."""
+    """Makes the Hub's client read its variables again, because they differ from those at its import."""
     names = {name for name in (*before, *os.environ) if name.startswith(READ_BY_HUB)}
     if any(before.get(name) != os.environ.get(name) for name in names):
         from huggingface_hub import constants, hf_api

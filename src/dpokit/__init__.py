@@ -29,8 +29,8 @@ __all__ = [
     "train_model",
 ]
 
-# bitsandbytes warns of an optional CPU kernel whenever it is imported, and PEFT always imports it. The level must be
-# set before either is imported; delete when bitsandbytes looks for the kernel only when it is used.
+# bitsandbytes logs about a missing optional CPU kernel whenever it is imported, and PEFT always imports it. The level
+# is set before both imports. Delete when bitsandbytes looks for the kernel only on use.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

@@ -1,4 +1,4 @@
-"""Requests to a chat-completions server that nobody trusts: its reply is bounded in time, bytes and lines. No torch."""
+"""Requests to an untrusted chat-completions server; time, bytes and line lengths of a reply are bounded. No torch."""
 
 import asyncio
 import ipaddress
@@ -18,29 +18,29 @@ import httpx
 from dpokit.apikey import ApiKey
 from dpokit.terminal import one_line
 
-# Of a line, of an event, and of JSON that is read as a whole: as objects of Python it takes some 30 times as much.
+# Limit for a line, for an event, and for JSON that is parsed as a whole: Python objects take some 30 times as much.
 MOST_JSON_BYTES = 2**20
-MOST_TOKENS = 2**53  # that a server may count
-EXCERPT_BYTES, EXCERPT_SECONDS = 2**12, 5.0  # of a refusal, which is shown and not read
+MOST_TOKENS = 2**53  # the largest token count that is accepted from a server
+EXCERPT_BYTES, EXCERPT_SECONDS = 2**12, 5.0  # of an error reply, which is shown and not parsed
 _BLOCK_BYTES = 2**16
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 _ENCODINGS = ("gzip", "x-gzip", "deflate")
 
 
 class ReplyError(Exception):
-    """A reply beyond its bounds, or one that cannot be read; the argument says so behind the server's name."""
+    """A reply that exceeds its bounds or cannot be read; its message follows the server's name in a sentence."""
 
 
 class BoundedReply:
-    """A reply that is read as far as its bounds allow.
+    """A reply whose body is read up to a limit.
 
     Attributes:
-        status: its code.
-        headers: all of them.
+        status: the HTTP status code.
+        headers: all response headers.
 
     Args:
-        response: whose body nobody has read yet.
-        most_bytes: of the body, as it comes and as it is unpacked.
+        response: its body is not read yet.
+        most_bytes: limit for the body, both compressed and decompressed.
     """
 
     def __init__(self, response: httpx.Response, *, most_bytes: int) -> None:
@@ -55,7 +55,7 @@ class BoundedReply:
         return bytes(body)
 
     async def read_excerpt(self) -> str:
-        """The beginning of the body in one printable line, as far as it is there within a moment."""
+        """The beginning of the body in one printable line, as far as it arrives within EXCERPT_SECONDS."""
         body = bytearray()
         with suppress(httpx.HTTPError, ReplyError, TimeoutError):
             async with asyncio.timeout(EXCERPT_SECONDS):
@@ -66,7 +66,7 @@ class BoundedReply:
         return one_line(body.decode(errors="replace"))
 
     async def read_events(self) -> AsyncIterator[str]:
-        """The data of each server-sent event (WHATWG HTML, 9.2.6), and of a last one that no blank line ends.
+        """The data of each server-sent event (WHATWG HTML, 9.2.6), also of a last event without a blank line after it.
 
         Raises: ReplyError, UnicodeDecodeError, and as `post`.
         """
@@ -78,7 +78,7 @@ class BoundedReply:
             yield data
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        """The body, unpacked, in pieces of some 64 KiB at most."""
+        """The decompressed body, in pieces of some 64 KiB at most."""
         unpack = _Unpacking(self.headers)
         packed_bytes = plain_bytes = 0
         async for packed in self._response.aiter_raw():
@@ -92,11 +92,11 @@ class BoundedReply:
 
 
 class _Events:
-    """Cuts a stream into events."""
+    """Splits a stream into server-sent events."""
 
     def __init__(self) -> None:
-        self._line = bytearray()  # as far as it is there
-        self._data: list[str] = []  # of the event
+        self._line = bytearray()  # the part of the current line that has arrived
+        self._data: list[str] = []  # data lines of the current event
         self._data_bytes = 0
         self._is_first, self._is_half_end = True, False
 
@@ -104,7 +104,7 @@ class _Events:
         """The data of each event that this piece ends."""
         if not piece:
             return
-        # A line ends in \n, \r\n or \r. After \r it is over at once, and a \n that comes later was its other half.
+        # A line ends with \n, \r\n or \r. A line is complete at \r; a \n at the start of the next piece belongs to it.
         first, *lines = _LINE_END.split(piece[1:] if self._is_half_end and piece[:1] == b"\n" else piece)
         self._is_half_end = piece[-1:] == b"\r"
         self._line += first
@@ -124,9 +124,9 @@ class _Events:
 
 
 class _Unpacking:
-    """Takes a body out of gzip or deflate, in small pieces: no server is asked for either, but some pack all the same.
+    """Decompresses a gzip or deflate body in small pieces; requests ask for neither, but some servers compress anyway.
 
-    Raises: ReplyError for every other encoding, and for several on top of each other.
+    Raises: ReplyError for any other encoding, and for several encodings applied to one body.
     """
 
     def __init__(self, headers: httpx.Headers) -> None:
@@ -151,7 +151,7 @@ class _Unpacking:
             yield piece
 
     def close(self) -> None:
-        """Raises: ReplyError where the body ended in the middle."""
+        """Raises ReplyError if the compressed body is incomplete."""
         if self._inflate is not None and not self._inflate.eof:
             raise ReplyError("compresses its reply and breaks it off")
 
@@ -159,14 +159,14 @@ class _Unpacking:
 def build_client(
     url: str, api_key: ApiKey, *, tls: SSLContext, silence_seconds: float, connect_seconds: float
 ) -> httpx.AsyncClient:
-    """A client for one server; it follows no redirect, because the key would go along.
+    """A client for one server; it follows no redirect, because it would send the key there, too.
 
     Args:
-        url: of the server. A proxy of the environment is not used for one on this machine.
+        url: the server's URL. The environment's proxy is not used for a server on this machine.
         api_key: sent with each request.
-        tls: of `httpx.create_ssl_context`, which takes longer than a request.
-        silence_seconds: most between two pieces of a reply.
-        connect_seconds: most until there is a connection.
+        tls: the result of `httpx.create_ssl_context`, which takes longer than a request.
+        silence_seconds: time-out between two pieces of a reply.
+        connect_seconds: time-out for the connection.
     """
     return httpx.AsyncClient(
         headers={"Accept-Encoding": "identity", **api_key.headers()},
@@ -181,9 +181,9 @@ def build_client(
 async def post(
     client: httpx.AsyncClient, url: str, body: Mapping[str, Any], *, most_seconds: float, most_bytes: int
 ) -> AsyncIterator[BoundedReply]:
-    """The reply to a request; the context, reading and all, ends in `most_seconds`.
+    """The reply to a POST request; the whole context, reading included, ends after at most `most_seconds`.
 
-    Raises: httpx.HTTPError where there is no whole reply, as ReadTimeout where the time is over.
+    Raises: httpx.HTTPError if the reply is not complete; ReadTimeout, a subclass, after `most_seconds`.
     """
     try:
         async with asyncio.timeout(most_seconds), client.stream("POST", url, json=body) as response:
@@ -193,9 +193,9 @@ async def post(
 
 
 def read_retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of Retry-After, which may be a number or a date (RFC 9110, 10.2.3); None without a readable one.
+    """Seconds of Retry-After, which may be a number or a date (RFC 9110, 10.2.3); None if it is missing or unreadable.
 
-    A date is held against the server's own clock, where it tells it.
+    A date is compared with the server's own clock if the reply has a Date header.
     """
     value = headers.get("retry-after", "").strip()
     if re.fullmatch(r"\d+(\.\d+)?", value):
@@ -208,12 +208,12 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
 
 
 def read_json(data: bytes | str) -> Any:
-    """Parses JSON. Raises: ValueError or RecursionError if it is broken, nested too deeply or not UTF-8."""
+    """Parses JSON. Raises: ValueError if it is malformed or not UTF-8; RecursionError if it is nested too deeply."""
     return json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
 
 
 def read_text(value: Any) -> str:
-    """The text of a message's content, which may be null. Raises: TypeError for anything else."""
+    """The text of a message's content; "" for null. Raises: TypeError for anything else."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -222,12 +222,12 @@ def read_text(value: Any) -> str:
 
 
 def mend_halves(text: str) -> str:
-    """The text with a character for each two halves (surrogates), and U+FFFD for a half alone: UTF-8 has no halves."""
+    """The text with each surrogate pair joined to one character, and U+FFFD for a lone surrogate, which UTF-8 lacks."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def read_count(value: Any) -> int:
-    """A number of tokens; 0 for null. Raises: ValueError for any other value."""
+    """A number of tokens; 0 for null. Raises: ValueError for a value that is no such number."""
     if value is None:
         return 0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST_TOKENS:

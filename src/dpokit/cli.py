@@ -1,4 +1,4 @@
-"""`dpokit VERB`: one verb a room. Progress goes to stderr, the answer to stdout; `--help` needs no torch."""
+"""The command `dpokit VERB`. Progress goes to stderr, the result to stdout; `--help` imports no torch."""
 
 import gc
 
@@ -7,7 +7,7 @@ from dpokit.story import GC_THRESHOLD
 
 
 def main() -> None:
-    """The console script."""
+    """Runs the command; pyproject.toml names this function as the console script."""
     with ending_on_signals():
         gc.set_threshold(GC_THRESHOLD)
         from dpokit.verbs.app import app

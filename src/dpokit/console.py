@@ -1,4 +1,4 @@
-"""A clean screen: our own lines, on rank 0, and no warning of a dependency that a user can do nothing about."""
+"""Output on stderr: dpokit's own lines on rank 0, without warnings of libraries that a user cannot act on."""
 
 import logging
 import os
@@ -14,30 +14,30 @@ from transformers.utils.logging import disable_progress_bar
 from dpokit.distributed.processes import is_main_process
 from dpokit.terminal import escape_controls
 
-# (start of the message, why a user need not see it, delete when)
+# Patterns of warnings that are hidden: each comment says why, and when to delete the pattern.
 NOISE = (
-    # TRL's own default, True, meets a rename in transformers 5.x. Delete when TRL sets activation_checkpointing.
+    # TRL's own default sets a flag that transformers 5.x renames. Delete when TRL sets activation_checkpointing.
     r"`(is_)?gradient_checkpointing.*` is deprecated and will be removed in v6",
-    # torch's checkpointing speaks of the frozen reference and of eval, where no input needs a gradient: as meant.
+    # torch's checkpointing warns about the frozen reference and about evaluation, where no input needs a gradient.
     r"None of the inputs have requires_grad=True",
     # DataLoader with pin_memory on a CPU machine. Delete when transformers asks the accelerator first.
     r"'pin_memory' argument is set as true but no accelerator is found",
-    # torch asks to name the device of a barrier although gloo has but one.
+    # torch asks for the device of a barrier, although gloo has only one.
     r"barrier\(\): using the device under current context",
     # DeepSpeed and accelerate call collectives by names that torch 2.13 renames. Delete when they follow.
     r"`torch\.distributed\.\w+` is deprecated",
-    # accelerate leaves 4-bit weights whole on each rank under FSDP2, which docs/placements.md says.
+    # accelerate leaves 4-bit weights whole on each rank under FSDP2, as docs/placements.md explains.
     r"Found \d+ non-floating frozen Params4bit",
-    # bitsandbytes' paged AdamW is its plain one on a CPU, where there is nothing to page to.
+    # On a CPU, bitsandbytes runs its plain AdamW instead of the paged one; there is no other memory to page to.
     r"Paged optimizers are not supported on CPU",
 )
 
-# (logger, text)
+# Logger, and text of the records that are hidden.
 LOGGED_NOISE = (
     # Weights tied to the embedding are stored once, and tied again when the best checkpoint is loaded. Delete when
-    # transformers knows its own tied weights there.
+    # transformers leaves tied weights out of this warning.
     ("transformers.trainer", "There were missing keys in the checkpoint model loaded: ['lm_head.weight']"),
-    # DeepSpeed's number is the one that was asked for. Delete when transformers tells accelerate's plugin too.
+    # DeepSpeed's number is the one that the user set. Delete when transformers passes it to accelerate's plugin, too.
     ("accelerate.accelerator", "Gradient accumulation steps mismatch"),
     # bitsandbytes' 8-bit AdamW under ZeRO: tests/test_placements.py compares it with one process.
     ("DeepSpeed", "You are using ZeRO with an untested optimizer"),
@@ -45,7 +45,7 @@ LOGGED_NOISE = (
 
 
 class _Without(logging.Filter):
-    """Lets every record pass that does not hold the text."""
+    """Passes only the records that do not contain the text."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -56,25 +56,25 @@ class _Without(logging.Filter):
 
 
 def quiet_dependencies() -> None:
-    """Called once before anything heavy is built; errors and unknown warnings still show."""
+    """Hides the listed warnings, and all warnings on ranks other than 0; errors and other warnings still show."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     for name, text in LOGGED_NOISE:
         logging.getLogger(name).addFilter(_Without(text))
-    disable_progress_bar()  # of reading and writing weights: a bar a file, on every save
+    disable_progress_bar()  # transformers shows one bar per weights file on every load and save
     if not is_main_process():
         warnings.simplefilter("ignore")
         hide_progress()
 
 
 def say(line: str = "") -> None:
-    """One line of ours on stderr, rank 0 alone; above a progress bar that is shown."""
+    """Prints a line on stderr, on rank 0 only; it appears above a progress bar."""
     if is_main_process():
         tqdm.write(escape_controls(line), file=sys.stderr)
         sys.stderr.flush()
 
 
-LINE_SECONDS = 30.0  # between two lines of progress where the output is no terminal
+LINE_SECONDS = 30.0  # least time between two lines of progress if the output is no terminal
 
 
 def hide_progress() -> None:

@@ -1,17 +1,17 @@
-"""Secrets in texts: how they look, whether a text holds one, and the text without it. No torch.
+"""Finds secrets in texts and masks them. No torch.
 
-Nothing here ever shows a secret: what is found is named by its kind.
+No function shows a secret: each secret is reported by its kind.
 """
 
 import os
 import re
 from collections.abc import Iterator
 
-# Settings whose value is a secret: their names end so.
+# Endings of the names of settings whose value is a secret.
 SECRET_SETTING = ("token", "api_key", "password")
-# Environment variables whose value is a secret.
+# Endings of the names of environment variables whose value is a secret.
 SECRET_VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD)$", re.I)
-MIN_SECRET_LETTERS = 16  # shorter values of such variables are words ("disabled")
+MIN_SECRET_LETTERS = 16  # a shorter value of such a variable is an ordinary word ("disabled")
 
 TOKENS = {
     "a Hugging Face token": re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}"),
@@ -22,7 +22,7 @@ TOKENS = {
     "a line of a .netrc": re.compile(r"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S+"),
     "a private key": re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----|\bPuTTY-User-Key-File-\d"),
 }
-# The part of a URL before its host: a secret with http, where nothing else belongs there, or with a password.
+# The user part of a URL, before its host: a secret in every http URL, and in other URLs if it has a password.
 _USER = re.compile(r"(?<![\w+.-])(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<secret>[^\s/?#\"'<>]+)@", re.I)
 _PARAMETER = re.compile(
     r"[?&#;](?:[\w.%-]*[-_.])?(?:access|api|auth|account|shared|aws)*[-_]?"
@@ -33,7 +33,7 @@ HIDDEN = "***"
 
 
 def find_secrets(text: str) -> list[str]:
-    """The kind of each secret in the text."""
+    """The kinds of all secrets in the text, in their order."""
     return [kind for _, _, kind in _find_secrets(text)]
 
 
@@ -52,7 +52,7 @@ def read_secret_variables() -> Iterator[tuple[str, str]]:
 
 
 def _find_secrets(text: str) -> Iterator[tuple[int, int, str]]:
-    """Begin, end and kind of each; none lies in another."""
+    """Begin, end and kind of each secret; the ranges do not overlap."""
     taken = 0
     for begin, end, kind in sorted(_find_all(text)):
         if begin >= taken:
@@ -62,12 +62,12 @@ def _find_secrets(text: str) -> Iterator[tuple[int, int, str]]:
 
 def _find_all(text: str) -> Iterator[tuple[int, int, str]]:
     for kind, token in TOKENS.items():
-        yield from ((found.start(), found.end(), kind) for found in token.finditer(text))
-    for found in _USER.finditer(text):
-        if found["scheme"].lower() in ("http", "https") or re.search(":|%3a", found["secret"], re.I):
-            yield found.start("secret"), found.end("secret"), "a URL with a user or a password"
-    for found in _PARAMETER.finditer(text):
-        yield found.start("secret"), found.end("secret"), "a URL with a secret among its parameters"
+        yield from ((match.start(), match.end(), kind) for match in token.finditer(text))
+    for match in _USER.finditer(text):
+        if match["scheme"].lower() in ("http", "https") or re.search(":|%3a", match["secret"], re.I):
+            yield match.start("secret"), match.end("secret"), "a URL with a user or a password"
+    for match in _PARAMETER.finditer(text):
+        yield match.start("secret"), match.end("secret"), "a URL with a secret among its parameters"
     for name, value in read_secret_variables():
-        for found in re.finditer(re.escape(value), text):
-            yield found.start(), found.end(), f"the value of {name}"
+        for match in re.finditer(re.escape(value), text):
+            yield match.start(), match.end(), f"the value of {name}"

@@ -1,17 +1,17 @@
-"""Every error a user can meet, one tree.
+"""All errors that a user can correct, as one tree of classes.
 
-    DpokitError             what was seen, what was expected, what to do
+    DpokitError             has the problem, the expected state and the remedy
       SettingsError         a recipe, a YAML file or the command line
       DataError             a dataset, a file, a row
       ModelError            a model, a tokenizer, an adapter
       MachineError          precision, devices, number of processes
-      RunFolderError        a run folder that is taken, foreign or cannot be written
-      GateError             a run that cannot be right
-      JudgeError            a judge that cannot be reached, refuses, or does not speak as expected
-      HubError              a Hub that cannot be reached, refuses or fails, and what must not go there
-      ReleaseError          what was to follow training, and ended early
+      RunFolderError        a run folder that another run uses, that is damaged or that cannot be written
+      GateError             a run whose start or steps show that its result will be wrong
+      JudgeError            a judge that cannot be reached, refuses, or replies in another format
+      HubError              a Hub that cannot be reached, refuses or fails, or a file that must not be uploaded
+      ReleaseError          a verb that follows training and failed
 
-All of them end a run with exit code 2 and one message on rank 0; anything else is our bug and keeps its traceback.
+Each of them ends a run with exit code 2 and one message on rank 0; any other error is a bug and keeps its traceback.
 """
 
 import errno
@@ -27,31 +27,31 @@ from dpokit.terminal import escape_controls, one_line
 
 
 class DpokitError(Exception):
-    """A mistake or a state of the machine that the user can mend.
+    """A mistake, or a state of the machine, that the user can correct.
 
     Args:
-        seen: what was found, with the name of the flag, file or row.
-        expected: what would have been right.
+        problem: the wrong value or state, with the name of the flag, file or row.
+        expected: a correct value or state.
         do: the next thing to do.
     """
 
-    def __init__(self, seen: str, *, expected: str, do: str) -> None:
-        # A value that was refused, or a server's answer, may hold a secret, or control characters.
-        self.seen, self.do = one_line(hide_secrets(seen)), one_line(hide_secrets(do))
+    def __init__(self, problem: str, *, expected: str, do: str) -> None:
+        # A refused value or a server's answer may hold a secret or control characters.
+        self.seen, self.do = one_line(hide_secrets(problem)), one_line(hide_secrets(do))
         self.expected = escape_controls(expected)
         super().__init__(f"{self.seen}\n  expected:  {expected}\n  do this:   {self.do}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Ranks send errors to each other; pickling an exception forgets arguments given by keyword.
+        # Ranks send errors to each other; by default, pickling an exception loses its keyword arguments.
         return partial(type(self), expected=self.expected, do=self.do), (self.seen,)
 
 
 class SettingsError(DpokitError):
-    """A setting that is unknown, retired, of the wrong type, or at odds with another."""
+    """A setting that is unknown, retired, of the wrong type, or in conflict with another one."""
 
 
 class DataError(DpokitError):
-    """Preference data that is missing, unreadable, of no known format, or leaves no usable pair."""
+    """Preference data that is missing, unreadable, in an unknown format, or without a usable pair."""
 
 
 class ModelError(DpokitError):
@@ -59,27 +59,27 @@ class ModelError(DpokitError):
 
 
 class MachineError(DpokitError):
-    """A precision, device or number of processes that was asked for and is not there."""
+    """A requested precision, device or number of processes that this machine does not have."""
 
 
 class RunFolderError(DpokitError):
-    """A run folder that belongs to another run, or that cannot be written."""
+    """A run folder that belongs to another run, is damaged or cannot be written."""
 
 
 class GateError(DpokitError):
-    """A run that cannot be right, by its start or by its steps; `--gates warn` lets it go on."""
+    """A run whose start or steps show that its result will be wrong; with `--gates warn` it continues."""
 
 
 class JudgeError(DpokitError):
-    """A judge's endpoint that cannot be reached, refuses, fails, or is no chat-completions endpoint."""
+    """A judge's endpoint that cannot be reached, refuses, fails, or does not serve chat completions."""
 
 
 class HubError(DpokitError):
-    """A Hub that cannot be reached, refuses or goes on failing, or a file that must not be sent to it."""
+    """A Hub that cannot be reached, refuses or keeps failing, or a file that must not be uploaded."""
 
 
 class ReleaseError(DpokitError):
-    """A verb that was to follow training and ended early; the run itself is whole."""
+    """A verb that follows training and failed; the run itself is complete."""
 
 
 _DISK_TROUBLE = {
@@ -94,7 +94,7 @@ _DISK_TROUBLE = {
     errno.ELOOP: ("a link in the path leads back to itself", "choose another folder with --output_dir"),
     errno.EIO: ("the disk failed", "look at the disk, or choose another one with --output_dir"),
     errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another folder with --output_dir"),
-    errno.ENOENT: ("the folder cannot be made there", "choose another folder with --output_dir"),
+    errno.ENOENT: ("the folder cannot be created there", "choose another folder with --output_dir"),
 }
 
 
@@ -103,33 +103,33 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memo
 
 
 def find_disk_trouble(error: BaseException) -> RunFolderError | None:
-    """The user's view of an operating-system error on writing; None where it is something else.
+    """A RunFolderError for an operating-system error on writing; None for any other error.
 
-    Libraries wrap `OSError` in errors of their own, and some lose the number, so causes and texts are read.
+    Libraries wrap `OSError` in errors of their own, and some drop its number, so causes and messages are searched.
     """
-    seen: BaseException | None = error
-    while seen is not None:
-        number = seen.errno if isinstance(seen, OSError) else None
-        number = number or _read_number(str(seen))
+    cause: BaseException | None = error
+    while cause is not None:
+        number = cause.errno if isinstance(cause, OSError) else None
+        number = number or _read_number(str(cause))
         if number in _DISK_TROUBLE:
             trouble, remedy = _DISK_TROUBLE[number]
-            where = f" ({seen.filename})" if isinstance(seen, OSError) and seen.filename else ""
+            where = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
             return RunFolderError(f"{trouble}{where}", expected="a folder this run can write to", do=remedy)
-        seen = seen.__cause__ or seen.__context__
+        cause = cause.__cause__ or cause.__context__
     return None
 
 
 def _read_number(text: str) -> int | None:
-    """Of Rust's `os error 28` (safetensors, tokenizers) and torch's `strerror: No space left on device`."""
-    if told := re.search(r"os error (\d+)", text, re.I):
-        return int(told[1])
-    _, _, words = text.partition("strerror: ")
-    return next((number for number in _DISK_TROUBLE if words.startswith(os.strerror(number))), None)
+    """The errno in Rust's `os error 28` (safetensors, tokenizers) or torch's `strerror: No space left on device`."""
+    if match := re.search(r"os error (\d+)", text, re.I):
+        return int(match[1])
+    _, _, message = text.partition("strerror: ")
+    return next((number for number in _DISK_TROUBLE if message.startswith(os.strerror(number))), None)
 
 
 @contextmanager
 def path_errors() -> Iterator[None]:
-    """Turns a path that no file can have into the user's message: a verb was given it."""
+    """Turns the error about a path that no file can have into a RunFolderError."""
     try:
         yield
     except OSError as error:

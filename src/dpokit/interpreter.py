@@ -1,6 +1,6 @@
-"""How dpokit starts another Python. No torch."""
+"""The command with which dpokit starts another Python. No torch."""
 
 import sys
 
-# Modules are never taken from the working folder, which may be a stranger's: a torch.py there would be imported.
+# -P: no module is imported from the working folder, where a stranger may have put a torch.py.
 PYTHON = (sys.executable, "-P")

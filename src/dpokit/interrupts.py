@@ -1,8 +1,8 @@
-"""SIGINT, SIGTERM and SIGUSR1 end a program with one line on stderr and exit code 75, whatever it does. No torch.
+"""SIGINT, SIGTERM and SIGUSR1 end a program with one line on stderr and exit code 75. No torch.
 
-While a program imports, a signal ends it at once. While it works (`working`) the signal raises Interrupted, so that
-half-made files and processes it started are removed. Training saves first: see checkpoint/preempt.py. Where a library
-keeps the main thread, the program ends without clean-up after GRACE_SECONDS.
+While a program imports, a signal ends it at once. While it works (`working`), the signal raises Interrupted, so that
+the program removes half-written files and ends the processes it started. Training saves first: see
+checkpoint/preempt.py. If library code keeps the main thread, the program ends without clean-up after GRACE_SECONDS.
 
 A signal that was ignored when the program began stays ignored, as under nohup and in launch/train.sbatch.
 """
@@ -18,18 +18,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Never
 
-EXIT_CODE = 75  # EX_TEMPFAIL, never 0: a run that was cut short must not look completed
+EXIT_CODE = 75  # EX_TEMPFAIL, never 0: an interrupted run must not look completed
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A library may catch Interrupted, or wait for a thread that ends much later.
 GRACE_SECONDS = 10.0
 AGAIN_SECONDS = 0.1
-# A second Ctrl-C ends a process that is still saving. Sooner, it is the first one once more: a launcher's worker gets
-# it from the terminal and from the launcher.
+# A second Ctrl-C ends a process that is still saving. Within this time it counts as the first one, which a launcher's
+# worker receives twice: from the terminal and from the launcher.
 REPEAT_SECONDS = 1.0
 
 
 class Preempted(SystemExit):
-    """The run was asked to end, and its state is saved."""
+    """A signal ended the run after it saved its state."""
 
     def __init__(self, why: str) -> None:
         super().__init__(EXIT_CODE)
@@ -37,11 +37,11 @@ class Preempted(SystemExit):
 
 
 class Interrupted(Preempted):
-    """A signal came where nothing has to be saved first.
+    """A signal ended the program while there was no state to save.
 
     Args:
-        why: which signal, and on which rank.
-        advice: what the user does next.
+        why: the signal's name, and the rank that received it.
+        advice: the next thing for the user to do.
     """
 
     def __init__(self, why: str, advice: str = "run the same command again to go on") -> None:
@@ -50,19 +50,22 @@ class Interrupted(Preempted):
 
 
 class _Program:
-    """This process, while `ending_on_signals` is in force; `pid` is 0 before.
+    """The state of this process inside `ending_on_signals`.
 
     Attributes:
-        working: whether a signal raises Interrupted.
-        interrupted: by the first signal.
-        record: writes down why the program ends; None where there is nothing to write to.
+        pid: this process; 0 outside `ending_on_signals`.
+        working: whether a signal raises Interrupted; else it ends the process.
+        interrupted: the exception for the first signal.
+        since: monotonic time of the first signal.
+        reported: whether the line on stderr is written.
+        record: writes the reason for the end to a file; None if there is no such file.
     """
 
     pid = 0
     working = False
     interrupted: Interrupted | None = None
     since = 0.0
-    told = False
+    reported = False
     record: Callable[[str], None] | None = None
 
 
@@ -71,7 +74,7 @@ _program = _Program()
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """For the main function of a program: ends it with one line and code 75 when one of SIGNALS comes."""
+    """Around a program's main function: a signal of SIGNALS ends the program with one line and exit code 75."""
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handlers = {number: before or signal.SIG_DFL for number, before in handlers.items() if before != signal.SIG_IGN}
     _program.pid = os.getpid()
@@ -83,13 +86,13 @@ def ending_on_signals() -> Iterator[None]:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     hook = sys.unraisablehook
 
-    def find_lost(lost: Any) -> None:
+    def end_if_interrupted(dropped: Any) -> None:
         """Python prints and drops an exception that is raised in a finalizer or a callback."""
-        if isinstance(lost.exc_value, Interrupted):
-            end_now(lost.exc_value)
-        hook(lost)
+        if isinstance(dropped.exc_value, Interrupted):
+            end_now(dropped.exc_value)
+        hook(dropped)
 
-    sys.unraisablehook = find_lost
+    sys.unraisablehook = end_if_interrupted
     try:
         yield
     except BaseException as error:
@@ -98,14 +101,14 @@ def ending_on_signals() -> Iterator[None]:
             raise
         handlers = dict.fromkeys(handlers, signal.SIG_IGN)  # the same signal may come again
         if isinstance(end, Interrupted):
-            _tell(end)
+            _report(end)
         raise SystemExit(EXIT_CODE) from None
     finally:
         for number, before in handlers.items():
             signal.signal(number, before)
         signal.set_wakeup_fd(-1)
         os.close(writer)
-        if _program.interrupted is None:  # else it must still end soon
+        if _program.interrupted is None:  # an interrupted program must still end soon
             _program.pid = 0
         sys.unraisablehook = hook
         atexit.register(_ignore, list(handlers))  # the interpreter takes a second to unload torch
@@ -117,7 +120,7 @@ def working() -> Iterator[None]:
     before, _program.working = _program.working, True
     try:
         yield
-    except KeyboardInterrupt:  # of a library with a handler of its own: hf_xet
+    except KeyboardInterrupt:  # raised by a library with its own handler, such as hf_xet
         interrupt(name_signal(signal.SIGINT))
     finally:
         _program.working = before
@@ -125,7 +128,7 @@ def working() -> Iterator[None]:
 
 @contextmanager
 def recording(record: Callable[[str], None]) -> Iterator[None]:
-    """Inside, `record` gets the reason before a signal ends the program, also where that ends without clean-up."""
+    """Inside, `record` is called with the reason before a signal ends the program, also if it ends without clean-up."""
     before, _program.record = _program.record, record
     try:
         yield
@@ -140,7 +143,7 @@ def recording(record: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def left_to_python() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, for code that stops one answer or a server by it."""
+    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, by which chat stops one answer and a server ends."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, signal.default_int_handler)
@@ -152,45 +155,45 @@ def left_to_python() -> Iterator[None]:
 
 
 def find_interruption(error: BaseException) -> Interrupted | None:
-    """The interruption that an error is, or follows from; None where no signal came."""
+    """The interruption that an error is or follows from; None if no signal came."""
     return error if isinstance(error, Interrupted) else _program.interrupted
 
 
 def interrupt(why: str) -> Never:
-    """Raises Interrupted; in a program, also makes sure that it ends soon."""
+    """Raises Interrupted; inside `ending_on_signals`, also ends the program after GRACE_SECONDS at the latest."""
     end = Interrupted(why)
     if _program.pid and _program.interrupted is None:
         _program.interrupted, _program.since = end, time.monotonic()
         if not _program.working:
             end_now(end)
-        _thread.start_new_thread(_end_late, (end,))  # not threading's: the signal may come while that holds its lock
+        _thread.start_new_thread(_end_late, (end,))  # threading has a lock that the interrupted code may hold
     raise end
 
 
 def end_now(end: Interrupted) -> Never:
-    """Ends a program without clean-up; as a library, raises `end`."""
+    """Ends the program without clean-up; outside `ending_on_signals`, raises `end`."""
     if not _program.pid:
         raise end
     _record(end)
-    _tell(end)
+    _report(end)
     os._exit(EXIT_CODE)
 
 
 def name_signal(number: int) -> str:
-    """`SIGTERM`; `SIGTERM on rank 1` of several processes."""
+    """`SIGTERM`, or `SIGTERM on rank 1` if there are several processes."""
     rank = f" on rank {os.environ.get('RANK', '0')}" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     return f"{signal.Signals(number).name}{rank}"
 
 
 def write_line(line: str) -> None:
-    """Writes to stderr from a signal handler, which may have interrupted a print. Rank 0 alone."""
+    """Writes to stderr from a signal handler, which may have interrupted a print; on rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         with suppress(OSError):
             os.write(2, (("\n" if os.isatty(2) else "") + line + "\n").encode())  # below a progress bar
 
 
 def _handle(number: int, _: object = None) -> None:
-    if os.getpid() != _program.pid:  # a forked helper: its parent tells
+    if os.getpid() != _program.pid:  # a forked child: its parent writes the line
         os._exit(EXIT_CODE)
     if (end := _program.interrupted) is None:
         interrupt(name_signal(number))
@@ -204,33 +207,33 @@ def _end_late(end: Interrupted) -> None:
 
 
 def _watch(reader: int) -> None:
-    """Ends the program where its main thread is in a library's code, an upload say, and does not get to the handler.
+    """Ends the program if its main thread is in library code, such as an upload, and does not reach the handler.
 
     Args:
-        reader: where the system writes the number of each signal that comes.
+        reader: the pipe end from which the number of each received signal is read.
     """
     main_thread = threading.main_thread().ident or 0
     while received := os.read(reader, 1):
         [number] = received
         end = time.monotonic() + GRACE_SECONDS
-        while _is_unheard(number) and time.monotonic() < end:
+        while _is_unhandled(number) and time.monotonic() < end:
             time.sleep(AGAIN_SECONDS)
-            if _is_unheard(number):  # a wait that began at the same moment did not notice the signal
+            if _is_unhandled(number):  # a system call that began at the same moment missed the signal
                 signal.pthread_kill(main_thread, number)
-        if _is_unheard(number):
+        if _is_unhandled(number):
             end_now(Interrupted(name_signal(number)))
     os.close(reader)
 
 
-def _is_unheard(number: int) -> bool:
-    is_ours = number in SIGNALS and signal.getsignal(number) is _handle
-    return is_ours and _program.pid == os.getpid() and _program.interrupted is None
+def _is_unhandled(number: int) -> bool:
+    has_handler = number in SIGNALS and signal.getsignal(number) is _handle
+    return has_handler and _program.pid == os.getpid() and _program.interrupted is None
 
 
 def _leave_to_parent() -> None:
-    """A forked helper gets signals of its own, which are not told to the parent."""
+    """In a forked child: signals of the child are no longer written to the parent's pipe."""
     if _program.pid:
-        with suppress(ValueError):  # not the main thread, which has none
+        with suppress(ValueError):  # raised outside the main thread, which has no wake-up pipe
             signal.set_wakeup_fd(-1)
 
 
@@ -239,13 +242,13 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 def _record(end: Preempted) -> None:
     if _program.record is not None:
-        with suppress(Exception):  # the folder is gone, or another start's: the program ends all the same
+        with suppress(Exception):  # if the folder is gone or taken over, the program still ends
             _program.record(end.why)
 
 
-def _tell(end: Interrupted) -> None:
-    if not _program.told:
-        _program.told = True
+def _report(end: Interrupted) -> None:
+    if not _program.reported:
+        _program.reported = True
         write_line(f"interrupted by {end.why}; {end.advice}")
 
 

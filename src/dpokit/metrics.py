@@ -1,12 +1,12 @@
-"""Every number that a run logs or an evaluation measures: its meaning, and where it is shown. No torch."""
+"""The table of all numbers that a run logs or an evaluation measures: meaning, and where each is shown. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-EVAL = "eval_"  # before the name of a logged metric of an evaluation
+EVAL = "eval_"  # prefix of the names of metrics that an evaluation logs
 BOTH, PAIRS = ("dpo", "sft"), ("dpo",)
 
-# Key and title of each figure of a report, in their order.
+# Key and title of each figure of a report, in the order of the report.
 FIGURES = {
     "loss": "Loss",
     "margins": "Reward margin",
@@ -29,14 +29,14 @@ class Metric:
     Attributes:
         name: in metrics.jsonl and on trackers.
         meaning: a sentence.
-        better: `up` or `down`; "" where neither is better.
-        evaluated: the kinds of recipe whose evaluations have it, as `eval_` and the name.
-        figure: the key of its figure; "" where none shows it.
-        line: its label there, beside others of the figure.
-        column: its header in the report's table of evaluations; "" where it has none.
-        screen: its header in the lines of evaluations that training prints, by the kind of recipe.
-        scale: `log` where values that span decades are drawn so.
-        exact: drawn as it is, without a running mean: it follows a formula.
+        better: `up` or `down`; "" if neither is better.
+        evaluated: the kinds of recipe whose evaluations log it, with the prefix `eval_`.
+        figure: the key of its figure; "" if no figure shows it.
+        line: its label in that figure, if the figure has several lines.
+        column: its header in the report's table of evaluations; "" if it has no column.
+        screen: its header in the lines that training prints for evaluations, by the kind of recipe.
+        scale: `log` if values that span decades are drawn on a logarithmic axis.
+        exact: True if it follows a formula and is drawn without a running mean.
     """
 
     name: str
@@ -148,13 +148,13 @@ TIMES = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def find_metric(name: str) -> Metric | None:
-    """The row of a logged metric, by its name with `eval_` or without; None for one of another library."""
+    """The row of a logged metric, by its name with or without `eval_`; None if another library logs it."""
     rows = {metric.name: metric for metric in LOGGED}
     return rows.get(name) or rows.get(name.removeprefix(EVAL))
 
 
 def is_lower_better(name: str) -> bool:
-    """Whether less is better. A metric without a row is judged as transformers does: losses and times shall fall."""
+    """Whether a lower value is better; for a metric without a row, as in transformers, True for losses and times."""
     metric = find_metric(name)
     if metric is not None:
         return metric.better == "down"
@@ -162,12 +162,12 @@ def is_lower_better(name: str) -> bool:
 
 
 def list_evaluated(kind: str) -> list[str]:
-    """The metrics, without `eval_`, that an evaluation of this kind of recipe has."""
+    """The metrics, without `eval_`, that an evaluation of this kind of recipe logs."""
     return [metric.name for metric in LOGGED if kind in metric.evaluated]
 
 
 def list_screen_columns(kind: str) -> dict[str, str]:
-    """Logged name and header of each column that training prints of an evaluation."""
+    """Logged name and header of each column that training prints for an evaluation."""
     return {EVAL + metric.name: metric.screen[kind] for metric in LOGGED if kind in metric.screen}
 
 
@@ -183,12 +183,12 @@ def list_figure(key: str) -> list[Metric]:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of `dpokit evaluate`, in eval/pairs.json.
+    """A number that `dpokit evaluate` writes to eval/pairs.json.
 
     Attributes:
-        title: on the screen.
-        is_share: shown as a percentage.
-        card: its type and name in a model card's model-index; None where the card leaves it out.
+        title: its name on the screen.
+        is_share: whether it is shown as a percentage.
+        card: its type and name in a model card's model-index; None if the card leaves it out.
     """
 
     title: str
@@ -212,6 +212,6 @@ MEASURED = {
 
 
 def list_results() -> dict[str, tuple[str, str]]:
-    """Type and name of each measure in a card's model-index, the accuracy first: sites show the first one."""
-    found = {name: measure.card for name, measure in MEASURED.items() if measure.card is not None}
-    return dict(sorted(found.items(), key=lambda item: item[0] not in ("accuracy", "margin")))
+    """Type and name of each measure in a card's model-index; the accuracy is first, because sites show the first."""
+    results = {name: measure.card for name, measure in MEASURED.items() if measure.card is not None}
+    return dict(sorted(results.items(), key=lambda item: item[0] not in ("accuracy", "margin")))

@@ -19,7 +19,7 @@ from dpokit.data.columns import fingerprint_ids
 from dpokit.data.prepare import PreparedData, prepare_data
 from dpokit.data.tally import print_report
 from dpokit.distributed.coordination import build_on_each_machine_first, decide_on_main_process, peer_errors
-from dpokit.distributed.placement import find_asked_placement
+from dpokit.distributed.placement import find_requested_placement
 from dpokit.distributed.processes import is_main_process
 from dpokit.errors import SettingsError
 from dpokit.interrupts import Preempted, recording
@@ -79,7 +79,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     training = settings.training
     gates = Gates(settings.data.gates)
     world_size = check_world(gates)
-    placement = find_asked_placement(training)
+    placement = find_requested_placement(training)
     say_world(placement, on_cpu=training.use_cpu, timeout_seconds=training.ddp_timeout)
     if settings.origins.get("hub_token") == "command line":
         say("--hub_token on a command line is visible to every user of this machine; the variable HF_TOKEN is not")
@@ -138,7 +138,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     return notice.why
 
 
-def prepare(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
+def prepare_run(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> dict[str, Any]:
     """Caches the tokens and reference log-probs of a run in advance; returns the content of data.json.
 
     Raises: DpokitError: an error that the user can correct.

@@ -1,4 +1,4 @@
-"""What run.json says of a run: its settings and machine when it begins, and how it ended."""
+"""Keeps run.json up to date: a run's settings and machine at its start, and how it ended."""
 
 import errno
 import math
@@ -23,13 +23,16 @@ from dpokit.settings.load import Settings
 
 SPACE_SECONDS = 10.0
 RESERVE = ".reserve"
-RESERVE_BYTES = 2**16  # space that a run holds on its disk, for the record of its end should the disk be full then
+RESERVE_BYTES = 2**16  # disk space that a run reserves, to record its end even if the disk is full then
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
 
 
 @contextmanager
 def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[None]:
-    """run.json around a run: running, then finished, or failed and why. Disk trouble becomes the user's message."""
+    """Records in run.json that the run is running, then finished, preempted or failed, and why.
+
+    Raises: RunFolderError in place of an error about the disk or a lost run folder.
+    """
 
     def record(**changes: Any) -> None:
         if is_main_process():
@@ -66,21 +69,21 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
             except OSError as disk:
                 raise find_disk_trouble(disk) or disk from disk
             raise end from None
-        trouble = error if isinstance(error, DpokitError) else run.find_loss() or find_disk_trouble(error)
+        trouble = error if isinstance(error, DpokitError) else run.find_lost_folder() or find_disk_trouble(error)
         why = str(trouble or hide_secrets("".join(traceback.format_exception_only(error)).strip()))
         kind = type(trouble or error).__name__
         try:
             _record_patiently(lambda: record_end(state="failed", why=why, error=kind))
         except (OSError, RunFolderError):
-            if not isinstance(trouble, RunFolderError):  # else it says so itself
-                say(f"{run.run_json} could not be brought up to date")
+            if not isinstance(trouble, RunFolderError):  # whose own message says so
+                say(f"{run.run_json} could not be updated")
         if trouble is not None and trouble is not error:
             raise trouble from error
         raise
 
 
 def record_preemption(run: RunDir, why: str) -> None:
-    """Writes to run.json that a signal ended this start, if it has the folder and has neither finished nor failed.
+    """Writes to run.json that a signal ended this start, if it owns the folder and has neither finished nor failed.
 
     Raises: OSError, RunFolderError.
     """
@@ -90,7 +93,7 @@ def record_preemption(run: RunDir, why: str) -> None:
 
 
 def _record_patiently(write: Callable[[], None]) -> None:
-    """On a full disk other ranks may still hold the space of a save that they are giving up. Raises: OSError."""
+    """Writes, and retries on a full disk: other ranks may still free the space of a failed save. Raises: OSError."""
     end = time.monotonic() + SPACE_SECONDS
     while True:
         try:
@@ -102,13 +105,13 @@ def _record_patiently(write: Callable[[], None]) -> None:
 
 
 def find_local(settings: Settings) -> list[str]:
-    """Which of model and data are files of this machine: a card must not take their names for those of the Hub."""
+    """The flags of model and data that name local paths, which a model card must not take for names on the Hub."""
     names = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
     return [flag for flag, name in names.items() if name and Path(name).expanduser().exists()]
 
 
 def find_kept_evaluation(trainer: Trainer) -> dict[str, Any] | None:
-    """The evaluation whose weights were kept: step and eval loss; None where the last weights were."""
+    """Step, metric and value of the evaluation whose weights were kept; None if the last weights were kept."""
     state = trainer.state
     if not trainer.args.load_best_model_at_end or state.best_metric is None or not math.isfinite(state.best_metric):
         return None

@@ -1,4 +1,4 @@
-"""The run folder: every file name of a run, and how each is written. No torch."""
+"""The run folder: the names of a run's files, and how each is read and written. No torch."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from typing import Any
 
 from dpokit.errors import RunFolderError
 
-# What run.json holds, by its types; more is passed over.
+# Types of the fields of run.json that are checked on reading; other fields are ignored.
 RECORD: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("recipe", "state", "why", "error", "placement", "model_fingerprint"), (str, type(None))),
     **dict.fromkeys(("settings", "versions", "machine"), (dict,)),
@@ -24,26 +24,26 @@ RECORD: dict[str, tuple[type, ...]] = {
     "best": (dict, type(None)),
 }
 MOST_RECORD_BYTES = 2**26
-# Of a file that is read into memory; a tokenizer has some 30 MB, the metrics of a million steps some 500.
+# Limits for a file that is read into memory; a tokenizer has some 30 MB, the metrics of a million steps some 500 MB.
 MOST_FILE_BYTES = {".jsonl": 2**31}
 OTHER_FILE_BYTES = 2**28
-NOT_READ = (".safetensors", ".png")  # as a whole
-CARD_MARK = "made by dpokit card"  # in the head of a model card of ours and of each of its pictures
+NOT_READ = (".safetensors", ".png")  # never read into memory as a whole
+CARD_MARK = "made by dpokit card"  # at the beginning of a generated model card and of each of its pictures
 
 
 class RunDir:
-    """One folder that holds all of a run, enough to resume, judge, merge, publish, plot or serve it.
+    """A run's folder, which holds all that is needed to resume, evaluate, merge, publish, plot or serve the run.
 
     run.json (state and settings), metrics.jsonl (one record per logged step), data.json (rows kept and dropped),
-    checkpoint-N/, the final weights in model/ or adapter/, merged/ (one whole model), eval/ (base beside tuned),
-    report/ (the page), README.md (the model card) and its pictures in figures/, votes.jsonl (of those who talked to it;
-    never deleted, as they are pairs to train on).
+    checkpoint-N/, the final weights in model/ or adapter/, merged/ (base and adapter as one model), eval/ (base and
+    tuned model compared), report/ (the HTML page), README.md (the model card) and its pictures in figures/, votes.jsonl
+    (votes of people who talked to the model; never deleted, because they are training pairs).
 
     Args:
         path: the folder.
-        token: of this start of the run, if it has taken possession of the folder (`take_possession`). After a network
-            was cut or a job requeued, two starts may be alive: the later one owns the folder, the earlier one writes
-            no more. Empty for a reader.
+        token: identifies this start of the run once it owns the folder (`take_possession`). After a network failure or
+            a requeue two starts may be alive: the later one owns the folder, and the earlier one stops writing. Empty
+            for a reader.
     """
 
     def __init__(self, path: str | os.PathLike[str], token: str = "") -> None:
@@ -71,56 +71,56 @@ class RunDir:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoint folders, oldest first."""
-        found = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+        folders = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+        return sorted(folders, key=lambda p: int(p.name.removeprefix("checkpoint-")))
 
     def find_weights(self) -> Path | None:
-        """The folder of the final weights; None where there are none yet."""
+        """The folder of the final weights; None if it does not exist yet."""
         return next((path for path in (self.adapter, self.model) if path.is_dir()), None)
 
     def find_whole(self) -> Path | None:
-        """The folder of the whole model: a merge of the final weights, or model/; None where there is neither."""
+        """The folder of the whole model: an up-to-date merged/, else model/; None if neither exists."""
         merged = self.merged.is_dir() and not self.is_merge_old()
         return self.merged if merged else self.model if self.model.is_dir() else None
 
     def is_merge_old(self) -> bool:
-        """Whether there is a merged/ of an earlier end: the run was trained on since."""
+        """Whether merged/ holds earlier weights, because the run was trained further since the merge."""
         return self.is_outdated(self.merge_json)
 
     def find_end(self) -> str | None:
-        """The token of the start that wrote the final weights; None for a run that is not finished."""
+        """The token of the start that wrote the final weights; None if the run is not finished."""
         record = self.read_run() or {}
         starts = record.get("generations") or [{}]
         return starts[-1].get("token") if record.get("state") == "finished" else None
 
     def is_outdated(self, made: Path) -> bool:
-        """Whether a JSON record speaks of the weights of an earlier end, by the `end` in it.
+        """Whether a JSON record describes earlier final weights: its `end` differs from `find_end`.
 
-        Times of files say nothing: a copy has its own. A record without `end` is taken for the present one's.
+        File times are not compared, because a copy has times of its own. A record without `end` counts as up to date.
         """
         try:
             record = read_record(made) if made.is_file() else {}
         except (OSError, ValueError, RecursionError):
-            return False  # said by whoever reads it for what it holds
+            return False  # the reader of the record reports the damage
         if not isinstance(record, dict) or "end" not in record:
             return False
         return self.find_end() not in (None, record["end"])
 
     def own_files(self) -> list[Path]:
-        """What a run of ours left here; files of others are never listed, so they are never deleted."""
+        """The files and folders that a run wrote here; other files are never listed, so they are never deleted."""
         folders = [self.model, self.adapter, self.merged, self.eval, self.report]
         named = [self.run_json, self.metrics_jsonl, self.data_json, *folders]
         return [p for p in named if p.exists()] + self.checkpoints() + self.own_card()
 
     def own_card(self) -> list[Path]:
-        """The model card and its pictures, where it was us who wrote them: others may have put a README.md here."""
-        return [p for p in (self.card, *sorted(self.figures.glob("*.png"))) if p.is_file() and is_of_card(p)]
+        """The model card and its pictures if dpokit generated them; a README.md may also be the user's."""
+        return [p for p in (self.card, *sorted(self.figures.glob("*.png"))) if p.is_file() and is_card_file(p)]
 
     def check_links(self) -> None:
-        """Raises RunFolderError where a link among the run's files leads out of the folder.
+        """Raises RunFolderError if a link among the run's files leads out of the folder.
 
-        Whoever made it chose what is read, overwritten or published through it. Checkpoints may lie elsewhere:
-        they are only read through a link.
+        The maker of such a link chooses which file is read, overwritten or published through it. Checkpoints may lie
+        elsewhere, because they are only read through a link.
         """
         folders = [self.model, self.adapter, self.merged, self.eval, self.report, self.figures]
         files = [self.run_json, self.metrics_jsonl, self.data_json, self.card, self.votes_jsonl]
@@ -129,7 +129,7 @@ class RunDir:
             self.check_inside(path)
 
     def check_inside(self, path: Path) -> None:
-        """Raises RunFolderError where the path leads, by a link, out of the folder, or is a pipe or a device."""
+        """Raises RunFolderError if the path is a link out of the folder, a pipe, a device or too large a file."""
         if path.is_symlink() and not path.resolve().is_relative_to(self.path.resolve()):
             raise RunFolderError(
                 f"{path} is a link to {path.readlink()}, outside of the run folder",
@@ -147,7 +147,7 @@ class RunDir:
             )
 
     def make(self) -> None:
-        """Makes the folder.
+        """Creates the folder and checks that it can be written.
 
         Raises:
             OSError: it cannot be written.
@@ -160,21 +160,21 @@ class RunDir:
         probe.unlink()
 
     def clear(self) -> None:
-        """Deletes what a former run left here, run.json last: an interrupted clearing is still recognised."""
+        """Deletes the files of a former run; run.json goes last, so that an interrupted deletion can be repeated."""
         for path in sorted(self.own_files(), key=lambda p: p == self.run_json):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def read_run(self) -> dict[str, Any] | None:
-        """run.json, or None where there is no run yet.
+        """The content of run.json; None if there is no run yet.
 
-        Raises: RunFolderError where it is damaged, or a link that leads out of the folder.
+        Raises: RunFolderError if it is damaged or a link out of the folder.
         """
         self.check_inside(self.run_json)
         try:
-            if not self.run_json.is_file():  # to open a pipe is to wait for who writes to it
+            if not self.run_json.is_file():  # opening a pipe would wait for a writer
                 if not self.run_json.exists():
                     return None
-                raise ValueError("it is no file")
+                raise ValueError("it is not a file")
             record = read_record(self.run_json)
         except FileNotFoundError:
             return None
@@ -183,19 +183,19 @@ class RunDir:
         if (trouble := _find_record_trouble(record)) is not None:
             raise RunFolderError(
                 f"{self.run_json} is damaged ({trouble})",
-                expected="the record that a run keeps of itself",
-                do="--overwrite_run true to begin anew here, or another --output_dir",
+                expected="the file as the run wrote it",
+                do="--overwrite_run true to start again here, or another --output_dir",
             )
         return record
 
     def write_run(self, **changes: Any) -> None:
-        """Sets fields of run.json, and leaves the others as they are. Raises: RunFolderError as `check_possession`."""
+        """Sets fields of run.json and keeps the others. Raises: RunFolderError as `check_possession`."""
         record = self.read_run() or {}
         self._check_possession(record)
         write_json(self.run_json, {**record, **changes})
 
     def take_possession(self, resumed_step: int) -> str:
-        """Makes this the start of the run that may write; returns its token. Every start is kept in run.json."""
+        """Makes this start the owner of the folder and returns its token; run.json lists every start."""
         record = self.read_run() or {}
         starts = record.get("generations", [])
         if starts:
@@ -205,27 +205,27 @@ class RunDir:
         began = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"token": token, "host": socket.gethostname(), "began": began, "resumed_step": resumed_step}
         starts.append(start | {"job": os.environ.get("SLURM_JOB_ID"), "launcher": os.getppid()})
-        self.token = token  # first: a signal may come between the two, and its record needs it
+        self.token = token  # set before the write: a signal in between records its reason, which needs the token
         write_json(self.run_json, {**record, "generations": starts})
         return token
 
     def check_possession(self) -> None:
-        """Raises RunFolderError where a later start of the run has taken the folder over, or where it is gone."""
+        """Raises RunFolderError if a later start of the run owns the folder, or if the folder is gone."""
         self._check_possession(self.read_run() or {})
 
-    def find_loss(self) -> RunFolderError | None:
-        """The error to raise if the folder was deleted, moved or replaced since this start took possession of it."""
+    def find_lost_folder(self) -> RunFolderError | None:
+        """The error to raise if the folder was deleted, moved or replaced since this start owns it; else None."""
         if not self.token or self.run_json.is_file():
             return None
         return RunFolderError(
             f"{self.path} was deleted, moved or replaced while the run wrote to it: it has no run.json any more",
             expected="the run folder, untouched until the run has ended",
-            do="move it back, and the same command goes on; where it is lost, the command begins anew",
+            do="move it back and run the same command again to continue; without the folder it starts from step 0",
         )
 
     def _check_possession(self, record: dict[str, Any]) -> None:
-        if (loss := self.find_loss()) is not None:
-            raise loss
+        if (lost := self.find_lost_folder()) is not None:
+            raise lost
         owner = record.get("generations", [{}])[-1]
         if self.token and owner.get("token") != self.token:
             raise RunFolderError(
@@ -237,7 +237,7 @@ class RunDir:
 
 
 def _find_record_trouble(record: object) -> str | None:
-    """What is wrong with a record; None where nothing is."""
+    """Why a record is no valid run.json; None if it is valid."""
     if isinstance(record, Exception):
         return str(record)
     if not isinstance(record, dict):
@@ -247,20 +247,20 @@ def _find_record_trouble(record: object) -> str | None:
             return f"{name} is a {type(record[name]).__name__}"
     starts = record.get("generations") or []
     settings = record.get("settings") or {}
-    if not all(isinstance(one, dict) for one in (*starts, *settings.values())):
+    if not all(isinstance(entry, dict) for entry in (*starts, *settings.values())):
         return "a start of the run, or a setting, is not a mapping"
     return None
 
 
-def is_of_card(path: Path) -> bool:
-    """Whether a file is a card of ours or a picture of it."""
+def is_card_file(path: Path) -> bool:
+    """Whether a file is a generated model card or one of its pictures."""
     with path.open("rb") as file:
         return CARD_MARK.encode() in file.read(4096)
 
 
 @contextmanager
-def noticing_loss(name: str | os.PathLike[str]) -> Iterator[None]:
-    """For a verb that reads a run folder: any error is a RunFolderError if the folder has gone away meanwhile."""
+def lost_folder_errors(name: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns any error of a verb that reads a run folder into RunFolderError if the folder has disappeared meanwhile."""
     record = RunDir(name).run_json
     try:
         was_there = record.is_file()
@@ -273,17 +273,17 @@ def noticing_loss(name: str | os.PathLike[str]) -> Iterator[None]:
             raise RunFolderError(
                 f"{name} was deleted, moved or replaced while it was read",
                 expected="the run folder, untouched until the command has ended",
-                do="bring it back, and run the same command again",
+                do="move it back, and run the same command again",
             ) from error
         raise
 
 
 def find_model(name: str) -> str:
-    """The trained model of the run folder that `name` is: `merged`, `model` or `adapter`; any other name as it is.
+    """The trained model's folder if `name` is a run folder: `merged`, `model` or `adapter`; any other name unchanged.
 
-    A merge of an earlier end is passed over: the run was trained on since.
+    An outdated merge is ignored: the run was trained further since.
 
-    Raises: RunFolderError for a run without one, or one that is not finished.
+    Raises: RunFolderError for a run without a trained model, or one that is not finished.
     """
     run = RunDir(name)
     try:
@@ -291,15 +291,15 @@ def find_model(name: str) -> str:
             return name
     except OSError:  # a name that no file can have
         return name
-    found, state = run.find_whole() or run.find_weights(), (run.read_run() or {}).get("state")
-    if found is not None and state in (None, "finished"):
-        return str(found)
-    if found is None:
+    weights, state = run.find_whole() or run.find_weights(), (run.read_run() or {}).get("state")
+    if weights is not None and state in (None, "finished"):
+        return str(weights)
+    if weights is None:
         why = f"without a trained model (it is {state or 'not begun'})"
         other = f"name its newest checkpoint: {run.checkpoints()[-1]}" if run.checkpoints() else ""
     else:
-        why = f"that is {state}: what it holds is of an earlier end"
-        other = f"name that model: {found}"
+        why = f"that is {state}: its weights are from before it was trained further"
+        other = f"name that model: {weights}"
     raise RunFolderError(
         f"--model_name_or_path {name} is the folder of a run {why}",
         expected="a finished run, a model's folder or a Hub id",
@@ -308,7 +308,7 @@ def find_model(name: str) -> str:
 
 
 def read_record(path: Path) -> Any:
-    """A file's JSON. Raises: OSError; ValueError or RecursionError for what is none, or has more bytes than any has."""
+    """A file's JSON. Raises: OSError; ValueError if it is malformed or too large; RecursionError."""
     with path.open("rb") as file:
         content = file.read(MOST_RECORD_BYTES + 1)
     if len(content) > MOST_RECORD_BYTES:
@@ -317,16 +317,16 @@ def read_record(path: Path) -> Any:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Writes JSON as `write_whole`."""
+    """Writes JSON with `write_whole`."""
     write_whole(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes so that a reader, or a machine that loses power, sees the old file or the new one whole."""
+    """Writes a file so that a reader finds the old or the new content whole, even after a power failure."""
     part = path.with_name(f".{path.name}.part-{threading.get_native_id()}")
     part.unlink(missing_ok=True)
     try:
-        with part.open("xb") as file:  # not through a link that waits under this name
+        with part.open("xb") as file:  # x: does not write through a link of this name
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -337,7 +337,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Brings a folder's names to disk."""
+    """Flushes a folder's list of names to disk."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -347,7 +347,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill that takes its name only when the block ends well; no half-filled one is ever seen."""
+    """Yields a folder to fill, which gets its name only when the block succeeds, so no half-filled one is visible."""
     part = path.with_name(f".{path.name}.part")
     remove_tree(part)
     part.mkdir(parents=True)
@@ -360,7 +360,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a folder as far as it can be deleted; of a link, the link alone."""
+    """Deletes a folder, ignoring errors; of a link, only the link."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -368,13 +368,13 @@ def remove_tree(path: Path) -> None:
 
 
 class MetricsFile:
-    """metrics.jsonl: one record per logged step, in order, never a lost or a doubled one.
+    """metrics.jsonl: exactly one record per logged step, in order.
 
-    Training and evaluation log the same step separately; the second joins the first's record.
+    Training and evaluation log the same step separately; both go into one record.
 
     Args:
-        run: its folder.
-        after_step: 0 for a new run; a run resumed at step N keeps the records up to N and goes on from their clock.
+        run: the run's folder.
+        after_step: 0 for a new run; a run resumed at step N keeps the records up to N and continues their clock.
     """
 
     def __init__(self, run: RunDir, after_step: int) -> None:
@@ -388,9 +388,9 @@ class MetricsFile:
         self._offset = path.stat().st_size - len(_line(self._last).encode()) if kept else 0
 
     def log(self, step: int, seconds: float, values: dict[str, Any]) -> None:
-        """Adds the values under the step. `seconds`: wall clock since this process began the run.
+        """Adds the values to the step's record. `seconds`: wall clock since this process began the run.
 
-        Raises: RunFolderError where a later start of the run has taken the folder over.
+        Raises: RunFolderError if a later start of the run owns the folder.
         """
         self._run.check_possession()
         if step != self._last.get("step"):
@@ -406,7 +406,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl up to a line that was torn by a crash, or damaged."""
+    """The records of a metrics.jsonl up to the first damaged line, such as one that a crash cut off."""
     records = []
     with path.open("rb") as file:
         while line := file.readline(MOST_RECORD_BYTES):

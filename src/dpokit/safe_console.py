@@ -1,4 +1,4 @@
-"""Rich's console for texts of others. No torch."""
+"""A rich console for untrusted text. No torch."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from dpokit.terminal import escape_controls
 
 
 class SafeConsole(Console):
-    """Shows control characters in a text as letters; only rich itself writes control sequences."""
+    r"""Shows control characters of a text as escapes like `\x1b`; only rich itself writes control sequences."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(escape_controls(text), **options)

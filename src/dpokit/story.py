@@ -1,4 +1,4 @@
-"""The function that a recipe calls: writes a first line, then imports what training needs, which takes seconds."""
+"""The `main` function of recipes: prints a first line before the imports of training, which take seconds."""
 
 import gc
 import os
@@ -12,7 +12,7 @@ from typing import Any
 from dpokit.errors import DpokitError, path_errors
 from dpokit.interrupts import ending_on_signals, working
 
-# By default Python's garbage collector runs every 700 new objects, which is a fifth of the time that imports take.
+# By default Python's garbage collector runs every 700 new objects, which takes a fifth of the time of the imports.
 GC_THRESHOLD = 100_000
 
 
@@ -41,8 +41,8 @@ def user_errors() -> Iterator[None]:
         with working(), path_errors():
             yield
     except DpokitError as error:
-        from dpokit.distributed.coordination import speaks_for_all
+        from dpokit.distributed.coordination import is_first_to_report
 
-        if speaks_for_all():
+        if is_first_to_report():
             print(f"\n{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,8 +1,7 @@
-"""Code that torch compiles when a run first needs it (DeepSpeed's optimizers and CPU collectives), and its locks.
+"""Removes stale locks of torch's compilations at run time (DeepSpeed's optimizers and CPU collectives).
 
-torch (2.13) guards a compilation by a file, `lock`, that whoever is killed leaves behind; all later runs of the user
-then wait for it without a word and without end. Delete when `torch.utils.file_baton` holds a lock that dies with its
-holder.
+torch (2.13) guards a compilation by a file named `lock`. A killed process leaves the file behind, and all later runs of
+the user wait for it silently and forever. Delete when `torch.utils.file_baton` holds a lock that ends with its process.
 """
 
 import os
@@ -14,40 +13,40 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from dpokit.console import say
 
-# No single file of DeepSpeed's takes a compiler so long, and while it works on one nothing in the folder changes.
+# Longer than a compiler needs for any file of DeepSpeed; while it compiles one file, nothing in the folder changes.
 DEAD_AFTER_SECONDS = 300.0
-LONG_DEAD_SECONDS = 86_400.0  # by the times of files, which another machine's clock may have set
+LONG_DEAD_SECONDS = 86_400.0  # compared with file times, which another machine's clock may have set
 
 
-def pass_dead_locks(dead_after_seconds: float = DEAD_AFTER_SECONDS) -> None:
-    """Removes the locks of compilations that were killed. To be called before anything may compile.
+def remove_dead_locks(dead_after_seconds: float = DEAD_AFTER_SECONDS) -> None:
+    """Removes the locks of killed compilations; called before anything may compile.
 
-    A lock that a process of this machine has open is left to torch. Another may belong to a machine with the same home:
-    it is waited for, and removed where nothing beside it has changed for `dead_after_seconds`.
+    A lock that a process of this machine has open is left to torch. Any other lock may belong to a machine that shares
+    the home folder: it is removed once no file beside it has changed for `dead_after_seconds`.
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.glob("**/lock")):
-        told = False
+        reported = False
         changes, since = None, time.monotonic()
-        while (found := _find_changes(lock)) is not None and not _is_held(lock):
-            if found != changes:
-                changes, since = found, time.monotonic()
-            age = time.time() - max(found) / 1e9
+        while (times := _find_changes(lock)) is not None and not _is_held(lock):
+            if times != changes:
+                changes, since = times, time.monotonic()
+            age = time.time() - max(times) / 1e9
             if time.monotonic() - since >= dead_after_seconds or age >= LONG_DEAD_SECONDS:
                 lock.unlink(missing_ok=True)
                 say(f"removed {lock}: the process that compiled there was killed")
                 break
-            if not told:
+            if not reported:
                 say(
-                    f"{lock} says that another process compiles, and none of this machine does; waiting up to "
-                    f"{dead_after_seconds:.0f} s. Where no run starts on another machine, remove it."
+                    f"{lock} exists, but no process of this machine compiles; waiting up to {dead_after_seconds:.0f} s "
+                    "for a process of another machine. If no run starts on another machine, remove the file."
                 )
-            told = True
+            reported = True
             time.sleep(0.5)
 
 
 def _find_changes(lock: Path) -> list[int] | None:
-    """When each file of the lock's folder last changed, in nanoseconds since 1970; None once the lock is gone."""
+    """Times of last change of the files in the lock's folder, in nanoseconds since 1970; None once the lock is gone."""
     changes = []
     for file in (lock, *sorted(lock.parent.iterdir())):
         try:
@@ -59,12 +58,12 @@ def _find_changes(lock: Path) -> list[int] | None:
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether a process of this machine has the lock open, as its maker has until it is done."""
-    wanted = str(lock.resolve())
+    """Whether a process of this machine has the lock open, as a compiling process does until it is done."""
+    path = str(lock.resolve())
     for process in psutil.process_iter():
         try:
-            if any(file.path == wanted for file in process.open_files()):
+            if any(file.path == path for file in process.open_files()):
                 return True
-        except (psutil.Error, OSError):  # another user's, or gone by now
+        except (psutil.Error, OSError):  # the process is another user's, or has ended
             continue
     return False

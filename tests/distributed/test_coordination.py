@@ -1,4 +1,4 @@
-"""What processes do together: one builds before the others, longer than a collective waits; a lost one is noticed."""
+"""Collective work of processes: one builds before the others, and a lost process is reported."""
 
 import os
 import signal
@@ -34,13 +34,13 @@ def test_a_lost_process_is_the_users_error(error):
 
 
 @pytest.mark.parametrize("text", ["DataLoader timed out after 5 seconds", "gloo: unsupported dtype"])
-def test_another_error_stays_what_it_is(text):
+def test_another_error_is_not_changed(text):
     with pytest.raises(RuntimeError, match=text), peer_errors(5):
         raise RuntimeError(text)
 
 
 @pytest.mark.parametrize("ask", [decide_on_main_process, build_first])
-def test_one_process_has_its_own_answer_and_its_own_error(ask):
+def test_one_process_gets_its_own_result_or_error(ask):
     answers = []
 
     def answer() -> Path:
@@ -67,15 +67,15 @@ def test_one_process_has_its_own_answer_and_its_own_error(ask):
 )
 def test_memory_that_runs_out_is_one_message_with_rank_and_step(error, monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    words = "rank 3 ran out of memory at step 7"
-    with pytest.raises(MachineError, match=words) as raised, peer_errors(5, lambda: " at step 7"):
+    message = "rank 3 ran out of memory at step 7"
+    with pytest.raises(MachineError, match=message) as raised, peer_errors(5, lambda: " at step 7"):
         raise error
     assert "--per_device_train_batch_size" in raised.value.do
 
 
-# Each rank says when it begins to build and when it is done; the collective time-out is 3 s. So both meet before it is
-# in force, as imports may take one of them longer, and at the end, as rank 0 keeps the store that rank 1 still reads.
-# What starts it runs alone: 3 s of silence may not come from another test.
+# Each rank prints when it begins to build and when it is done; the collective time-out is 3 s. The ranks wait for each
+# other before it is in force, because imports may take one of them longer, and at the end, because rank 0 hosts the
+# store that rank 1 still reads. Tests that start it run alone, so that no other test delays a rank by 3 s.
 BUILDER = """
 import os, sys, time
 from pathlib import Path
@@ -114,15 +114,15 @@ meet("done", 3)
 
 @pytest.fixture
 def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts a rank of two that builds for so many seconds; `fails` is the rank that finds a mistake."""
+    """Starts one of two ranks, which builds for `seconds`; `fails` is the rank whose build raises an error."""
     script, port, begun = tmp_path / "builder.py", find_free_port(), []
     script.write_text(BUILDER)
 
     def start_rank(rank: int, local_rank: int, seconds: float, fails: int | None = None) -> subprocess.Popen:
         places = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
         environment = os.environ | {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in places.items()}
-        words = [sys.executable, str(script), str(seconds), str(fails)]
-        begun.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
+        command = [sys.executable, str(script), str(seconds), str(fails)]
+        begun.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
         return begun[-1]
 
     yield start_rank
@@ -136,7 +136,7 @@ def lines_of(process: subprocess.Popen) -> list[str]:
 
 
 @pytest.mark.alone
-def test_a_build_may_take_longer_than_a_collective_waits_and_comes_first(start):
+def test_a_build_may_take_longer_than_the_collective_timeout(start):
     first, second = start(0, 0, 7), start(1, 1, 0)
     assert first.stdout.readline() == "builds\n"
     time.sleep(5)
@@ -156,7 +156,7 @@ def test_each_machine_builds_by_itself(start):
 
 @pytest.mark.alone
 @pytest.mark.parametrize("fails", [0, 1])
-def test_an_error_of_any_machine_is_that_of_all(start, fails):
+def test_an_error_of_any_machine_is_raised_on_every_rank(start, fails):
     processes = [start(rank, 0, 0.5, fails) for rank in (0, 1)]
     assert [lines_of(process)[-1] for process in processes] == ["DataError a hole"] * 2
 
@@ -167,5 +167,5 @@ def test_a_silent_builder_is_given_up_after_the_time_out(start, sign):
     first, second = start(0, 0, 0), start(1, 0, 600)
     assert second.stdout.readline() == "builds\n"
     second.send_signal(sign)
-    lost = "rank 0 lost rank 1, or waited 3 s for it in vain: rank 1 gave no sign of life"
+    lost = "rank 0 lost rank 1, which ended or did not respond within 3 s: rank 1 gave no sign of life"
     assert lost in lines_of(first)[-1]

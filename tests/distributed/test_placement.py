@@ -1,11 +1,11 @@
-"""What a launcher asks for, what is in force, and what is refused; under real launches, see test_placements."""
+"""The requested placement, the placement in force, and refused ones; for real launches see test_placements."""
 
 import pytest
 import torch
 from torch import nn
 from trl import DPOConfig, ModelConfig
 
-from dpokit.distributed.placement import check_placement, find_asked_placement, find_placement
+from dpokit.distributed.placement import check_placement, find_placement, find_requested_placement
 from dpokit.errors import SettingsError
 
 
@@ -16,7 +16,7 @@ def training(tmp_path) -> DPOConfig:
 
 @pytest.fixture
 def ask(training, monkeypatch):
-    """The arguments of a run that a launcher's environment asks to place so."""
+    """The arguments of a run whose launcher requests a placement by its environment."""
 
     def ask_for(placement: str) -> DPOConfig:
         if placement.startswith("FSDP"):
@@ -35,11 +35,11 @@ def ask(training, monkeypatch):
 
 
 @pytest.mark.parametrize("placement", ["one device", "ZeRO-2", "ZeRO-3", "ZeRO-3 + CPU offload", "FSDP1", "FSDP2"])
-def test_what_the_launcher_asks_for_is_read(placement, ask):
-    assert find_asked_placement(ask(placement)) == placement
+def test_the_requested_placement_is_read(placement, ask):
+    assert find_requested_placement(ask(placement)) == placement
 
 
-def test_a_plain_model_is_on_one_device_and_one_spread_over_gpus_by_torch_is_not():
+def test_a_data_parallel_model_is_not_on_one_device():
     assert find_placement(nn.Linear(2, 2)) == "one device"
     assert find_placement(nn.DataParallel(nn.Linear(2, 2))) == "DataParallel"
 
@@ -61,7 +61,7 @@ FOUR_BIT = ModelConfig(use_peft=True, load_in_4bit=True)
         ("ZeRO-3", {"precompute_ref_log_probs": True}, FOUR_BIT, "loses track", "ZeRO-2"),
     ],
 )
-def test_what_does_not_work_is_refused_with_the_nearest_that_does(placement, flags, model, seen, do, ask):
+def test_a_combination_that_fails_is_refused_with_a_remedy(placement, flags, model, seen, do, ask):
     training = ask(placement)
     for name, value in flags.items():
         setattr(training, name, value)
@@ -80,7 +80,7 @@ def test_what_does_not_work_is_refused_with_the_nearest_that_does(placement, fla
         ("FSDP2", {"precompute_ref_log_probs": True}, ModelConfig()),
     ],
 )
-def test_what_works_passes(placement, flags, model, ask):
+def test_a_combination_that_works_passes(placement, flags, model, ask):
     training = ask(placement)
     for name, value in flags.items():
         setattr(training, name, value)

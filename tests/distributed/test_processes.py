@@ -1,4 +1,4 @@
-"""How many processes were asked for, how many there are, and who speaks."""
+"""The requested and the actual number of processes, and the rank that prints."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from dpokit.distributed.processes import (
     _read_accelerate_command,
     check_devices,
     check_world_size,
-    find_asked_processes,
+    find_requested_processes,
     is_main_process,
 )
 from dpokit.errors import MachineError
@@ -23,26 +23,26 @@ RECIPE = "recipes/dpo_gpt2.py"
 
 @pytest.fixture(autouse=True)
 def no_default_config(monkeypatch, tmp_path) -> Path:
-    """Whoever runs the tests may have written a config with `accelerate config`; here its place is a path of ours."""
+    """Replaces the path of accelerate's default config, which a user may have written with `accelerate config`."""
     path = tmp_path / "default_config.yaml"
     monkeypatch.setattr("accelerate.commands.config.config_args.default_config_file", str(path))
     return path
 
 
-def test_the_world_size_of_the_launcher_is_what_was_asked_for(monkeypatch):
+def test_the_requested_number_is_the_launchers_world_size(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    number, where = find_asked_processes()
+    number, where = find_requested_processes()
     assert number == 4
     assert "WORLD_SIZE" in where
 
 
-def test_without_a_launcher_nothing_was_asked_for(monkeypatch):
+def test_without_a_launcher_no_number_is_requested(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert find_asked_processes() is None
+    assert find_requested_processes() is None
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--num_processes", "2", RECIPE],
         ["--num_processes=2", RECIPE],
@@ -52,8 +52,8 @@ def test_without_a_launcher_nothing_was_asked_for(monkeypatch):
     ],
     ids=" ".join,
 )
-def test_a_number_on_accelerates_command_line_is_read(words):
-    assert _read_accelerate_command(words) == (2, "accelerate launch --num_processes 2")
+def test_a_number_on_accelerates_command_line_is_read(argv):
+    assert _read_accelerate_command(argv) == (2, "accelerate launch --num_processes 2")
 
 
 def test_a_number_in_accelerates_config_file_is_read(tmp_path):
@@ -67,8 +67,8 @@ def test_a_number_in_accelerates_config_file_is_read(tmp_path):
 def test_the_command_line_is_stronger_than_the_config_file(tmp_path):
     config = tmp_path / "two.yaml"
     config.write_text("num_processes: 2\n")
-    words = ["--config_file", str(config), "--num_processes", "3", RECIPE]
-    assert _read_accelerate_command(words) == (3, "accelerate launch --num_processes 3")
+    argv = ["--config_file", str(config), "--num_processes", "3", RECIPE]
+    assert _read_accelerate_command(argv) == (3, "accelerate launch --num_processes 3")
 
 
 def test_a_number_in_the_users_default_config_is_read(no_default_config):
@@ -86,10 +86,10 @@ def test_a_config_file_without_a_number_asks_for_none(text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [[RECIPE], ["--cpu", RECIPE], [RECIPE, "--num_processes", "4"], ["--config_file", "none.yaml", RECIPE]]
+    "argv", [[RECIPE], ["--cpu", RECIPE], [RECIPE, "--num_processes", "4"], ["--config_file", "none.yaml", RECIPE]]
 )
-def test_a_command_without_a_number_asks_for_none(words):
-    assert _read_accelerate_command(words) is None
+def test_a_command_without_a_number_asks_for_none(argv):
+    assert _read_accelerate_command(argv) is None
 
 
 def test_the_projects_own_configs_ask_for_what_they_say():
@@ -99,10 +99,10 @@ def test_the_projects_own_configs_ask_for_what_they_say():
 
 
 def test_a_single_process_launcher_is_found_by_its_command_line(tmp_path):
-    """The real launcher: it starts one process, exports no WORLD_SIZE, and its own words are all there is."""
+    """The real launcher: it starts one process and exports no WORLD_SIZE; only its command line has the number."""
     script = tmp_path / "show.py"
     script.write_text(
-        "from dpokit.distributed.processes import find_asked_processes\nprint('asked', find_asked_processes())\n"
+        "from dpokit.distributed.processes import find_requested_processes as find\nprint('asked', find())\n"
     )
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)]
     environment = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"}
@@ -110,14 +110,14 @@ def test_a_single_process_launcher_is_found_by_its_command_line(tmp_path):
     assert "asked (2, 'accelerate launch --num_processes 2')" in done.stdout
 
 
-def test_a_world_of_one_is_right_where_one_or_nothing_was_asked_for(monkeypatch):
+def test_one_process_is_accepted_if_one_or_none_is_requested(monkeypatch):
     assert check_world_size() == 1
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert check_world_size() == 1
 
 
-def test_a_world_smaller_than_asked_for_is_refused_with_the_way_out(monkeypatch):
-    PartialState()  # of one process, before the environment speaks of two
+def test_fewer_processes_than_requested_are_refused(monkeypatch):
+    PartialState()  # has one process: it is built before the environment says two
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MachineError, match=r"2 processes were asked for .* but 1 is training") as error:
         check_world_size()
@@ -125,7 +125,7 @@ def test_a_world_smaller_than_asked_for_is_refused_with_the_way_out(monkeypatch)
     assert "--num_processes 1" in error.value.do
 
 
-def test_more_processes_than_gpus_are_refused_with_the_number_there_is(monkeypatch):
+def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr("torch.accelerator.device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(MachineError, match="4 processes were started on this machine, which has 2 GPUs") as error:
@@ -135,9 +135,9 @@ def test_more_processes_than_gpus_are_refused_with_the_number_there_is(monkeypat
     check_devices()
 
 
-@pytest.mark.parametrize(("rank", "speaks"), [(None, True), ("0", True), ("1", False)])
-def test_rank_0_and_a_process_without_a_rank_speak(rank, speaks, monkeypatch):
+@pytest.mark.parametrize(("rank", "is_main"), [(None, True), ("0", True), ("1", False)])
+def test_rank_0_and_a_process_without_a_rank_are_main(rank, is_main, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("RANK", rank)
-    assert is_main_process() is speaks
+    assert is_main_process() is is_main

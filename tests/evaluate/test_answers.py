@@ -128,7 +128,7 @@ def test_no_prompts_are_an_error_that_writes_no_file(base, tokenizer, tmp_path):
 
 
 def test_a_missing_folder_is_a_run_folder_error(base, tokenizer, tmp_path):
-    with pytest.raises(RunFolderError, match="folder cannot be made"):
+    with pytest.raises(RunFolderError, match="folder cannot be created"):
         write_answers(tmp_path / "no", PROMPTS, base=base, tuned=base, tokenizer=tokenizer, sampling=SAMPLING)
 
 

@@ -1,5 +1,4 @@
-"""Models and adapters that a stranger, or a torn download, might leave: each changes a whole one, and names the words
-that the message must have."""
+"""Hostile or damaged models and adapters: each case changes a valid one and has a part of the expected message."""
 
 import json
 import pickle
@@ -50,7 +49,7 @@ def retensor(file: str, change: Callable[[dict[str, torch.Tensor]], dict[str, to
 
 
 def pickled(file: str, name: str, marker: str = "it-ran") -> Change:
-    """The weights are a pickle that runs a program."""
+    """Replaces the weights by a pickle that runs a program."""
 
     def change(folder: Path) -> None:
         (folder / file).unlink()
@@ -65,7 +64,7 @@ def cut(file: str) -> Change:
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-# Of a GPT-2: what is changed, and a word of the message.
+# Changes of a GPT-2 model, and a part of the message for each.
 MODELS: dict[str, tuple[Change, str]] = {
     "weights as a pickle": (pickled(WEIGHTS, "pytorch_model.bin"), "no weights as safetensors"),
     "weights as a renamed pickle": (
@@ -181,7 +180,7 @@ def rename(name: str) -> Change:
     return edit(ADAPTER, base_model_name_or_path=name)
 
 
-# Of a LoRA on that GPT-2.
+# Changes of a LoRA adapter for that GPT-2, and a part of the message for each.
 ADAPTERS: dict[str, tuple[Change, str]] = {
     "weights as a pickle": (pickled(TENSORS, "adapter_model.bin"), "no weights as safetensors"),
     "no weights": (lambda folder: (folder / TENSORS).unlink(), "no weights as safetensors"),
@@ -256,5 +255,5 @@ ADAPTERS: dict[str, tuple[Change, str]] = {
     "a start by an attack": (edit(ADAPTER, init_lora_weights="own"), "does not fit its base"),
     "a bias that is none": (edit(ADAPTER, bias="own"), "bias: own"),
 }
-# PEFT and transformers pass over what they do not know; nothing is lost by it.
+# PEFT and transformers ignore these unknown values, which change no result.
 HARMLESS = {"a key that PEFT does not know", "a tokenizer with code", "a quantisation that is none"}

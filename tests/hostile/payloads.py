@@ -1,4 +1,4 @@
-"""Pickles and archives that a stranger might put into a folder of weights; loaded, each would make a file."""
+"""Hostile pickles and archives for a folder of weights; each would create a file if it were loaded."""
 
 import io
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 class Runs:
-    """Pickled, it calls a function when it is loaded."""
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function: Callable, *arguments: object) -> None:
         self.call = (function, arguments)
@@ -35,7 +35,7 @@ def dump(build: Callable[[Path], object], protocol: int = 2) -> Callable[[Path],
     return lambda marker: pickle.dumps(build(marker), protocol=protocol)
 
 
-# What a pickle may say to run a program, each in a way of its own.
+# Different ways in which a pickle can run a program.
 PICKLES: dict[str, Callable[[Path], bytes]] = {
     "os.system, protocol 0": dump(touch, 0),
     "os.system, protocol 2": dump(touch, 2),
@@ -65,14 +65,14 @@ PICKLES: dict[str, Callable[[Path], bytes]] = {
     "numpy's exec": text_opcodes('cnumpy.testing._private.utils\nrunstring\n(S\'open("$","w")\'\n}tR.'),
     "after the first pickle's names": text_opcodes("ccollections\nOrderedDict\n)Rp0\n0cos\nsystem\n(S'touch $'\ntR."),
     "BUILD with a state": text_opcodes("cargparse\nNamespace\n)R(dS'x'\ncos\nsystem\n(S'touch $'\ntRsb."),
-    "a class of ours": text_opcodes("cdpokit.sweep.trial\nTrialRun\n."),
+    "a class of dpokit": text_opcodes("cdpokit.sweep.trial\nTrialRun\n."),
     "nothing that ends": text_opcodes("(lp0\n"),
     "no pickle": text_opcodes("GIF89a $"),
 }
 
 
 def archive(content: bytes, **more: bytes) -> bytes:
-    """The zip archive that `torch.save` writes, with this pickle in it."""
+    """The zip archive that `torch.save` writes, with `content` as its pickle."""
     buffer = io.BytesIO()
     torch.save({"weight": torch.zeros(2)}, buffer)
     with zipfile.ZipFile(buffer) as honest:
@@ -106,7 +106,7 @@ def hostile(marker: Path) -> bytes:
 
 
 def twice(marker: Path) -> bytes:
-    """Two entries of one name: a reader takes the first, or the last."""
+    """An archive with two entries of one name: readers may take the first or the last."""
     buffer = io.BytesIO(archive(hostile(marker)))
     with zipfile.ZipFile(buffer, "a") as made:
         root = made.namelist()[0].partition("/")[0]
@@ -114,7 +114,7 @@ def twice(marker: Path) -> bytes:
     return buffer.getvalue()
 
 
-# Archives in which one reader may find another pickle than the next, or that are of another form.
+# Archives in which two readers may find different pickles, or that torch.save does not write.
 ARCHIVES: dict[str, Callable[[Path], bytes]] = {
     "a bare pickle": hostile,
     "torch's old form": lambda _: b"".join(pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {}, 0)),

@@ -1,4 +1,4 @@
-"""A server on this machine that writes any bytes as its reply, with or without an end."""
+"""A local server that replies with any bytes, also endlessly."""
 
 import socket
 import threading
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 from itertools import chain, repeat
 
 BLOCK = 2**16
-DRIP_SECONDS = 0.02  # between two pieces of a reply that comes slowly
+DRIP_SECONDS = 0.02  # time between two pieces of a slow reply
 
 Reply = Iterable[bytes | None]  # the pieces; None among them waits for DRIP_SECONDS
 
 
 @dataclass
 class Heard:
-    """What came to a server, and what went out.
+    """The traffic of a server.
 
     Attributes:
-        url: of the endpoint.
-        requests: as they came, head and body.
-        sent: bytes of all replies.
+        url: the endpoint's URL.
+        requests: all received requests, head and body.
+        sent: number of bytes in all replies.
     """
 
     url: str
@@ -31,7 +31,7 @@ class Heard:
 
 @contextmanager
 def serve(reply: Callable[[], Reply]) -> Iterator[Heard]:
-    """A server that gives a new `reply()` to each request, and then closes the connection."""
+    """A server that answers each request with a new `reply()` and then closes the connection."""
     over = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as listening:
         listening.settimeout(0.02)
@@ -84,7 +84,7 @@ def read_request(connection: socket.socket) -> bytes:
 def read_piece(connection: socket.socket) -> bytes:
     piece = connection.recv(BLOCK)
     if not piece:
-        raise ConnectionError("the client is gone")
+        raise ConnectionError("the client closed the connection")
     return piece
 
 
@@ -97,16 +97,16 @@ def chunk(data: bytes) -> bytes:
 
 
 def slowly(pieces: Reply) -> Reply:
-    """Each piece by itself, a moment after the one before."""
+    """The pieces with a pause of DRIP_SECONDS after each."""
     return chain.from_iterable((piece, None) for piece in pieces)
 
 
 def forever(piece: bytes) -> Reply:
-    """The piece in blocks of 64 KiB without end."""
+    """The piece, repeated endlessly in blocks of 64 KiB."""
     return repeat(piece * max(1, BLOCK // len(piece)))
 
 
 def pack_zeros(megabytes: int, head: bytes) -> bytes:
-    """Deflate's blocks of zeros behind a head, without the end that a whole one has; made in a moment."""
+    """A head and compressed zeros, as a deflate stream without its end; quick to generate."""
     made = zlib.compressobj(9, wbits=-15)
     return head + (made.compress(bytes(2**20)) + made.flush(zlib.Z_FULL_FLUSH)) * megabytes

@@ -1,4 +1,4 @@
-"""Models and adapters that are hostile or broken: one message each, in seconds, and nothing of theirs is run."""
+"""A hostile or damaged model or adapter ends in one message within seconds, and none of its code runs."""
 
 import shutil
 import time
@@ -16,7 +16,7 @@ from dpokit.model.check import check_config
 from dpokit.model.load import load_policy, load_tokenizer
 from dpokit.settings.load import load_settings
 
-MOST_SECONDS = 20.0  # on two busy cores; no case takes a second by itself
+MOST_SECONDS = 20.0  # on two busy cores; on an idle machine each case takes less than a second
 
 
 @pytest.fixture
@@ -32,33 +32,33 @@ def adapter(model, tmp_path) -> Path:
 
 
 def load(folder: Path, **more: object) -> None:
-    """As every verb and every recipe does."""
-    given = {"model_name_or_path": str(folder), "use_peft": True, "use_cpu": True, "output_dir": str(folder / "run")}
-    settings = load_settings("test", given | more, [])
+    """Loads settings, tokenizer and model like every verb and recipe."""
+    defaults = {"model_name_or_path": str(folder), "use_peft": True, "use_cpu": True, "output_dir": str(folder / "run")}
+    settings = load_settings("test", defaults | more, [])
     load_policy(settings, load_tokenizer(settings.model))
 
 
-def check_refused(folder: Path, words: str) -> None:
+def check_refused(folder: Path, message: str) -> None:
     began = time.monotonic()
     with pytest.raises(ModelError) as refusal:
         load(folder)
-    assert words in str(refusal.value)
+    assert message in str(refusal.value)
     assert time.monotonic() - began < MOST_SECONDS
     assert not (folder.parent / "it-ran").exists()
 
 
-def test_whole_ones_load(model, adapter):
+def test_an_unchanged_model_and_adapter_load(model, adapter):
     load(model)
     load(adapter)
 
 
 def as_first_published(tensors: dict) -> dict:
-    """GPT-2's weights as they lie on the Hub: without the name of the model inside, with the masks of its attention."""
-    found = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    """GPT-2's weights in the form of the Hub: names without `transformer.`, and with the masks of attention."""
+    published = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     for block in (0, 1):
-        found[f"h.{block}.attn.bias"] = torch.ones(1, 1, 256, 256).tril()
-        found[f"h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
-    return found
+        published[f"h.{block}.attn.bias"] = torch.ones(1, 1, 256, 256).tril()
+        published[f"h.{block}.attn.masked_bias"] = torch.tensor(-1e4)
+    return published
 
 
 def test_weights_as_they_were_first_published_load(model, tiny_qwen2, tmp_path):
@@ -78,28 +78,28 @@ def test_numbers_that_real_configs_hold_are_within_bounds(changes, model):
     check_config(str(model), None)
 
 
-def test_tensors_that_do_not_match_are_passed_over_where_gates_warn(model, capfd):
+def test_mismatched_tensors_are_ignored_with_gates_warn(model, capfd):
     MODELS["a value head"][0](model)
     load(model, gates="warn")
     assert "no place for: v_head.summary.weight" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("case", [case for case in MODELS if case not in HARMLESS])
-def test_a_model_that_cannot_be_right_is_refused(case, model):
-    change, words = MODELS[case]
+def test_a_damaged_model_is_refused(case, model):
+    change, message = MODELS[case]
     change(model)
-    check_refused(model, words)
+    check_refused(model, message)
 
 
 @pytest.mark.parametrize("case", [case for case in ADAPTERS if case not in HARMLESS])
-def test_an_adapter_that_cannot_be_right_is_refused(case, adapter):
-    change, words = ADAPTERS[case]
+def test_a_damaged_adapter_is_refused(case, adapter):
+    change, message = ADAPTERS[case]
     change(adapter)
-    check_refused(adapter, words)
+    check_refused(adapter, message)
 
 
 @pytest.mark.parametrize("case", sorted(HARMLESS))
-def test_a_harmless_oddity_is_passed_over(case, model, adapter):
+def test_a_harmless_unknown_value_is_ignored(case, model, adapter):
     folder, (change, _) = (model, MODELS[case]) if case in MODELS else (adapter, ADAPTERS[case])
     change(folder)
     load(folder)
@@ -110,14 +110,14 @@ def test_a_harmless_oddity_is_passed_over(case, model, adapter):
 def test_every_verb_ends_in_one_message(verb, case, model, pairs_file):
     MODELS[case][0](model)
     recipe = ["recipes/dpo_gpt2.py", "--model_name_or_path", str(model), "--dataset_name", str(pairs_file)]
-    words = {
+    argv = {
         "evaluate": ["evaluate", str(model), "--data", str(pairs_file)],
         "chat": ["chat", str(model), "--prompt", "Hello"],
         "plan": ["plan", *recipe, "--use_cpu"],
         "train": ["prepare", *recipe, "--use_cpu", "--max_length", "64", "--precompute_ref_log_probs"],
     }[verb]
-    done = dpokit(*words)
+    done = dpokit(*argv)
     assert "Traceback" not in done.stderr
-    if verb != "plan":  # which reads the config alone
+    if verb != "plan":  # plan reads only the config
         assert done.returncode == 2, done.stderr
         assert MODELS[case][1] in done.stderr

@@ -1,4 +1,4 @@
-"""Clocks that are set, machines that sleep, copies without the times of their files: nothing is decided by them."""
+"""No decision depends on a clock that changes, on a machine that sleeps, or on file times that a copy changed."""
 
 import json
 import os
@@ -14,22 +14,22 @@ from dpokit.checkpoint.preempt import Notice
 from dpokit.report.read import load_run
 from dpokit.rundir import RunDir
 from dpokit.sweep.trial import TrialRun
-from dpokit.torch_build_locks import pass_dead_locks
+from dpokit.torch_build_locks import remove_dead_locks
 
 HOUR = 3600.0
-# A clock set while something runs, in seconds.
+# Changes of the clock while a program runs, in seconds.
 STEPS = {"an hour ahead": HOUR, "an hour back": -HOUR, "to 1970": -time.time(), "ten years ahead": 10 * 8766 * HOUR}
 
 
 @pytest.fixture(params=STEPS)
 def set_clock(request, monkeypatch):
-    """Sets the clock of this process, as an operator or a time server does that of a machine."""
+    """Changes the clock of this process, as an operator or a time server changes that of a machine."""
     real = time.time
     return lambda: monkeypatch.setattr(time, "time", lambda: real() + STEPS[request.param])
 
 
 def set_times(folder, *, reverse: bool) -> None:
-    """Times as a copy or an archive leaves them, in one order or the other."""
+    """Sets ascending or descending file times, like a copy or an archive."""
     for at, path in enumerate(sorted(folder.rglob("*"), reverse=reverse)):
         os.utime(path, (at, at))
 
@@ -55,7 +55,7 @@ def test_a_copy_keeps_its_merge_and_its_evaluation(reverse, run):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_a_copy_of_a_run_that_was_trained_on_has_an_outdated_merge(reverse, run):
+def test_a_copy_of_a_resumed_run_has_an_outdated_merge(reverse, run):
     run.take_possession(6)
     run.write_run(state="finished")
     set_times(run.path, reverse=reverse)
@@ -64,7 +64,7 @@ def test_a_copy_of_a_run_that_was_trained_on_has_an_outdated_merge(reverse, run)
     assert [note.split()[0] for note in notes] == ["eval/pairs.json", "eval/answers.json"]
 
 
-def test_a_trial_is_silent_by_a_clock_that_nobody_sets(set_clock, tmp_path):
+def test_the_silence_of_a_trial_does_not_depend_on_the_clock(set_clock, tmp_path):
     trial = TrialRun(0, {}, RunDir(tmp_path / "trial-0"))
     trial.log.touch()
     assert trial.count_silent_seconds() < HOUR / 2
@@ -74,7 +74,7 @@ def test_a_trial_is_silent_by_a_clock_that_nobody_sets(set_clock, tmp_path):
     assert trial.count_silent_seconds() < HOUR / 2
 
 
-def test_a_time_limit_is_kept_whoever_sets_the_clock(set_clock, monkeypatch):
+def test_a_time_limit_does_not_depend_on_the_clock(set_clock, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 2 * HOUR)))
     notice = Notice(0, save_before_seconds=60)
     set_clock()
@@ -92,7 +92,7 @@ def test_a_lock_with_the_time_of_another_clock_is_waited_for(seconds, tmp_path, 
     lock.touch()
     os.utime(lock, (time.time() - seconds,) * 2)
     began = time.monotonic()
-    pass_dead_locks(dead_after_seconds=1.0)
+    remove_dead_locks(dead_after_seconds=1.0)
     assert time.monotonic() - began >= 1.0
     assert not lock.exists()
 
@@ -108,14 +108,14 @@ def search(tmp_path):
     return Search(load_space(space), tmp_path / "sweep", storage=None, name="own")
 
 
-def test_a_worker_of_this_machine_is_known_whoever_sets_the_clock(search, set_clock):
+def test_a_local_worker_is_recognised_with_any_clock(search, set_clock):
     set_clock()
     assert search._is_alive(search.worker)
     host, pid, start = search.worker.split(":")
     assert not search._is_alive(f"{host}:{pid}:{int(start) + 1}")
 
 
-def test_a_worker_of_another_host_lives_while_its_sign_changes(search, set_clock, monkeypatch):
+def test_a_remote_worker_is_alive_while_its_beat_changes(search, set_clock, monkeypatch):
     worker = f"not-{socket.gethostname()}:12:34"
     sign = search.folder / "workers" / f"not-{socket.gethostname()}-12"
     assert not search._is_alive(worker)
@@ -146,6 +146,6 @@ WAITS = {
 
 
 @pytest.mark.parametrize("case", WAITS)
-def test_a_server_that_asks_to_wait_is_read_by_its_own_clock(case):
+def test_a_retry_date_is_compared_with_the_servers_clock(case):
     headers, seconds = WAITS[case]
     assert read_retry_after(headers) == seconds

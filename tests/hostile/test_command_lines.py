@@ -1,4 +1,4 @@
-"""Sloppy command lines: every flag with values that nobody means ends in one message, or in a run that can be."""
+"""Wrong command lines: every flag with nonsensical values ends in one message, or in a run that works."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ WORDS = ("", " ", "x", "-", "--", "null", "{}", "[", '{"x": 1}', "a=b", "\u00b2"
 
 
 def flags_of(kind: str) -> dict[str, str]:
-    """Every flag and the name of its type."""
+    """The name of each flag's type, by the flag."""
     parser = FlagParser(kind)
     return {
         action.dest: getattr(action.type, "__name__", str(action.type))
@@ -34,12 +34,12 @@ FLAGS |= {("sft", name): type_ for name, type_ in flags_of("sft").items() if ("d
 
 
 def load(kind: str, name: str, value: str, folder: Path) -> None:
-    given = {"kind": kind, "output_dir": str(folder / "run"), "use_cpu": True, "report_to": "none"}
-    load_settings("test", given, [f"--{name}={value}"])
+    defaults = {"kind": kind, "output_dir": str(folder / "run"), "use_cpu": True, "report_to": "none"}
+    load_settings("test", defaults, [f"--{name}={value}"])
 
 
 @pytest.mark.parametrize(("kind", "name"), FLAGS)
-def test_any_value_of_any_flag_is_taken_or_refused_in_one_message(kind, name, tmp_path):
+def test_any_flag_value_is_accepted_or_refused_in_one_message(kind, name, tmp_path):
     numeric = FLAGS[kind, name] in ("int", "float")
     for value in NUMBERS if numeric else WORDS:
         try:
@@ -50,7 +50,7 @@ def test_any_value_of_any_flag_is_taken_or_refused_in_one_message(kind, name, tm
 
 @pytest.mark.parametrize(("kind", "name"), [key for key, type_ in FLAGS.items() if type_ in ("int", "float")])
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_a_number_that_is_none_is_refused(value, kind, name, tmp_path):
+def test_nan_or_infinity_is_refused(value, kind, name, tmp_path):
     with pytest.raises(SettingsError, match=name):
         load(kind, name, value, tmp_path)
 
@@ -72,11 +72,11 @@ def test_a_number_out_of_its_range_is_refused(name, number, tmp_path):
     assert f"--{name}" in refusal.value.do
 
 
-def test_every_bound_is_that_of_a_flag():
+def test_every_bound_has_a_flag():
     assert {name for name in BOUNDS if not any((kind, name) in FLAGS for kind in KINDS)} == set()
 
 
-# -- values that settings alone cannot judge ---------------------------------------------------------------------------
+# -- values that only a run can check ----------------------------------------------------------------------------------
 
 VALUES = {"int": ("0", "1", "2"), "float": ("0", "1e-300", "0.5", "1", "1e30")}
 SLOPPY = {
@@ -129,7 +129,7 @@ def defaults(tiny_gpt2, tmp_path) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "value"), TRAINED)
-def test_a_run_with_an_odd_value_trains_or_says_in_one_message_why_not(name, value, defaults, tmp_path, monkeypatch):
+def test_a_run_with_an_odd_value_trains_or_fails_in_one_message(name, value, defaults, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     adapted = ["--use_peft"] if name.startswith("lora_") else []
     best = ["--load_best_model_at_end", "--eval_fraction", "0.3", "--eval_strategy", "steps", "--eval_steps", "1"]
@@ -172,8 +172,8 @@ def test_every_verb_is_tried():
 @pytest.mark.parametrize(
     ("verb", "path"), [(verb, path) for verb in VERBS for path in PATHS if (verb, path) != ("init", "nowhere")]
 )
-def test_a_path_that_leads_nowhere_is_one_message_and_exit_code_2(verb, path):
-    """And the verb ends, `serve` and `chat` too. `init` makes a folder that does not exist."""
+def test_a_missing_path_is_one_message_and_exit_code_2(verb, path):
+    """Every verb ends, also `serve` and `chat`. `init` makes a folder that does not exist."""
     done = dpokit(*(PATHS[path] if word == "PATH" else word for word in VERBS[verb]))
     assert done.returncode == 2, done.stderr[-2000:]
     assert "Traceback" not in done.stderr

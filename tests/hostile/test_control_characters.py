@@ -1,4 +1,4 @@
-"""Names, texts and messages of others on a terminal: none moves its cursor, colours it or turns its lines round."""
+"""Untrusted names, texts and messages cannot move a terminal's cursor, change its colours or reverse its lines."""
 
 import json
 import shutil
@@ -44,18 +44,18 @@ def find_raw(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("case", SEQUENCES)
-def test_each_is_shown_as_letters(case):
+def test_a_control_sequence_is_shown_as_an_escape(case):
     shown = one_line(SEQUENCES[case])
     assert shown.isprintable()
     assert one_line(shown) == shown
 
 
-def test_honest_text_stays_as_it_is():
+def test_ordinary_text_is_not_changed():
     assert escape_controls(HONEST) == HONEST
 
 
 @pytest.mark.parametrize("case", SEQUENCES)
-def test_a_message_has_its_three_lines_whatever_it_speaks_of(case):
+def test_a_message_always_has_three_lines(case):
     error = DataError(f"{SEQUENCES[case]} is broken", expected="a file", do=f"look at {SEQUENCES[case]}")
     assert not find_raw(str(error))
     assert len(str(error).split("\n")) == 3
@@ -93,7 +93,7 @@ def test_every_way_to_the_screen_escapes(write, case, capsys):
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory) -> Path:
-    """A run folder of a stranger, with every sequence in its name and in each of its records."""
+    """A stranger's run folder, with every sequence in its name and in each of its records."""
     bad = "own" + "".join(text for case, text in SEQUENCES.items() if case != "half a character")
     name = bad.replace("/", "").replace("\x00", "")
     folder = make_run(tmp_path_factory.mktemp("runs") / name, make_steps(6, every=1))
@@ -138,14 +138,14 @@ VERBS = {
 
 
 def test_every_verb_is_tried():
-    """A new verb gets its line above."""
+    """A new verb needs a line in VERBS."""
     from typer.main import get_command
 
     assert set(get_command(app).commands) == set(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_verb_shows_a_raw_one_of_a_stranger_s_run(verb, planted, tmp_path, monkeypatch):
+def test_no_verb_prints_a_control_sequence_of_a_run(verb, planted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / planted.name
     shutil.copytree(planted, run)

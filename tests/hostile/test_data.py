@@ -1,4 +1,4 @@
-"""Data that a stranger may send: files that burst, folders that lead out of themselves, columns that call home."""
+"""Hostile datasets: files that expand, folders with links out of them, columns that would fetch addresses."""
 
 import gzip
 import json
@@ -33,14 +33,14 @@ MOST_SECONDS = 30.0
 
 @pytest.fixture
 def small(monkeypatch):
-    """Limits a thousand times smaller, so that a bomb is made in no time."""
+    """Makes the limits a thousand times smaller, so that a test creates a bomb quickly."""
     monkeypatch.setattr(limits, "FREE_BYTES", MIB)
     monkeypatch.setattr(limits, "LINE_BYTES", MIB // 4)
     monkeypatch.setattr(limits, "LIST_BYTES", MIB // 2)
 
 
 def repeat(text: str, times: int) -> pa.DictionaryArray:
-    """A text that stands once in memory and in a Parquet file, however often it is repeated."""
+    """A repeated text that is stored once in memory and in a Parquet file."""
     return pa.DictionaryArray.from_arrays(pa.array([0] * times, pa.int32()), pa.array([text]))
 
 
@@ -64,7 +64,7 @@ def packed_parquet(path: Path) -> None:
 
 GROWING = ["x" * length for length in range(0, 12_000, 2)]
 ROW = LINES.splitlines()[0] + "\n"
-# The file, how it is made, and a word of the message.
+# The file, the function that writes it, and a part of the message.
 BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "zeros, packed": ("a.jsonl.gz", lambda p: p.write_bytes(gzip.compress(bytes(9 * MIB))), "line 1 is longer"),
     "zeros after a row": ("a.jsonl", lambda p: p.write_bytes(ROW.encode() + bytes(MIB)), "line 2 is longer"),
@@ -107,19 +107,19 @@ BOMBS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @BOTH_WAYS
 @pytest.mark.parametrize("case", BOMBS)
 @pytest.mark.usefixtures("small")
-def test_a_file_that_bursts_is_refused(case, streaming, tmp_path):
-    name, make, words = BOMBS[case]
+def test_a_file_that_expands_too_much_is_refused(case, streaming, tmp_path):
+    name, make, message = BOMBS[case]
     make(tmp_path / name)
     began = time.monotonic()
-    with pytest.raises(DataError, match=words) as refusal:
+    with pytest.raises(DataError, match=message) as refusal:
         load_splits(str(tmp_path / name), None, streaming=streaming)
     assert name in refusal.value.seen
     assert time.monotonic() - began < MOST_SECONDS
 
 
 @pytest.mark.usefixtures("small")
-def test_sizes_that_honest_files_have_are_read(tmp_path):
-    """Half a MiB unpacked in each of them."""
+def test_a_compressed_file_of_ordinary_size_is_read(tmp_path):
+    """Each file has half a MiB after decompression."""
     rows = ROW * (MIB // 2 // len(ROW))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
     parquet(tmp_path / "a.parquet", pa.array([str(i) * 10 for i in range(9_000)]))
@@ -129,7 +129,7 @@ def test_sizes_that_honest_files_have_are_read(tmp_path):
 
 @pytest.mark.slow
 def test_five_gigabytes_of_zeros_are_refused_in_seconds(tmp_path):
-    """With the limits as they are."""
+    """With the real limits."""
     with gzip.open(tmp_path / "a.jsonl.gz", "wb", compresslevel=1) as file:
         for _ in range(5 * 1024 // 64):
             file.write(bytes(64 * MIB))
@@ -153,7 +153,7 @@ def test_a_row_too_long_for_a_tokenizer_is_dropped_and_counted(streaming, tmp_pa
     assert prepared.tallies["train"].dropped["too_long_text"] == 2
 
 
-# What a README may say of its files; `$` is a folder beside this one, with a file that is not the folder's.
+# Entries of a README that name data files; `$` is another folder, with a file that must not be read.
 CARDS = {
     "an absolute path": "data_files: $/secret.jsonl",
     "an absolute pattern": "data_files: /**/secret.jsonl",
@@ -190,7 +190,7 @@ def write_card(folder: Path, entry: str) -> None:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A folder of a file, and one beside it with a file that no reading of the first may show."""
+    """A folder with a data file, and another folder with a file that must not be read."""
     beside, folder = tmp_path / "beside", tmp_path / "set"
     for each in (beside, folder):
         each.mkdir()
@@ -205,7 +205,7 @@ def read(path: Path, *, streaming: bool) -> list[dict]:
 
 
 def read_or_refuse(path: Path, *, streaming: bool) -> str:
-    """The rows, or the one message; never a word of the file beside."""
+    """The rows, or the message; asserts that neither shows the file of the other folder."""
     try:
         shown = json.dumps(read(path, streaming=streaming))
     except DataError as error:
@@ -216,7 +216,7 @@ def read_or_refuse(path: Path, *, streaming: bool) -> str:
 
 @BOTH_WAYS
 @pytest.mark.parametrize("case", CARDS)
-def test_a_readme_leads_to_no_file_outside(case, streaming, folder):
+def test_a_readme_opens_no_file_outside_the_folder(case, streaming, folder):
     write_card(folder, CARDS[case].replace("$", str(folder.parent / "beside")))
     if case == "a link out":
         (folder / "link.jsonl").symlink_to(folder.parent / "beside" / "secret.jsonl")
@@ -228,12 +228,12 @@ def test_a_readme_leads_to_no_file_outside(case, streaming, folder):
 
 @BOTH_WAYS
 @pytest.mark.parametrize("case", HARMLESS)
-def test_a_readme_changes_nothing_but_the_choice_of_files(case, streaming, folder):
+def test_a_readme_decides_nothing_but_the_data_files(case, streaming, folder):
     write_card(folder, HARMLESS[case])
     assert read(folder, streaming=streaming) == ROWS
 
 
-def test_a_readme_names_no_files_for_the_count_of_rows(folder):
+def test_counting_rows_opens_no_file_that_a_readme_names(folder):
     write_card(folder, "data_files: /**/secret.jsonl")
     assert read_split_rows(folder, None) == {}
 
@@ -260,7 +260,7 @@ def make_deep(folder: Path) -> None:
 
 
 def make_mesh(folder: Path) -> None:
-    """Two links to each next folder: 2^20 paths to the last one."""
+    """Creates folders with two links each to the next folder: 2^20 paths lead to the last one."""
     for level in range(20):
         (folder / f"_{level}").mkdir()
     for level in range(19):
@@ -268,7 +268,7 @@ def make_mesh(folder: Path) -> None:
             (folder / f"_{level}" / link).symlink_to(f"../_{level + 1}")
 
 
-# What else lies in a folder -> a word of the message; None where the folder's own rows are read.
+# Other entries of the folder, and a part of the message; None if the folder's own rows are read.
 ENTRIES: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "a link to a file": (make_link("test.jsonl", "../beside/secret.jsonl"), "leads out of it"),
     "a link to a folder": (make_link("more", "../beside"), "leads out of it"),
@@ -296,20 +296,20 @@ ENTRIES: dict[str, tuple[Callable[[Path], object], str | None]] = {
 @pytest.mark.parametrize("case", ENTRIES)
 def test_a_folder_is_read_from_regular_files_inside(case, streaming, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    make, words = ENTRIES[case]
+    make, message = ENTRIES[case]
     make(folder)
     began = time.monotonic()
     shown = read_or_refuse(folder, streaming=streaming)
     assert time.monotonic() - began < MOST_SECONDS
-    if words is None:
+    if message is None:
         assert json.loads(shown) == ROWS
     else:
-        assert words in shown
+        assert message in shown
         assert str(folder) in shown
 
 
 @BOTH_WAYS
-def test_names_with_wildcards_are_names(streaming, folder):
+def test_wildcards_in_a_file_name_are_not_expanded(streaming, folder):
     (folder / "train.jsonl").rename(folder / "tr[a]in*?.jsonl")
     assert read(folder, streaming=streaming) == ROWS
     assert read(folder / "tr[a]in*?.jsonl", streaming=streaming) == ROWS
@@ -372,7 +372,7 @@ def test_a_saved_set_is_read_from_its_own_folder(case, streaming, tmp_path):
 
 @pytest.fixture
 def site():
-    """A site that counts its visitors."""
+    """The URL of a local site, and the list of the paths that were requested from it."""
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -407,7 +407,7 @@ def write_media(path: Path, kind: str, url: str, *, saved: bool, columns: tuple[
     }
     arrow = {name: pa.array(values, features.arrow_schema.field(name).type) for name, values in arrays.items()}
     table = pa.table(arrow, schema=features.arrow_schema)
-    if not saved:  # what a column is stands in the schema
+    if not saved:  # the schema has the types of the columns
         pq.write_table(table, path.with_suffix(".parquet"))
         return path.with_suffix(".parquet")
     Dataset(table.replace_schema_metadata()).save_to_disk(path)
@@ -435,7 +435,7 @@ def test_columns_left_out_are_named_once_for_all_splits(tmp_path, site, capsys):
 
 @BOTH_WAYS
 @pytest.mark.parametrize("saved", [False, True], ids=["parquet", "saved"])
-def test_an_image_in_the_place_of_an_answer_is_refused(saved, streaming, tmp_path, site, plain_tokenizer):
+def test_an_image_instead_of_an_answer_is_refused(saved, streaming, tmp_path, site, plain_tokenizer):
     url, asked = site
     path = write_media(tmp_path / "a", "images", url, saved=saved, columns=("chosen",))
     data = DataArguments(dataset_name=str(path), dataset_streaming=streaming)
@@ -459,25 +459,25 @@ HUB = {
 
 
 @pytest.mark.parametrize("case", HUB)
-def test_a_set_on_the_hub_has_rows_of_text_and_files_of_its_own(case, folder):
-    build, words = HUB[case]
-    with pytest.raises(DataError, match=words):
+def test_a_hub_dataset_of_other_types_or_files_is_refused(case, folder):
+    build, message = HUB[case]
+    with pytest.raises(DataError, match=message):
         sources._check_hub_builder("own/set", build(folder))
 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("case", ["zeros after a row", "a list without end", "one text in all rows", "zeros in a CSV"])
-def test_a_file_of_a_set_on_the_hub_that_bursts_is_refused(case, tmp_path):
-    """Fetched from this machine: what is fetched is checked in either case."""
-    name, make, words = BOMBS[case]
+def test_a_hub_file_that_expands_too_much_is_refused(case, tmp_path):
+    """The files come from this machine; downloaded files go through the same check."""
+    name, make, message = BOMBS[case]
     make(tmp_path / name)
     kind = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}[name.split(".")[1]]
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=message):
         sources._check_downloads(load_dataset_builder(kind, data_files=str(tmp_path / name)))
 
 
-def test_a_file_that_keeps_its_time_is_read_anew(tmp_path):
-    """A copy or an archive may set the time of its files; `datasets` looks at nothing else."""
+def test_a_changed_file_with_the_same_time_is_read_again(tmp_path):
+    """A copy or an archive may set file times, and `datasets` compares nothing else."""
     file = tmp_path / "a.jsonl"
     for number in range(2):
         file.write_text(json.dumps(ROWS[number]) + "\n")

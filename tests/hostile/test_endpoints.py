@@ -1,4 +1,4 @@
-"""Chat-completions endpoints that lie, never end or send bombs; and honest ones with unusual habits."""
+"""Hostile chat-completions endpoints (wrong, endless or expanding replies), and honest ones with unusual replies."""
 
 import gzip
 import json
@@ -26,12 +26,12 @@ from dpokit.serve.request_limits import RefusedError, SamplingSettings
 SECRET = "sk-0123456789"
 KEY = ApiKey("KEY", SECRET)
 QUESTION = [{"role": "user", "content": "Why?"}]
-# Line ends to Python's str.splitlines, but to no other: a JSON string may hold them as they are.
+# Only Python's str.splitlines takes these characters for line ends; a JSON string may hold them unescaped.
 TEXT = "Z\u00fcrich \u2028 \u0085 \U0001f600"
-MOST_SECONDS = 120.0  # of any case: it ends
-MOST_BYTES = 64 * 2**20  # that any case takes in memory
-MOST_SENT = 64 * 2**20  # that a server gets rid of in one case
-MOST_LETTERS = 1_000  # of a message
+MOST_SECONDS = 120.0  # for any case
+MOST_BYTES = 64 * 2**20  # of memory that any case uses
+MOST_SENT = 64 * 2**20  # bytes that the client accepts in any case
+MOST_LETTERS = 1_000  # in a message
 TRIES = 2
 
 
@@ -76,7 +76,7 @@ def chunked(pieces: Reply, *lines: str) -> Reply:
     return chain([head("Transfer-Encoding: chunked", *lines)], map(chunk, pieces))
 
 
-# How an honest server may send a body.
+# Ways in which an honest server may send a body.
 HONEST: dict[str, Callable[[bytes], Reply]] = {
     "a length": says,
     "no length": lambda body: [head(), body],
@@ -92,8 +92,8 @@ HONEST: dict[str, Callable[[bytes], Reply]] = {
     "a content type of pages": lambda body: says(body, "Content-Type: text/html"),
     "a charset that it does not have": lambda body: says(body, "Content-Type: text/event-stream; charset=latin-1"),
     "50 KB of headers": lambda body: says(body, *[f"X-{i}: {'x' * 1000}" for i in range(50)]),
-    "gzip that nobody asked for": lambda body: says(gzip.compress(body), "Content-Encoding: gzip"),
-    "deflate that nobody asked for": lambda body: says(zlib.compress(body), "Content-Encoding: deflate"),
+    "gzip without a request for it": lambda body: says(gzip.compress(body), "Content-Encoding: gzip"),
+    "deflate without a request for it": lambda body: says(zlib.compress(body), "Content-Encoding: deflate"),
     "gzip by its old name": lambda body: [*chunked([gzip.compress(body)], "Content-Encoding: x-gzip"), b"0\r\n\r\n"],
     "the encoding that is none": lambda body: says(body, "Content-Encoding: identity"),
 }
@@ -102,11 +102,11 @@ GZIP_HEAD, ZLIB_HEAD = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03", b"\x78\xda"
 GZIP, DEFLATE = pack_zeros(1024, GZIP_HEAD), pack_zeros(1024, ZLIB_HEAD)  # 1 GiB from 1 MB
 NESTED = gzip.compress(GZIP)
 BROTLI = brotli.compress(bytes(2**24), quality=1)
-EMPTY_BLOCK = b"\x00\x00\x00\xff\xff"  # of deflate: nothing, as often as one likes
+EMPTY_BLOCK = b"\x00\x00\x00\xff\xff"  # a deflate block without data, which a stream may repeat
 TOO_MUCH, TOO_LATE, BROKEN = "sends more than", r"gave no (whole )?reply within", "broke off"
 PACKED, ELSE = "it compresses its reply", "as chat/completions do"
 
-# What no client may follow to its end: how the reply looks, and words of the message.
+# Hostile replies, and a part of the message for each.
 HOSTILE: dict[str, tuple[Callable[[], Reply], str]] = {
     "a line without end": (lambda: chain([head()], forever(b"x")), TOO_MUCH),
     "a data line without end": (lambda: chain([head(), b"data: "], forever(b"x")), TOO_MUCH),
@@ -170,7 +170,7 @@ BIG += ("a bomb of gzip", "a bomb of deflate", "a bomb in a bomb", "a hundred en
 BIG += ("a header of no form", "340,000 lists")
 
 DEEP = "[" * 100_000
-# A JSON text in the place of a completion or an event.
+# JSON texts instead of a completion or an event.
 SHAPES = {
     "no JSON": "{torn",
     "two texts": "{} {}",
@@ -203,7 +203,7 @@ COUNTS = {
     "of a list": "[7]",
 }
 
-# Streams that honest servers send, other than OpenAI's.
+# Streams of honest servers that differ from OpenAI's.
 STREAMS = {
     "line ends of Windows": stream(*EVENTS, end="\r\n"),
     "line ends of old Macs": stream(*EVENTS, end="\r"),
@@ -233,7 +233,7 @@ STATUSES = (101, 201, 204, 206, *REDIRECTS, 400, 401, 403, 404, 405, 408, 413, 4
 NO_WORDS = (101, 201, 204, 206, 304)
 OWN_WORDS = b"no \x1b[2J\x07 " + SECRET.encode()
 WORDS_BOMB = gzip.compress(OWN_WORDS + b" no " * 2**22)
-# In one packet with the head: on a busy machine a second one may come late.
+# Head and beginning are one packet, because on a busy machine a second packet may come late.
 BODIES: dict[str, Callable[[], Reply]] = {
     "no end": lambda: chain([head() + OWN_WORDS], forever(b" no ")),
     "an end that does not come": lambda: slowly(chain([head() + OWN_WORDS], repeat(b" no "))),
@@ -258,19 +258,19 @@ def client(request) -> str:
 
 
 def ask(client: str, reply: Callable[[], Reply], seconds: float = MOST_SECONDS) -> str:
-    """What the client makes of the reply: an answer, or a message behind "refused: "; within all bounds."""
+    """The client's result for a reply: an answer, or "refused: " and a message; asserts that all bounds hold."""
     began = time.monotonic()
     with serve(reply) as server:
         try:
-            found = CLIENTS[client][0](server.url, seconds)
+            result = CLIENTS[client][0](server.url, seconds)
         except (JudgeError, RefusedError) as refusal:
-            found = f"refused: {str(refusal).splitlines()[0]}"
-            assert len(found) < MOST_LETTERS
-            assert found.isprintable()
-            assert SECRET not in found
+            result = f"refused: {str(refusal).splitlines()[0]}"
+            assert len(result) < MOST_LETTERS
+            assert result.isprintable()
+            assert SECRET not in result
         assert server.sent < MOST_SENT
     assert time.monotonic() - began < MOST_SECONDS
-    return found
+    return result
 
 
 def set_status(reply: Reply, status: int) -> Reply:
@@ -279,7 +279,7 @@ def set_status(reply: Reply, status: int) -> Reply:
 
 
 def put(client: str, text: str) -> Reply:
-    """The text in the place of a completion, or of the only event."""
+    """A reply with the text as its completion, or as its only event."""
     return says(text.encode() if client == "judge" else stream(text))
 
 
@@ -290,14 +290,14 @@ def test_an_honest_reply_is_read_however_it_is_sent(case, client):
 
 @pytest.mark.parametrize("case", HOSTILE)
 def test_a_hostile_reply_is_one_message(case, client):
-    reply, words = HOSTILE[case]
-    found = ask(client, reply, 0.3 if words == TOO_LATE else MOST_SECONDS)
-    assert re.match(f"refused: .*{words}", found)
+    reply, message = HOSTILE[case]
+    result = ask(client, reply, 0.3 if message == TOO_LATE else MOST_SECONDS)
+    assert re.match(f"refused: .*{message}", result)
 
 
 @pytest.mark.parametrize("case", BIG)
 def test_a_hostile_reply_takes_little_memory(case, client):
-    tracemalloc.start()  # not the process's memory: what earlier tests gave back would hide it
+    tracemalloc.start()  # the process's own size would not grow while memory freed by earlier tests is reused
     try:
         reply = HOSTILE[case][0] if case in HOSTILE else lambda: put(client, SHAPES[case])
         assert ask(client, reply).startswith("refused: ")
@@ -325,9 +325,9 @@ def test_a_count_that_is_none_is_one_message(case, client):
     assert re.match(f"refused: .*{ELSE}", ask(client, lambda: put(client, text)))
 
 
-def test_halves_of_characters_become_whole_ones(client):
-    said = r"\ud83d\ude00 \ude00 \ud83d."
-    text = f'{{"choices": [{{"message": {{"content": "{said}"}}, "delta": {{"content": "{said}"}}}}]}}'
+def test_surrogates_are_joined_or_replaced(client):
+    content = r"\ud83d\ude00 \ude00 \ud83d."
+    text = f'{{"choices": [{{"message": {{"content": "{content}"}}, "delta": {{"content": "{content}"}}}}]}}'
     assert ask(client, lambda: put(client, text)) == "\U0001f600 \ufffd \ufffd."
 
 
@@ -337,36 +337,36 @@ def test_a_byte_order_mark_before_a_completion_is_no_part_of_it():
 
 @pytest.mark.parametrize("packets", ["one packet", "a packet for each byte"])
 @pytest.mark.parametrize("case", STREAMS)
-def test_a_stream_is_read_as_the_standard_has_it(case, packets):
+def test_a_stream_is_read_by_the_standard(case, packets):
     whole = [head() + STREAMS[case]]
     pieces = whole if packets == "one packet" else [bytes([byte]) for byte in whole[0]]
     assert ask("model", lambda: pieces) == TEXT
 
 
 def test_text_before_a_line_end_is_shown_before_more_comes():
-    """Also before a \\r, which may be half a line end."""
+    """Also if the line ends with \\r, which may be the first half of a line end."""
     pieces = chain([head(), stream(event(TEXT), end="\r")], repeat(None))
     with serve(lambda: pieces) as server:
-        models, seen = RemoteModels(server.url, tuned="mine", base=None, api_key=KEY), []
+        models, shown = RemoteModels(server.url, tuned="mine", base=None, api_key=KEY), []
         stopped = models.answer(
-            "tuned", QUESTION, SamplingSettings(), on_text=seen.append, is_stopped=lambda: bool(seen)
+            "tuned", QUESTION, SamplingSettings(), on_text=shown.append, is_stopped=lambda: bool(shown)
         )
     assert stopped.text == TEXT
 
 
 @pytest.mark.parametrize("status", STATUSES)
 def test_a_status_is_one_message_with_the_servers_words(status, client):
-    found = ask(client, lambda: says(OWN_WORDS, status=f"{status} Own"))
-    assert found.startswith("refused: ")
+    result = ask(client, lambda: says(OWN_WORDS, status=f"{status} Own"))
+    assert result.startswith("refused: ")
     if status not in NO_WORDS:
-        assert re.search(rf"{status}:? no \\x1b\[2J\\x07 \*\*\*", found)
+        assert re.search(rf"{status}:? no \\x1b\[2J\\x07 \*\*\*", result)
 
 
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("status", [302, 400, 401, 418, 500])
-def test_a_refusal_without_end_is_told_by_its_beginning(status, body, client):
-    found = ask(client, lambda: set_status(BODIES[body](), status))
-    assert re.search(rf"{status}:? no \\x1b\[2J\\x07 \*\*\*", found)
+def test_the_message_has_the_start_of_an_endless_refusal(status, body, client):
+    result = ask(client, lambda: set_status(BODIES[body](), status))
+    assert re.search(rf"{status}:? no \\x1b\[2J\\x07 \*\*\*", result)
 
 
 @pytest.mark.parametrize("status", REDIRECTS)
@@ -377,7 +377,7 @@ def test_a_redirect_is_not_followed_and_the_key_stays(status, client):
     assert other.requests == []
 
 
-def test_no_request_asks_for_a_packed_reply(client):
+def test_no_request_accepts_a_compressed_reply(client):
     with serve(lambda: says(CLIENTS[client][1])) as server:
         CLIENTS[client][0](server.url, MOST_SECONDS)
     assert b"\r\naccept-encoding: identity\r\n" in server.requests[0].lower()

@@ -1,4 +1,4 @@
-"""Files of a tebibyte in a run folder: none is read into memory, and no verb hangs on one."""
+"""Files of a tebibyte in a run folder are not read into memory, and no verb hangs on them."""
 
 import os
 import shutil

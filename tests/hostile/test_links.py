@@ -1,4 +1,4 @@
-"""Links in a run folder: nothing is read, sent, overwritten or deleted in the place that they lead to."""
+"""Links in a run folder: their targets are not read, sent, overwritten or deleted."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ VERBS: dict[str, Callable[[RunDir], object]] = {
 
 @pytest.fixture
 def private(tmp_path) -> Path:
-    """What nobody may read or change: a folder with a key in it."""
+    """A folder with a private key, which must be neither read nor changed."""
     folder = tmp_path / "home" / ".ssh"
     folder.mkdir(parents=True)
     (folder / "id_ed25519").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\nabc\n-----END OPENSSH PRIVATE KEY-----\n")
@@ -67,13 +67,13 @@ def check_untouched(private: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, run, private):
+def test_a_file_linked_out_of_the_folder_stops_every_verb(name, verb, run, private):
     path = run.path / name
     path.parent.mkdir(exist_ok=True)
     content = path.read_bytes() if path.exists() else b"{}"
     target = private / "id_ed25519" if name != "run.json" else private.parent / "run.json"
     if name == "run.json":
-        target.write_bytes(content)  # a run that cannot be read stops a verb for another reason
+        target.write_bytes(content)  # an unreadable run.json would stop the verb for another reason
     path.unlink(missing_ok=True)
     path.symlink_to(target)
     with pytest.raises(RunFolderError, match=r"is a link to .*, outside of the run folder"):
@@ -83,18 +83,18 @@ def test_a_file_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, ru
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", FILES)
-def test_a_pipe_in_the_place_of_a_file_stops_every_verb_at_once(name, verb, run):
+def test_a_pipe_instead_of_a_file_stops_every_verb_at_once(name, verb, run):
     path = run.path / name
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     os.mkfifo(path)
-    with pytest.raises(RunFolderError, match=r"is neither a file nor a folder|it is no file"):
+    with pytest.raises(RunFolderError, match=r"is neither a file nor a folder|it is not a file"):
         VERBS[verb](run)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("name", FOLDERS)
-def test_a_folder_that_is_a_link_out_of_the_folder_stops_every_verb(name, verb, run, private):
+def test_a_folder_linked_out_of_the_run_stops_every_verb(name, verb, run, private):
     path = run.path / name
     if path.exists():
         path.rename(run.path / "aside")
@@ -117,7 +117,7 @@ def test_a_copy_of_a_private_key_is_not_sent(run, private):
         build_bundle(run)
 
 
-def test_a_link_within_the_folder_is_no_matter(run):
+def test_a_link_within_the_folder_is_allowed(run):
     (run.path / "kept").mkdir()
     run.data_json.rename(run.path / "kept" / "data.json")
     run.data_json.symlink_to("kept/data.json")
@@ -138,8 +138,8 @@ def seal_step(run: RunDir, step: int) -> Path:
 
 @pytest.fixture
 def foreign(tmp_path) -> Path:
-    """Another run's checkpoint, whole."""
-    run = RunDir(tmp_path / "theirs")
+    """A whole checkpoint of another run."""
+    run = RunDir(tmp_path / "other")
     run.make()
     run.take_possession(0)
     return seal_step(run, 1)
@@ -147,7 +147,7 @@ def foreign(tmp_path) -> Path:
 
 @pytest.fixture
 def own(tmp_path) -> RunDir:
-    run = RunDir(tmp_path / "ours")
+    run = RunDir(tmp_path / "own")
     run.make()
     run.take_possession(0)
     return run

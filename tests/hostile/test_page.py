@@ -1,6 +1,6 @@
-"""Requests, sockets and readers that mean no good to the page of `dpokit serve`: refused, and others are served.
+"""Hostile requests, sockets and readers of the page of `dpokit serve` are refused, and other visitors are served.
 
-One real server for all of them, over real sockets. 127.0.0.1 attacks, 127.0.0.2 is somebody else.
+All tests use one real server over real sockets. 127.0.0.1 attacks; 127.0.0.2 is another visitor.
 """
 
 import json
@@ -19,8 +19,8 @@ from asking import Asker, read_text
 from served import AILING, Served, serve
 
 pytest.importorskip("gradio")
-PATIENCE = 3.0  # of this server; its own is 20 s
-SLACK = 30.0  # that a busy machine may add: tells "ends" from "hangs"
+PATIENCE = 3.0  # the server's time-out in these tests; its default is 20 s
+SLACK = 30.0  # seconds that a busy machine may add; after that, a request hangs
 OTHER, PROXY = "127.0.0.2", "127.0.0.3"
 JOIN, DATA, HEARTBEAT = "/gradio_api/queue/join", "/gradio_api/queue/data", "/gradio_api/heartbeat"
 ASK = ["How do I bake bread?", 0.7, 0.95, 2, 0, False, "Right", None]
@@ -30,7 +30,7 @@ HEAD = b"GET / HTTP/1.1\r\nhost: 127.0.0.1\r\n"
 POST = f"POST {JOIN} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n".encode()
 FILE = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
 
-# What is changed in a body that is right. MISSING takes the key away.
+# Changes of a valid body. MISSING removes the key.
 MISSING = object()
 BODIES = {
     "a function that is not there": {"fn_index": 9999},
@@ -108,7 +108,7 @@ ROUTES = {
     "a reset of nothing": ("POST", "/gradio_api/reset", b"{}", 400),
     "a reset with more": ("POST", "/gradio_api/reset", b'{"event_id": "a", "b": 1}', 400),
 }
-# What a socket sends, and the status; 400 where it comes in parts, and the server sees no end of it.
+# Sent bytes, and the status; a long request may also get 400, because the server receives it in parts.
 RAW = {
     "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
     "a line without an end of its own": (b"GET /\r\n\r\n", 400),
@@ -124,7 +124,7 @@ RAW = {
     "a forwarded host": (HEAD + b"x-forwarded-host: [\r\nx-forwarded-proto: ://\r\n\r\n", 200),
     "a foreign origin": (POST + b"content-length: 2\r\norigin: http://evil.example\r\n\r\n{}", 403),
 }
-# What a socket sends first, and what it sends again and again.
+# Bytes that a socket sends first, and bytes that it then repeats.
 ENDLESS = {
     "nothing at all": (b"", b""),
     "headers without end": (HEAD, b"a: b\r\n"),
@@ -140,10 +140,10 @@ ENDLESS = {
 @pytest.fixture(scope="module")
 def page(tiny_gpt2, tmp_path_factory) -> Iterator[Served]:
     votes = tmp_path_factory.mktemp("page") / "votes.jsonl"
-    words = (str(tiny_gpt2), "--base", str(tiny_gpt2), "--use_cpu", "--votes", str(votes))
-    words += ("--per-minute", "100000", "--forwarded-allow-ips", PROXY)
+    argv = (str(tiny_gpt2), "--base", str(tiny_gpt2), "--use_cpu", "--votes", str(votes))
+    argv += ("--per-minute", "100000", "--forwarded-allow-ips", PROXY)
     slow = {"AILING_SECONDS": "0.05", "AILING_PATIENCE": str(PATIENCE)}
-    with serve(*words, program=AILING, **slow) as made:
+    with serve(*argv, program=AILING, **slow) as made:
         for _ in range(300):
             if is_answered(made):
                 break
@@ -153,7 +153,7 @@ def page(tiny_gpt2, tmp_path_factory) -> Iterator[Served]:
 
 @pytest.fixture(autouse=True)
 def unharmed(page):
-    """Whatever was sent: the server says no traceback, and somebody else is still let in."""
+    """After each test, another visitor is still served, and the server's log has no traceback."""
     yield
     assert open_page(page, OTHER) == 200
     assert not any("Traceback" in line for line in page.said), "".join(page.said)
@@ -166,7 +166,7 @@ def connect(page, source="127.0.0.1") -> socket.socket:
 
 
 def read_status(made: socket.socket) -> int:
-    """Of the answer; 0 where the connection is closed without one."""
+    """The status of the answer; 0 if the connection is closed without an answer."""
     try:
         line = made.recv(12, socket.MSG_WAITALL)
     except ConnectionError:
@@ -175,7 +175,7 @@ def read_status(made: socket.socket) -> int:
 
 
 def send(page, method, path, body=b"", source="127.0.0.1", headers="") -> int:
-    """The status of a request with a connection of its own."""
+    """The status of a request over a new connection."""
     head = f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n{headers}"
     head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     with closing(connect(page, source)) as made:
@@ -188,14 +188,14 @@ def open_page(page, source) -> int:
 
 
 def join(page, *, source="127.0.0.1", **changes) -> int:
-    """The status of a question, or of one that is nearly one."""
+    """The status of a question, with `changes` to its body."""
     body = {"data": ASK, "fn_index": 0, "session_hash": secrets.token_hex(5)} | changes
     body = {key: value for key, value in body.items() if value is not MISSING}
     return send(page, "POST", JOIN, json.dumps(body).encode(), source)
 
 
 def ask_as(page, source, **options) -> str:
-    """All that one is told who asks as the page does."""
+    """All events, as text, of a question from the address `source`, asked in the same way as by the page."""
     transport = httpx.HTTPTransport(local_address=source)
     return read_text(Asker(page.url, transport=transport).ask(ASK[0], settings=(0.7, 0.95, 2, 0), **options))
 
@@ -230,7 +230,7 @@ def test_bytes_that_are_no_request_of_a_browser_are_refused(page, case):
         assert read_status(made) in (status, 400 if len(sent) > 50_000 else status)
 
 
-def test_values_that_are_no_question_are_told_in_words(page):
+def test_wrong_values_of_a_question_get_an_answer(page):
     for place, value in enumerate([5, "hot", True, 2**70, None, "yes", "Up", "state"]):
         values = [*ASK]
         values[place] = value
@@ -260,7 +260,7 @@ def test_requests_without_end_are_ended(page):
         assert not opened
 
 
-def test_idle_sockets_of_one_address_leave_room_for_others_and_are_closed(page):
+def test_idle_sockets_of_an_address_are_limited_and_closed(page):
     before = len(page.said)
     with ExitStack() as stack:
         for _ in range(530):
@@ -277,7 +277,7 @@ def test_idle_sockets_of_one_address_leave_room_for_others_and_are_closed(page):
 
 
 @pytest.mark.parametrize("way", ["never come", "leave"])
-def test_questions_whose_readers_are_gone_make_room(page, way):
+def test_questions_whose_readers_are_gone_are_dropped(page, way):
     for _ in range(20):
         session = secrets.token_hex(5)
         assert join(page, data=SLOW, session_hash=session) == 200
@@ -288,7 +288,7 @@ def test_questions_whose_readers_are_gone_make_room(page, way):
     wait_until_answered(page, SLACK, "127.0.0.1")
 
 
-def test_one_address_fills_no_queue_and_others_take_turns_with_it(page):
+def test_one_address_cannot_fill_the_queue(page):
     with ExitStack() as stack:
         clients = [stack.enter_context(httpx.Client(base_url=page.url, trust_env=False)) for _ in range(20)]
         for client in clients:
@@ -296,12 +296,12 @@ def test_one_address_fills_no_queue_and_others_take_turns_with_it(page):
             body = {"data": SHORT, "fn_index": 0, "session_hash": session}
             assert client.post(JOIN, json=body).status_code == 200
             stack.enter_context(client.stream("GET", DATA, params={"session_hash": session}))
-        told = ask_as(page, OTHER)
-        assert "Answered in" in told
-        assert not re.search("Waiting: (?![012] )", told), "behind the one that is answered, and perhaps the next"
+        events = ask_as(page, OTHER)
+        assert "Answered in" in events
+        assert not re.search("Waiting: (?![012] )", events), "at most the current question and the next one are ahead"
 
 
-def test_a_reader_who_takes_nothing_is_let_go(page):
+def test_a_reader_that_reads_nothing_is_disconnected(page):
     with closing(socket.socket()) as made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         made.connect(("127.0.0.1", httpx.URL(page.url).port))
@@ -314,7 +314,7 @@ def test_a_reader_who_takes_nothing_is_let_go(page):
                 time.sleep(0.1)
 
 
-def test_an_address_has_so_many_sessions_and_a_class_room_fits(page):
+def test_the_sessions_of_an_address_are_limited(page):
     with ExitStack() as stack:
 
         def beat(source="127.0.0.1", headers="") -> int:
@@ -328,19 +328,19 @@ def test_an_address_has_so_many_sessions_and_a_class_room_fits(page):
         assert join(page) == 429
         assert is_answered(page)
         forwarded = [beat(PROXY, f"x-forwarded-for: 10.0.{number // 250}.{number % 250}\r\n") for number in range(70)]
-        assert forwarded == [200] * 70, "a proxy that is named stands for many"
+        assert forwarded == [200] * 70, "a trusted proxy forwards many addresses"
         same = Counter(beat(PROXY, "x-forwarded-for: 1.1.1.1, 10.9.9.9\r\n") for _ in range(66))
-        assert same == {200: 64, 429: 2}, "what the proxy itself has seen counts, not what was sent to it"
+        assert same == {200: 64, 429: 2}, "the last address counts, because the proxy itself added it"
 
 
-def test_a_session_that_reads_nothing_asks_no_more(page):
+def test_a_session_that_reads_nothing_is_refused(page):
     session, function = secrets.token_hex(5), Asker(page.url).find_function("anew")
     statuses = [join(page, data=[None], fn_index=function, session_hash=session) for _ in range(20)]
     assert statuses == [200] * 16 + [429] * 4
 
 
 @pytest.mark.slow
-@pytest.mark.alone  # how much memory a process has hangs on the machine's other work
+@pytest.mark.alone  # a process's resident memory depends on the other work of the machine
 def test_memory_stays_as_it_is_under_10_000_hostile_requests(page):
     process, kinds = psutil.Process(page.process.pid), [*BODIES.values()]
     routes = [*ROUTES.values()]
@@ -353,14 +353,14 @@ def test_memory_stays_as_it_is_under_10_000_hostile_requests(page):
                 client.request(method, path, content=body)
                 continue
             changes = kinds[turn % len(kinds)] if turn % 4 == 1 else {}
-            if turn % 4 == 2:  # right, and never read
+            if turn % 4 == 2:  # valid, but its events are never read
                 changes = {"data": [], "fn_index": function}
             body = {"data": ASK, "fn_index": 0, "session_hash": secrets.token_hex(5)} | changes
             body = {key: value for key, value in body.items() if value is not MISSING}
             client.post(JOIN, content=json.dumps(body), headers={"content-type": "application/json"})
 
     config = Asker(page.url).config["dependencies"]
-    function = next(found["id"] for found in config if not found["inputs"])
+    function = next(entry["id"] for entry in config if not entry["inputs"])
     attack(2000)
     before = process.memory_info().rss
     attack(10_000)

@@ -1,4 +1,4 @@
-"""Folders of weights from a stranger: each pickle that does more than hold tensors is found, and none of it is run."""
+"""Untrusted folders of weights: every pickle that does more than hold tensors is found, and none of its code runs."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from dpokit.rundir import RunDir
 
 @pytest.fixture
 def marker(tmp_path) -> Path:
-    """The file that a payload makes, should it ever run."""
+    """The file that a payload would create if it ran."""
     return tmp_path / "it-ran"
 
 
@@ -35,7 +35,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def shards(folder) -> Path:
-    """What torch writes of a distributed state: tensors, and a value that is a pickle of its own."""
+    """A distributed checkpoint of torch: tensors, and a value that torch stores as a pickle."""
     dcp.save({"weight": torch.ones(4), "step": 3}, checkpoint_id=folder / "optimizer_0", no_dist=True)
     return folder / "optimizer_0"
 
@@ -48,7 +48,7 @@ def test_a_hostile_pickle_in_an_archive_is_found(payload, folder, marker):
 
 
 @pytest.mark.parametrize("payload", [name for name in PICKLES if name.startswith("os.system")])
-def test_the_payloads_run_where_nothing_stops_them(payload, marker):
+def test_the_payloads_run_if_torch_loads_them(payload, marker):
     with suppress(Exception):
         torch.load(io.BytesIO(archive(PICKLES[payload](marker))), weights_only=False)
     assert marker.exists()
@@ -96,7 +96,7 @@ def test_shards_of_deepspeed_lie_beside_the_file_that_names_them(name, folder):
 
 
 @pytest.mark.parametrize(
-    ("make", "words"),
+    ("make", "message"),
     [
         (lambda path: path.symlink_to("/etc/hostname"), "is a link to a place outside"),
         (lambda path: path.symlink_to(path.parent.parent), "is a link to a place outside"),
@@ -104,9 +104,9 @@ def test_shards_of_deepspeed_lie_beside_the_file_that_names_them(name, folder):
     ],
     ids=["a link to a file", "a link to a folder", "a pipe"],
 )
-def test_an_odd_file_is_found_and_not_opened(make: Callable[[Path], None], words, folder):
+def test_an_odd_file_is_found_and_not_opened(make: Callable[[Path], None], message, folder):
     make(folder / "optimizer.pt")
-    assert words in find_pickle_problem(folder)
+    assert message in find_pickle_problem(folder)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_an_odd_file_is_found_and_not_opened(make: Callable[[Path], None], words
     ],
     ids=["an optimizer", "a parameter", "odd types"],
 )
-def test_what_training_saves_passes_and_loads(value, folder):
+def test_a_file_that_training_saves_passes_and_loads(value, folder):
     torch.save(value, folder / "optimizer.pt")
     assert find_pickle_problem(folder) is None
     assert torch.load(folder / "optimizer.pt", weights_only=True).keys() == value.keys()
@@ -136,7 +136,7 @@ def test_the_message_names_file_and_function(folder, marker):
         check_pickles(folder)
 
 
-# -- whose checkpoint it is --------------------------------------------------------------------------------------------
+# -- the origin of a checkpoint ----------------------------------------------------------------------------------------
 
 
 def seal_shards(folder: Path) -> Path:
@@ -149,7 +149,7 @@ def seal_shards(folder: Path) -> Path:
     return seal(run, 4, describe_files(part, list_files(part)), facts)
 
 
-def test_shards_of_this_user_need_no_word_of_trust(tmp_path):
+def test_shards_of_this_user_need_no_flag(tmp_path):
     check_origin(seal_shards(tmp_path), trusted=False)
 
 
@@ -173,7 +173,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("change", FOREIGN)
-def test_shards_of_others_are_refused_until_they_are_trusted(change, tmp_path):
+def test_unsigned_shards_are_refused_until_they_are_trusted(change, tmp_path):
     checkpoint = seal_shards(tmp_path)
     FOREIGN[change](checkpoint)
     with pytest.raises(RunFolderError, match="another user or machine wrote it") as refusal:
@@ -189,13 +189,13 @@ def test_shards_of_another_user_are_refused(tmp_path, monkeypatch):
         check_origin(checkpoint, trusted=False)
 
 
-def test_a_key_is_for_its_user_alone(tmp_path, monkeypatch):
+def test_only_the_user_can_read_the_signing_key(tmp_path, monkeypatch):
     monkeypatch.setenv("DPOKIT_STATE", str(tmp_path / "state"))
     seal_shards(tmp_path)
     assert (tmp_path / "state" / "key").stat().st_mode & 0o777 == 0o600
 
 
-def test_weights_without_pickles_need_no_word_of_trust(folder):
+def test_weights_without_pickles_need_no_flag(folder):
     torch.save({}, folder / "optimizer.pt")  # torch loads it with weights_only
     assert not needs_trust(folder)
 
@@ -208,6 +208,6 @@ def test_a_checkpoint_with_a_hostile_pickle_is_not_whole(tmp_path, marker):
     part.mkdir()
     (part / "optimizer.pt").write_bytes(archive(hostile(marker)))
     seal(run, 4, describe_files(part, list_files(part)), {"world_size": 1, "placement": "one device", "settings": {}})
-    (found,) = find_checkpoints(run, deep=True)
-    assert found.problem == "it must not be loaded: optimizer.pt names posix.system, which no weights need"
+    (checkpoint,) = find_checkpoints(run, deep=True)
+    assert checkpoint.problem == "it must not be loaded: optimizer.pt names posix.system, which no weights need"
     assert not marker.exists()

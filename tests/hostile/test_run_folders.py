@@ -1,4 +1,4 @@
-"""Run folders from a stranger: they say what was trained, and grant nothing."""
+"""Untrusted run folders: verbs take the description of model and data from them, but no permission."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ from dpokit.model.base_and_tuned import find_run
 from dpokit.model.load import load_policy
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings.flags import FlagParser
-from dpokit.settings.load import FROM_RUN, load_settings, read_asked
+from dpokit.settings.load import FROM_RUN, load_settings, read_run_settings
 
-# What a stranger's run.json might ask of this machine.
+# Settings of a stranger's run.json that must have no effect on this machine.
 GREEDY = {
     "trust_remote_code": True,
     "trust_checkpoint": True,
@@ -50,16 +50,16 @@ def record_with(**values: object) -> dict:
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_a_run_folder_grants_nothing(name):
-    asked = read_asked(record_with(**{name: GREEDY[name]}))
-    assert asked.get(name) != GREEDY[name]
-    assert asked["output_dir"] == "unused"
+    settings = read_run_settings(record_with(**{name: GREEDY[name]}))
+    assert settings.get(name) != GREEDY[name]
+    assert settings["output_dir"] == "unused"
 
 
-def test_every_flag_is_either_described_by_a_run_or_left_to_this_command_line():
-    """A new flag is taken from no run folder until somebody lists it, and nothing is listed that is no flag."""
+def test_a_flag_comes_from_the_run_or_the_command_line():
+    """Only flags with the fact FROM_RUN are read from a run folder, and all names with that fact are flags."""
     flags = set(FlagParser().names()) | set(FlagParser("sft").names())
     assert FROM_RUN - {"kind"} <= flags
-    taken = read_asked(record_with(**dict.fromkeys(flags, "x"))).keys()
+    taken = read_run_settings(record_with(**dict.fromkeys(flags, "x"))).keys()
     assert taken - {"output_dir", "report_to", "use_cpu"} == FROM_RUN & flags
     assert not {name for name in FROM_RUN if "trust" in name or "hub" in name or "dir" in name or "num_proc" in name}
 
@@ -123,7 +123,7 @@ def test_a_damaged_record_is_one_message(reader, case, tmp_path):
 @pytest.mark.parametrize(
     "line", ["3", "[]", '"x"', "{}", '{"step": "x"}', '{"step": null}', '{"step": true}', "{", "[" * 10**5]
 )
-def test_a_bad_line_of_the_metrics_is_where_they_end(line, tmp_path):
+def test_the_metrics_end_before_a_damaged_line(line, tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text(f'{{"step": 1, "loss": 0.5}}\n{line}\n{{"step": 3, "loss": 0.5}}\n')
     assert [record["step"] for record in read_metrics(file)] == [1]
@@ -131,7 +131,7 @@ def test_a_bad_line_of_the_metrics_is_where_they_end(line, tmp_path):
 
 @pytest.fixture
 def coded_run(plain_tokenizer, tmp_path) -> tuple[RunDir, Path]:
-    """A run whose model has code of its own, which it says is trusted; and the file that the code makes."""
+    """A run whose model has custom code, with trust_remote_code in its settings; and the file that the code creates."""
     base, ran = build_base(tmp_path / "base", "llama", plain_tokenizer), tmp_path / "it-ran"
     own = {"AutoConfig": "own_llama.OwnConfig", "AutoModelForCausalLM": "own_llama.OwnLlama"}
     config = json.loads((base / "config.json").read_text())
@@ -148,12 +148,12 @@ def coded_run(plain_tokenizer, tmp_path) -> tuple[RunDir, Path]:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [["evaluate"], ["merge"], ["merge", "--no-proof"], ["chat", "--prompt", "Hello"]],
-    ids=lambda words: " ".join(words),
+    ids=lambda argv: " ".join(argv),
 )
-def test_code_that_a_run_trusts_is_not_run(words, coded_run):
-    (run, ran), (verb, *flags) = coded_run, words
+def test_code_that_only_the_run_trusts_is_not_run(argv, coded_run):
+    (run, ran), (verb, *flags) = coded_run, argv
     done = dpokit(verb, str(run.path), *flags)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
@@ -162,7 +162,7 @@ def test_code_that_a_run_trusts_is_not_run(words, coded_run):
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "merge"])
-def test_code_is_run_where_the_command_line_trusts_it(verb, coded_run):
+def test_code_is_run_if_the_command_line_trusts_it(verb, coded_run):
     run, ran = coded_run
     done = dpokit(verb, str(run.path), "--trust_remote_code", "true")
     assert done.returncode == 0, done.stderr
@@ -170,7 +170,7 @@ def test_code_is_run_where_the_command_line_trusts_it(verb, coded_run):
 
 
 @pytest.mark.cold
-def test_a_verb_that_follows_training_imports_nothing_from_the_working_folder(tmp_path, monkeypatch, capfd):
+def test_a_verb_after_training_imports_no_module_of_the_folder(tmp_path, monkeypatch, capfd):
     for name in ("typer", "torch", "json", "dpokit"):
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'it-ran')!r}, 'w')\n")
     monkeypatch.chdir(tmp_path)
@@ -207,7 +207,7 @@ STRANGE = [{"trust_remote_code": True}, {"learning_rate": 1e-5, "model_name_or_p
         ("tpe", "{low: 1e-6, high: 1e-4}", "trials: 2"),
     ],
 )
-def test_a_trial_that_the_space_cannot_have_drawn_is_not_started(settings, search, values, more, tmp_path):
+def test_a_trial_with_settings_of_another_space_is_refused(settings, search, values, more, tmp_path):
     pytest.importorskip("optuna")
     from dpokit.sweep.space import load_space
 
@@ -220,7 +220,7 @@ def test_a_trial_that_the_space_cannot_have_drawn_is_not_started(settings, searc
 
 
 @pytest.mark.parametrize("text", ["--user=root", "12", "", "12_3 13_4", "x_y"])
-def test_a_file_of_a_job_that_names_none_is_no_job(text, tmp_path):
+def test_a_job_file_without_a_job_id_is_ignored(text, tmp_path):
     from dpokit.cluster.slurm import SlurmJob
     from dpokit.sweep.slurm import Queue, QueuedRun
 

@@ -1,4 +1,4 @@
-"""Secrets in settings, spaces, jobs and environments: in no file and on no screen."""
+"""Secrets in settings, spaces, jobs and environment variables appear in no file and on no screen."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from dpokit.rundir import RunDir
 from dpokit.settings.load import load_settings
 
 SECRET = "s3cr3t" + "A" * 24
-# How a text may carry it.
+# Forms in which a text may hold the secret.
 FORMS = {
     "a Hub token": f"hf_{SECRET}",
     "an API key": f"sk-proj-{SECRET}",
@@ -167,8 +167,8 @@ def test_a_card_shows_no_secret(form, option, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_no_file_and_no_screen_of_a_run_and_its_verbs_shows_a_planted_secret(tiny_gpt2, tmp_path):
-    """A run that gets a token as a flag, and keys from its environment; then every verb; then starts that fail."""
+def test_no_output_of_a_run_or_its_verbs_shows_a_secret(tiny_gpt2, tmp_path):
+    """A run with a token as a flag and keys in its environment, then every verb and failing starts."""
     planted = {
         "HF_TOKEN": f"hf_env{SECRET}",
         "WANDB_API_KEY": "f" * 30 + "0123456789",
@@ -207,9 +207,9 @@ def test_no_file_and_no_screen_of_a_run_and_its_verbs_shows_a_planted_secret(tin
         "submit": [*dpokit, "submit", recipe, *common, "--hub_token", flag, "--output_dir", run, "--dry-run"],
     }
     secrets = [secret.encode() for secret in (flag, *planted.values())]
-    for name, words in commands.items():
+    for name, command in commands.items():
         done = subprocess.run(
-            words, env=environment, capture_output=True, cwd=out, stdin=subprocess.DEVNULL, timeout=300
+            command, env=environment, capture_output=True, cwd=out, stdin=subprocess.DEVNULL, timeout=300
         )
         assert b"Traceback" not in done.stderr, (name, done.stderr[-2000:])
         assert not [secret for secret in secrets if secret in done.stdout + done.stderr], name

@@ -1,4 +1,4 @@
-"""Sharded checkpoints of real runs, changed by a stranger: what a resume, a merge and `dpokit verify` make of them."""
+"""Sharded checkpoints of real runs with hostile changes: resume, merge and `dpokit verify` refuse them."""
 
 import json
 import os
@@ -42,7 +42,7 @@ class Sharded:
         return launch(["--config_file", str(self.config)], *self.flags, *flags)
 
     def reseal(self, step: int) -> None:
-        """The manifest of what the folder holds now, signed as by this user."""
+        """Writes a manifest of the folder's present files, signed by this user."""
         path = self.run.path / f"checkpoint-{step}"
         manifest = json.loads((path / MANIFEST).read_text())
         (path / MANIFEST).unlink()
@@ -59,7 +59,7 @@ def test_a_resume_of_zero_loads_no_shards_of_others(tiny_gpt2, tmp_path, monkeyp
     sharded.reseal(4)
     monkeypatch.setenv("DPOKIT_STATE", str(tmp_path / "another home"))
     refused = sharded.train("--max_steps", "6", *GO_ON)
-    assert refused.returncode == 1, "the launcher's"
+    assert refused.returncode == 1, "the exit code is the launcher's"
     assert "optim_states.pt names posix.system" in refused.stdout + refused.stderr
     assert FOREIGN in refused.stderr
     shard.write_bytes(honest)
@@ -91,14 +91,14 @@ def test_a_merge_of_fsdp2_loads_no_shards_of_others(tiny_gpt2, tmp_path, monkeyp
     assert "checkpoint-2: it must not be loaded: pytorch_model_fsdp_0/.metadata names posix.system" in shown.stdout
     run.model.rename(run.path / "aside")
     (run.path / "model").mkdir()
-    table.parent.rename(run.model / table.parent.name)  # shards as final weights, beside no manifest at all
+    table.parent.rename(run.model / table.parent.name)  # shards as final weights, without a manifest
     with pytest.raises(RunFolderError, match="is not loaded"):
         merge_run(run, MergeOptions(proof=False), argv=["--trust_checkpoint", "true"])
     assert not ran.exists()
 
 
 def test_every_pickle_of_a_real_checkpoint_is_searched(tiny_gpt2, tmp_path):
-    """What ZeRO-3 writes passes; each of its files, exchanged for a pickle of a stranger's, is found."""
+    """The files of ZeRO-3 pass, and each of them is found if a hostile pickle replaces it."""
     sharded, ran = Sharded("zero3_cpu", tmp_path, tiny_gpt2), tmp_path / "it-ran"
     path = sharded.run.path / "checkpoint-4"
     assert check_checkpoint(path, deep=True).problem is None

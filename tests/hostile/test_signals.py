@@ -1,6 +1,6 @@
-"""A signal at any moment: one line, exit code 75, the right state in run.json, and the next start goes on.
+"""A signal at any moment gives one line, exit code 75 and the right state in run.json, and the next start continues.
 
-Real processes get real signals. A moment is recognised from outside: a line of output, or a file that appears.
+Real processes get real signals. A test recognises a moment by a line of output, or by a file that appears.
 """
 
 import json
@@ -28,7 +28,7 @@ from dpokit.rundir import RunDir
 OURS = re.compile(r"^(interrupted by SIG\w+.*|SIG\w+ on rank \d: saving step .*|SIG\w+ on rank \d: ending.*)$", re.M)
 SIGINT, SIGTERM, SIGUSR1 = SIGNALS
 
-# -- the mechanism, in programs without torch --------------------------------------------------------------------------
+# -- signals in programs without torch ---------------------------------------------------------------------------------
 
 BEGIN = """
 import atexit, os, signal, sys, tempfile, time
@@ -131,7 +131,7 @@ def test_a_signal_ends_a_program_with_one_line(name, tmp_path):
 
 @pytest.mark.cold
 @pytest.mark.parametrize("working", [True, False])
-def test_a_record_is_written_and_what_is_half_made_removed(working, tmp_path):
+def test_the_reason_is_recorded_and_partial_files_removed(working, tmp_path):
     program = (
         "with ending_on_signals(), recording(lambda why: open('why', 'w').write(why)):\n"
         f" with {'working()' if working else 'tempfile.TemporaryDirectory(dir=os.getcwd())'}:\n"
@@ -157,10 +157,10 @@ def build_lives(folder: Path, name: str, *more: str, config: str | None = None, 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder with model, pairs, and a run that nobody disturbed."""
+    """A folder with a model, pairs, and an uninterrupted run."""
     folder = tmp_path_factory.mktemp("signals")
     build_lives(folder, "whole", "--precompute_ref_log_probs").finish()
-    began = time.monotonic()  # the first start waited for the server of warm processes
+    began = time.monotonic()  # measured at the second run: the first one waits for the server of warm processes
     build_lives(folder, "again", "--precompute_ref_log_probs").finish()
     (folder / "seconds").write_text(str(time.monotonic() - began))
     return folder
@@ -191,7 +191,7 @@ def until(lives: Lives, moment: Moment) -> Iterator[subprocess.Popen]:
 
 
 def check_end(lives: Lives, code: int, *, lines: int = 1) -> None:
-    """After an interrupted life. `lines`: of ours, at most, that speak of a signal."""
+    """Checks the log and the folder after an interrupted start. `lines`: most lines of dpokit about a signal."""
     log = lives.last_log()
     assert code in (0, 75), log[-3000:]
     assert "Traceback" not in log
@@ -199,18 +199,18 @@ def check_end(lives: Lives, code: int, *, lines: int = 1) -> None:
     assert len(OURS.findall(log)) <= lines, log
     record = json.loads(lives.run.run_json.read_text()) if lives.run.run_json.exists() else {}
     assert record.get("state") in ((None, "preempted") if code else ("finished",)) or "to go on: dpokit" in log
-    assert not [found for found in find_checkpoints(lives.run, deep=True) if found.resume_problem]
+    assert not [checkpoint for checkpoint in find_checkpoints(lives.run, deep=True) if checkpoint.resume_problem]
 
 
 def go_on(lives: Lives, world: Path) -> None:
-    """The next start, which must end as the whole run did."""
+    """Starts the run again, which must end like the uninterrupted run."""
     if (lives.run.read_run() or {}).get("state") != "finished":
         lives.finish()
     check_same(lives.run, RunDir(world / "whole"))
     assert not [path for path in lives.run.path.iterdir() if path.name.startswith(".")]
 
 
-# Moments and signals. A warm process (tests/warm.py) has its imports behind it, so those are interrupted in a cold one.
+# Moments and signals. Only a cold process can be interrupted while it imports; see tests/warm.py.
 TABLE = [
     ("prepared", [SIGINT]),
     ("importing", [SIGINT]),
@@ -251,7 +251,7 @@ def test_a_signal_at_a_random_moment_of_a_run_costs_nothing(seed, world):
     chance = random.Random(seed)
     lives = build_lives(world, f"random-{seed}", "--precompute_ref_log_probs")
     due = time.monotonic() + chance.uniform(0.1, 1.0) * float((world / "seconds").read_text())
-    # A warm process has the interpreter's start behind it, and needs the first lines of the recipe to hear signals.
+    # A warm process handles signals only after the first lines of the recipe.
     with until(lives, lambda lives: time.monotonic() > due and MOMENTS["importing"](lives)) as process:
         process.send_signal(chance.choice(SIGNALS))
         code = process.wait(timeout=60)
@@ -277,7 +277,7 @@ def test_ctrl_c_again_ends_a_run_that_is_still_saving(world):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM], ids=lambda number: number.name)
-def test_a_signal_while_a_verb_follows_the_run_names_what_is_left(number, world):
+def test_a_signal_during_a_verb_after_training_names_the_rest(number, world):
     lives = build_lives(world, f"merging-{number.name}", "--merge_after_training", "true")
     with until(lives, MOMENTS["merging"]) as process:
         process.send_signal(number)
@@ -309,41 +309,41 @@ def test_a_signal_ends_all_ranks_with_one_line(moment, to, world):
 
 
 def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
-    return [int(word) for word in found.split()]
+    pids = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [int(child) for child in pids.split()]
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_before_the_first_step_ends_the_other_as_preempted(world):
-    """Without a launcher's agent, which would end the other one."""
+def test_a_signal_before_the_first_step_preempts_both_ranks(world):
+    """There is no launcher, which would end the other rank."""
     lives = build_lives(world, "one of two", steps=200)
-    words = [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), *lives.flags, "--use_cpu", "--ddp_timeout", "30"]
+    argv = [sys.executable, str(ROOT / "recipes" / "dpo_gpt2.py"), *lives.flags, "--use_cpu", "--ddp_timeout", "30"]
     places = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": find_free_port()}
     ranks = []
     for rank in range(2):
         environment = os.environ | {
             name: str(value) for name, value in (places | {"RANK": rank, "LOCAL_RANK": rank}).items()
         }
-        words_here = [*words, "--output_dir", str(lives.run.path)]
-        ranks.append(subprocess.Popen(words_here, env=environment, stderr=subprocess.PIPE, text=True))
+        command = [*argv, "--output_dir", str(lives.run.path)]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         while not lives.run.run_json.exists():
             assert all(process.poll() is None for process in ranks)
             time.sleep(0.001)
         ranks[1].send_signal(SIGTERM)
-        said = [process.communicate(timeout=90)[1] for process in ranks]
+        logs = [process.communicate(timeout=90)[1] for process in ranks]
     finally:
         for process in ranks:
             kill_tree(process.pid)
-    assert [process.returncode for process in ranks] == [75, 75], said
-    assert len(OURS.findall("".join(said))) == 1, said
+    assert [process.returncode for process in ranks] == [75, 75], logs
+    assert len(OURS.findall("".join(logs))) == 1, logs
     assert lives.run.read_run()["state"] == "preempted"
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
 
 DDP = ROOT / "accelerate_configs" / "ddp_cpu.yaml"
-# words behind `dpokit`; RUN stands for a finished run, FLAGS for those of its training
+# Arguments of `dpokit`; RUN is replaced by a finished run, FLAGS by the flags of its training.
 VERBS = {
     "evaluate": ["evaluate", "RUN", "--answers", "4", "--max-new-tokens", "32"],
     "merge": ["merge", "RUN"],
@@ -363,20 +363,20 @@ VERBS = {
 }
 
 
-def find_words(verb: str, run: RunDir, world: Path) -> list[str]:
+def build_command(verb: str, run: RunDir, world: Path) -> list[str]:
     places = {"RUN": [str(run.path)], "FLAGS": [*build_lives(world, "flags").flags, "--use_cpu"]}
     return [sys.executable, "-m", "dpokit.cli", *[each for word in VERBS[verb] for each in places.get(word, [word])]]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_signal_at_a_random_moment_of_a_verb_leaves_nothing_half_made(verb, world, tmp_path):
+def test_a_signal_at_a_random_moment_leaves_no_partial_output(verb, world, tmp_path):
     run = RunDir(tmp_path / "run")
     shutil.copytree(world / "whole", run.path)
-    words = find_words(verb, run, world)
+    command = build_command(verb, run, world)
     before = set(run.path.rglob("*"))
     began = time.monotonic()
-    whole = subprocess.run(words, capture_output=True, text=True)
+    whole = subprocess.run(command, capture_output=True, text=True)
     seconds = time.monotonic() - began
     assert whole.returncode == 0, whole.stderr
     made = set(run.path.rglob("*")) - before
@@ -384,7 +384,7 @@ def test_a_signal_at_a_random_moment_of_a_verb_leaves_nothing_half_made(verb, wo
     for number in (SIGINT, SIGTERM, SIGINT):
         for path in made:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         time.sleep(chance.uniform(0.3, 0.9) * seconds)
         process.send_signal(number) if process.poll() is None else None
         _, stderr = process.communicate(timeout=60)
@@ -395,10 +395,10 @@ def test_a_signal_at_a_random_moment_of_a_verb_leaves_nothing_half_made(verb, wo
         assert left <= made, left - made
     for path in made:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    assert subprocess.run(words, capture_output=True, text=True).returncode == 0
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
 
 
-# -- the run folder goes away ------------------------------------------------------------------------------------------
+# -- the run folder disappears -----------------------------------------------------------------------------------------
 
 
 def remove(path: Path) -> None:
@@ -417,7 +417,7 @@ def replace_by_file(path: Path) -> None:
 
 @contextmanager
 def read_only(path: Path) -> Iterator[None]:
-    """The folder, mounted on itself without the right to write; skips where nothing can be mounted."""
+    """Makes the folder read-only by a mount on itself; skips the test if mounting is not possible."""
     if os.geteuid() != 0 or subprocess.run(["mount", "--bind", str(path), str(path)], check=False).returncode:
         pytest.skip("mounting is not permitted here")
     try:
@@ -453,33 +453,33 @@ LOSSES = {
         ),
     ],
 )
-def test_a_run_folder_that_goes_away_ends_the_run_in_one_message(loss, moment, world):
-    act, words = LOSSES[loss]
+def test_a_lost_run_folder_ends_the_run_in_one_message(loss, moment, world):
+    act, message = LOSSES[loss]
     lives = build_lives(world, f"gone-{loss}-{moment}", steps=200)
     with until(lives, MOMENTS[moment]) as process, act(lives.run.path) or nullcontext():
         assert process.wait(timeout=60) == 2, lives.last_log()[-3000:]
     log = lives.last_log()
     assert "Traceback" not in log
     assert log.count("RunFolderError") == 1, log
-    assert words in log
-    assert "brought up to date" not in log
+    assert message in log
+    assert "could not be updated" not in log
     if loss == "removed":
-        assert not lives.run.run_json.exists(), "a run that was deleted is not made again"
+        assert not lives.run.run_json.exists(), "a deleted run must not be created again"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", ["evaluate", "merge", "report", "verify"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
-def test_a_run_folder_that_goes_away_under_a_verb_is_one_message(share, verb, world, tmp_path):
+def test_a_run_folder_lost_during_a_verb_is_one_message(share, verb, world, tmp_path):
     run = RunDir(tmp_path / "run")
     shutil.copytree(world / "whole", run.path)
-    words = find_words(verb, run, world)
+    command = build_command(verb, run, world)
     began = time.monotonic()
-    assert subprocess.run(words, capture_output=True, text=True).returncode == 0
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 0
     seconds = time.monotonic() - began
     remove(run.path)
     shutil.copytree(world / "whole", run.path)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     time.sleep(share * seconds)
     remove(run.path)
     out, err = process.communicate(timeout=60)

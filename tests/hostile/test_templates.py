@@ -1,4 +1,4 @@
-"""Chat templates that a model may bring: programs in Jinja that have no end, fail, or want out of their box."""
+"""Untrusted chat templates: Jinja programs that run endlessly, fail, or try to leave their sandbox."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from dpokit.settings.flags import DataArguments
 
 ROUNDS = "".join(f"{{% for {name} in range(99999) %}}" for name in "abc")
 LOOP = ROUNDS + "{% endfor %}" * 3
-# A template, and a word of the message.
+# A template, and a part of the message.
 TEMPLATES = {
     "loops without end": (LOOP, "takes more than 3 s"),
     "a loop without end for one kind of turn": (
@@ -54,17 +54,17 @@ MOST_SECONDS = 25.0
 
 @pytest.mark.parametrize("case", TEMPLATES)
 def test_a_hostile_template_is_one_message(case, chat_tokenizer, monkeypatch):
-    template, words = TEMPLATES[case]
+    template, message = TEMPLATES[case]
     monkeypatch.setattr(chat_tokenizer, "chat_template", template)
     began = time.monotonic()
     with pytest.raises(ModelError) as refusal:
         Renderer(chat_tokenizer)
-    assert words in str(refusal.value)
+    assert message in str(refusal.value)
     assert "the chat template" in refusal.value.seen
     assert time.monotonic() - began < MOST_SECONDS
 
 
-# A template that looks harmless until a word stands in a conversation.
+# Templates that are harmless until a conversation has a certain word.
 TRIGGERED = {
     "loops without end": (LOOP, "takes more than 1 s for one conversation"),
     "a long text": ("{{ 'x' * 2000000 }}", "makes a text of 2,0"),
@@ -74,7 +74,7 @@ TRIGGERED = {
 @pytest.mark.parametrize("case", TRIGGERED)
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 def test_a_template_that_waits_for_a_word_is_one_message(case, streaming, chat_tokenizer, monkeypatch, tmp_path):
-    harm, words = TRIGGERED[case]
+    harm, message = TRIGGERED[case]
     monkeypatch.setattr(template_box, "CONVERSATION_SECONDS", 1.0)
     trigger = "{% if 'wait' in messages[0].content %}" + harm + "{% endif %}"
     monkeypatch.setattr(chat_tokenizer, "chat_template", trigger + chat_tokenizer.chat_template)
@@ -82,7 +82,7 @@ def test_a_template_that_waits_for_a_word_is_one_message(case, streaming, chat_t
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataArguments(dataset_name=str(tmp_path / "pairs.jsonl"), dataset_streaming=streaming)
     began = time.monotonic()
-    with pytest.raises((ModelError, DataError), match=words):
+    with pytest.raises((ModelError, DataError), match=message):
         list(prepare_data(data, chat_tokenizer, max_length=None, with_eval=False).train)
     assert time.monotonic() - began < MOST_SECONDS
 
@@ -97,8 +97,8 @@ def test_a_template_may_refuse_a_system_turn(chat_tokenizer, monkeypatch):
     assert Renderer(chat_tokenizer).tail == "<|im_end|>"
 
 
-def test_a_child_that_stands_still_says_nothing(chat_tokenizer, monkeypatch):
-    """It may wait for a lock that this process held when it was forked: no fault of the template."""
+def test_a_child_process_that_hangs_is_no_error(chat_tokenizer, monkeypatch):
+    """The child may wait for a lock that this process held at the fork, which is not the template's fault."""
     monkeypatch.setattr(template_box, "WAIT_SECONDS", 0.2)
     monkeypatch.setattr(type(chat_tokenizer), "apply_chat_template", lambda *_, **__: time.sleep(60))
     template_box.check_template(chat_tokenizer)

@@ -1,4 +1,4 @@
-"""Layers, origins, and every way to get a setting wrong."""
+"""Layers and origins of settings, and every kind of wrong setting."""
 
 import dataclasses
 import json
@@ -42,11 +42,11 @@ def test_each_layer_overrides_the_one_before_and_is_remembered(tmp_path):
     ("name", "hint"),
     [("bta", "beta"), ("learning_rat", "learning_rate"), ("lr", "lr_scheduler"), ("eval_strat", "eval_str")],
 )
-def test_a_misspelt_or_abbreviated_name_is_an_error_in_every_layer(name, hint, tmp_path):
+def test_a_misspelt_or_short_name_is_an_error_in_every_layer(name, hint, tmp_path):
     config = yaml_file(tmp_path, f"{name}: 1\n")
-    for words, recipe in (([f"--{name}", "1"], {}), ([f"--{name}=1"], {}), ([], {name: 1}), (["--config", config], {})):
+    for argv, recipe in (([f"--{name}", "1"], {}), ([f"--{name}=1"], {}), ([], {name: 1}), (["--config", config], {})):
         with pytest.raises(SettingsError, match=f"no setting '{name}'") as error:
-            load(*words, **recipe)
+            load(*argv, **recipe)
         assert hint in error.value.do
 
 
@@ -62,9 +62,9 @@ def test_a_retired_name_is_answered_with_todays(name):
 )
 def test_a_value_of_the_wrong_type_is_an_error_in_every_layer(name, value, tmp_path):
     config = yaml_file(tmp_path, f"{name}: {value}\n")
-    for words, recipe in (([f"--{name}", value], {}), ([], {name: value}), (["--config", config], {})):
+    for argv, recipe in (([f"--{name}", value], {}), ([], {name: value}), (["--config", config], {})):
         with pytest.raises(SettingsError, match=name):
-            load(*words, **recipe)
+            load(*argv, **recipe)
 
 
 @pytest.mark.parametrize("text", ["", "- beta\n", "beta: [\n"])
@@ -73,7 +73,7 @@ def test_a_yaml_file_without_settings_is_refused(text, tmp_path):
         load("--config", yaml_file(tmp_path, text))
 
 
-def test_a_name_that_is_set_twice_in_yaml_is_an_error_that_names_its_line(tmp_path):
+def test_a_name_set_twice_in_yaml_is_an_error_with_its_line(tmp_path):
     with pytest.raises(SettingsError, match=r"beta is set twice in .*line 3"):
         load("--config", yaml_file(tmp_path, "beta: 0.1\nseed: 1\nbeta: 0.2\n"))
 
@@ -96,14 +96,14 @@ def test_bf16_on_a_processor_without_it_names_the_flag_to_change(monkeypatch):
     assert "--bf16 false" in error.value.do
 
 
-def test_without_a_gpu_and_a_wish_training_is_in_fp32_on_the_cpu():
+def test_a_cpu_run_is_in_fp32_by_default():
     settings = load("--use_cpu")
     assert not settings.training.bf16
     assert not settings.training.fp16
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--padding_free"],
         ["--hub_strategy", "checkpoint"],
@@ -123,9 +123,9 @@ def test_without_a_gpu_and_a_wish_training_is_in_fp32_on_the_cpu():
     ],
     ids=" ".join,
 )
-def test_what_is_not_honoured_or_cannot_be_is_refused(words):
+def test_an_unsupported_or_impossible_value_is_refused(argv):
     with pytest.raises(SettingsError):
-        load(*words)
+        load(*argv)
 
 
 def test_a_record_is_json_and_holds_no_secret():
@@ -141,19 +141,19 @@ def every_layer(tmp_path, name: str, value: str) -> list[tuple[list[str], dict]]
 
 
 @pytest.mark.parametrize("name", RETIRED)
-def test_a_retired_name_is_answered_with_todays_in_every_layer(name, tmp_path):
-    for words, recipe in every_layer(tmp_path, name, "1"):
+def test_a_retired_name_is_answered_in_every_layer(name, tmp_path):
+    for argv, recipe in every_layer(tmp_path, name, "1"):
         with pytest.raises(SettingsError, match=f"no setting '{name}'") as error:
-            load(*words, **recipe)
+            load(*argv, **recipe)
         assert RETIRED[name] in error.value.do
 
 
 @pytest.mark.parametrize("name", ["bta", "warmup_ratio"])
 def test_an_error_names_the_layer_that_holds_the_key(name, tmp_path):
     layers = ("the command line", "recipe dpo_x", "settings.yaml")
-    for (words, recipe), layer in zip(every_layer(tmp_path, name, "1"), layers, strict=True):
+    for (argv, recipe), layer in zip(every_layer(tmp_path, name, "1"), layers, strict=True):
         with pytest.raises(SettingsError) as error:
-            load(*words, **recipe)
+            load(*argv, **recipe)
         assert layer in error.value.seen
 
 
@@ -170,7 +170,7 @@ def test_a_file_cannot_name_another_file(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
+def test_an_unsupported_flag_is_refused_in_every_layer(name, tmp_path):
     value = {
         "truncation_mode": "keep_start",
         "pad_token": "x",
@@ -183,14 +183,14 @@ def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
     }.get(name, "true")
     of_pairs = name in {field.name for kind in (DPOConfig, DataArguments) for field in dataclasses.fields(kind)}
     kind = {} if of_pairs else {"kind": "sft", "loss_type": "nll"}
-    for words, recipe in every_layer(tmp_path, name, value):
+    for argv, recipe in every_layer(tmp_path, name, value):
         with pytest.raises(SettingsError, match=f"sets {name}") as error:
-            load(*words, **kind, **recipe)
+            load(*argv, **kind, **recipe)
         assert REFUSED[name] in error.value.do
 
 
 @pytest.mark.parametrize(
-    ("words", "seen", "do"),
+    ("argv", "seen", "do"),
     [
         (["--max_train_samples", "0"], "max_train_samples is 0", "--max_train_samples"),
         (["--eval_answers", "-1"], "eval_answers is -1", "--eval_answers"),
@@ -221,14 +221,14 @@ def test_a_flag_without_effect_is_refused_in_every_layer(name, tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_what_cannot_be_together_names_the_flag_to_change(words, seen, do):
+def test_a_conflict_names_the_flag_to_change(argv, seen, do):
     with pytest.raises(SettingsError, match=seen) as error:
-        load(*words)
+        load(*argv)
     assert do in error.value.do
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--max_length", "2"],
         ["--max_train_samples", "1", "--max_prompt_length", "1", "--max_completion_length", "1"],
@@ -238,19 +238,19 @@ def test_what_cannot_be_together_names_the_flag_to_change(words, seen, do):
     ],
     ids=" ".join,
 )
-def test_what_goes_together_is_accepted(words):
-    load(*words)
+def test_values_without_a_conflict_are_accepted(argv):
+    load(*argv)
 
 
 def on_gpu(monkeypatch, *, has_bf16: bool) -> None:
-    """A machine with one GPU as far as settings look at it; no test machine has both kinds."""
+    """Makes the machine look like one with a GPU, with or without bf16."""
     monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: has_bf16)
 
 
 @pytest.mark.parametrize(
-    ("asked", "has_bf16", "decided"),
+    ("settings", "has_bf16", "decided"),
     [
         ({}, True, {"bf16": True}),
         ({}, False, {"bf16": False}),
@@ -261,9 +261,9 @@ def on_gpu(monkeypatch, *, has_bf16: bool) -> None:
         ({"fp16": True}, False, {"bf16": False}),
     ],
 )
-def test_a_gpu_decides_the_precision_that_nobody_asked_for(asked, has_bf16, decided, monkeypatch):
+def test_the_gpu_decides_a_precision_that_is_not_set(settings, has_bf16, decided, monkeypatch):
     on_gpu(monkeypatch, has_bf16=has_bf16)
-    assert find_machine_settings(asked) == decided
+    assert find_machine_settings(settings) == decided
 
 
 def test_bf16_on_an_old_gpu_names_both_ways_out(monkeypatch):
@@ -274,13 +274,13 @@ def test_bf16_on_an_old_gpu_names_both_ways_out(monkeypatch):
     assert "--fp16 true" in error.value.do
 
 
-@pytest.mark.parametrize("asked", [{}, {"use_cpu": False}, {"use_cpu": None}])
-def test_a_machine_without_a_gpu_trains_on_the_cpu_whatever_was_asked(asked, monkeypatch):
+@pytest.mark.parametrize("settings", [{}, {"use_cpu": False}, {"use_cpu": None}])
+def test_a_machine_without_a_gpu_always_trains_on_the_cpu(settings, monkeypatch):
     monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    assert find_machine_settings(asked) == {"use_cpu": True, "bf16": False}
+    assert find_machine_settings(settings) == {"use_cpu": True, "bf16": False}
 
 
-def test_a_cpu_run_on_a_gpu_machine_is_not_given_the_gpus_precision(monkeypatch):
+def test_a_cpu_run_on_a_gpu_machine_is_not_in_bf16(monkeypatch):
     on_gpu(monkeypatch, has_bf16=True)
     monkeypatch.setattr("torch.cpu.get_capabilities", dict)
     assert find_machine_settings({"use_cpu": True}) == {"bf16": False}
@@ -310,29 +310,29 @@ def test_a_cpu_run_on_a_gpu_machine_is_not_given_the_gpus_precision(monkeypatch)
 def test_a_value_in_yaml_has_its_type(text, name, value, tmp_path):
     extra = "\nloss_type: [sigmoid, sft]" if name == "loss_weights" else ""
     settings = load("--use_cpu", "--config", yaml_file(tmp_path, f"{text}{extra}\n"))
-    found = settings.record()[name]["value"]
-    assert found == value
-    assert type(found) is type(value)
+    recorded = settings.record()[name]["value"]
+    assert recorded == value
+    assert type(recorded) is type(value)
 
 
 @pytest.mark.parametrize("name", ["beta", "learning_rate", "logging_steps"])
-def test_nothing_where_a_value_must_be_is_an_error_that_names_it(name, tmp_path):
+def test_null_for_a_required_value_is_an_error_with_its_name(name, tmp_path):
     config = yaml_file(tmp_path, f"{name}: null\n")
-    for words, recipe in ((["--config", config], {}), ([], {name: None})):
+    for argv, recipe in ((["--config", config], {}), ([], {name: None})):
         with pytest.raises(SettingsError, match=name):
-            load(*words, **recipe)
+            load(*argv, **recipe)
 
 
 @pytest.mark.parametrize("name", ["learning_rate", "beta", "max_steps"])
-def test_a_list_where_one_value_must_be_is_an_error_that_names_it(name, tmp_path):
+def test_a_list_for_a_single_value_is_an_error_with_its_name(name, tmp_path):
     for value in ([1], [1, 2]):
         config = yaml_file(tmp_path, f"{name}: {value}\n")
-        for words, recipe in ((["--config", config], {}), ([], {name: value})):
+        for argv, recipe in ((["--config", config], {}), ([], {name: value})):
             with pytest.raises(SettingsError, match=name):
-                load(*words, **recipe)
+                load(*argv, **recipe)
 
 
-def test_a_file_that_a_setting_names_and_is_not_there_is_an_error_of_the_user(tmp_path):
+def test_a_missing_file_of_a_setting_is_a_settings_error(tmp_path):
     with pytest.raises(SettingsError, match=r"none\.json"):
         load("--accelerator_config", str(tmp_path / "none.json"))
 
@@ -343,7 +343,7 @@ def test_a_mapping_that_is_no_json_is_an_error():
 
 
 @pytest.mark.parametrize("flag", ["--bf16", "--gradient_checkpointing", "--use_peft", "--dataset_streaming"])
-def test_a_switch_without_a_word_means_true_and_takes_no_neighbour(flag, monkeypatch):
+def test_a_switch_without_a_value_means_true(flag, monkeypatch):
     on_gpu(monkeypatch, has_bf16=True)
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_tile": True})
     record = load("--use_cpu", flag, "--max_steps", "3").record()
@@ -363,9 +363,9 @@ def test_no_secret_is_in_what_settings_print():
 
 
 def test_no_secret_is_in_an_error():
-    for words in (["--hub_tokn", "hf_secret"], ["--hub_tokn=hf_secret"], ["--hub_token", "hf_secret", "--beta", "x"]):
+    for argv in (["--hub_tokn", "hf_secret"], ["--hub_tokn=hf_secret"], ["--hub_token", "hf_secret", "--beta", "x"]):
         with pytest.raises(SettingsError) as error:
-            load(*words)
+            load(*argv)
         assert "hf_secret" not in str(error.value)
 
 

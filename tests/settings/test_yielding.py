@@ -1,4 +1,4 @@
-"""Defaults that only make sense together yield together; two flags that a user set never do."""
+"""Defaults that contradict a stronger layer change; two flags of one layer never do."""
 
 import pytest
 from conftest import ROOT
@@ -18,7 +18,7 @@ BEST = {
 }
 QUANTISED = {"use_peft": True, "lora_r": 8, "lora_target_modules": ["all-linear"], "load_in_4bit": True}
 QUANTISED |= {"bnb_4bit_quant_type": "nf4"}
-# name: (the recipe's defaults, the user's flags, what is left of the defaults; ... for a name that is left out)
+# name: (the recipe's defaults, the user's flags, changed defaults; ... for a default that is removed)
 TABLE = {
     "no evaluation": (BEST, {"eval_strategy": "no"}, {"load_best_model_at_end": False}),
     "no evaluation, the best saved": (

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from dpokit.interrupts import Preempted
 from dpokit.model import reference
 from dpokit.model.reference import ReferenceCache
-from dpokit.run import prepare, train
+from dpokit.run import prepare_run, train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.train.scoring import ScoringTrainer
 
@@ -175,7 +175,7 @@ def test_a_run_of_one_epoch_uses_what_prepare_has_cached(tiny_gpt2, pairs_file, 
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.2"]
     flags += ["--max_length", "96", "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
     flags += ["--eval_strategy", "epoch", "--logging_steps", "1", "--per_device_train_batch_size", "8"]
-    record = prepare("dpo_test", {}, flags)
+    record = prepare_run("dpo_test", {}, flags)
     assert record["train"]["kept"] == 32
     assert not (tmp_path / "run").exists()
     written = {path: path.stat().st_mtime_ns for path in cache.rglob("*.safetensors")}
@@ -251,5 +251,5 @@ def test_a_run_goes_on_without_permission_to_read_the_cache(run, cache, monkeypa
 def test_a_stream_is_prepared_without_its_reference(tiny_gpt2, pairs_file, tmp_path, capfd):
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--max_length", "96"]
     flags += ["--dataset_streaming", "true", "--max_steps", "2", "--eval_strategy", "no"]
-    prepare("dpo_test", {}, [*flags, "--output_dir", str(tmp_path / "run")])
+    prepare_run("dpo_test", {}, [*flags, "--output_dir", str(tmp_path / "run")])
     assert "reference log-probs are not computed" in capfd.readouterr().err

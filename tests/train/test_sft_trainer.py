@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(defaults):
     ("name", "value", "message"),
     [
         ("packing", "true", "each answer is a row of its own"),
-        ("eos_token", "</s>", "the tokenizer's own is used"),
+        ("eos_token", "</s>", "the tokenizer's own value is used"),
         ("beta", "0.1", "there is no setting 'beta'"),
         ("loss_type", "sigmoid", "invalid choice"),
     ],

@@ -27,7 +27,7 @@ from dpokit.report.page import find_samples, list_alarms
 from dpokit.report.read import Run, load_run, mapping, read_object
 from dpokit.report.tables import Table, interval
 from dpokit.report.verdict import build_verdict, find_evaluation_verdict
-from dpokit.rundir import CARD_MARK, RunDir, is_of_card, write_whole
+from dpokit.rundir import CARD_MARK, RunDir, is_card_file, write_whole
 
 FIRST_FIGURES = ("loss", "margins", "accuracies", "rewards", "logps", "grad_norm")
 FIRST_ROWS = ("accuracy", "margin", "loss", "kl_per_token")
@@ -180,7 +180,7 @@ def check_card_overwrite(path: Path) -> None:
     """Raises RunFolderError if the path exists and `dpokit card` did not write it, or a user edited it since."""
     if not path.exists():
         return
-    if not path.is_file() or not is_of_card(path):
+    if not path.is_file() or not is_card_file(path):
         raise RunFolderError(
             f"{path} exists, and was not written by dpokit card",
             expected="a free name, or an older card to replace",

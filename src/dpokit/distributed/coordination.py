@@ -1,4 +1,4 @@
-"""What the processes of a world do together: decide, build, speak; and what becomes of one that is lost."""
+"""Collective work of all processes: decisions, cached builds, and error messages when a process is lost."""
 
 import os
 import pickle
@@ -22,37 +22,38 @@ T = TypeVar("T")
 _builds = count()
 
 
-def speaks_for_all() -> bool:
-    """Whether this process shows an error that ended its run: the first of the world that asks does.
+def is_first_to_report() -> bool:
+    """Whether this process shows the error that ended its run: True for the first process that calls this function.
 
-    Other ranks have met the same, or a consequence of it. Before the world is joined, one process per machine speaks.
+    Other ranks have the same error or a consequence of it. Before the process group exists, True on local rank 0 of
+    each machine.
     """
     if not dist.is_initialized():
         return int(os.environ.get("LOCAL_RANK", "0")) == 0
     try:
         store = _get_default_store()
         return bool(store.add("dpokit/errors_shown", 1) == 1)
-    except RuntimeError:  # the store went down with the process that kept it
+    except RuntimeError:  # the process that hosts the store has ended
         return True
 
 
-# What gloo, NCCL and the rendezvous say when another process is gone, cannot be reached or does not answer.
+# Messages of gloo, NCCL and the rendezvous when another process is gone, cannot be reached or does not answer.
 _LOST = re.compile(
     "timed out|timeout|connection (closed|reset) by peer|connection refused|address already in use", re.I
 )
-AFTERMATH_SECONDS = 2.0  # how long the ranks that are left wait for each other's sign
+AFTERMATH_SECONDS = 2.0  # how long the remaining ranks wait for each other's sign of life
 
 
 @contextmanager
 def peer_errors(timeout_seconds: int, where: Callable[[], str] = str) -> Iterator[None]:
-    """Turns what is raised when another process is gone or silent, or memory runs out, into a MachineError.
+    """Turns errors about a lost or silent process, or about memory, into MachineError.
 
-    Into Interrupted, where a signal ended the other one. What ends this process is told to the others, who meet its
-    consequence only.
+    If a signal ended the other process, raises Interrupted. The reason why this process ends is written to the store,
+    because other ranks see only its consequence.
 
     Args:
         timeout_seconds: the collective time-out in force (`--ddp_timeout`), for the message.
-        where: says how far the run was, as in " at step 3".
+        where: returns the progress of the run for the message, such as " at step 3".
     """
     rank = os.environ.get("RANK", "0")
     try:
@@ -62,7 +63,7 @@ def peer_errors(timeout_seconds: int, where: Callable[[], str] = str) -> Iterato
         of_torch = isinstance(error, dist.DistError) or re.search("gloo|pair closure", text)
         if of_torch and _LOST.search(text):
             raise _lost_peer(text[:200], timeout_seconds, where()) from error
-        _tell_cause(f"rank {rank}{where()}: {type(error).__name__}: {text[:300]}")
+        _publish_cause(f"rank {rank}{where()}: {type(error).__name__}: {text[:300]}")
         if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(text):
             raise MachineError(
                 f"rank {rank} ran out of memory{where()}: {text[:200]}",
@@ -72,23 +73,23 @@ def peer_errors(timeout_seconds: int, where: Callable[[], str] = str) -> Iterato
             ) from error
         raise
     except Preempted as end:
-        _tell_cause(end.why, "dpokit/preempted")
+        _publish_cause(end.why, "dpokit/preempted")
         raise
     except Exception as error:
-        _tell_cause(f"rank {rank}{where()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        _publish_cause(f"rank {rank}{where()}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
         raise
 
 
-def _tell_cause(text: str, key: str = "dpokit/cause") -> None:
+def _publish_cause(text: str, key: str = "dpokit/cause") -> None:
     with suppress(RuntimeError):
         if dist.is_initialized():
             _get_default_store().compare_set(key, "", text)
 
 
 def _find_gone() -> tuple[list[int], str]:
-    """Which ranks give no sign any more, and what the first of them said; the store may be gone, too.
+    """The ranks without a sign of life, and the cause that the first of them published; rank 0 if the store is gone.
 
-    Raises: Interrupted where a signal ended one.
+    Raises: Interrupted if a signal ended one of them.
     """
     try:
         store, world = _get_default_store(), dist.get_world_size()
@@ -99,7 +100,7 @@ def _find_gone() -> tuple[list[int], str]:
             raise Interrupted(store.get("dpokit/preempted").decode())
         cause = store.get("dpokit/cause").decode() if store.check(["dpokit/cause"]) else ""
     except RuntimeError:
-        return [0], ""  # which keeps the store
+        return [0], ""  # rank 0 hosts the store
     return gone, cause
 
 
@@ -109,21 +110,21 @@ def _lost_peer(text: str, timeout_seconds: float, where: str = "") -> MachineErr
         master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         return MachineError(
             f"rank {rank} could not join the other processes at {master} within {timeout_seconds:g} s: {text}",
-            expected="a first process (rank 0) that listens there, and a network that lets it be reached",
+            expected="a first process (rank 0) that listens there, and a network that reaches it",
             do="check the address and the port (--main_process_ip, --main_process_port), and that rank 0 was started",
         )
     gone, cause = _find_gone()
     who = " and ".join(f"rank {other}" for other in gone) or "another process"
     return MachineError(
-        f"rank {rank} lost {who}{where}, or waited {timeout_seconds:g} s for it in vain: {cause or text}",
+        f"rank {rank} lost {who}{where}, which ended or did not respond within {timeout_seconds:g} s: {cause or text}",
         expected="every process to take part in every step",
-        do="look for the first error above, on any rank or machine (killed? out of memory?); where a process only "
+        do="look for the first error above, on any rank or machine (killed? out of memory?); if a process only "
         "needed longer, raise --ddp_timeout",
     )
 
 
 def decide_on_main_process(decide: Callable[[], T]) -> T:
-    """Rank 0 decides; every rank gets its answer (any picklable object), or raises its DpokitError."""
+    """The result of `decide` on rank 0 (any picklable object), on every rank; or rank 0's DpokitError is raised."""
     from accelerate.utils import broadcast_object_list
 
     box: list[tuple[Any, DpokitError | None]] = [_try(decide) if is_main_process() else (None, None)]
@@ -135,14 +136,14 @@ def decide_on_main_process(decide: Callable[[], T]) -> T:
 
 
 def build_on_each_machine_first(build: Callable[[], T], *, timeout_seconds: float) -> T:
-    """What `build` returns, on every rank: one process of each machine builds, then the others find its cached files.
+    """The result of `build` on every rank: one process of each machine builds, then the others use its cached files.
 
-    This may take longer than a collective is waited for. So nobody waits in one: whoever builds gives signs of life
-    through the store, and only a silence of `timeout_seconds` ends the wait.
+    A build may take longer than the time-out of a collective, so no rank waits in one. A building process gives signs
+    of life through the store, and the others wait until these stop for `timeout_seconds`.
 
     Raises:
-        DpokitError: an error of any machine, on every rank, so that none waits for a rank that is gone.
-        MachineError: a process that builds is silent.
+        DpokitError: an error of any machine, on every rank, so that no rank waits for one that is gone.
+        MachineError: a building process gives no sign of life.
     """
     state = PartialState()
     if state.num_processes == 1:

@@ -1,6 +1,6 @@
-"""Where weights, gradients and optimizer states live: what the launcher was asked for, and what is in force.
+"""Placements of weights, gradients and optimizer states: the requested one, and the one in force.
 
-accelerate drops some placements without a word (FSDP on CPU becomes DDP), so the prepared model itself is looked at.
+accelerate drops some placements silently (FSDP on CPU becomes DDP), so the prepared model itself is inspected.
 """
 
 import os
@@ -16,10 +16,10 @@ from trl import DPOConfig, ModelConfig
 from dpokit.errors import SettingsError
 
 
-def find_asked_placement(training: DPOConfig) -> str:
-    """`one device`, `DDP`, `ZeRO-1` to `ZeRO-3` (with ` + CPU offload`), `FSDP1` or `FSDP2`.
+def find_requested_placement(training: DPOConfig) -> str:
+    """The requested placement: `one device`, `DDP`, `ZeRO-1` to `ZeRO-3` (or with ` + CPU offload`), `FSDP1`, `FSDP2`.
 
-    From accelerate's config file, by the environment that its launcher sets, or from `--deepspeed` and `--fsdp`.
+    It comes from accelerate's config file, by the environment that its launcher sets, or from `--deepspeed`, `--fsdp`.
     """
     plugin = training.deepspeed_plugin
     if plugin is not None:
@@ -34,13 +34,13 @@ def find_asked_placement(training: DPOConfig) -> str:
 
 
 def find_placement(model: Any) -> str:
-    """The placement that a prepared model is in, in the words of `find_asked_placement`, offload left out.
+    """The placement of a prepared model, named as in `find_requested_placement` but without offload.
 
-    A sharded model counts as sharded only if its parameters are: with every parameter whole on this rank, it is not.
+    A model counts as sharded only if this rank holds less than the whole of some parameter.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    model = getattr(model, "_orig_mod", model)  # the model that torch.compile wraps
     parameters: list[Any] = list(model.parameters())
-    if type(model).__name__ == "DeepSpeedEngine":  # by name: DeepSpeed is imported through accelerate alone
+    if type(model).__name__ == "DeepSpeedEngine":  # by name, because only accelerate imports DeepSpeed
         stage = model.zero_optimization_stage()
         sharded = any(hasattr(p, "ds_tensor") and p.ds_tensor.numel() < p.ds_numel for p in parameters)
         return f"ZeRO-{stage}" if stage < 3 or sharded or model.world_size == 1 else "ZeRO-3, nothing sharded"
@@ -52,13 +52,13 @@ def find_placement(model: Any) -> str:
         return "FSDP1"
     if isinstance(model, DataParallel):
         return "DataParallel"
-    alone = PartialState().num_processes == 1  # DDP of one process is none
+    alone = PartialState().num_processes == 1  # DDP with one process counts as one device
     return "DDP" if isinstance(model, DistributedDataParallel) and not alone else "one device"
 
 
 def check_placement(training: DPOConfig, model: ModelConfig) -> None:
-    """Raises SettingsError for what is known not to work under the placement asked for, with the nearest that does."""
-    placement = find_asked_placement(training)
+    """Raises SettingsError for settings that do not work under the requested placement; names the nearest that do."""
+    placement = find_requested_placement(training)
     fsdp, zero = placement.startswith("FSDP"), placement.startswith("ZeRO")
     optimizer = str(getattr(training.optim, "value", training.optim))
     nearest = ""
@@ -70,7 +70,7 @@ def check_placement(training: DPOConfig, model: ModelConfig) -> None:
     elif fsdp and ("8bit" in optimizer or "4bit" in optimizer or optimizer.startswith("paged")):
         why = f"--optim {optimizer} has no step for a sharded tensor"
         nearest = "--optim adamw_torch, or ZeRO-2 or ZeRO-3 with this optimizer"
-    elif getattr(training, "precompute_ref_log_probs", False):  # a flag of DPO's alone
+    elif getattr(training, "precompute_ref_log_probs", False):  # SFTConfig does not have this flag
         why, nearest = find_precompute_trouble(training, model) or ("", "")
     if nearest:
         raise SettingsError(
@@ -81,16 +81,16 @@ def check_placement(training: DPOConfig, model: ModelConfig) -> None:
 
 
 def find_precompute_trouble(training: DPOConfig, model: ModelConfig) -> tuple[str, str] | None:
-    """Why the reference cannot be computed ahead under the placement asked for, and the nearest that works."""
-    placement = find_asked_placement(training)
+    """Why the reference cannot be precomputed under the requested placement, and the nearest option; None if it can."""
+    placement = find_requested_placement(training)
     if placement.startswith("FSDP") and not training.use_cpu:
-        # TRL 1.16, `_precompute_ref_logps`: it wraps the model for DeepSpeed alone. Delete when it does for FSDP.
+        # TRL 1.16, `_precompute_ref_logps`: wraps the model only for DeepSpeed. Delete when it also does so for FSDP.
         return (
             "--precompute_ref_log_probs comes before the model is sharded, while its weights are not on the GPU",
             "--precompute_ref_log_probs false, or ZeRO-3",
         )
     if placement.startswith("ZeRO-3") and model.use_peft:
-        # Its trace of the modules breaks where the adapter's were passed over: "pop from an empty deque".
+        # DeepSpeed's trace of modules fails if the adapter's modules were skipped: "pop from an empty deque".
         return (
             "DeepSpeed 0.19.8 loses track of an adapter's model that precomputed the reference",
             "--precompute_ref_log_probs false (the adapter switched off is the reference), or ZeRO-2",
@@ -99,10 +99,10 @@ def find_precompute_trouble(training: DPOConfig, model: ModelConfig) -> tuple[st
 
 
 def shard_on_cpu(training: DPOConfig) -> None:
-    """Makes accelerate shard by FSDP2 where the devices are CPU processes; called before its Accelerator is built.
+    """Makes accelerate shard by FSDP2 on CPU processes; called before the Accelerator is built.
 
-    accelerate asks for FSDP only where the processes are GPUs or the like, and runs DDP on CPU. Told that these are
-    such, it shards them for real, over gloo. Delete when accelerate knows FSDP on CPU.
+    accelerate enables FSDP only for GPUs and similar devices, and runs DDP on CPU. With the distributed type MULTI_GPU
+    it shards CPU processes over gloo. Delete when accelerate supports FSDP on CPU.
     """
     if training.use_cpu and PartialState().distributed_type != DistributedType.NO and _asks_for_fsdp(training):
         PartialState().distributed_type = DistributedType.MULTI_GPU

@@ -1,4 +1,4 @@
-"""Ranks and processes: who am I, how many were asked for, how many are there. Built on accelerate's state."""
+"""Ranks and processes: this process's rank, the requested and the actual number. Built on accelerate's state."""
 
 import os
 from datetime import timedelta
@@ -17,44 +17,44 @@ from dpokit.errors import MachineError
 
 
 def is_main_process() -> bool:
-    """True on the one process of the world that speaks and writes.
+    """True on rank 0, which prints and writes files.
 
-    Read from the launcher's environment: it must be right before, and even when, the process group cannot be built.
+    It is read from the launcher's environment, because it is needed before the process group exists, and without it.
     """
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def find_asked_processes() -> tuple[int, str] | None:
-    """How many processes the launcher was told to start, and where that was said; None without a launcher.
+def find_requested_processes() -> tuple[int, str] | None:
+    """The number of processes that the launcher was to start, and its source; None without a launcher.
 
     torchrun and accelerate's multi-process launchers export WORLD_SIZE. Accelerate's single-process launcher exports
-    nothing and drops `--num_processes` silently (with `--cpu`, and with `distributed_type: MULTI_CPU`): there, the
-    command line of the launcher itself is read.
+    nothing and drops `--num_processes` silently (with `--cpu`, and with `distributed_type: MULTI_CPU`); then the
+    command line of the launcher process is read.
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]), "WORLD_SIZE, set by the launcher"
     for parent in psutil.Process().parents():
         try:
-            words = parent.cmdline()
+            argv = parent.cmdline()
         except psutil.Error:
             continue
-        for place, word in enumerate(words):
-            name = Path(word).name
+        for place, argument in enumerate(argv):
+            name = Path(argument).name
             if name in ("accelerate-launch", "accelerate.commands.launch"):
-                return _read_accelerate_command(words[place + 1 :])
-            if name == "accelerate" and words[place + 1 : place + 2] == ["launch"]:
-                return _read_accelerate_command(words[place + 2 :])
+                return _read_accelerate_command(argv[place + 1 :])
+            if name == "accelerate" and argv[place + 1 : place + 2] == ["launch"]:
+                return _read_accelerate_command(argv[place + 2 :])
     return None
 
 
-def _read_accelerate_command(words: list[str]) -> tuple[int, str] | None:
+def _read_accelerate_command(argv: list[str]) -> tuple[int, str] | None:
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command_parser
 
-    asked, _ = launch_command_parser().parse_known_args(words)
-    if asked.num_processes is not None:
-        return asked.num_processes, f"accelerate launch --num_processes {asked.num_processes}"
-    config_file = asked.config_file or default_config_file
+    options, _ = launch_command_parser().parse_known_args(argv)
+    if options.num_processes is not None:
+        return options.num_processes, f"accelerate launch --num_processes {options.num_processes}"
+    config_file = options.config_file or default_config_file
     if not Path(config_file).is_file():
         return None
     with open(config_file) as file:
@@ -66,15 +66,13 @@ def check_world_size() -> int:
     """The number of processes that train together.
 
     Raises:
-        MachineError: it is not the number that was asked for; each process would train the same thing alone.
+        MachineError: it is not the requested number; each process would train the same thing alone.
     """
     size = PartialState().num_processes
-    asked = find_asked_processes()
-    if asked is not None and asked[0] != size:
+    requested, source = find_requested_processes() or (size, "")
+    if requested != size:
         raise MachineError(
-            f"{asked[0]} processes were asked for ({asked[1]}), but {size} is training"
-            if size == 1
-            else f"{asked[0]} processes were asked for ({asked[1]}), but {size} are training",
+            f"{requested} processes were asked for ({source}), but {size} {'is' if size == 1 else 'are'} training",
             expected="every process that was started to take its share of one run",
             do="on CPU: accelerate launch --config_file accelerate_configs/ddp_cpu.yaml (accelerate runs a single "
             "process with --cpu and with MULTI_CPU); on GPUs: --config_file accelerate_configs/ddp.yaml; "
@@ -84,7 +82,7 @@ def check_world_size() -> int:
 
 
 def find_machine(*, on_cpu: bool) -> dict[str, Any]:
-    """What a run trains on, for run.json: `device` by its maker's name, and how many `nodes`; no name of a host."""
+    """The hardware of a run, for run.json: the `device`'s product name and the number of `nodes`; no host name."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     nodes = processes // int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
     if on_cpu:
@@ -94,7 +92,7 @@ def find_machine(*, on_cpu: bool) -> dict[str, Any]:
 
 
 def _find_processor() -> str:
-    """` of ` and the processor's name, where Linux knows one."""
+    """` of ` and the processor's name; "" if Linux reports none."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -104,7 +102,7 @@ def _find_processor() -> str:
 
 
 def check_devices() -> None:
-    """Raises MachineError where more processes were started on this machine than it has GPUs; none is a CPU run."""
+    """Raises MachineError if this machine has GPUs, but fewer than the processes started on it."""
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
     if 0 < gpus < processes:
         raise MachineError(
@@ -115,15 +113,15 @@ def check_devices() -> None:
 
 
 def join_world(timeout_seconds: int, *, on_cpu: bool) -> None:
-    """Joins the launcher's processes where accelerate would join them otherwise than it should.
+    """Initialises the process group in the two cases where accelerate would not do it right.
 
-    On CPU, over gloo, under the collective time-out: transformers hands it on for GPUs alone (5.23), and torch's own is
-    30 minutes whatever the flag says. DeepSpeed is kept to the CPU, too. Delete when TrainingArguments passes
-    ddp_timeout on with use_cpu.
+    On CPU: over gloo, with `--ddp_timeout`. transformers (5.23) passes this time-out on only for GPUs, and torch's
+    default is 30 minutes. DeepSpeed is also set to the CPU. Delete when TrainingArguments passes ddp_timeout on with
+    use_cpu.
 
-    Where `--max_restarts` has started the workers again, under keys of this start's own: accelerate's launcher keeps
-    one store for all starts, and torch (2.13) writes the new addresses over those of processes that are gone, which
-    whoever comes first then tries to reach. Delete when `torch.distributed.rendezvous` tells the starts apart.
+    After a restart of the workers by `--max_restarts`: with a key prefix for each start. accelerate's launcher keeps
+    one store for all starts, and in torch (2.13) each process overwrites its old address there, so the first one to
+    connect may try to reach ended processes. Delete when `torch.distributed.rendezvous` separates the starts.
     """
     if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -133,5 +131,5 @@ def join_world(timeout_seconds: int, *, on_cpu: bool) -> None:
         return
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = next(rendezvous("env://", timeout=timeout))
-    own = PrefixStore(f"start/{start}", store)
-    dist.init_process_group("gloo" if on_cpu else None, store=own, rank=rank, world_size=size, timeout=timeout)
+    store = PrefixStore(f"start/{start}", store)
+    dist.init_process_group("gloo" if on_cpu else None, store=store, rank=rank, world_size=size, timeout=timeout)

@@ -16,7 +16,7 @@ from dpokit.evaluate.inputs import Subject, load_subject
 from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
 from dpokit.model.reference import find_cache_folder
-from dpokit.rundir import noticing_loss, write_json
+from dpokit.rundir import lost_folder_errors, write_json
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def evaluate_model(
             "a judge was named, and no answers are sampled", expected="answers to judge", do="--answers 50"
         )
     sampling = sampling or Sampling()
-    with noticing_loss(run_or_model):
+    with lost_folder_errors(run_or_model):
         subject = load_subject(run_or_model, base=base, data=data, split=split, argv=argv)
         if answers:
             # Called for its errors: they must come before the scoring, which takes long.

@@ -24,8 +24,8 @@ from dpokit.merge.layers import check_adapter_file, is_quantised
 from dpokit.merge.write import DTYPES, parse_size, reload, write_model
 from dpokit.model.load import find_base, load_tokenizer, name_model
 from dpokit.model.reference import hash_weights
-from dpokit.rundir import RunDir, new_folder, noticing_loss, read_record, sync_folder, write_json
-from dpokit.settings.load import Settings, load_settings, read_asked
+from dpokit.rundir import RunDir, lost_folder_errors, new_folder, read_record, sync_folder, write_json
+from dpokit.settings.load import Settings, load_settings, read_run_settings
 
 FORMAT = 1
 PAIRS = 100  # held-out pairs of the drift check by default
@@ -72,9 +72,9 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
     quiet_dependencies()
     run.check_links()
     record = _check_run(run)
-    with noticing_loss(run.path), _alone(run), _disk_troubles():
+    with lost_folder_errors(run.path), _alone(run), _disk_troubles():
         _check_unmerged(run)
-        settings = load_settings("merge", read_asked(record), list(argv))
+        settings = load_settings("merge", read_run_settings(record), list(argv))
         _check_options(settings, options)
         fingerprint = _check_base(run, record, settings, accept=options.accept_drift)
         with new_folder(run.merged) as part:

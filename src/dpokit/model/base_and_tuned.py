@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.model.load import find_base, find_max_length, load_frozen, load_tokenizer, name_model
 from dpokit.rundir import RunDir, find_model
-from dpokit.settings.load import Settings, read_asked
+from dpokit.settings.load import Settings, read_run_settings
 
 
 @dataclass
@@ -73,7 +73,7 @@ def find_run(run_or_model: str) -> tuple[RunDir | None, dict[str, Any]]:
 
 def read_run_defaults(record: dict[str, Any], run_or_model: str) -> dict[str, Any]:
     """Returns the default settings, of a run or for a model, of a command that does not train."""
-    return read_asked(record) | ({} if record else {"model_name_or_path": run_or_model})
+    return read_run_settings(record) | ({} if record else {"model_name_or_path": run_or_model})
 
 
 def find_names(settings: Settings, run: RunDir | None, run_or_model: str, base: str | None) -> tuple[str, str | None]:

@@ -1,6 +1,6 @@
 """The range of each numeric flag: a value outside of it is refused before anything is loaded. No torch.
 
-A number that stands nowhere here need only be finite.
+A numeric flag without a row only needs a finite value.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import Any
 from dpokit.errors import SettingsError
 
 MOST_PROCESSES = 1024
-MOST_SEED = 2**32 - 1  # numpy's
+MOST_SEED = 2**32 - 1  # numpy's limit
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Bound:
 
     Attributes:
         least, most: its ends.
-        without_least, without_most: whether an end is no member itself.
-        besides: a number outside that has a meaning of its own.
-        why: what the flag is, where its name does not say it.
+        without_least, without_most: whether the range excludes that end.
+        besides: a number outside the range that is also allowed.
+        why: an explanation, if the flag's name does not explain the range.
     """
 
     least: float = -math.inf
@@ -41,12 +41,12 @@ class Bound:
         return math.isfinite(number) and above and below
 
     def describe(self) -> str:
-        """The range in words."""
-        words = [] if self.least == -math.inf else [f"{'above' if self.without_least else 'at least'} {self.least:g}"]
-        words += [] if self.most == math.inf else [f"{'below' if self.without_most else 'at most'} {self.most:,g}"]
-        words = words or ["finite"]
+        """The range as a phrase, such as `a number above 0 and at most 1`."""
+        limits = [] if self.least == -math.inf else [f"{'above' if self.without_least else 'at least'} {self.least:g}"]
+        limits += [] if self.most == math.inf else [f"{'below' if self.without_most else 'at most'} {self.most:,g}"]
+        limits = limits or ["finite"]
         also = "" if self.besides is None else f", or {self.besides:g}"
-        return f"a number {' and '.join(words)}{also}" + (f" ({self.why})" if self.why else "")
+        return f"a number {' and '.join(limits)}{also}" + (f" ({self.why})" if self.why else "")
 
 
 ONE_OR_MORE, ZERO_OR_MORE, POSITIVE = Bound(1), Bound(0), Bound(0, without_least=True)
@@ -85,8 +85,8 @@ def check_bounds(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
     """Raises SettingsError for a number out of its range.
 
     Args:
-        values: settings by name, typed.
-        origins: where each was set.
+        values: typed settings by name.
+        origins: the layer that set each of them.
     """
     for name, value in values.items():
         for number in value if isinstance(value, list) else [value]:

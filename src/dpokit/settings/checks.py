@@ -1,4 +1,4 @@
-"""Which settings are honoured here, and which go together."""
+"""Rejects unsupported and conflicting settings, and secrets in settings."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from dpokit.errors import SettingsError
 from dpokit.settings.flag_facts import REFUSED, Fact, flags_with
 from dpokit.settings.flags import DataArguments
 
-# TRL looks at these only when it computes the first loss.
+# TRL checks these values only when it computes the first loss.
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 LOSS_TYPES = (
     *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
@@ -20,18 +20,18 @@ LOSS_TYPES = (
 
 
 def check_honoured(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Raises SettingsError for a flag that parses but would do nothing here, or not what it says."""
+    """Raises SettingsError for a flag that TRL's parser accepts and dpokit does not support."""
     for name, reason in REFUSED.items():
         if values.get(name):
             raise SettingsError(
-                f"{origins[name]} sets {name}, which has no effect here",
-                expected="settings that are honoured",
+                f"{origins[name]} sets {name}, which is not supported",
+                expected="supported settings",
                 do=f"remove it: {reason}",
             )
 
 
 def check_secrets(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Raises SettingsError for a secret in a setting that run.json, trackers and the model card show."""
+    """Raises SettingsError for a secret in a setting whose value run.json, trackers and the model card show."""
     for name, value in values.items():
         if name.endswith(SECRET_SETTING):
             continue
@@ -39,16 +39,16 @@ def check_secrets(values: Mapping[str, Any], origins: Mapping[str, str]) -> None
             raise SettingsError(
                 f"{origins[name]} sets {name}, whose value holds {kind}",
                 expected="settings without secrets: they are written to run.json and shown",
-                do="give the secret by a variable (HF_TOKEN, WANDB_API_KEY) or `hf auth login`; a file behind a login "
-                "is best downloaded first",
+                do="pass the secret by an environment variable (HF_TOKEN, WANDB_API_KEY) or `hf auth login`; download "
+                "a file that needs a login first",
             )
 
 
 def check_agreement(data: DataArguments, training: DPOConfig | SFTConfig) -> None:
-    """Raises SettingsError for values that cannot be, or that cannot be together."""
+    """Raises SettingsError for unknown values and for settings that contradict each other."""
 
-    def refuse(seen: str, expected: str, do: str) -> Never:
-        raise SettingsError(seen, expected=expected, do=do)
+    def refuse(problem: str, expected: str, do: str) -> Never:
+        raise SettingsError(problem, expected=expected, do=do)
 
     of_pairs = isinstance(training, DPOConfig)
     unknown = sorted(set(training.loss_type) - set(LOSS_TYPES)) if of_pairs else []
@@ -62,20 +62,24 @@ def check_agreement(data: DataArguments, training: DPOConfig | SFTConfig) -> Non
         refuse("a streamed dataset has no known length", "max_steps", "--max_steps 1000")
     if data.dataset_streaming and data.eval_fraction is not None:
         refuse(
-            "eval_fraction cannot be taken of a stream, whose length nobody knows",
+            "eval_fraction cannot be taken from a stream, whose length is unknown",
             "a test split, or no streaming",
             "--dataset_test_split NAME --max_eval_samples 1000, or --dataset_streaming false",
         )
     if data.dataset_streaming and training.eval_strategy != "no" and data.max_eval_samples is None:
         refuse("a streamed evaluation split has no known end", "max_eval_samples", "--max_eval_samples 1000")
     if data.dataset_streaming and of_pairs and training.precompute_ref_log_probs:
-        refuse("a streamed dataset cannot be gone through ahead of the run", "one of the two", "drop either flag")
+        refuse(
+            "precompute_ref_log_probs cannot read a streamed dataset ahead of the run",
+            "one of the two flags",
+            "drop either flag",
+        )
     if training.dataloader_num_workers and data.dataset_streaming:
         refuse("a stream is read once, in order, by one worker", "0 workers", "--dataloader_num_workers 0")
 
 
 def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
-    """Raises SettingsError where LoRA or quantisation is asked for, but not `use_peft`."""
+    """Raises SettingsError for settings of LoRA or quantisation without `use_peft`, and for a wrong target pattern."""
     if model.use_peft:
         for name in model.lora_target_modules or []:
             try:
@@ -87,10 +91,10 @@ def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
                     do="correct --lora_target_modules",
                 ) from error
         return
-    asked = [name for name in flags_with(Fact.LORA) if name in origins]
-    if any(origins[name] in ("command line", "call") for name in asked):
+    lora_flags = [name for name in flags_with(Fact.LORA) if name in origins]
+    if any(origins[name] in ("command line", "call") for name in lora_flags):
         raise SettingsError(
-            f"{', '.join(asked)} is set, but use_peft is not: the whole model would be trained",
+            f"{', '.join(lora_flags)} is set, but use_peft is not: the whole model would be trained",
             expected="--use_peft with LoRA's settings",
             do="add --use_peft, or remove the LoRA settings",
         )

@@ -1,38 +1,38 @@
-"""The facts about each setting, one row a setting. No torch.
+"""The table of facts about each setting, one row per setting. No torch.
 
-A row is a reason why the flag is refused, or the facts that hold for it. Whoever adds a flag adds its row here; a test
-names a flag without one.
+A row holds the reason why the flag is refused, or the facts that hold for it. Each flag needs a row; a test reports the
+flags without one.
 """
 
 from enum import Flag, auto
 
 
 class Fact(Flag):
-    """What the toolkit must know of a setting that it honours."""
+    """A fact about a supported setting."""
 
     NONE = 0
     IDENTITY = auto()  # a folder whose run has another value holds another run
-    EXACT = auto()  # the training steps depend on it: a resume must have the same value, or --accept_changes name it
-    FROM_RUN = auto()  # `read_asked`: evaluate, chat and serve take it from a run folder
+    EXACT = auto()  # the training steps depend on it: a resume needs the same value unless --accept_changes names it
+    FROM_RUN = auto()  # evaluate, chat and serve take it from a run folder, by `read_run_settings`
     SAME_TOKENS = auto()  # tokens and reference log-probs do not depend on it: trials that differ in it share both
-    BY_SWEEP = auto()  # a sweep sets it for each trial, so that a space may not
-    MACHINE = auto()  # this machine decides it; a plan for other devices decides it anew
-    HELD_OUT = auto()  # the pairs that a run holds out depend on it
+    BY_SWEEP = auto()  # a sweep sets it for each trial, so a search space must not set it
+    MACHINE = auto()  # its default depends on the machine; a plan for other devices decides it again
+    HELD_OUT = auto()  # the choice of held-out pairs depends on it
     LORA = auto()  # describes an adapter
-    FOUR_BIT = auto()  # says how weights are quantised to 4 bits
+    FOUR_BIT = auto()  # describes how weights are quantised to 4 bits
     RUN_NAME = auto()  # differs between any two runs, and no result depends on it
-    PRIVATE = auto()  # names a person's places: never in a model card
+    PRIVATE = auto()  # may name a person's accounts or paths: never shown in a model card
 
 
 NONE, IDENTITY, EXACT, FROM_RUN, SAME_TOKENS = Fact.NONE, Fact.IDENTITY, Fact.EXACT, Fact.FROM_RUN, Fact.SAME_TOKENS
 BY_SWEEP, MACHINE, HELD_OUT, LORA, FOUR_BIT = Fact.BY_SWEEP, Fact.MACHINE, Fact.HELD_OUT, Fact.LORA, Fact.FOUR_BIT
 RUN_NAME, PRIVATE = Fact.RUN_NAME, Fact.PRIVATE
 
-ORDER = "rows are met in a seeded random order, which a resume can repeat"
-AT_THE_END = "the model goes up once, at the end of the run"
+ORDER = "rows are read in a seeded random order, which a resume can repeat"
+AT_THE_END = "the model is uploaded once, at the end of the run"
 ROW_EACH = "each answer is a row of its own"
 CHOSEN = "the chosen answers of preference pairs are trained on"
-TOKENIZER = "the tokenizer's own is used; set it in the model's folder"
+TOKENIZER = "the tokenizer's own value is used; set it in the model's folder"
 
 FLAG_FACTS: dict[str, Fact | str] = {
     "accelerator_config": NONE,
@@ -43,7 +43,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "adam_beta1": EXACT | SAME_TOKENS,
     "adam_beta2": EXACT | SAME_TOKENS,
     "adam_epsilon": EXACT | SAME_TOKENS,
-    "assistant_only_loss": ("the chosen answer alone is learnt already; --completion_only_loss false adds its prompt"),
+    "assistant_only_loss": "the loss already covers the answer alone; --completion_only_loss false adds its prompt",
     "attn_implementation": FROM_RUN,
     "auto_find_batch_size": (
         "it changes the global batch in the middle of a run; lower "
@@ -122,7 +122,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "hub_revision": PRIVATE,
     "hub_strategy": AT_THE_END,
     "hub_token": PRIVATE,
-    "ignore_bias_buffers": "it mends models of 2023 that transformers no longer has",
+    "ignore_bias_buffers": "it repairs models of 2023 that transformers no longer has",
     "ignore_data_skip": NONE,
     "include_for_metrics": NONE,
     "include_num_input_tokens_seen": NONE,
@@ -165,9 +165,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "max_train_samples": FROM_RUN,
     "merge_after_training": NONE,
     "metric_for_best_model": NONE,
-    "model_init_kwargs": (
-        "it would be read for the reference alone; use --dtype, --attn_implementation, --model_revision"
-    ),
+    "model_init_kwargs": ("it would apply to the reference only; use --dtype, --attn_implementation, --model_revision"),
     "model_name_or_path": IDENTITY | FROM_RUN,
     "model_revision": EXACT | FROM_RUN,
     "neftune_noise_alpha": EXACT,
@@ -181,7 +179,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "packing_strategy": ROW_EACH,
     "pad_to_multiple_of": NONE,
     "pad_token": "TRL retires it; the tokenizer's own padding token is used, or its EOS",
-    "padding_free": "TRL warns and pads all the same",
+    "padding_free": "TRL warns and still pads",
     "parallelism_config": NONE,
     "per_device_eval_batch_size": FROM_RUN | SAME_TOKENS,
     "per_device_train_batch_size": FROM_RUN | SAME_TOKENS,
@@ -239,11 +237,11 @@ REFUSED = {name: fact for name, fact in FLAG_FACTS.items() if isinstance(fact, s
 
 
 def flags_with(fact: Fact) -> tuple[str, ...]:
-    """The names of all settings that the fact holds for, in alphabetical order."""
+    """The names of all settings that have the fact, in alphabetical order."""
     return tuple(name for name, facts in FLAG_FACTS.items() if isinstance(facts, Fact) and fact in facts)
 
 
 def is_public(name: str) -> bool:
-    """Whether a model card may show the setting; False for one that has no row, or that has no effect."""
+    """Whether a model card may show the setting; False for one without a row, and for an unsupported one."""
     facts = FLAG_FACTS.get(name)
     return isinstance(facts, Fact) and PRIVATE not in facts

@@ -1,4 +1,4 @@
-"""The flags there are: TRL's and ours, under one parser for every layer of settings."""
+"""All training flags, TRL's and dpokit's, and the one parser for every layer of settings."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,7 @@ from dpokit.errors import SettingsError
 
 @dataclasses.dataclass
 class DataArguments(ScriptArguments):
-    """TRL's dataset flags and ours: which rows, and how much of them."""
+    """TRL's dataset flags, and all flags that dpokit adds."""
 
     eval_fraction: float | None = dataclasses.field(
         default=None,
@@ -27,57 +27,56 @@ class DataArguments(ScriptArguments):
         default=None, metadata={"help": "Use only the first N rows of the evaluation split."}
     )
     max_prompt_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Keep at most this many tokens of a prompt: its end."}
+        default=None, metadata={"help": "Keep at most this many tokens of a prompt, from its end."}
     )
     max_completion_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Keep at most this many tokens of an answer: its start."}
+        default=None, metadata={"help": "Keep at most this many tokens of an answer, from its start."}
     )
     shared_prefix: bool = dataclasses.field(
-        default=True, metadata={"help": "Compute a prompt once for both of its answers, where the model allows it."}
+        default=True, metadata={"help": "Compute a prompt once for both of its answers, if the model allows it."}
     )
     eval_answers: int = dataclasses.field(
         default=8,
-        metadata={"help": "Held-out prompts answered at each evaluation, to hear of answers that fall apart."},
+        metadata={"help": "Held-out prompts answered at each evaluation, to detect degenerate answers."},
     )
     gates: Literal["stop", "warn"] = dataclasses.field(
-        default="stop", metadata={"help": "What a check that a run cannot be right does: stop it, or warn and go on."}
+        default="stop", metadata={"help": "If a check shows that the result will be wrong: stop, or warn and continue."}
     )
     run_group: str | None = dataclasses.field(
-        default=None, metadata={"help": "Group of this run in the tracker: the trials of a sweep, say."}
+        default=None, metadata={"help": "Group of this run in the tracker, for example the trials of a sweep."}
     )
     run_tags: list[str] | None = dataclasses.field(default=None, metadata={"help": "Tags of this run in the tracker."})
     accept_changes: list[str] | None = dataclasses.field(
         default=None,
-        metadata={"help": "Settings that may differ from those a resumed run was begun with, separated by commas."},
+        metadata={"help": "Settings that a resumed run may change, separated by commas."},
     )
     trust_checkpoint: bool = dataclasses.field(
         default=False,
         metadata={
-            "help": "Load ZeRO and FSDP2 shards that another user or machine wrote: unpickling them is like running "
-            "a program of theirs."
+            "help": "Load ZeRO and FSDP2 shards that another user or machine wrote; unpickling them can run any code."
         },
     )
     preempt_signal: str | None = dataclasses.field(
-        default=None, metadata={"help": "The signal that means: save and end. Without it, SIGTERM and SIGUSR1."}
+        default=None, metadata={"help": "The signal on which the run saves and ends; by default SIGTERM and SIGUSR1."}
     )
     save_before_seconds: float | None = dataclasses.field(
         default=None, metadata={"help": "Save and end this long before the Slurm job's time limit."}
     )
     merge_after_training: bool = dataclasses.field(
-        default=False, metadata={"help": "At the end, as `dpokit merge`: one whole model of base and adapter."}
+        default=False, metadata={"help": "After training, run `dpokit merge`: base and adapter become one model."}
     )
     hub_license: str | None = dataclasses.field(
-        default=None, metadata={"help": "With --push_to_hub: the model's licence, by the Hub's name for it."}
+        default=None, metadata={"help": "With --push_to_hub: the Hub's identifier of the model's licence."}
     )
     overwrite_run: bool = dataclasses.field(
         default=False, metadata={"help": "Delete the run that output_dir holds and begin a new one there."}
     )
 
 
-# What a recipe's `kind` makes of the training flags.
+# The class of training flags for each `kind` of recipe.
 KINDS: dict[str, type[Any]] = {"dpo": DPOConfig, "sft": SFTConfig}
 
-# Names the field still writes in its configs, and what they are called today.
+# Outdated names that configs still use, and today's names; without one, a sentence after `remove it`.
 RETIRED = {
     "warmup_ratio": "warmup_steps (a number below 1 is a share of all steps)",
     "evaluation_strategy": "eval_strategy",
@@ -87,9 +86,9 @@ RETIRED = {
     "use_flash_attention_2": "attn_implementation: flash_attention_2",
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "group_by_length": "nothing: pairs are met in a seeded random order",
-    "logging_dir": "nothing: logs stand in output_dir; for TensorBoard set TENSORBOARD_LOGGING_DIR",
-    "save_safetensors": "nothing: weights are always safetensors",
+    "group_by_length": "remove it: pairs are read in a seeded random order",
+    "logging_dir": "remove it: logs are in output_dir; for TensorBoard set TENSORBOARD_LOGGING_DIR",
+    "save_safetensors": "remove it: weights are always safetensors",
     "push_to_hub_model_id": "hub_model_id",
     "max_target_length": "max_completion_length",
     "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]",
@@ -97,13 +96,13 @@ RETIRED = {
     "dataset_mixer": "dataset_name",
     "dataset_splits": "dataset_train_split and dataset_test_split",
     "model_name": "model_name_or_path",
-    "is_encoder_decoder": "nothing: only causal language models are trained",
+    "is_encoder_decoder": "remove it: only causal language models are trained",
     "generate_during_eval": "eval_answers (held-out prompts answered at each evaluation)",
 }
 
 
 def split_kind(defaults: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A recipe's `kind` (`dpo` where it names none) and its settings. Raises: SettingsError for an unknown kind."""
+    """A recipe's `kind` (by default `dpo`) and its settings. Raises: SettingsError for an unknown kind."""
     settings = dict(defaults)
     kind = settings.pop("kind", "dpo")
     if kind not in KINDS:
@@ -116,11 +115,11 @@ def split_kind(defaults: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 class FlagParser(TrlParser):
-    """TRL's parser without abbreviations, without exits, and with words a user can act on.
+    """TRL's parser without abbreviations; it raises SettingsError where argparse would exit.
 
     Args:
-        kind: of the recipe; it says which training flags there are.
-        kwargs: argparse's.
+        kind: the recipe's kind, which decides the training flags.
+        kwargs: arguments of argparse.ArgumentParser.
     """
 
     def __init__(self, kind: str = "dpo", **kwargs: Any) -> None:
@@ -129,9 +128,9 @@ class FlagParser(TrlParser):
         self.layer = "the command line"
         for action in self._actions:
             if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
-                action.nargs, action.const = "?", True  # --bf16 alone means true, as it does for every other switch
+                action.nargs, action.const = "?", True  # --bf16 without a value means true, like every other switch
             if action.dest == "report_to":
-                action.nargs = "+"  # transformers takes several trackers, but its parser is told of one
+                action.nargs = "+"  # transformers accepts several trackers, but its parser only one
 
     def error(self, message: str) -> Never:
         raise SettingsError(
@@ -142,7 +141,7 @@ class FlagParser(TrlParser):
 
     def _may_be_none(self, name: str) -> bool:
         # Not `field.type`: building the parser strips the None from it.
-        hints = [get_type_hints(one).get(name) for one in self.dataclass_types]
+        hints = [get_type_hints(dataclass).get(name) for dataclass in self.dataclass_types]
         return any(type(None) in get_args(hint) for hint in hints)
 
     def _takes_several(self, name: str) -> bool:
@@ -151,47 +150,47 @@ class FlagParser(TrlParser):
     def names(self) -> list[str]:
         return [action.dest for action in self._actions if action.dest not in ("help", "config")]
 
-    def parse_layer(self, words: Sequence[str], layer: str) -> dict[str, Any]:
-        """Only what the words set, typed. Raises: SettingsError on unknown keys and wrong types."""
+    def parse_layer(self, argv: Sequence[str], layer: str) -> dict[str, Any]:
+        """The typed settings that these arguments set. Raises: SettingsError for unknown names and wrong types."""
         self.layer = layer
         for action in self._actions:
             action.default = argparse.SUPPRESS
-        given, unknown = self.parse_known_args(list(words))
-        for word in unknown:
-            raise self._unknown(word, layer)
-        return vars(given)
+        settings, unknown = self.parse_known_args(list(argv))
+        for argument in unknown:
+            raise self._unknown(argument, layer)
+        return vars(settings)
 
     def parse_mapping(self, values: Mapping[str, Any], layer: str) -> dict[str, Any]:
-        """A recipe's or a YAML file's mapping, through the same parser as the command line."""
+        """The typed settings of a recipe or a YAML file, parsed as on the command line. Raises: as `parse_layer`."""
         self.layer = layer
-        words: list[str] = []
-        nothing: dict[str, Any] = {}
+        argv: list[str] = []
+        nones: dict[str, Any] = {}
         for name, value in values.items():
             if name not in self.names():
                 raise self._unknown(f"--{name}", layer, written=str(name))
             if value is None:
                 if not self._may_be_none(name):
                     self.error(f"{name} is empty")
-                nothing[name] = None
+                nones[name] = None
             elif isinstance(value, (list, tuple)):
                 if not self._takes_several(name):
                     self.error(f"{name} is a list")
-                words += [f"--{name}", *(str(item) for item in value)]
-            else:  # in one word: a value may begin with a dash
-                words.append(f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
-        return self.parse_layer(words, layer) | nothing
+                argv += [f"--{name}", *(str(item) for item in value)]
+            else:  # as one argument, because a value may begin with a dash
+                argv.append(f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
+        return self.parse_layer(argv, layer) | nones
 
-    def _unknown(self, word: str, layer: str, written: str = "") -> SettingsError:
-        if not word.startswith("-"):
+    def _unknown(self, argument: str, layer: str, written: str = "") -> SettingsError:
+        if not argument.startswith("-"):
             return SettingsError(
-                f"{layer}: {word!r} belongs to no flag", expected="--flag value", do="remove it, or quote the value"
+                f"{layer}: {argument!r} belongs to no flag", expected="--flag value", do="remove it, or quote the value"
             )
-        name = word.lstrip("-").split("=")[0].replace("-", "_")
+        name = argument.lstrip("-").split("=")[0].replace("-", "_")
         if name in RETIRED:
-            remedy = f"today's name is {RETIRED[name]}"
+            remedy = ("" if RETIRED[name].startswith("remove it") else "today's name is ") + RETIRED[name]
         else:
             near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.6)
-            near = near or [known for known in self.names() if known.startswith(name)][:3]
+            near = near or [flag for flag in self.names() if flag.startswith(name)][:3]
             remedy = "did you mean " + " or ".join(near) + "?" if near else "see --help for every setting"
         return SettingsError(
             f"{layer}: there is no setting {(written or name)!r}",

@@ -1,4 +1,4 @@
-"""Recipes and YAML files of settings, read. No torch."""
+"""Reads recipes and YAML files of settings. No torch."""
 
 import re
 import runpy
@@ -13,47 +13,47 @@ YAML_BOOL = "tag:yaml.org,2002:bool"
 
 
 def find_recipe(recipe: str) -> Path:
-    """The recipe's file. Raises: SettingsError where there is none, naming those there are."""
+    """The recipe's file. Raises: SettingsError if it does not exist; the message lists the recipes that do."""
     for path in (Path(recipe), Path("recipes") / f"{recipe}.py"):
         if path.is_file() and path.suffix == ".py":
             return path
-    there = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "no recipe in ./recipes"
+    recipes = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "no recipe in ./recipes"
     raise SettingsError(
         f"there is no recipe {recipe!r}",
-        expected=f"a recipe's file, or the name of one ({there})",
+        expected=f"a recipe's file, or the name of one ({recipes})",
         do="dpokit plan recipes/dpo_gpt2.py [--gpus 8x80] [flags]: the recipe comes first",
     )
 
 
 def read_defaults(path: Path) -> dict[str, Any]:
-    """A recipe's `DEFAULTS`; its main guard does not run. Raises: SettingsError where it has none."""
+    """A recipe's `DEFAULTS`; the code under its main guard does not run. Raises: SettingsError if it has none."""
     try:
-        found = runpy.run_path(str(path)).get("DEFAULTS")
-        trouble = "" if isinstance(found, dict) else "it has no DEFAULTS"
+        defaults = runpy.run_path(str(path)).get("DEFAULTS")
+        trouble = "" if isinstance(defaults, dict) else "it has no DEFAULTS"
     except Exception as error:
-        found, trouble = None, f"{type(error).__name__}: {error}"
-    if not isinstance(found, dict):
+        defaults, trouble = None, f"{type(error).__name__}: {error}"
+    if not isinstance(defaults, dict):
         raise SettingsError(
             f"{path} is no recipe: {trouble}",
             expected="a script with a dict DEFAULTS",
             do="name one of recipes/, or write one like them",
         )
-    return found
+    return defaults
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """Numbers and words of YAML 1.2: 5e-5 is a float without a dot, too, and `eval_strategy: no` a word.
+    """Reads numbers and strings as YAML 1.2: `5e-5` is a float even without a dot, `eval_strategy: no` a string.
 
-    Flags that are true or false take yes and no all the same. A name that stands twice is an error.
+    Flags that are true or false still accept yes and no. A name that is set twice is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
+        names: set[str] = set()
         for key, _ in node.value:
             name = str(key.value)
-            if name in seen:
+            if name in names:
                 raise yaml.constructor.ConstructorError(None, None, f"{name} is set twice", key.start_mark)
-            seen.add(name)
+            names.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -61,13 +61,13 @@ _YamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 _YamlLoader.yaml_implicit_resolvers |= {
-    letter: [(tag, words) for tag, words in _YamlLoader.yaml_implicit_resolvers[letter] if tag != YAML_BOOL]
+    letter: [(tag, pattern) for tag, pattern in _YamlLoader.yaml_implicit_resolvers[letter] if tag != YAML_BOOL]
     for letter in "yYnN"
 }
 
 
 def read_yaml(path: str, flag: str) -> dict[str, Any]:
-    """A mapping in YAML. Raises: SettingsError where the file cannot be read, or holds none."""
+    """A YAML file's mapping. Raises: SettingsError if the file cannot be read or holds no mapping."""
     try:
         values = yaml.load(Path(path).read_text(), _YamlLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

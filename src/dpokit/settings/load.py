@@ -1,9 +1,8 @@
-"""Settings: TRL's defaults -> recipe -> YAML file -> command line -> what this machine decides.
+"""Merges the layers of settings: TRL's defaults -> recipe -> YAML file -> command line -> this machine.
 
-Every flag is TRL's own (`ScriptArguments`, `DPOConfig` or, by the recipe's `kind`, `SFTConfig`, `ModelConfig`); the few
-of ours stand in `flags.DataArguments`.
-Each layer goes through the same parser, so a misspelt key or a value of the wrong type is caught alike in all of them,
-and for every value it is known where it came from.
+Flags are TRL's (`ScriptArguments`, `ModelConfig`, and `DPOConfig` or `SFTConfig` by the recipe's `kind`); dpokit's own
+flags are in `flags.DataArguments`. One parser reads every layer, so each of them reports a misspelt name or a value of
+the wrong type, and the origin of every value is recorded.
 """
 
 import copy
@@ -29,14 +28,14 @@ from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import KINDS, DataArguments, FlagParser, split_kind
 from dpokit.settings.layers import read_yaml
 from dpokit.settings.yielding import yield_defaults
-from dpokit.torch_build_locks import pass_dead_locks
+from dpokit.torch_build_locks import remove_dead_locks
 
-# What a verb takes from a run folder, which a stranger may have made: how model, pairs and loss are described. Nothing
-# here grants trust, starts a process, sets a place to write to or asks the network for more than a model and its data;
-# such flags count only where this command line has them.
+# Settings that a verb takes from a run folder, which may be a stranger's: they describe model, pairs and loss. None of
+# them grants trust, starts a process, sets an output path, or fetches more than a model and its data; flags that do
+# count only on the verb's own command line.
 FROM_RUN = frozenset(flags_with(Fact.FROM_RUN))
 CALL = "call"  # the origin of a setting that a call from Python gave
-PLAIN_NAME = re.compile(r"\w+")  # of an attention; one with a slash is a program on the Hub
+PLAIN_NAME = re.compile(r"\w+")  # an attention's name; a name with a slash would load code from the Hub
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +46,10 @@ class Settings:
 
     Attributes:
         recipe: the recipe's name, e.g. `dpo_gpt2`.
-        kind: of the recipe: `dpo`, or `sft`.
-        data, training, model: TRL's own dataclasses, filled.
-        origins: where each value that is not TRL's default was set.
-        notes: a sentence for each default that yielded to a stronger setting.
+        kind: the recipe's kind, `dpo` or `sft`.
+        data, training, model: TRL's dataclasses with all values.
+        origins: the layer that set each value that is not TRL's default.
+        notes: a sentence for each default that a stronger layer changed.
     """
 
     recipe: str
@@ -62,7 +61,7 @@ class Settings:
     notes: Sequence[str] = ()
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """`{name: {value, origin}}` for run.json, JSON values only, secrets masked."""
+        """`{name: {value, origin}}` for run.json, with JSON values only and with secrets masked."""
         values = dataclasses.asdict(self.data) | self.training.to_dict() | dataclasses.asdict(self.model)
         values |= {"kind": self.kind}
         return {
@@ -98,8 +97,8 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] 
         argv: the command line without the program's name; or, for a call from Python, settings by name.
 
     Raises:
-        SettingsError: an unknown, retired, contradicting or wrongly typed setting, in whichever layer.
-        MachineError: a precision or GPUs that this machine does not have, or other processes that cannot be joined.
+        SettingsError: an unknown, retired, contradicting or wrongly typed setting in any layer.
+        MachineError: this machine lacks the precision or the GPUs, or other processes cannot be joined.
         RunFolderError: the model is a run folder without a trained model.
     """
     name = Path(recipe).stem
@@ -119,11 +118,11 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] 
     with peer_errors(timeout_seconds):
         if not values.get("use_cpu"):
             check_devices()
-        pass_dead_locks()
+        remove_dead_locks()
         join_world(timeout_seconds, on_cpu=bool(values.get("use_cpu")))
-        data, training, model = (_build(one, values) for one in (DataArguments, KINDS[kind], ModelConfig))
+        data, training, model = (_build(group, values) for group in (DataArguments, KINDS[kind], ModelConfig))
     if training.n_gpu > 1:
-        # One process that sees several GPUs takes one: transformers would split each batch over all (DataParallel).
+        # A process that sees several GPUs uses one; transformers would split each batch over all (DataParallel).
         training._n_gpu = 1
     check_agreement(data, training)
     check_adapter(model, origins)
@@ -136,56 +135,56 @@ def read_layers(
 ) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
     """The recipe's kind, and each layer's name and values, the weakest first: recipe, YAML file, command line or call.
 
-    Raises: SettingsError for a name or a value that no parser knows, in whichever layer.
+    Raises: SettingsError for an unknown name or a value of the wrong type in any layer.
     """
     kind, defaults = split_kind(defaults)
     parser = FlagParser(kind, prog=f"{recipe}.py", description=f"Every setting of recipes/{recipe}.py")
     layers = [(f"recipe {recipe}", parser.parse_mapping(defaults, f"recipe {recipe}"))]
     if isinstance(argv, Mapping):
         return kind, [*layers, (CALL, parser.parse_mapping(argv, "the call's settings"))]
-    given = parser.parse_layer(argv, "the command line")
-    config_file = given.pop("config", None)
+    command_line = parser.parse_layer(argv, "the command line")
+    config_file = command_line.pop("config", None)
     if config_file is not None:
         layers.append((Path(config_file).name, parser.parse_mapping(read_yaml(config_file, "--config"), config_file)))
-    return kind, [*layers, ("command line", given)]
+    return kind, [*layers, ("command line", command_line)]
 
 
-def read_asked(record: Mapping[str, Any]) -> dict[str, Any]:
+def read_run_settings(record: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a run that describe its model, pairs and loss, as defaults for a verb that trains nothing.
 
-    The record is a stranger's: it grants no trust. With them, this machine's device and no tracker.
+    The record may be a stranger's, so it grants no trust. The result also sets this machine's device, and no tracker.
 
     Args:
-        record: `RunDir.read_run`; {} where there is no run.
+        record: the result of `RunDir.read_run`; {} without a run.
     """
-    asked = {
+    settings = {
         name: entry.get("value")
         for name, entry in record.get("settings", {}).items()
         if name in FROM_RUN and entry.get("origin") not in ("default", "this machine")
     }
-    if not PLAIN_NAME.fullmatch(str(asked.get("attn_implementation"))):
-        del asked["attn_implementation"]
-    return asked | {"output_dir": "unused", "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
+    if not PLAIN_NAME.fullmatch(str(settings.get("attn_implementation"))):
+        del settings["attn_implementation"]
+    return settings | {"output_dir": "unused", "report_to": "none", "use_cpu": not torch.accelerator.is_available()}
 
 
-def _build(kind: type[Any], values: Mapping[str, Any]) -> Any:
-    known = {field.name for field in dataclasses.fields(kind) if field.init}
+def _build(group: type[Any], values: Mapping[str, Any]) -> Any:
+    names = {field.name for field in dataclasses.fields(group) if field.init}
     try:
-        return kind(**{name: value for name, value in values.items() if name in known})
+        return group(**{name: value for name, value in values.items() if name in names})
     except DpokitError:
         raise
-    except Exception as error:  # transformers and TRL check few of their values before they use them
+    except Exception as error:  # transformers and TRL raise errors of any type from these constructors
         raise SettingsError(
             f"the settings do not fit together: {' '.join(str(error).split())[:500]}",
-            expected="settings that go together",
+            expected="settings that do not contradict each other",
             do="change one of the settings that the first line names",
         ) from error
 
 
 def find_machine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What nobody set and the machine decides: `use_cpu` without a GPU; bf16 on GPUs that have it, else fp32.
+    """Machine-dependent defaults: `use_cpu` without a GPU, and bf16 on GPUs that support it, else fp32.
 
-    Raises: MachineError where a precision was asked for that the machine lacks.
+    Raises: MachineError if the settings ask for a precision that the machine lacks.
     """
     on_cpu = bool(values.get("use_cpu")) or not torch.accelerator.is_available()
     if values.get("fp16") and values.get("bf16"):
@@ -214,6 +213,6 @@ def find_machine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _has_bf16(on_cpu: bool) -> bool:
     if not on_cpu:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    # torch reads the processor's flags; oneDNN computes bf16 in hardware with either of the two.
+    # oneDNN computes bf16 in hardware if the processor has either of these two features.
     processor = torch.cpu.get_capabilities()
     return bool(processor.get("avx512_bf16") or processor.get("amx_tile"))

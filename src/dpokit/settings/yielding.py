@@ -1,4 +1,4 @@
-"""Defaults that only make sense together yield together to a flag of the user."""
+"""Changes defaults of weaker layers that contradict a stronger layer's setting, such as a flag of the user."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ from typing import Any
 from dpokit.settings.flag_facts import Fact, flags_with
 
 Values = Mapping[str, Any]
-DEFAULT = object()  # in the place of a value: none is set, so that TRL's default holds
+DEFAULT = object()  # marks a setting to be removed, so that TRL's default holds
 OF_4_BIT, OF_LORA = flags_with(Fact.FOUR_BIT), flags_with(Fact.LORA)
 
 
 @dataclass(frozen=True)
 class Couple:
-    """Settings that cannot be together, one of which somebody set over the others.
+    """A rule for settings that contradict each other: some are kept, and the others change.
 
     Attributes:
-        flags: the settings that are kept; each must be set, and the weakest layer of them counts.
+        flags: the settings that are kept; all must be set, and their rank is that of the weakest layer among them.
         clashes: whether the values contradict each other.
-        yields: new values of the others; a value that a layer as strong, or a stronger one, has set stays.
-        if_changed: only where the flag's value differs from that of the weaker layer, which the others belong to.
+        yields: new values of the other settings; a value stays if a layer of the same or a higher rank set it.
+        if_changed: apply the rule only if a stronger layer changed the flag's value; the others fit the old value.
     """
 
     flags: tuple[str, ...]
@@ -37,7 +37,7 @@ def _set(**changes: Any) -> Callable[[Values], Values]:
 
 
 def _name(values: Values, flag: str) -> str:
-    """The value of a strategy or another choice, which may be an enum; "" where nobody set it."""
+    """The value of a strategy or another choice, which may be an enum; "" if it is not set."""
     value = values.get(flag, "")
     return str(getattr(value, "value", value))
 
@@ -52,13 +52,13 @@ def _strategies_differ(values: Values) -> bool:
 
 
 def _steps_differ(values: Values) -> bool:
-    """The best checkpoint can be kept only where each save falls on an evaluation."""
+    """Whether some save is not at an evaluation, as the best checkpoint needs."""
     if not _keeps_best(values) or {_name(values, "eval_strategy"), _name(values, "save_strategy")} != {"steps"}:
         return False
     evaluated, saved = (float(values.get(name) or 0) for name in ("eval_steps", "save_steps"))
     if not evaluated or not saved:
         return False
-    if (evaluated < 1) != (saved < 1):  # a share of the run, and a number of steps
+    if (evaluated < 1) != (saved < 1):  # one is a share of the run, the other a number of steps
         return True
     times = saved / evaluated
     return round(times) < 1 or abs(times - round(times)) > 1e-6
@@ -134,15 +134,15 @@ COUPLES = (
 
 
 def yield_defaults(layers: Sequence[tuple[str, Values]]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Merges layers; where a stronger one contradicts a weaker one's defaults, these yield.
+    """Merges layers; if a stronger layer contradicts defaults of a weaker one, these defaults change.
 
-    Two settings of one layer that contradict each other are left as they are: an error later on.
+    Two settings of one layer that contradict each other stay, and a later check reports them.
 
     Args:
-        layers: name and values of each, the weakest first.
+        layers: name and values of each layer, the weakest first.
 
     Returns:
-        The values; the layer that each comes from; a sentence for each couple that yielded.
+        The values; the layer that each comes from; a sentence for each rule that changed something.
     """
     values: dict[str, Any] = {}
     ranks: dict[str, int] = {}

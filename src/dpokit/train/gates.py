@@ -19,7 +19,7 @@ from trl import DPOConfig
 
 from dpokit.console import say
 from dpokit.distributed.coordination import decide_on_main_process
-from dpokit.distributed.placement import find_asked_placement
+from dpokit.distributed.placement import find_requested_placement
 from dpokit.errors import GateError
 from dpokit.model.score import find_dropout
 from dpokit.train.steps import StepTrainer
@@ -95,7 +95,7 @@ class GateCallback(TrainerCallback):
             self._trip_gradient("no parameter of the model may be trained")
 
     def _check_setup(self, args: TrainingArguments) -> None:
-        requested, placement = find_asked_placement(args), self.trainer.placement
+        requested, placement = find_requested_placement(args), self.trainer.placement
         if placement != requested.removesuffix(" + CPU offload"):
             self.gates.trip(
                 f"the model was to be placed by {requested} over {args.world_size} processes, but it is by {placement}",

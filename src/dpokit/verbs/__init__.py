@@ -1,1 +1,1 @@
-"""The verbs of `dpokit`, a file for each time of a run's life: before and while, proof, release, search."""
+"""The verbs of `dpokit`: runs, evaluation, publishing, sweeps, and talking to a model."""

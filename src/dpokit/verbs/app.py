@@ -1,27 +1,25 @@
-"""All verbs of `dpokit`, as one command."""
+"""The command `dpokit` with all its verbs."""
 
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from dpokit.verbs import evaluation as proof
-from dpokit.verbs import publish as release
-from dpokit.verbs import runs, search, start, talk
+from dpokit.verbs import evaluation, publish, runs, search, start, talk
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    # Training flags have underscores: a verb's own options are known by either spelling.
+    # Training flags have underscores, so a verb's own options accept underscores as well as dashes.
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
-for room in (start, runs, proof, release, search, talk):  # the order in which --help lists them
-    app.add_typer(room.app)
+for module in (start, runs, evaluation, publish, search, talk):  # the order in which --help lists them
+    app.add_typer(module.app)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(is_set: bool) -> None:
+    if is_set:
         typer.echo(f"dpokit {version('dpokit')}")
         raise typer.Exit
 
@@ -32,4 +30,4 @@ def main(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Preference training (DPO) on one to many GPUs. A verb's own --help says more."""
+    """Preference training (DPO) on one to many GPUs. See also each verb's --help."""

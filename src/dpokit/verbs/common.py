@@ -1,4 +1,4 @@
-"""What all verbs share. Nothing here, or at the top of their files, needs torch: `--help` is quick."""
+"""Shared by all verbs. Neither this module nor the top of a verb's module imports torch, so `--help` is quick."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,10 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 @contextmanager
 def errors_without_torch() -> Iterator[None]:
-    """What the user can mend in one message and exit code 2; the story's own way of it needs torch."""
+    """Turns an error that the user can correct into one message and exit code 2, like `story.user_errors`.
+
+    Unlike that function it does not ask the other ranks which of them shows the message, which needs torch.
+    """
     try:
         with working(), path_errors():
             yield

@@ -1,4 +1,4 @@
-"""Verbs that say what a run is worth: evaluate, report."""
+"""Verbs that show the results of a run: evaluate, report."""
 
 import json
 import sys
@@ -17,24 +17,26 @@ app = typer.Typer()
 @app.command(context_settings=PASS_ON)
 def evaluate(
     context: typer.Context,
-    what: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model's folder, or a Hub id.")],
-    base: Annotated[str | None, typer.Option(help="What it is compared with; without it the run's own base.")] = None,
+    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model's folder, or a Hub id.")],
+    base: Annotated[str | None, typer.Option(help="The model to compare with; by default the run's base.")] = None,
     data: Annotated[str | None, typer.Option(help="Held-out pairs: Hub id, file or folder; else the run's.")] = None,
-    split: Annotated[str | None, typer.Option(help="Which split of it.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="The first so many pairs.")] = None,
-    answers: Annotated[int, typer.Option(min=0, help="Held-out prompts that both models answer.")] = 0,
+    split: Annotated[str | None, typer.Option(help="The split of --data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N pairs.")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Number of held-out prompts that both models answer.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.7,
-    judge: Annotated[str | None, typer.Option(metavar="URL", help="OpenAI-compatible: https://.../v1.")] = None,
-    judge_model: Annotated[str, typer.Option(help="Which model compares the answers.")] = "",
-    judge_key: Annotated[str, typer.Option(help="The environment variable with its key.")] = "OPENAI_API_KEY",
-    judge_limit: Annotated[int, typer.Option(min=1, help="Most answers it compares, by two requests each.")] = 100,
-    judge_max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of its reply, thoughts included.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole record, on stdout.")] = False,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    judge: Annotated[
+        str | None, typer.Option(metavar="URL", help="OpenAI-compatible server with the judge: https://.../v1.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="The model that compares the answers.")] = "",
+    judge_key: Annotated[str, typer.Option(help="The environment variable with the judge's key.")] = "OPENAI_API_KEY",
+    judge_limit: Annotated[int, typer.Option(min=1, help="Most answers to compare, by two requests each.")] = 100,
+    judge_max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply, thoughts included.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record on stdout.")] = False,
 ) -> None:
-    """Base beside tuned on held-out pairs, with intervals, and their answers; a run's folder keeps it under eval/.
+    """Compares base and tuned model on held-out pairs, with intervals, and their answers; results go to RUN/eval/.
 
-    Every other flag is a training flag, over the run's own: --beta 0.3, --max_length 512. On several devices:
+    Every other flag is a training flag that overrides the run's: --beta 0.3, --max_length 512. On several devices:
     accelerate launch -m dpokit.cli evaluate RUN.
     """
     with redirect_stdout(sys.stderr):
@@ -46,7 +48,7 @@ def evaluate(
 
         with user_errors():
             record = evaluate_model(
-                what,
+                model,
                 base=base,
                 data=data,
                 split=split,
@@ -68,14 +70,16 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run folders; several are compared.")],
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Without it RUN/report/report.html; for several ./report.html.")
+        Path | None,
+        typer.Option(metavar="FILE", help="By default RUN/report/report.html; ./report.html for several runs."),
     ] = None,
     metric: Annotated[
-        str | None, typer.Option(metavar="NAME", help="What runs are sorted by; without it the lowest eval_loss.")
+        str | None,
+        typer.Option(metavar="NAME", help="The metric that sorts the runs; by default the lowest eval_loss."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="{report, pngs, verdict} on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print {report, pngs, verdict} on stdout.")] = False,
 ) -> None:
-    """Curves, evaluations, samples, data and settings in one HTML file, with a PNG of each figure beside it."""
+    """Writes curves, evaluations, samples, data and settings to one HTML file, and each figure to a PNG beside it."""
     from dpokit.report.page import write_report
 
     with errors_without_torch():

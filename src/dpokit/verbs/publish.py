@@ -1,4 +1,4 @@
-"""Verbs that let a model out: merge, card, push."""
+"""Verbs that publish a model: merge, card, push."""
 
 import json
 import sys
@@ -19,28 +19,29 @@ def merge(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder. It comes first.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; without it, what the model was loaded in.")
+        str | None, typer.Option(help="float32, bfloat16 or float16; by default the dtype the model was loaded in.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a weights file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option(help="Most bytes of a weights file.")] = "5GB",
     dequantized_base: Annotated[
         bool,
         typer.Option(
-            "--dequantized-base", help="QLoRA: into what 4 bits left of the base, which the adapter was trained on."
+            "--dequantized-base", help="QLoRA: merge into the dequantised 4-bit base that the adapter was trained on."
         ),
     ] = False,
     accept_drift: Annotated[
-        bool, typer.Option("--accept-drift", help="Go on where the merged model is not quite the trained one.")
+        bool,
+        typer.Option("--accept-drift", help="Keep the merge although it scores differently from the trained model."),
     ] = False,
-    limit: Annotated[int, typer.Option(min=1, help="Held-out pairs scored before and after.")] = 100,
+    limit: Annotated[int, typer.Option(min=1, help="Number of held-out pairs to score before and after.")] = 100,
     checkpoint: Annotated[
-        int | None, typer.Option(metavar="STEP", help="Instead of the final weights, those of checkpoint-STEP.")
+        int | None, typer.Option(metavar="STEP", help="Merge checkpoint-STEP instead of the final weights.")
     ] = None,
     proof: Annotated[bool, typer.Option("--proof/--no-proof", help="Score held-out pairs before and after.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="What merge.json holds, on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the content of merge.json on stdout.")] = False,
 ) -> None:
-    """One safetensors model of what a run trained, in RUN/merged, with the measured drift in merge.json beside it.
+    """Merges a run's adapter into its base, as safetensors in RUN/merged, with the measured drift in merge.json.
 
-    Every other flag is a training flag, over the run's own: --model_name_or_path NEW/PLACE/OF/THE/BASE.
+    Every other flag is a training flag that overrides the run's: --model_name_or_path NEW/PLACE/OF/THE/BASE.
     """
     with redirect_stdout(sys.stderr):
         from dpokit.merge.merge import MergeOptions, describe_merge, merge_run
@@ -56,20 +57,23 @@ def merge(
 @app.command()
 def card(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    license: Annotated[str, typer.Option(help="One that the Hub knows (apache-2.0, mit), or other.")] = "",
-    license_name: Annotated[str | None, typer.Option(help="With --license other.")] = None,
-    license_link: Annotated[str | None, typer.Option(help="An address, or LICENSE.")] = None,
-    language: Annotated[list[str] | None, typer.Option(metavar="CODE", help="Of the data; may be repeated.")] = None,
-    repo_id: Annotated[str | None, typer.Option(metavar="USER/NAME", help="Where the model goes.")] = None,
-    base_model: Annotated[
-        str | None, typer.Option(metavar="ID", help="On the Hub, where the run was given a folder.")
+    license: Annotated[str, typer.Option(help="The Hub's identifier of the licence (apache-2.0, mit), or other.")] = "",
+    license_name: Annotated[str | None, typer.Option(help="The licence's name, with --license other.")] = None,
+    license_link: Annotated[str | None, typer.Option(help="The licence's URL, or LICENSE.")] = None,
+    language: Annotated[
+        list[str] | None, typer.Option(metavar="CODE", help="Language of the data; may be repeated.")
     ] = None,
-    contact: Annotated[str | None, typer.Option(help="Whom to ask.")] = None,
+    repo_id: Annotated[str | None, typer.Option(metavar="USER/NAME", help="The model's repository on the Hub.")] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="ID", help="The base's id on the Hub, if the run used a local folder.")
+    ] = None,
+    contact: Annotated[str | None, typer.Option(help="The person or address for questions.")] = None,
     weights: Annotated[
-        Literal["model", "adapter", "both"] | None, typer.Option(help="What is published; else a whole model, if any.")
+        Literal["model", "adapter", "both"] | None,
+        typer.Option(help="The weights to publish; by default the whole model if it exists."),
     ] = None,
 ) -> None:
-    """The model card, RUN/README.md, from the run folder alone: nothing is asked of the Hub."""
+    """Writes the model card, RUN/README.md, from the run folder alone, without the network."""
     from dpokit.card.card import write_card
     from dpokit.rundir import RunDir
 
@@ -91,29 +95,37 @@ def card(
 @app.command()
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
-    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="Where to; it is made where it is missing.")],
-    what: Annotated[
+    repo_id: Annotated[
+        str, typer.Option(metavar="USER/NAME", help="The repository on the Hub; it is created if it does not exist.")
+    ],
+    weights: Annotated[
         str | None,
-        typer.Option(metavar="merged|adapter|both", help="Without it the whole model, else the adapter."),
+        typer.Option(
+            "--what", metavar="merged|adapter|both", help="By default the whole model if it exists, else the adapter."
+        ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(metavar="ID", help="The base's id on the Hub, where the run used a folder.")
+        str | None, typer.Option(metavar="ID", help="The base's id on the Hub, if the run used a local folder.")
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="Writes the card anew; without it the card goes that dpokit card wrote.")
+        str | None, typer.Option(help="Write the card again, with this licence; by default dpokit card's is uploaded.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="For everybody to see; else private.")] = False,
-    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Without it the main branch.")] = None,
-    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="Without it a plain one.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go; no network, no token.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="What went, or would go, as one JSON object.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Create a public repository; by default private.")] = False,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="By default the main branch.")] = None,
+    commit_message: Annotated[str | None, typer.Option(metavar="TEXT", help="By default a generated one.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the files that would be uploaded; needs no network and no token.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Upload without asking for confirmation.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the uploaded (or planned) files as JSON.")] = False,
 ) -> None:
-    """A run's model, card and curves on the Hub: private, searched for secrets, and only what is not there yet."""
+    """Uploads a run's model, card and curves to the Hub: private, searched for secrets, and only missing files."""
     with redirect_stdout(sys.stderr), errors_without_torch():
         from dpokit.push.hub import PushTarget
         from dpokit.push.push import push_run
 
         target = PushTarget(repo_id, public=public, revision=revision, message=commit_message)
-        outcome = push_run(run, target, weights=what, base_model=base_model, license=license, dry_run=dry_run, yes=yes)
+        outcome = push_run(
+            run, target, weights=weights, base_model=base_model, license=license, dry_run=dry_run, yes=yes
+        )
     echo(json.dumps(outcome.record(), indent=2) if as_json else outcome.describe())

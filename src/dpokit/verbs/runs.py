@@ -1,4 +1,4 @@
-"""Verbs before a run and while it lives: plan, prepare, submit, status, verify."""
+"""Verbs before and during a run: plan, prepare, submit, status, verify."""
 
 import json
 import sys
@@ -19,18 +19,18 @@ def plan(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
     gpus: Annotated[
-        str | None, typer.Option(metavar="NxGIB", help="Plan for these GPUs: 8x80. Without it, for this machine.")
+        str | None, typer.Option(metavar="NxGIB", help="Plan for these GPUs: 8x80. By default for this machine.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Train the longest rows for two steps here, and compare the peak.")
+        bool, typer.Option("--check", help="Train the longest rows for two steps here, and compare the peak memory.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
-    """Memory, steps and tokens of a run before anything is loaded; which placement fits, and its command.
+    """Predicts memory, steps and tokens of a run without loading weights; names a placement that fits, and its command.
 
-    Every other flag is a training flag and goes over the recipe's own: dpokit plan recipes/dpo_qlora.py --lora_r 32.
+    Every other flag is a training flag that overrides the recipe's: dpokit plan recipes/dpo_qlora.py --lora_r 32.
     """
-    with redirect_stdout(sys.stderr):  # what libraries print is no answer
+    with redirect_stdout(sys.stderr):  # output of libraries is no part of the result
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
 
@@ -53,14 +53,14 @@ def plan(
 def prepare(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
-    as_json: Annotated[bool, typer.Option("--json", help="What data.json will hold, on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the future content of data.json on stdout.")] = False,
 ) -> None:
-    """Tokens and reference log-probs of a run, computed now: the job that follows finds them in the caches.
+    """Computes tokens and reference log-probs of a run in advance; the run then finds them in the caches.
 
     Every other flag is a training flag; give those of the run: dpokit prepare recipes/dpo_gpt2.py --max_length 512.
     """
     with redirect_stdout(sys.stderr):
-        from dpokit.run import prepare as prepare_run
+        from dpokit.run import prepare_run
         from dpokit.settings.layers import find_recipe, read_defaults
         from dpokit.story import user_errors
 
@@ -75,26 +75,28 @@ def prepare(
 def submit(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
-    config_file: Annotated[Path, typer.Option(metavar="FILE", help="A placement.")] = Path(
+    config_file: Annotated[Path, typer.Option(metavar="FILE", help="accelerate's config file of a placement.")] = Path(
         "accelerate_configs/single_gpu.yaml"
     ),
-    nodes: Annotated[int, typer.Option(help="Nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0 trains on processors.")] = 0,
-    processes_per_node: Annotated[int | None, typer.Option(help="Instead of the placement's, or a GPU each.")] = None,
-    partition: Annotated[str | None, typer.Option(help="As sbatch has it.")] = None,
-    account: Annotated[str | None, typer.Option(help="As sbatch has it.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit, as sbatch has it: 8:00:00.")] = None,
-    array: Annotated[str | None, typer.Option(help="As sbatch has it: 0-7; %a in a flag is the index.")] = None,
-    exclusive: Annotated[bool, typer.Option("--exclusive", help="Whole nodes.")] = False,
-    job_name: Annotated[str | None, typer.Option(help="Without it the recipe's name.")] = None,
-    signal_seconds: Annotated[int, typer.Option(help="How long before the limit the run saves and is requeued.")] = 300,
-    max_restarts: Annotated[int, typer.Option(help="Crashes that are followed by another start.")] = 3,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="Any other option: --sbatch=--constraint=h100.")
+    nodes: Annotated[int, typer.Option(help="Number of nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of each node; 0 trains on CPUs.")] = 0,
+    processes_per_node: Annotated[
+        int | None, typer.Option(help="By default one per GPU, or the number in the placement's file.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job's text, queue nothing.")] = False,
+    partition: Annotated[str | None, typer.Option(help="Passed to sbatch.")] = None,
+    account: Annotated[str | None, typer.Option(help="Passed to sbatch.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit, passed to sbatch: 8:00:00.")] = None,
+    array: Annotated[str | None, typer.Option(help="Passed to sbatch: 0-7; %a in a flag is the index.")] = None,
+    exclusive: Annotated[bool, typer.Option("--exclusive", help="Use whole nodes.")] = False,
+    job_name: Annotated[str | None, typer.Option(help="By default the recipe's name.")] = None,
+    signal_seconds: Annotated[int, typer.Option(help="Save this many seconds before the limit, then requeue.")] = 300,
+    max_restarts: Annotated[int, typer.Option(help="Most restarts after crashes.")] = 3,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="Any other option of sbatch: --sbatch=--constraint=h100.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the job script; queue nothing.")] = False,
 ) -> None:
-    """Queues a run on a Slurm cluster: checked first, saved before its time is over, requeued after a preemption.
+    """Queues a run on a Slurm cluster: it checks the run first, saves before the time limit, requeues after preemption.
 
     Every other flag is a training flag: dpokit submit recipes/dpo_8b.py --nodes 2 --gpus-per-node 8 --beta 0.2.
     """
@@ -126,7 +128,7 @@ def submit(
                 sbatch=tuple(sbatch or ()),
             )
             check_job(job)
-            # As a run would read them, for GPUs that this machine need not have; what memory they have does not matter.
+            # Checks the flags as a run would, for GPUs that this machine may lack; their memory does not matter here.
             gpus = f"{nodes * gpus_per_node}x80" if gpus_per_node else None
             load_request(str(job.recipe), job.command().flags, gpus)
             answer = render_job(job) if dry_run else submit_text(render_job(job))
@@ -136,16 +138,16 @@ def submit(
 @app.command()
 def status(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder: its --output_dir.")],
-    max_restarts: Annotated[int, typer.Option(help="Crashes that may be followed by another start.")] = 3,
+    max_restarts: Annotated[int, typer.Option(help="Most restarts after crashes.")] = 3,
     since: Annotated[
         int | None,
-        typer.Option(help="Judge the start made on this host after the folder showed so many (launch/train.sbatch)."),
+        typer.Option(help="Judge the start on this host that came after this number of starts (launch/train.sbatch)."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object; a folder without a run is no mistake.")
+        bool, typer.Option("--json", help="Print one JSON object; a folder without a run is no error.")
     ] = False,
 ) -> None:
-    """State, last step, last good checkpoint and restarts of a run, and what should become of it now."""
+    """Shows state, last step, last good checkpoint and restarts of a run, and what to do with it next."""
     from dpokit.cluster.status import check_run, describe_status, find_attempt, read_status
     from dpokit.rundir import RunDir
 
@@ -153,34 +155,34 @@ def status(
     with errors_without_torch():
         if not as_json:
             check_run(folder)
-        found = read_status(folder, max_restarts=max_restarts, attempt=None if since is None else find_attempt(since))
-    echo(json.dumps(found.record(), indent=2) if as_json else describe_status(found))
+        state = read_status(folder, max_restarts=max_restarts, attempt=None if since is None else find_attempt(since))
+    echo(json.dumps(state.record(), indent=2) if as_json else describe_status(state))
 
 
 @app.command()
 def verify(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     as_json: Annotated[
-        bool, typer.Option("--json", help="A list of {checkpoint, step, usable, why} on stdout.")
+        bool, typer.Option("--json", help="Print a list of {checkpoint, step, usable, why} on stdout.")
     ] = False,
 ) -> None:
-    """Which checkpoints of a run are whole: every byte is read. Exit code 1 where none is."""
+    """Reads every byte of a run's checkpoints and shows which are whole. Exit code 1 if no checkpoint is."""
     from dpokit.checkpoint.store import find_checkpoints
     from dpokit.rundir import RunDir
 
     with errors_without_torch():
         if not run.is_dir():
             raise typer.BadParameter(f"there is no folder {run}")
-        found = find_checkpoints(RunDir(run), deep=True)
-    usable = [checkpoint for checkpoint in found if checkpoint.resume_problem is None]
+        checkpoints = find_checkpoints(RunDir(run), deep=True)
+    usable = [checkpoint for checkpoint in checkpoints if checkpoint.resume_problem is None]
     if as_json:
-        told = [
+        records = [
             {"checkpoint": c.path.name, "step": c.step, "usable": c.resume_problem is None, "why": c.resume_problem}
-            for c in found
+            for c in checkpoints
         ]
-        echo(json.dumps(told, indent=2))
+        echo(json.dumps(records, indent=2))
     else:
-        for checkpoint in found:
+        for checkpoint in checkpoints:
             alone = "" if checkpoint.resume_problem is None else f", but {checkpoint.resume_problem}"
             echo(f"{checkpoint.path.name}: {one_line(checkpoint.problem or f'whole{alone}')}")
         echo(

@@ -1,4 +1,4 @@
-"""The verb of many runs: sweep."""
+"""The verb that searches over settings: sweep."""
 
 import json
 import sys
@@ -15,34 +15,37 @@ app = typer.Typer()
 
 @app.command()
 def sweep(
-    space: Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="What is varied: see recipes/spaces/.")],
-    output_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Without it sweeps/NAME.")] = None,
+    space: Annotated[Path, typer.Argument(metavar="SPACE.yaml", help="The search space: see recipes/spaces/.")],
+    output_dir: Annotated[Path | None, typer.Option(metavar="FOLDER", help="By default sweeps/NAME.")] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(help="Runs side by side, which share the GPUs; without it 1, under Slurm all (tpe: 4 trials)."),
+        typer.Option(help="Runs at a time, which share the GPUs; by default 1, under Slurm all (tpe: 4 trials)."),
     ] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="URL", help="Optuna's, for workers on many nodes; else a file in the folder.")
+        str | None,
+        typer.Option(metavar="URL", help="Optuna's storage, for workers on many nodes; by default a file in FOLDER."),
     ] = None,
     trial_timeout: Annotated[
-        float, typer.Option(help="Seconds; a run that writes nothing for so long is ended.")
+        float, typer.Option(help="Seconds; a run that writes nothing for longer is ended.")
     ] = 3600,
-    watch: Annotated[bool, typer.Option("--watch", help="Show what others work on, start nothing.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the search's progress; start no trials.")] = False,
     slurm: Annotated[
-        bool, typer.Option("--slurm", help="Each run a job; the trials of a round are one array.")
+        bool, typer.Option("--slurm", help="Queue each run as a job; the trials of a round are one array.")
     ] = False,
     nodes: Annotated[int, typer.Option(help="Slurm: nodes of each run.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="Slurm: 0 trains on processors.")] = 0,
-    processes_per_node: Annotated[int | None, typer.Option(help="Slurm: instead of the placement's.")] = None,
-    sbatch: Annotated[
-        list[str] | None, typer.Option(metavar="OPTION", help="Slurm: any other: --sbatch=--partition=gpu.")
+    gpus_per_node: Annotated[int, typer.Option(help="Slurm: GPUs of each node; 0 trains on CPUs.")] = 0,
+    processes_per_node: Annotated[
+        int | None, typer.Option(help="Slurm: by default one per GPU, or the number in the placement's file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="What sweep.json holds, on stdout.")] = False,
+    sbatch: Annotated[
+        list[str] | None, typer.Option(metavar="OPTION", help="Slurm: any other option: --sbatch=--partition=gpu.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the content of sweep.json on stdout.")] = False,
 ) -> None:
-    """Many runs of a recipe, ranked: grid, listed, random or TPE. The same command goes on with a search, or joins it.
+    """Trains and ranks many runs of a recipe: grid, list, random or TPE. The same command resumes or joins a search.
 
-    Ctrl-C asks the running trials to save, and leaves (those in Slurm's queue go on). Exit code 75 where the search is
-    not over then, 1 where no trial has finished.
+    Ctrl-C makes the running trials save and ends the command; jobs in Slurm's queue continue. The exit code is 75 if
+    the search is not complete, and 1 if no trial has finished.
     """
     with redirect_stdout(sys.stderr):
         from dpokit.cluster.slurm import SlurmJob

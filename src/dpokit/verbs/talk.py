@@ -16,45 +16,49 @@ from dpokit.verbs.common import PASS_ON
 
 app = typer.Typer()
 
-# Who is talked to: the same for both verbs.
-What = Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run folder, a model's folder, or a Hub id.")]
-Base = Annotated[str | None, typer.Option(help="What stands beside it; without it the run's own base.")]
+# The options that name the models, the same for both verbs.
+Model = Annotated[
+    str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run folder, a model's folder, or a Hub id.")
+]
+Base = Annotated[str | None, typer.Option(help="The model to compare with; by default the run's base.")]
 Endpoint = Annotated[
     str | None, typer.Option(metavar="URL", help="An OpenAI-compatible server that has the models: http://.../v1.")
 ]
-EndpointModel = Annotated[str, typer.Option(help="Which model there is talked to.")]
-EndpointBase = Annotated[str | None, typer.Option(help="Which one there stands beside it.")]
-EndpointKey = Annotated[str, typer.Option(help="The environment variable with its key.")]
+EndpointModel = Annotated[str, typer.Option(help="The tuned model's name on that server.")]
+EndpointBase = Annotated[str | None, typer.Option(help="The base model's name on that server.")]
+EndpointKey = Annotated[str, typer.Option(help="The environment variable with the server's key.")]
 
 
 @app.command(context_settings=PASS_ON)
 def serve(
     context: typer.Context,
-    what: What = None,
+    model: Model = None,
     base: Base = None,
     endpoint: Endpoint = None,
     endpoint_model: EndpointModel = "",
     endpoint_base: EndpointBase = None,
     endpoint_key: EndpointKey = "OPENAI_API_KEY",
-    host: Annotated[str, typer.Option(help="Any other than this machine's own asks for a password.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 7860,
+    host: Annotated[str, typer.Option(help="Any host other than this machine requires a password.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 chooses a free port.")] = 7860,
     auth: Annotated[
-        str | None, typer.Option(metavar="USER[:PASSWORD]", help="The password better in DPOKIT_SERVE_PASSWORD.")
+        str | None, typer.Option(metavar="USER[:PASSWORD]", help="The password is safer in DPOKIT_SERVE_PASSWORD.")
     ] = None,
     forwarded_allow_ips: Annotated[
-        str | None, typer.Option(metavar="IPS", help="Proxies, by address or network, whose X-Forwarded-For counts.")
+        str | None,
+        typer.Option(metavar="IPS", help="Proxies, by address or network, whose X-Forwarded-For is trusted."),
     ] = None,
     votes: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Without it RUN/votes.jsonl; ./votes.jsonl of named models.")
+        Path | None,
+        typer.Option(metavar="FILE", help="By default RUN/votes.jsonl; ./votes.jsonl without a run folder."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most that an answer may be asked to have.")] = 512,
-    max_prompt_characters: Annotated[int, typer.Option(min=1, help="Of a question.")] = 8_000,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Questions that wait; one more is told: busy.")] = 16,
-    per_minute: Annotated[int, typer.Option(min=1, help="Questions from one address.")] = 60,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a visitor may request.")] = 512,
+    max_prompt_characters: Annotated[int, typer.Option(min=1, help="Most characters of a question.")] = 8_000,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Most waiting questions; further ones are refused.")] = 16,
+    per_minute: Annotated[int, typer.Option(min=1, help="Most questions per minute from one address.")] = 60,
 ) -> None:
-    """A page to talk to base and tuned side by side; votes become pairs to train on. It prints its URL.
+    """Serves a page to chat with base and tuned model side by side; votes become training pairs. Prints its URL.
 
-    Every other flag is a training flag, over the run's own: --dtype bfloat16, --load_in_4bit, --use_cpu.
+    Every other flag is a training flag that overrides the run's: --dtype bfloat16, --load_in_4bit, --use_cpu.
     """
     stdout = sys.stdout
     with redirect_stdout(sys.stderr):
@@ -69,8 +73,8 @@ def serve(
             address = Address(host, port, auth, read_proxies(forwarded_allow_ips))
             address.read_credentials()
             remote = (endpoint, endpoint_model, endpoint_base, endpoint_key)
-            models = build_models(what, base, context.args, remote=remote)
-            with left_to_python():  # a signal is how a server is ended
+            models = build_models(model, base, context.args, remote=remote)
+            with left_to_python():  # the server handles the KeyboardInterrupt of a signal and ends
                 run_server(
                     models,
                     address=address,
@@ -86,26 +90,26 @@ def serve(
 @app.command(context_settings=PASS_ON)
 def chat(
     context: typer.Context,
-    what: What = None,
+    model: Model = None,
     base: Base = None,
     endpoint: Endpoint = None,
     endpoint_model: EndpointModel = "",
     endpoint_base: EndpointBase = None,
     endpoint_key: EndpointKey = "OPENAI_API_KEY",
-    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Ask this alone, and end.")] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Ask only this question and exit.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the probability sampled from.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Repeats an answer.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: one JSON object on stdout.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, max=2.0, help="Sampling temperature; 0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the probability to sample from.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed repeats an answer.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="With --prompt: print one JSON object on stdout.")] = False,
 ) -> None:
-    """Base and tuned side by side in the terminal; with --prompt one question, for scripts.
+    """Chats with base and tuned model side by side in the terminal; with --prompt, answers one question, for scripts.
 
-    Every other flag is a training flag, over the run's own: --dtype bfloat16, --load_in_4bit, --use_cpu.
+    Every other flag is a training flag that overrides the run's: --dtype bfloat16, --load_in_4bit, --use_cpu.
     """
     stdout = sys.stdout
     if as_json and prompt is None:
-        raise typer.BadParameter("--json goes with --prompt TEXT")
+        raise typer.BadParameter("--json needs --prompt TEXT")
     with redirect_stdout(sys.stderr):
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
@@ -116,24 +120,24 @@ def chat(
         from dpokit.serve.request_limits import RequestLimits, SamplingSettings
 
         if isinstance(sys.stdin, TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is refused as a question is
+            sys.stdin.reconfigure(errors="surrogateescape")  # the question check refuses a line that is not UTF-8
         with user_errors():
             remote = (endpoint, endpoint_model, endpoint_base, endpoint_key)
-            models = build_models(what, base, context.args, remote=remote)
+            models = build_models(model, base, context.args, remote=remote)
             models.load()
             sampling, limits = SamplingSettings(temperature, top_p, max_new_tokens, seed), RequestLimits()
             if prompt is None:
-                with left_to_python(), suppress(KeyboardInterrupt):  # at the prompt it ends the talk
+                with left_to_python(), suppress(KeyboardInterrupt):  # Ctrl-C at the prompt ends the chat
                     talk(models, sampling, limits=limits, lines=sys.stdin, screen=stdout)
                 return
             try:
-                found = ask_one(models, prompt, sampling, limits)
+                answers = ask_one(models, prompt, sampling, limits)
             except DpokitError:
                 raise
             except Exception as failure:
                 echo(free_and_describe(failure), err=True)
                 raise typer.Exit(1) from None
     if as_json:
-        echo(json.dumps(found, indent=2))
+        echo(json.dumps(answers, indent=2))
     else:
-        print_answers(found, stdout)
+        print_answers(answers, stdout)
