@@ -111,10 +111,10 @@ def evaluate_model(
 
     Raises: DpokitError: an error that the user can correct.
     """
-    from dpokit.evaluate.command import evaluate_model as evaluate
+    from dpokit.evaluate.command import run_evaluation
 
     name = str(model.path) if isinstance(model, RunDir) else str(model)
-    return evaluate(name, base=base, data=data, split=split, limit=limit, answers=answers, argv=[])
+    return run_evaluation(name, base=base, data=data, split=split, limit=limit, answers=answers, argv=[])
 
 
 def merge_model(run: str | os.PathLike[str] | RunDir, **options: Any) -> dict[str, Any]:

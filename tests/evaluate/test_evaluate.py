@@ -10,7 +10,7 @@ from test_cli import dpokit
 from test_pairs import NOTHING, make_run
 
 from dpokit.errors import SettingsError
-from dpokit.evaluate.command import Judge, evaluate_model
+from dpokit.evaluate.command import Judge, run_evaluation
 
 SECRET = "sk-0123456789"
 
@@ -62,4 +62,4 @@ def test_the_runs_folder_keeps_pairs_answers_and_judgement(changes, url, tiny_gp
 
 def test_a_judge_without_answers_is_refused(tmp_path):
     with pytest.raises(SettingsError, match="no answers are sampled"):
-        evaluate_model(str(tmp_path), **NOTHING, limit=None, argv=[], judge=Judge("http://x", "m", "KEY", 1))
+        run_evaluation(str(tmp_path), **NOTHING, limit=None, argv=[], judge=Judge("http://x", "m", "KEY", 1))

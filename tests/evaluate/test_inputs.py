@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.evaluate.answers import Sampling
-from dpokit.evaluate.command import Judge, evaluate_model
+from dpokit.evaluate.command import Judge, run_evaluation
 from dpokit.evaluate.judge import estimate_win_rate
 from dpokit.rundir import RunDir
 
@@ -58,7 +58,7 @@ def write_settings(run: RunDir, **settings) -> None:
 
 
 def evaluate(run_or_model, *, base=None, data=None, split=None, limit=None, argv=(), **more) -> dict:
-    return evaluate_model(str(run_or_model), base=base, data=data, split=split, limit=limit, argv=argv, **more)
+    return run_evaluation(str(run_or_model), base=base, data=data, split=split, limit=limit, argv=argv, **more)
 
 
 def test_a_base_with_more_embedding_rows_is_compared(make_model, pairs):

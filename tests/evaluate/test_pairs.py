@@ -11,7 +11,7 @@ from test_cli import dpokit
 from transformers import AutoModelForCausalLM
 
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
-from dpokit.evaluate.command import evaluate_model
+from dpokit.evaluate.command import run_evaluation
 from dpokit.evaluate.inputs import load_subject
 from dpokit.evaluate.pairs import DRIFT_TOKENS, find_drift_pairs
 from dpokit.run import train
@@ -56,7 +56,7 @@ def run(tiny_gpt2, tmp_path) -> RunDir:
 def test_numbers_equal_the_trainers_own_evaluation(changes, tiny_gpt2, tmp_path):
     run = make_run(tmp_path, tiny_gpt2, **changes)
     trained = {name: value for line in read_metrics(run.metrics_jsonl) for name, value in line.items()}
-    record = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
+    record = run_evaluation(str(run.path), **NOTHING, limit=None, argv=[])
     names = {
         "loss": "loss",
         "accuracy": "rewards/accuracies",
@@ -73,7 +73,7 @@ def test_numbers_equal_the_trainers_own_evaluation(changes, tiny_gpt2, tmp_path)
 
 
 def test_drift_is_the_kl_of_whole_distributions(run, tiny_gpt2):
-    record = evaluate_model(str(run.path), **NOTHING, limit=3, argv=[])
+    record = run_evaluation(str(run.path), **NOTHING, limit=3, argv=[])
     subject = load_subject(str(run.path), **NOTHING, argv=[])
     models = [AutoModelForCausalLM.from_pretrained(path).eval() for path in (run.model, tiny_gpt2)]
     drifts = []
@@ -95,21 +95,21 @@ def test_a_model_is_compared_with_a_base_on_named_data(run, tiny_gpt2, tmp_path)
     folder = tmp_path / "data"
     folder.mkdir()
     write_pairs(folder / "test.jsonl", 9)
-    record = evaluate_model(str(run.model), base=str(tiny_gpt2), data=str(folder), split="test", limit=7, argv=[])
+    record = run_evaluation(str(run.model), base=str(tiny_gpt2), data=str(folder), split="test", limit=7, argv=[])
     assert record["data"]["pairs"] == 7
     assert record["base"]["model"] == str(tiny_gpt2)
     assert "verdict" in record
     assert not run.eval.exists()
-    alone = evaluate_model(str(run.model), base=None, data=str(folder), split="test", limit=7, argv=[])
+    alone = run_evaluation(str(run.model), base=None, data=str(folder), split="test", limit=7, argv=[])
     assert alone["tuned"]["ranking_accuracy"] == record["tuned"]["ranking_accuracy"]
     assert "verdict" not in alone
 
 
 def test_an_adapter_by_itself_is_compared_with_its_own_base(tiny_gpt2, tmp_path):
     run = make_run(tmp_path, tiny_gpt2, use_peft=True)
-    of_run = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
+    of_run = run_evaluation(str(run.path), **NOTHING, limit=None, argv=[])
     data = {"base": None, "data": str(tmp_path / "pairs.jsonl"), "split": "train"}
-    of_adapter = evaluate_model(str(run.adapter), **data, limit=None, argv=["--max_length", "64"])
+    of_adapter = run_evaluation(str(run.adapter), **data, limit=None, argv=["--max_length", "64"])
     assert of_adapter["base"]["model"] == str(tiny_gpt2)
     assert of_adapter["data"]["pairs"] > of_run["data"]["pairs"]
     assert of_adapter["tuned"]["margin"]["value"] != 0.0
@@ -117,7 +117,7 @@ def test_an_adapter_by_itself_is_compared_with_its_own_base(tiny_gpt2, tmp_path)
 
 @pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one_process(run):
-    record = evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
+    record = run_evaluation(str(run.path), **NOTHING, limit=None, argv=[])
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "ddp_cpu.yaml")]
     command = [sys.executable, *launcher, "-m", "dpokit.cli", "evaluate", str(run.path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
@@ -148,15 +148,15 @@ def test_the_command_prints_table_and_verdict_in_80_columns(run):
 def test_an_invalid_model_or_data_is_refused(run_or_model, data, error, message, tmp_path):
     arguments = NOTHING | {"data": data and str(tmp_path / data)}
     with pytest.raises(error, match=message):
-        evaluate_model(str(tmp_path / run_or_model), **arguments, limit=None, argv=[])
+        run_evaluation(str(tmp_path / run_or_model), **arguments, limit=None, argv=[])
 
 
 def test_a_run_without_weights_is_refused(run):
     run.model.rename(run.path / "elsewhere")
     with pytest.raises(RunFolderError, match="holds no weights"):
-        evaluate_model(str(run.path), **NOTHING, limit=None, argv=[])
+        run_evaluation(str(run.path), **NOTHING, limit=None, argv=[])
 
 
 def test_a_base_with_another_vocabulary_is_refused(run, tiny_qwen2):
     with pytest.raises(ModelError, match="has another vocabulary"):
-        evaluate_model(str(run.path), **NOTHING | {"base": str(tiny_qwen2)}, limit=None, argv=[])
+        run_evaluation(str(run.path), **NOTHING | {"base": str(tiny_qwen2)}, limit=None, argv=[])

@@ -46,7 +46,7 @@ class Judge:
             raise SettingsError("--judge names a URL, but no model was named", expected="both", do="--judge-model NAME")
 
 
-def evaluate_model(
+def run_evaluation(
     run_or_model: str,
     *,
     base: str | None,

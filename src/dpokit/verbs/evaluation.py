@@ -42,12 +42,12 @@ def evaluate(
     with redirect_stdout(sys.stderr):
         from dpokit.distributed.processes import is_main_process
         from dpokit.evaluate.answers import Sampling
-        from dpokit.evaluate.command import Judge, evaluate_model
+        from dpokit.evaluate.command import Judge, run_evaluation
         from dpokit.evaluate.table import print_evaluation
         from dpokit.story import user_errors
 
         with user_errors():
-            record = evaluate_model(
+            record = run_evaluation(
                 model,
                 base=base,
                 data=data,
