@@ -147,9 +147,9 @@ def test_only_changed_files_are_sent_again(hub, run, monkeypatch):
 def test_stale_weights_of_an_earlier_push_are_removed(hub, tmp_path, tiny_gpt2, monkeypatch):
     connect(monkeypatch, hub)
     run = make_run(tmp_path / "run", tiny_gpt2, adapter=True, merged=True)
-    push(run, what="adapter")
+    push(run, weights="adapter")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub.files(REPO))
-    outcome = push(run, what="merged")
+    outcome = push(run, weights="merged")
     assert outcome.pushed.removed == ("adapter_config.json", "adapter_model.safetensors")
     assert set(hub.files(REPO)) == SENT_BY_A_MODEL | {".gitattributes", "merge.json"}
 

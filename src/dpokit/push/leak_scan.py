@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_TOKEN_PATH
 
 from dpokit.credentials import find_secrets, read_secret_variables
 
-# Forty hexadecimal digits are a key of Weights & Biases or a commit hash; one of these words precedes a hash.
+# Forty hexadecimal digits are a key of Weights & Biases or a commit hash, which a word of COMMIT precedes.
 WANDB_KEY = re.compile(r"(?<![\w/@.-])[0-9a-f]{40}(?!\w)")
 COMMIT = re.compile(r"(revision|commit|sha|hash|fingerprint|version)[^,;{}]{0,40}$", re.I)
 URL = re.compile(r"\bhttps?://[^\s\"'<>()\[\]]+")
