@@ -98,7 +98,7 @@ def test_a_start_hashes_each_file_once(settings, counts, tmp_path, monkeypatch):
     read, rows = columns._batches, Counter()
 
     def count_rows(split, *names):
-        rows[len(split)] += names == columns.IDS
+        rows[len(split)] += int(names == columns.IDS)
         return read(split, *names)
 
     monkeypatch.setattr(columns, "_batches", count_rows)
@@ -106,7 +106,7 @@ def test_a_start_hashes_each_file_once(settings, counts, tmp_path, monkeypatch):
     assert counts[f"{settings['model_name_or_path']}/model.safetensors"] == 1
     assert counts[settings["dataset_name"]] == 1
     assert {path: count for path, count in counts.items() if count > 1} == {}
-    assert rows == {16: 2, 4: 1}  # training pairs once more, for their lengths
+    assert rows == Counter({16: 2, 4: 1})  # training pairs once more, for their lengths
 
     run = interrupt(whole, tmp_path / "resumed", after=2)
     counts.clear()
