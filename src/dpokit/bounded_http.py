@@ -207,6 +207,26 @@ def read_retry_after(headers: Mapping[str, str]) -> float | None:
     return None
 
 
+def find_wait(
+    failures: int,
+    *,
+    first_seconds: float,
+    most_seconds: float,
+    requested_seconds: float | None,
+    most_requested_seconds: float,
+) -> float:
+    """Returns the seconds until the next try: twice as many after each failure, or what the server asks for if more.
+
+    Args:
+        failures: how many tries failed before the last one.
+        first_seconds, most_seconds: the wait after the first failure, and the longest one.
+        requested_seconds: the server's Retry-After; None without one.
+        most_requested_seconds: the longest wait that the server can ask for.
+    """
+    wait = min(first_seconds * 2**failures, most_seconds)
+    return wait if requested_seconds is None else min(max(wait, requested_seconds), most_requested_seconds)
+
+
 def read_json(data: bytes | str) -> Any:
     """Parses JSON. Raises: ValueError if it is malformed or not UTF-8; RecursionError if it is nested too deeply."""
     return json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)

@@ -16,6 +16,7 @@ from dpokit.bounded_http import (
     EXCERPT_BYTES,
     ReplyError,
     build_client,
+    find_wait,
     mend_halves,
     post,
     read_count,
@@ -162,9 +163,14 @@ class Endpoint:
             return _Response(reply.status, reply.headers, excerpt=await reply.read_excerpt())
 
     def _find_wait(self, past: int, requested_seconds: float | None) -> float:
-        # Random, so that threads that failed at the same time do not all try again at the same time.
-        wait = self._first_wait * 2**past * random.uniform(0.5, 1.0)
-        return min(wait if requested_seconds is None else requested_seconds, MOST_WAIT_SECONDS)
+        return find_wait(
+            past,
+            # Random, so that threads that failed at the same time do not all try again at the same time.
+            first_seconds=self._first_wait * random.uniform(0.5, 1.0),
+            most_seconds=MOST_WAIT_SECONDS,
+            requested_seconds=requested_seconds,
+            most_requested_seconds=MOST_WAIT_SECONDS,
+        )
 
     def _read(self, response: _Response, model: str) -> Reply:
         status, shown = response.status, self._show(response)

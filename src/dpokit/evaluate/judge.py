@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -13,6 +12,7 @@ from dpokit.apikey import ApiKey
 from dpokit.console import track_progress
 from dpokit.errors import JudgeError, SettingsError, find_disk_trouble
 from dpokit.evaluate.endpoint import Endpoint, Reply
+from dpokit.report.votes import find_wilson
 from dpokit.rundir import write_json
 
 INSTRUCTION = (
@@ -23,7 +23,6 @@ INSTRUCTION = (
 )
 LONGEST_VERDICT = 100  # characters
 REPLY_TOKENS = 16
-Z_95 = 1.959963984540054
 
 _VERDICT = re.compile(
     r"[\W_]*(?:(?:the|better|final|answer|verdict|winner|is|it|s|a(?=[\W_]+tie))[\W_]+)*(A|B|TIE)[\W_]*", re.I
@@ -122,18 +121,12 @@ def judge_answers(
 
 
 def estimate_win_rate(wins: int, *, ties: int, losses: int) -> dict[str, float | None]:
-    """Returns (wins + ties / 2) / all with Wilson's 95 % interval (Wilson 1927); for no pairs, None within 0 to 1.
+    """Returns (wins + ties / 2) / all with its 95 % Wilson interval; for no pairs, None within 0 to 1.
 
     A tie varies less than a win or a loss, so with ties the interval is too wide rather than too narrow.
     """
-    number = wins + ties + losses
-    if number == 0:
-        return {"value": None, "low": 0.0, "high": 1.0}
-    rate = (wins + ties / 2) / number
-    shrink = 1 + Z_95**2 / number
-    centre = (rate + Z_95**2 / (2 * number)) / shrink
-    half = Z_95 / shrink * math.sqrt(rate * (1 - rate) / number + Z_95**2 / (4 * number**2))
-    return {"value": rate, "low": max(0.0, centre - half), "high": min(1.0, centre + half)}
+    rate = find_wilson(wins + ties / 2, wins + ties + losses)
+    return {"value": None, "low": 0.0, "high": 1.0} if rate is None else {**rate}
 
 
 def read_verdict(text: str) -> str | None:

@@ -15,7 +15,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from dpokit.bounded_http import read_retry_after
+from dpokit.bounded_http import find_wait, read_retry_after
 from dpokit.console import say
 from dpokit.errors import HubError
 
@@ -85,9 +85,13 @@ class RetryPolicy:
                 problem, cause = f"{name}: the Hub {failure.reason}", error
             if failed == self.tries - 1:
                 break
-            wait = min(self.first_wait_seconds * 2**failed, self.most_wait_seconds)
-            if failure.retry_after_seconds is not None:
-                wait = min(max(wait, failure.retry_after_seconds), self.most_retry_after_seconds)
+            wait = find_wait(
+                failed,
+                first_seconds=self.first_wait_seconds,
+                most_seconds=self.most_wait_seconds,
+                requested_seconds=failure.retry_after_seconds,
+                most_requested_seconds=self.most_retry_after_seconds,
+            )
             say(f"{problem}; trying again in {wait:.3g} s ({failed + 2} of {self.tries})")
             time.sleep(wait)
         raise HubError(

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 CHOICES = ("tuned", "base", "tie", "both_bad")
-Z = 1.959964  # normal quantile of a 95 % interval
+Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class VoteCount:
 
 
 def count_votes(votes: Iterable[Mapping[str, Any]]) -> VoteCount:
-    """Counts votes, with the Wilson interval of the win rate (Wilson 1927, "Probable Inference, the Law of Succession,
-    and Statistical Inference")."""
+    """Counts votes, with the Wilson interval of the win rate."""
     totals = Counter(vote.get("vote") for vote in votes if isinstance(vote.get("vote"), str))
     counts = {choice: totals[choice] for choice in CHOICES}
     return VoteCount(counts, find_wilson(counts["tuned"], counts["tuned"] + counts["base"]))
 
 
-def find_wilson(wins: int, decided: int) -> dict[str, float] | None:
-    """A share with its 95 % Wilson interval, `{value, low, high}`; None if `decided` is 0."""
+def find_wilson(wins: float, decided: int) -> dict[str, float] | None:
+    """Returns the share of wins with its 95 % Wilson interval, `{value, low, high}`; None if `decided` is 0.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
     if not decided:
         return None
     share, weight = wins / decided, Z * Z / decided
