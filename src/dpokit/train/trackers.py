@@ -142,7 +142,9 @@ class TrackerCallback(TrainerCallback):
         self._pass_on("on_save", args, state, control, **more)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        self._pass_on("on_train_end", args, state, control, **more)
+        if "wandb" in self.trackers:  # TensorBoard's method would close its writer before the final numbers
+            with self.guard("wandb"):
+                self.trackers["wandb"].on_train_end(args, state, control, **more)
 
 
 class Trackio(TrainerCallback):
@@ -196,9 +198,6 @@ class TensorBoard(TensorBoardCallback):
             add = self.tb_writer.add_scalar if isinstance(value, int | float) else self.tb_writer.add_text
             add(name, value, step)
         self.tb_writer.flush()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Keeps the writer open for the final numbers; transformers' method closes it."""
 
     def finish(self, final: dict[str, Any]) -> None:
         self._write(final, final.get("final/step", 0))
