@@ -25,7 +25,7 @@ TEMPLATES = {
     "gigabytes by parts": ("{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "takes more than 1 GiB"),
     "gigabytes by a filter": ("{{ 'x'|center(4000000000) }}", "takes more than 1 GiB"),
     "gigabytes by a format": ("{{ '%4000000000d' % 1 }}", "takes more than 1 GiB"),
-    "a long text": ("{{ 'x' * 1000000 }}", "makes a text of 1,000,000 letters"),
+    "a long text": ("{{ 'x' * 1000000 }}", "makes a text of 1,000,000 characters"),
     "doubled again and again": (
         "{% set n = namespace(t='x') %}{% for i in range(60) %}{% set n.t = n.t + n.t %}{% endfor %}{{ n.t }}",
         "takes more than 1 GiB",
