@@ -117,7 +117,7 @@ def _prepare_splits(
         if isinstance(eval_rows, IterableDataset):
             eval_rows = Dataset.from_list(list(eval_rows))  # bounded by max_eval_samples, which streams require
         held_out = _encode(eval_rows, Encoder(renderer, eval_layout, limits), tallies["eval"], processes)
-    elif with_eval and isinstance(train, Dataset) and data.eval_fraction is not None:
+    elif isinstance(train, Dataset) and data.eval_fraction is not None:  # held out also if the run does not evaluate
         train, held_out = _hold_out(train, data.eval_fraction, data.max_eval_samples)
         tallies["eval"] = Tally(f"{data.eval_fraction:.2%} of the training prompts", layout.name, rows=len(held_out))
         tallies["train"].rows -= len(held_out)
@@ -138,7 +138,7 @@ def _prepare_splits(
     if isinstance(train, Dataset):
         train = _count_shortened(train, tallies["train"])
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
-    return PreparedData(train, held_out, tallies, findings, fingerprint)
+    return PreparedData(train, held_out if with_eval else None, tallies, findings, fingerprint)
 
 
 @dataclass

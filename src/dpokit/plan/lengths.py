@@ -134,7 +134,7 @@ def sample_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_l
     lengths = _lengths(pairs)
     rows = find_rows(settings)
     kept_share = len(lengths) / max(prepared.tallies["train"].rows, 1)
-    held_out = (data.eval_fraction or 0.0) if settings.training.eval_strategy != "no" else 0.0
+    held_out = data.eval_fraction or 0.0  # also if the run does not evaluate
     train_pairs = None if rows is None else round(rows * kept_share * (1 - held_out))
     return Data(lengths, [], train_pairs, f"estimated from {len(lengths)} pairs", _longest(pairs, lengths, settings))
 
