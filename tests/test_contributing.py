@@ -84,7 +84,7 @@ def test_a_metric_is_added_in_one_table(project, tiny_gpt2):
     add_line(package / "train" / "steps.py", COMPUTED, after='                means["wasted_positions"]')
     test = ("tests/test_metrics.py", "-k", "every_number_of_a_run_has_a_row")
     shown = run_tests(project, *test).stdout
-    assert "assert not ['throw_away']" in shown
+    assert "throw_away: add its row to LOGGED in metrics.py" in shown
 
     add_line(package / "metrics.py", METRIC, after='    Metric("tokens_per_second"')
     done = run_tests(project, *test)

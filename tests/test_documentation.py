@@ -99,8 +99,9 @@ def test_the_numbers_of_the_readme_are_those_of_the_benchmarks():
 def test_every_flag_of_dpokit_is_in_the_settings():
     section = read_section(DOCS / "settings.md", "Flags of dpokit")
     inherited = {field.name for field in dataclasses.fields(ScriptArguments)}
-    for field in dataclasses.fields(DataArguments):
-        assert field.name in inherited or f"`--{field.name}" in section, field.name
+    added = [field.name for field in dataclasses.fields(DataArguments) if field.name not in inherited]
+    missing = [f"{name}: add it to docs/settings.md, Flags of dpokit" for name in added if f"`--{name}" not in section]
+    assert missing == []
 
 
 def test_the_floors_are_those_of_the_import_rule():
@@ -111,5 +112,5 @@ def test_the_floors_are_those_of_the_import_rule():
 
 def test_the_tree_names_every_module():
     tree = set(re.findall(r"\w+", read_section(DOCS / "architecture.md", "Files")))
-    missing = [path for path in MODULES if path.stem != "__init__" and path.stem not in tree]
-    assert not missing, [str(path.relative_to(SRC)) for path in missing]
+    missing = [path.relative_to(SRC) for path in MODULES if path.stem != "__init__" and path.stem not in tree]
+    assert [f"{path}: add it to docs/architecture.md, Files" for path in missing] == []

@@ -15,7 +15,9 @@ from dpokit.train.value_checks import check_metric
 def test_each_metric_has_one_row():
     names = [metric.name for metric in LOGGED]
     assert len(names) == len(set(names))
-    assert {metric.figure for metric in LOGGED} - {""} == set(FIGURES)
+    shown = {metric.figure for metric in LOGGED} - {""}
+    assert [f"{key}: add its title to FIGURES in metrics.py" for key in sorted(shown - set(FIGURES))] == []
+    assert [f"{key}: no row of LOGGED names this figure" for key in sorted(set(FIGURES) - shown)] == []
     assert all(metric.meaning.endswith(".") for metric in LOGGED)
     assert {metric.better for metric in LOGGED} <= {"up", "down", ""}
 
@@ -47,7 +49,8 @@ def test_every_number_of_a_run_has_a_row(kind, tiny_gpt2, pairs_file, tmp_path, 
     main("recipe", {"kind": kind})
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     logged = {name for record in records for name in record} - {"step", "seconds"}
-    assert not [name for name in logged if find_metric(name) is None]
+    missing = [f"{name}: add its row to LOGGED in metrics.py" for name in sorted(logged) if find_metric(name) is None]
+    assert missing == []
     evaluated = {name.removeprefix("eval_") for name in logged if name.startswith("eval_")}
     assert evaluated <= set(metrics.list_evaluated(kind)), "check_metric would refuse these"
 

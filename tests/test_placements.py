@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, write_pairs
+from placement_table import PLACEMENTS as ROWS
 from test_launch import launch, records
+
+from dpokit.plan.placements import CONFIGS
 
 PLACEMENTS = ["ddp", "zero2", "zero3", "zero3_offload", "fsdp2"]
 CPU_TWINS = ["ddp_cpu", "zero2_cpu", "zero3_cpu", "zero3_offload", "fsdp2_cpu"]
@@ -29,6 +32,14 @@ KINDS = {
 }
 # With 16-bit adapters and 4-bit products, another order of sums changes the rounding; with fp32 hardly.
 TOLERANCE = {"full": 2e-4, "LoRA": 2e-4, "QLoRA": 1e-2}
+NAMES = {
+    "single_gpu": "one device",
+    "ddp": "DDP",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "zero3_offload": "ZeRO-3 + CPU offload",
+    "fsdp2": "FSDP2",
+}
 SHOWN = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "eval_loss"}
 GPUS = torch.cuda.device_count()
 
@@ -122,9 +133,23 @@ def find_optimizer(config: str, kind: str) -> list[str]:
 
 
 def in_words(config: str) -> str:
-    name = config.removesuffix("_cpu")
-    names = {"single_gpu": "one device", "ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
-    return names.get(name, "ZeRO-3 + CPU offload")
+    return NAMES[config.removesuffix("_cpu")]
+
+
+def test_every_config_is_a_placement_of_each_table():
+    configs = {path.stem.removesuffix("_cpu") for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    tables = {
+        "NAMES in this file": NAMES.keys(),
+        "PLACEMENTS in this file": {"single_gpu", *PLACEMENTS},
+        "CPU_TWINS in this file": {"single_gpu", *(config.removesuffix("_cpu") for config in CPU_TWINS)},
+        "CONFIGS in plan/placements.py": set(CONFIGS.values()),
+    }
+    for table, listed in tables.items():
+        assert [f"{name}: add it to {table}" for name in sorted(configs - listed)] == []
+        assert listed <= configs, table
+    assert [f"{name}: add it to placement_table.py" for name in NAMES.values() if name not in ROWS] == []
+    page = (ROOT / "docs" / "placements.md").read_text()
+    assert [f"{name}: add it to docs/placements.md" for name in NAMES.values() if f"\n| {name} |" not in page] == []
 
 
 @pytest.mark.slow

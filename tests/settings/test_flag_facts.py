@@ -1,5 +1,7 @@
 """The table of facts about flags has a row for each setting, and no other row."""
 
+from itertools import pairwise
+
 import pytest
 
 from dpokit.settings.flag_facts import FLAG_FACTS, Fact, flags_with, is_public
@@ -21,15 +23,17 @@ def test_every_flag_has_a_row(kind):
 
 
 def test_every_recorded_setting_has_a_row(recorded):
-    assert sorted(recorded - FLAG_FACTS.keys()) == []
+    missing = [f"{name}: add its row to settings/flag_facts.py" for name in sorted(recorded - FLAG_FACTS.keys())]
+    assert missing == []
 
 
 def test_every_row_is_a_setting(recorded):
-    assert sorted(FLAG_FACTS.keys() - recorded) == []
+    surplus = [f"{name}: delete its row in settings/flag_facts.py" for name in sorted(FLAG_FACTS.keys() - recorded)]
+    assert surplus == []
 
 
 def test_rows_are_in_alphabetical_order():
-    assert list(FLAG_FACTS) == sorted(FLAG_FACTS)
+    assert [f"{later} belongs above {name}" for name, later in pairwise(FLAG_FACTS) if later < name] == []
 
 
 @pytest.mark.parametrize("fact", [fact for fact in Fact if fact])

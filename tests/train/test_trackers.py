@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import psutil
 import pytest
@@ -21,7 +22,7 @@ from dpokit.errors import DataError, SettingsError
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings.load import load_settings
-from dpokit.train.trackers import decide_trackers, track_run
+from dpokit.train.trackers import REPLACED, TRACKERS, decide_trackers, track_run
 
 _TRACKIO = tempfile.TemporaryDirectory(prefix="dpokit-test-trackio-")  # trackio reads the variable at import
 KEY = "0123456789" * 4
@@ -395,6 +396,22 @@ def test_a_tracker_that_cannot_write_prints_one_line(defaults, monkeypatch, capf
     (line,) = lines_of(capfd.readouterr().err, "tensorboard")
     assert "/dev/null" in line
     assert "goes on" in line
+
+
+def test_every_tracker_is_opened_and_replaces_transformers_own(read_settings, monkeypatch, tmp_path):
+    from transformers import TrainerControl, TrainerState
+    from transformers.integrations import INTEGRATION_TO_CALLBACK
+
+    for name in TRACKERS:
+        monkeypatch.setitem(TRACKERS, name, MagicMock())
+    settings = read_settings("--report_to", *TRACKERS)
+    with track_run(RunDir(tmp_path / "run"), settings) as tracker:
+        tracker.begin()
+        tracker.on_train_begin(settings.training, TrainerState(), TrainerControl())
+        closed = [name for name in TRACKERS if name not in tracker.trackers]
+    assert [f"{name}: open it in on_train_begin of TrackerCallback" for name in closed] == []
+    kept = [name for name in TRACKERS if INTEGRATION_TO_CALLBACK[name] not in REPLACED]
+    assert [f"{name}: add transformers' callback to REPLACED" for name in kept] == []
 
 
 def test_other_ranks_open_no_tracker(read_settings, monkeypatch, tmp_path):
