@@ -15,7 +15,7 @@ from run_folders import make_run
 from dpokit.card.card import write_card
 from dpokit.card.front_matter import check_front_matter
 from dpokit.evaluate.answers import Sampling
-from dpokit.evaluate.command import evaluate_model
+from dpokit.evaluate.command import run_evaluation
 from dpokit.run import train
 from dpokit.rundir import RunDir
 
@@ -91,7 +91,7 @@ def test_the_card_of_a_real_run_has_its_numbers_but_no_paths(use_peft, tiny_gpt2
     run = train("dpo_test", settings, [])
     sampling = Sampling(max_new_tokens=8)
     nothing = dict.fromkeys(("base", "data", "split", "limit"))
-    evaluate_model(str(run.path), **nothing, argv=[], answers=2, sampling=sampling)
+    run_evaluation(str(run.path), **nothing, argv=[], answers=2, sampling=sampling)
     card = write_card(run, license="mit").read_text()
     data = check_front_matter(card)
     assert not {"base_model", "datasets"} & set(data)

@@ -13,7 +13,7 @@ from test_cli import dpokit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.errors import ModelError
-from dpokit.evaluate.command import evaluate_model
+from dpokit.evaluate.command import run_evaluation
 from dpokit.merge.merge import MergeOptions, merge_run
 from dpokit.model.load import load_tokenizer
 from dpokit.rundir import RunDir
@@ -249,7 +249,7 @@ def test_without_a_drift_check_nothing_is_scored(tiny_gpt2, tmp_path):
 
 def test_the_recorded_accuracy_is_that_of_an_evaluation(tiny_gpt2, tmp_path):
     run = build_run(tmp_path, tiny_gpt2, lora("gpt2"))
-    evaluation = evaluate_model(str(run.path), base=None, data=None, split=None, limit=None, argv=[])
+    evaluation = run_evaluation(str(run.path), base=None, data=None, split=None, limit=None, argv=[])
     made = merge_run(run)
     assert made["accuracy_before"] == made["accuracy_after"] == evaluation["tuned"]["accuracy"]["value"]
     assert made["data"]["fingerprint"] == evaluation["data"]["fingerprint"]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import GateError, RunFolderError, SettingsError
-from dpokit.evaluate.command import evaluate_model
+from dpokit.evaluate.command import run_evaluation
 from dpokit.plan.plan import build_plan
 from dpokit.plan.request import load_request
 from dpokit.run import train
@@ -217,7 +217,7 @@ def test_a_run_without_a_trained_model_names_its_checkpoint(tmp_path):
 
 def test_a_supervised_run_is_evaluated_on_pairs(defaults):
     run = train("sft_test", defaults, [])
-    result = evaluate_model(str(run.path), base=None, data=None, split=None, limit=4, argv=["--use_cpu"])
+    result = run_evaluation(str(run.path), base=None, data=None, split=None, limit=4, argv=["--use_cpu"])
     assert result["tuned"]["model"] == str(run.model)
     assert result["beta"] == 0.1
 
