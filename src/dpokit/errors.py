@@ -39,7 +39,7 @@ class DpokitError(Exception):
         # A refused value or a server's answer may hold a secret or control characters.
         self.seen, self.do = one_line(hide_secrets(problem)), one_line(hide_secrets(do))
         self.expected = escape_controls(expected)
-        super().__init__(f"{self.seen}\n  expected:  {expected}\n  do this:   {self.do}")
+        super().__init__(f"{self.seen}\n  expected:  {self.expected}\n  do this:   {self.do}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Ranks send errors to each other; by default, pickling an exception loses its keyword arguments.
