@@ -83,7 +83,8 @@ def train_model(settings: Mapping[str, Any], *, recipe: str | os.PathLike[str] |
     from dpokit.settings.layers import find_recipe, read_defaults
 
     if recipe is None:
-        return train(NOTEBOOK, settings, [])
+        kind = {name: settings[name] for name in ("kind",) if name in settings}
+        return train(NOTEBOOK, kind, {name: value for name, value in settings.items() if name not in kind})
     path = find_recipe(str(recipe))
     return train(str(path), read_defaults(path), settings)
 
@@ -117,13 +118,28 @@ def evaluate_model(
     return run_evaluation(name, base=base, data=data, split=split, limit=limit, answers=answers, argv=[])
 
 
-def merge_model(run: str | os.PathLike[str] | RunDir, **options: Any) -> dict[str, Any]:
+def merge_model(
+    run: str | os.PathLike[str] | RunDir,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    dequantized_base: bool = False,
+    accept_drift: bool = False,
+    limit: int | None = 100,
+    checkpoint: int | None = None,
+    proof: bool = True,
+) -> dict[str, Any]:
     """Merges a run's adapter into its base and measures the drift, as `dpokit merge` does.
 
     Args:
         run: a run folder.
-        options: the fields of `dpokit.merge.merge.MergeOptions`: `dtype`, `max_shard_size`, `dequantized_base`,
-            `accept_drift`, `limit`, `checkpoint`, `proof`.
+        dtype: of the merged weights; None for the dtype that the run loaded its model in.
+        max_shard_size: the largest file of weights, in the notation of transformers.
+        dequantized_base: merges into the dequantized 4-bit or 8-bit base instead of the original one.
+        accept_drift: merges into another base, or with drift beyond the bound, instead of raising an error.
+        limit: number of held-out pairs that the drift is measured on; None for all.
+        checkpoint: the step of a checkpoint to merge; None for the final weights.
+        proof: measures the drift.
 
     Returns: what `merged/merge.json` holds. `RunDir.merged` is the folder of the model.
 
@@ -131,4 +147,5 @@ def merge_model(run: str | os.PathLike[str] | RunDir, **options: Any) -> dict[st
     """
     from dpokit.merge.merge import MergeOptions, merge_run
 
-    return merge_run(run if isinstance(run, RunDir) else RunDir(Path(run)), MergeOptions(**options))
+    options = MergeOptions(dtype, max_shard_size, dequantized_base, accept_drift, limit, checkpoint, proof)
+    return merge_run(run if isinstance(run, RunDir) else RunDir(Path(run)), options)

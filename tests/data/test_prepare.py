@@ -97,7 +97,7 @@ def test_no_usable_row_is_an_error_with_the_reasons(tmp_path, plain_tokenizer):
         prepare(tmp_path / "equal.jsonl", plain_tokenizer)
 
 
-def test_a_run_without_evaluations_does_not_train_on_held_out_prompts(tmp_path, plain_tokenizer):
+def test_without_evaluations_held_out_prompts_stay_untrained(tmp_path, plain_tokenizer):
     file = write_pairs(tmp_path / "pairs.jsonl", 30)
     evaluated = prepare(file, plain_tokenizer, with_eval=True, eval_fraction=0.2)
     other = prepare(file, plain_tokenizer, with_eval=False, eval_fraction=0.2)

@@ -93,7 +93,9 @@ def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
             remedy += (
                 "--eval_fraction 0.05, or train without evaluation: --eval_strategy no --load_best_model_at_end false"
             )
-        raise DataError(f"there is no split {split!r}; there is {', '.join(splits)}", expected=f"--{flag}", do=remedy)
+        raise DataError(
+            f"there is no split {split!r}; there is {', '.join(splits)}", expected="a split of the dataset", do=remedy
+        )
     return splits[split]
 
 
