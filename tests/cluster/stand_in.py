@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from dpokit.checkpoint.store import write_manifest
+from dpokit.rundir import write_json
 
 DEFAULTS = {"output_dir": "runs/stand_in"}
 
@@ -43,7 +44,7 @@ def main() -> None:
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
 
     def record(state: str, step: int, **more: str) -> None:
-        run.write_text(json.dumps({"state": state, "step": step, "generations": generations, **more}))
+        write_json(run, {"state": state, "step": step, "generations": generations, **more})
 
     crash_at = dict(enumerate(arguments.crash_at, start=1)).get(len(generations))
     for step in range(done, arguments.steps + 1):
