@@ -79,7 +79,7 @@ def test_a_wheel_has_every_file_of_the_package(site):
     packaged = {path.relative_to(site) for path in site.rglob("*.*")}
     assert sorted(map(str, sources - packaged)) == []
     starter = site / "dpokit" / "starter_files"
-    assert sorted(path.relative_to(starter) for path in starter.rglob("*") if path.is_file()) == sorted(
+    assert sorted(path.relative_to(starter) for path in starter.rglob("*.*") if path.suffix != ".pyc") == sorted(
         relative for _, relative in list_starter_files()
     )
     assert all((starter / folder).is_dir() for folder in FOLDERS)
