@@ -198,7 +198,7 @@ def check_end(lives: Lives, code: int, *, lines: int = 1) -> None:
     assert "Exception ignored" not in log
     assert len(OURS.findall(log)) <= lines, log
     record = json.loads(lives.run.run_json.read_text()) if lives.run.run_json.exists() else {}
-    assert record.get("state") in ((None, "preempted") if code else ("finished",)) or "to go on: dpokit" in log
+    assert record.get("state") in ((None, "preempted") if code else ("finished",)) or "to continue: dpokit" in log
     assert not [checkpoint for checkpoint in find_checkpoints(lives.run, deep=True) if checkpoint.resume_problem]
 
 
@@ -284,7 +284,7 @@ def test_a_signal_during_a_verb_after_training_names_the_rest(number, world):
         assert process.wait(timeout=60) == 75
     check_end(lives, 75, lines=2)
     assert lives.run.read_run()["state"] == "finished"
-    assert f"to go on: dpokit merge {lives.run.path}\n" in lives.last_log()
+    assert f"to continue: dpokit merge {lives.run.path}\n" in lives.last_log()
     assert not lives.run.merged.exists()
     again = subprocess.run([sys.executable, "-m", "dpokit.cli", "merge", str(lives.run.path)], capture_output=True)
     assert again.returncode == 0, again.stderr.decode()

@@ -144,7 +144,7 @@ def test_a_cache_of_other_weights_is_computed_again(run, cache, capfd):
         values = load_file(part)["log_probs"] + 5
         save_file({"log_probs": values}, part, metadata={"sha256": reference._hash(values)})
     second = run()
-    assert "are of other weights" in capfd.readouterr().err
+    assert "the cache is of other weights" in capfd.readouterr().err
     check_same_numbers(second, first)
 
 
