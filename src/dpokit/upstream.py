@@ -96,9 +96,10 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
     ),
     UpstreamName(
         "deepspeed.runtime.zero.partition_parameters.Init.ds_numel",
-        ("distributed/placement.py",),
+        ("distributed/placement.py", "model/check.py"),
         "read",
-        why="A parameter that holds fewer numbers than ds_numel proves that ZeRO-3 shards the model.",
+        why="A parameter that holds fewer numbers than ds_numel proves that ZeRO-3 shards the model; it also tells the "
+        "numbers of the last shard from its padding.",
         upstream="deepspeed/runtime/zero/partition_parameters.py",
         delete_when="DeepSpeed reports in public whether a parameter is sharded.",
     ),

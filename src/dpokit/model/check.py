@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import cached_file
@@ -188,7 +189,7 @@ def check_finite_weights(name: str, weights: Iterable[tuple[str, nn.Parameter]])
         weights: all or some of the model's `named_parameters`.
     """
     for place, weight in weights:
-        values = getattr(weight, "ds_tensor", weight).detach()
+        values = weight.detach() if not hasattr(weight, "ds_tensor") else _read_shard(weight)
         if values.is_meta or values.numel() == 0 or values.dtype not in FLOATS:
             continue
         if not all(math.isfinite(bound) for bound in torch.aminmax(values)):
@@ -197,6 +198,13 @@ def check_finite_weights(name: str, weights: Iterable[tuple[str, nn.Parameter]])
                 expected="numbers",
                 do="take another copy of the model, or an earlier checkpoint",
             )
+
+
+def _read_shard(weight: nn.Parameter) -> torch.Tensor:
+    """Returns this rank's values of a weight that ZeRO-3 shards, without the uninitialised padding at the end."""
+    shard = weight.ds_tensor.detach().flatten()  # type: ignore[attr-defined]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return shard[: max(0, weight.ds_numel - rank * shard.numel())]  # type: ignore[attr-defined]
 
 
 # -- an adapter --------------------------------------------------------------------------------------------------------
