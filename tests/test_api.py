@@ -129,13 +129,13 @@ def test_the_page_has_every_signature():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_in_a_real_kernel(tiny_gpt2, tmp_path):
+def test_the_notebook_runs_in_a_real_kernel(tiny_qwen2, tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
     notebook = nbformat.read(ROOT / "docs" / "notebook.ipynb", as_version=4)
     first = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    first.source = f"model = {str(tiny_gpt2)!r}\nfolder = 'runs/notebook'\nsteps = 2"
+    first.source = f"model = {str(tiny_qwen2)!r}\nfolder = 'runs/notebook'\nsteps = 2"
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     shown = "\n".join(output.get("text", "") for output in outputs)

@@ -64,7 +64,7 @@ def _prepare(settings: Settings, sides: Sides) -> HeldOut:
             settings.data, sides.tokenizer, max_length=sides.longest, processes=settings.training.dataset_num_proc
         )
     except DataError as error:
-        if error.expected != "--dataset_test_split":
+        if "--dataset_test_split" not in error.do:
             raise
         raise DataError(error.seen, expected="a split of the data", do="--split with one of them") from None
 
