@@ -43,14 +43,15 @@ def load_pairs(
     from datasets import Dataset
 
     from dpokit.console import quiet_dependencies, say
-    from dpokit.data.formats import UnusableError, find_format
+    from dpokit.data.formats import UnusableError
+    from dpokit.data.prepare import find_layout
     from dpokit.data.sources import get_split, load_splits
 
     quiet_dependencies()
     rows = get_split(load_splits(dataset_name, dataset_config, streaming=False), split, "split")
     rows = rows if max_samples is None else rows.take(max_samples)
     name = f"{dataset_name}, split {split}"
-    layout = find_format(list(rows.take(32)), name)
+    layout = find_layout(rows, name)
     pairs: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for row in rows:

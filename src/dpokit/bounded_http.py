@@ -159,7 +159,7 @@ class _Unpacking:
 def build_client(
     url: str, api_key: ApiKey, *, tls: SSLContext, silence_seconds: float, connect_seconds: float
 ) -> httpx.AsyncClient:
-    """A client for one server; it follows no redirect, because it would send the key there, too.
+    """A client for one server; it follows no redirect, because a redirect would receive the key.
 
     Args:
         url: the server's URL. The environment's proxy is not used for a server on this machine.

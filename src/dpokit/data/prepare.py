@@ -102,7 +102,7 @@ def _prepare_splits(
         eval_rows = _take(eval_rows, data.max_eval_samples)
 
     name = f"{data.dataset_name}, split {data.dataset_train_split}"
-    layout = _find_layout(train_rows, name)
+    layout = find_layout(train_rows, name)
     encoder = Encoder(renderer, layout, limits)
     tallies = {"train": Tally(name, layout.name)}
     if isinstance(train_rows, IterableDataset):
@@ -112,7 +112,7 @@ def _prepare_splits(
     held_out = None
     if eval_rows is not None:
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        eval_layout = _find_layout(eval_rows, name)
+        eval_layout = find_layout(eval_rows, name)
         tallies["eval"] = Tally(name, eval_layout.name)
         if isinstance(eval_rows, IterableDataset):
             eval_rows = Dataset.from_list(list(eval_rows))  # bounded by max_eval_samples, which streams require
@@ -174,14 +174,14 @@ def prepare_held_out(
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
         raw = raw if data.max_eval_samples is None else _take(raw, data.max_eval_samples)
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        layout = _find_layout(raw, name)
+        layout = find_layout(raw, name)
         tally = Tally(name, layout.name)
         limits = LengthLimits(data.max_prompt_length, data.max_completion_length, max_length)
         pairs = _count_shortened(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
     else:
         prepared = _prepare_splits(splits, data, renderer, max_length=max_length, with_eval=True, processes=processes)
         raw = get_split(splits, data.dataset_train_split, "dataset_train_split")
-        layout, tally = _find_layout(raw, data.dataset_name), prepared.tallies["eval"]
+        layout, tally = find_layout(raw, data.dataset_name), prepared.tallies["eval"]
         assert prepared.eval is not None
         pairs = prepared.eval
     rows = [raw[row] for row in read_column(pairs, "row")]
@@ -213,7 +213,8 @@ def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
         ) from error
 
 
-def _find_layout(rows: Rows, name: str) -> Format:
+def find_layout(rows: Rows, name: str) -> Format:
+    """Returns the layout of the first rows. Raises: DataError if there are no rows, or no known layout fits."""
     sample = list(islice(_read(rows, name), SAMPLE_ROWS))
     if not sample:
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")

@@ -102,7 +102,7 @@ class Renderer:
         lead = before[len(prompt) :] if before.startswith(prompt) else ""
         if self.eos in after:
             return lead, after[: after.index(self.eos)] + self.eos
-        # Gemma and others end a turn with another special token than EOS; generation stops at it, too.
+        # Gemma and others end a turn with another special token than EOS; generation also stops at it.
         ends = [(after.index(t), t) for t in self.tokenizer.get_added_vocab() if t in after]
         return lead, after[: min(ends)[0]] + min(ends)[1] if ends else self.eos
 

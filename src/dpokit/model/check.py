@@ -202,6 +202,7 @@ def check_finite_weights(name: str, weights: Iterable[tuple[str, nn.Parameter]])
 
 def _read_shard(weight: nn.Parameter) -> torch.Tensor:
     """Returns this rank's values of a weight that ZeRO-3 shards, without the uninitialised padding at the end."""
+    # DeepSpeed sets ds_tensor and ds_numel (see upstream.py); torch's types do not have them.
     shard = weight.ds_tensor.detach().flatten()  # type: ignore[attr-defined]
     rank = dist.get_rank() if dist.is_initialized() else 0
     return shard[: max(0, weight.ds_numel - rank * shard.numel())]  # type: ignore[attr-defined]

@@ -76,7 +76,7 @@ class Steps:
     steps_per_epoch: int | None
     total_steps: int | None
     tokens_per_epoch: int | None
-    padding_share: float | None  # None without padding, too
+    padding_share: float | None  # also None without padding
     longest_row_tokens: int | None
     how: str
 
