@@ -57,6 +57,7 @@ class _Program:
         working: whether a signal raises Interrupted; else it ends the process.
         interrupted: the exception for the first signal.
         since: monotonic time of the first signal.
+        dropped: whether Python dropped the exception, so that the next signal raises it again.
         reported: whether the line on stderr is written.
         record: writes the reason for the end to a file; None if there is no such file.
     """
@@ -65,6 +66,7 @@ class _Program:
     working = False
     interrupted: Interrupted | None = None
     since = 0.0
+    dropped = False
     reported = False
     record: Callable[[str], None] | None = None
 
@@ -86,13 +88,15 @@ def ending_on_signals() -> Iterator[None]:
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     hook = sys.unraisablehook
 
-    def end_if_interrupted(dropped: Any) -> None:
-        """Python prints and drops an exception that is raised in a finalizer or a callback."""
+    def raise_again_if_interrupted(dropped: Any) -> None:
+        """Python prints and drops an exception that is raised in a finalizer or a callback, such as an import's."""
         if isinstance(dropped.exc_value, Interrupted):
-            end_now(dropped.exc_value)
-        hook(dropped)
+            _program.dropped = True
+            _thread.start_new_thread(_raise_again, (dropped.exc_value,))
+        else:
+            hook(dropped)
 
-    sys.unraisablehook = end_if_interrupted
+    sys.unraisablehook = raise_again_if_interrupted
     try:
         yield
     except BaseException as error:
@@ -197,8 +201,20 @@ def _handle(number: int, _: object = None) -> None:
         os._exit(EXIT_CODE)
     if (end := _program.interrupted) is None:
         interrupt(name_signal(number))
+    elif _program.dropped:
+        _program.dropped = False
+        raise end
     elif number == signal.SIGINT and time.monotonic() - _program.since > REPEAT_SECONDS:
         end_now(end)
+
+
+def _raise_again(end: Interrupted) -> None:
+    """Sends the main thread a signal, whose handler raises the dropped exception where it is not dropped."""
+    time.sleep(AGAIN_SECONDS)
+    number = next((number for number in SIGNALS if signal.getsignal(number) is _handle), None)
+    if number is None:  # the program's main function has returned
+        end_now(end)
+    signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _end_late(end: Interrupted) -> None:

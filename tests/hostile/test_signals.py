@@ -130,12 +130,14 @@ def test_a_signal_ends_a_program_with_one_line(name, tmp_path):
 
 
 @pytest.mark.cold
-@pytest.mark.parametrize("working", [True, False])
-def test_the_reason_is_recorded_and_partial_files_removed(working, tmp_path):
+@pytest.mark.parametrize("where", ["importing", "working", "lost in a finalizer"])
+def test_the_reason_is_recorded_and_partial_files_removed(where, tmp_path):
     program = (
+        "class Slow:\n def __del__(self): ready(); wait()\n"
         "with ending_on_signals(), recording(lambda why: open('why', 'w').write(why)):\n"
-        f" with {'working()' if working else 'tempfile.TemporaryDirectory(dir=os.getcwd())'}:\n"
-        "  with tempfile.TemporaryDirectory(prefix='half', dir=os.getcwd()):\n   ready(); wait()"
+        f" with {'tempfile.TemporaryDirectory(dir=os.getcwd())' if where == 'importing' else 'working()'}:\n"
+        "  with tempfile.TemporaryDirectory(prefix='half', dir=os.getcwd()):\n"
+        f"   {'Slow(); wait()' if where == 'lost in a finalizer' else 'ready(); wait()'}"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-c", BEGIN + program]
@@ -144,7 +146,7 @@ def test_the_reason_is_recorded_and_partial_files_removed(working, tmp_path):
     process.send_signal(SIGTERM)
     process.communicate(timeout=30)
     assert (tmp_path / "why").read_text() == "SIGTERM"
-    assert bool(list(tmp_path.glob("half*"))) is not working
+    assert bool(list(tmp_path.glob("half*"))) == (where == "importing")
 
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
