@@ -10,8 +10,11 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+# For each token of an answer, 1 if it is scored and 0 if it is of a user's or a tool's turn; empty if all are scored.
+MASKS = ("chosen_mask", "rejected_mask")
 FEATURES = Features(
     {name: List(Value("int32")) for name in IDS}
+    | {name: List(Value("int8")) for name in MASKS}
     | {"row": Value("int64"), "dropped": Value("string"), "cut": Value("string")}
 )
 BATCH_ROWS = 10_000

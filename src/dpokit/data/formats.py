@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpokit.errors import DataError
@@ -10,7 +10,7 @@ from dpokit.errors import DataError
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # other roles keep their names
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 Row = Mapping[str, Any]
 
 
@@ -18,15 +18,24 @@ Row = Mapping[str, Any]
 class Pair:
     """One preference: two answers to one prompt.
 
+    A message has a `role`, a `content` (text, a list of parts, or None) and all further keys of its row, such as
+    `tool_calls`, `reasoning_content`, `name` and `tool_call_id`; keys without a value are left out.
+
     Attributes:
-        prompt: plain text (an HH transcript ends with its `\\n\\nAssistant:`), or chat messages.
-        chosen, rejected: the answers' text; after a plain prompt, with the space that separates them.
+        prompt: plain text (an HH transcript ends with its `\\n\\nAssistant:`), or chat messages. If the last message is
+            the assistant's, the answers continue it.
+        chosen, rejected: the answers' text; after a plain prompt, with the space that separates them. Or the messages
+            after the prompt, the last one the assistant's.
+        tools: JSON schemas of the tools that the model may call; None without tools.
+        template_kwargs: the row's own arguments for the chat template, such as `enable_thinking`.
         source: dataset, split and row.
     """
 
     prompt: str | Messages
-    chosen: str
-    rejected: str
+    chosen: str | Messages
+    rejected: str | Messages
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
 
 
