@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
-from dpokit.data.formats import FORMATS, UnusableError, find_format, parse_transcript
+from dpokit.data.formats import FORMATS, Pair, UnusableError, find_format, parse_transcript
 from dpokit.data.tokens import Encoder, LengthLimits, Renderer, cut
 from dpokit.errors import DataError, ModelError
 
@@ -160,13 +160,13 @@ def test_a_think_block_of_the_template_belongs_to_the_answer(chat_tokenizer):
         "{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ message['content'] }}",
     )
     renderer = Renderer(tokenizer)
-    assert renderer.answer("Yes.", [USER]) == "<think></think>Yes.<|im_end|>"
+    assert renderer.render(Pair([USER], "Yes.", "No.")).chosen.text == "<think></think>Yes.<|im_end|>"
 
 
 def test_an_answer_ends_with_the_template_s_end_of_turn(chat_tokenizer):
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
-    assert Renderer(tokenizer).answer("Yes.", [USER]) == "Yes.<|im_end|>"
+    assert Renderer(tokenizer).render(Pair([USER], "Yes.", "No.")).chosen.text == "Yes.<|im_end|>"
 
 
 def test_a_tokenizer_without_eos_is_refused(plain_tokenizer):
@@ -343,7 +343,7 @@ def test_a_row_that_the_template_refuses_is_dropped(turns, chat_tokenizer):
 def test_a_template_without_the_assistants_turn_is_refused(chat_tokenizer):
     tokenizer = copy.deepcopy(chat_tokenizer)
     tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    with pytest.raises(ModelError, match="leaves the assistant's answer out"):
+    with pytest.raises(ModelError, match="leaves out the assistant's answer"):
         Renderer(tokenizer)
 
 

@@ -33,7 +33,7 @@ TEMPLATES = {
     "a macro that calls itself": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
     "a recursive loop": ("{% for x in [messages] recursive %}{{ loop([messages]) }}{% endfor %}", "RecursionError"),
     "a class of Python's": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
-    "a function's globals": ("{{ raise_exception.__globals__ }}", "leaves the assistant's answer out"),
+    "a function's globals": ("{{ raise_exception.__globals__ }}", "leaves out the assistant's answer"),
     "a class by a filter": ("{{ (''|attr('__class__')).x }}", "cannot be rendered: "),
     "a list that is changed": ("{{ messages.append(1) }}", "SecurityError"),
     "an import": ("{% import 'os' as os %}{{ os.system('true') }}", "cannot be rendered: "),
@@ -47,7 +47,7 @@ TEMPLATES = {
     "a range without end": ("{% for a in range(999999999999) %}{% endfor %}", "OverflowError"),
     "a refusal of every question": ("{{ raise_exception('no') }}", "no"),
     "types that do not add": ("{{ 'x' + 1 }}", "TypeError"),
-    "an answer that is left out": ("{{ messages[0].content }}", "leaves the assistant's answer out"),
+    "an answer that is left out": ("{{ messages[0].content }}", "leaves out the assistant's answer"),
 }
 MOST_SECONDS = 25.0
 
@@ -88,13 +88,13 @@ def test_a_template_that_waits_for_a_word_is_one_message(case, streaming, chat_t
 
 
 def test_an_honest_template_renders(chat_tokenizer):
-    assert Renderer(chat_tokenizer).tail == "<|im_end|>"
+    assert Renderer(chat_tokenizer).end == "<|im_end|>"
 
 
 def test_a_template_may_refuse_a_system_turn(chat_tokenizer, monkeypatch):
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
     monkeypatch.setattr(chat_tokenizer, "chat_template", strict + chat_tokenizer.chat_template)
-    assert Renderer(chat_tokenizer).tail == "<|im_end|>"
+    assert Renderer(chat_tokenizer).end == "<|im_end|>"
 
 
 def test_a_child_process_that_hangs_is_no_error(chat_tokenizer, monkeypatch):

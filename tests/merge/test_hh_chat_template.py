@@ -55,7 +55,7 @@ def tokenizer(request, plain_tokenizer):
 def test_a_server_gives_the_model_the_same_tokens_as_dpokit(messages, tokenizer, tmp_path):
     write_template(tmp_path, tokenizer)
     renderer = Renderer(tokenizer)
-    text = renderer.prompt(messages)
+    text = renderer.open(messages)
     ids = renderer.encode_prompts([text])[0]
     options = json.loads((tmp_path / SERVE).read_text())
     assert options == {"chat_template": (tmp_path / JINJA).read_text()}

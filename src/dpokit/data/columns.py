@@ -15,7 +15,7 @@ MASKS = ("chosen_mask", "rejected_mask")
 FEATURES = Features(
     {name: List(Value("int32")) for name in IDS}
     | {name: List(Value("int8")) for name in MASKS}
-    | {"row": Value("int64"), "dropped": Value("string"), "cut": Value("string")}
+    | {"row": Value("int64"), "dropped": Value("string"), "cut": Value("string"), "notes": Value("string")}
 )
 BATCH_ROWS = 10_000
 _FINGERPRINTS: WeakKeyDictionary[Dataset, str] = WeakKeyDictionary()  # by the object: its rows never change

@@ -1,13 +1,14 @@
 """Keeps control words in a message as text: a visitor's <|im_end|> does not end a turn."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import pairwise
+from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.formats import Messages, UnusableError
+from dpokit.data.formats import Messages, UnusableError, find_texts
 
 _FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>")  # DeepSeek writes a wide bar
 # Unicode's private use planes, which have no characters of any language.
@@ -84,12 +85,12 @@ class ControlWords:
 
         The mark is a character that is in no message. Raises: UnusableError as `split`.
         """
-        parts = [{name: self.split(value) for name, value in message.items()} for message in messages]
-        if all(len(split) == 1 for message in parts for split in message.values()):
+        texts = list(find_texts(messages))
+        if all(len(self.split(text)) == 1 for text in texts):
             return None
-        letters = {letter for message in messages for value in message.values() for letter in value}
+        letters = {letter for text in texts for letter in text}
         mark = next(letter for letter in map(chr, _PRIVATE) if letter not in letters)
-        return [{name: mark.join(split) for name, split in message.items()} for message in parts], mark
+        return _map_texts(messages, lambda text: mark.join(self.split(text))), mark
 
     def mark_template(self, mark: str) -> str | None:
         """Returns the chat template with marks in the control words that it searches for; None without a template.
@@ -99,15 +100,40 @@ class ControlWords:
         """
         if not self._template:
             return None
-        lexed = list(ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).lex(self._template))
-        values = [value for _, _, value in lexed]
-        code = [place for place, (_, kind, _) in enumerate(lexed) if kind != "whitespace"]
-        for at, place in enumerate(code):
-            before = [values[other] for other in code[max(0, at - 3) : at]]
-            after = [values[other] for other in code[at + 1 : at + 3]]
-            if lexed[place][1] == "string" and _is_searched(before, after):
-                values[place] = mark.join(self.split(values[place]))
+        values, searched = _lex(self._template)
+        for place in searched:
+            values[place] = mark.join(self.split(values[place]))
         return "".join(values)
+
+
+def find_searched(template: str) -> tuple[str, ...]:
+    """Returns the texts that a chat template searches messages for, such as `</think>`; not names, such as roles."""
+    values, searched = _lex(template)
+    texts = {values[place][1:-1] for place in searched}
+    return tuple(sorted(text for text in texts if text.strip("\\ntr ") and not text.isidentifier()))
+
+
+def _lex(template: str) -> tuple[list[str], list[int]]:
+    """Returns the parts of a template, which make the template when joined, and the indices of searched strings."""
+    lexed = list(ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).lex(template))
+    values = [value for _, _, value in lexed]
+    code = [place for place, (_, kind, _) in enumerate(lexed) if kind != "whitespace"]
+    searched = []
+    for at, place in enumerate(code):
+        before = [values[other] for other in code[max(0, at - 3) : at]]
+        after = [values[other] for other in code[at + 1 : at + 3]]
+        if lexed[place][1] == "string" and _is_searched(before, after):
+            searched.append(place)
+    return values, searched
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Returns a copy of nested lists and mappings with each text changed."""
+    if isinstance(value, Mapping):
+        return {name: _map_texts(part, change) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(part, change) for part in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _find_cuts(text: str, spans: Iterable[tuple[int, int]]) -> Iterator[int]:

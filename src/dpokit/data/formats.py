@@ -1,7 +1,7 @@
 """Turns rows of published layouts into `Pair`s. A layout is recognised by its rows, not by a name. No torch."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,26 @@ def find_format(rows: Sequence[Row], source: str) -> Format:
         expected="one of\n" + "\n".join(f"    {layout.name}: {layout.looks}" for layout in FORMATS),
         do="rename or build the columns to one of these forms (prompt, chosen, rejected is the simplest)",
     )
+
+
+def find_texts(value: Any) -> Iterator[str]:
+    """Yields each text in nested lists and mappings; the keys of mappings are not texts."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from find_texts(part)
+
+
+def count_letters(value: Any) -> int:
+    """Counts the characters of all texts in nested lists and mappings; of messages, without their roles."""
+    if isinstance(value, str):
+        return len(value)
+    count = 0
+    for part in value:  # the usual case is fast: a message that has a text alone
+        content = part.get("content") if isinstance(part, Mapping) and len(part) == 2 else None
+        count += len(content) if isinstance(content, str) else sum(map(len, find_texts(part)))
+    return count
 
 
 def parse_transcript(text: str) -> Messages:

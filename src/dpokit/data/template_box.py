@@ -16,7 +16,7 @@ from typing import Any, Never
 
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.formats import Messages
+from dpokit.data.formats import Messages, count_letters
 from dpokit.errors import ModelError
 
 CPU_SECONDS, MEMORY_BYTES = 3, 2**30
@@ -26,7 +26,6 @@ CONVERSATION_SECONDS = 10.0  # of this process's CPU time
 MOST_EXPANSION = 10  # rendered characters for each character of a conversation, beside MOST_LETTERS
 
 QUESTION: Messages = [{"role": "user", "content": "probe question"}]
-# A template may refuse the longer ones: not every model has system turns.
 PROBES: tuple[Messages, ...] = (
     QUESTION,
     [*QUESTION, {"role": "assistant", "content": "probe answer"}],
@@ -45,7 +44,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
     trouble = _run_in_child(render)
     if trouble is not None:
-        raise _refuse(tokenizer, trouble)
+        raise refuse_template(tokenizer, trouble)
 
 
 def render_in_bounds(tokenizer: PreTrainedTokenizerBase, messages: Messages, **options: Any) -> str:
@@ -55,7 +54,7 @@ def render_in_bounds(tokenizer: PreTrainedTokenizerBase, messages: Messages, **o
     """
 
     def stop(*_: object) -> Never:
-        raise _refuse(tokenizer, f"takes more than {CONVERSATION_SECONDS:g} s for one conversation")
+        raise refuse_template(tokenizer, f"takes more than {CONVERSATION_SECONDS:g} s for one conversation")
 
     is_timed = threading.current_thread() is threading.main_thread()
     if is_timed:
@@ -67,16 +66,17 @@ def render_in_bounds(tokenizer: PreTrainedTokenizerBase, messages: Messages, **o
         if is_timed:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, before)
-    size = sum(len(message["content"]) for message in messages)
+    size = count_letters(messages) + count_letters(options.get("tools") or [])
     if len(text) > MOST_LETTERS + MOST_EXPANSION * size:
-        raise _refuse(tokenizer, f"makes a text of {len(text):,} characters of a conversation of {size:,}")
+        raise refuse_template(tokenizer, f"makes a text of {len(text):,} characters of a conversation of {size:,}")
     return text
 
 
-def _refuse(tokenizer: PreTrainedTokenizerBase, trouble: str) -> ModelError:
+def refuse_template(tokenizer: PreTrainedTokenizerBase, trouble: str) -> ModelError:
+    """Returns the error for a chat template that `trouble` describes."""
     return ModelError(
         f"the chat template of {tokenizer.name_or_path} {trouble}",
-        expected="a template that renders a conversation in a moment",
+        expected="a template that renders user and assistant turns in a moment, named default if there are several",
         do="correct chat_template.jinja (or chat_template in tokenizer_config.json), or use another model",
     )
 
@@ -116,8 +116,11 @@ def _wait(child: int) -> int | None:
 
 
 def _render(render: Callable[[Messages], int], writing: int) -> Never:
-    """Runs in the child: renders each probe, writes what is wrong, and exits without the parent's clean-up."""
-    trouble = ""
+    """Runs in the child: renders each probe, writes what is wrong, and exits without the parent's clean-up.
+
+    A template may refuse some of the probes, such as those without a system turn, but not all.
+    """
+    trouble, refusal, is_rendered = "", "", False
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
         in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -125,16 +128,17 @@ def _render(render: Callable[[Messages], int], writing: int) -> Never:
         for probe in PROBES:
             try:
                 length = render(probe)
+                is_rendered = True
             except MemoryError:
                 trouble = f"takes more than {MEMORY_BYTES / 2**30:g} GiB"
             except Exception as error:
                 length = 0
-                if probe is QUESTION:
-                    trouble = f"cannot be rendered: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                refusal = refusal or f"cannot be rendered: {reason}"
             if not trouble and length > MOST_LETTERS:
                 trouble = f"makes a text of {length:,} characters of a question of two words"
             if trouble:
                 break
-        os.write(writing, trouble.encode(errors="replace"))
+        os.write(writing, (trouble or ("" if is_rendered else refusal)).encode(errors="replace"))
     finally:
         os._exit(0)

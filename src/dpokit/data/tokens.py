@@ -1,17 +1,28 @@
 """Turns pairs into token ids: the prompt as at inference, answers that end with EOS, both cut to the same limits."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
 from itertools import chain, compress
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from dpokit.data.chat import ChatTemplate, RenderedAnswer, RenderedPair
 from dpokit.data.columns import FEATURES
 from dpokit.data.control_words import ControlWords
-from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
-from dpokit.data.template_box import PROBES, check_template, render_in_bounds
+from dpokit.data.formats import (
+    ASSISTANT,
+    HUMAN,
+    Format,
+    Messages,
+    Pair,
+    UnusableError,
+    count_letters,
+    parse_transcript,
+    render_transcript,
+)
+from dpokit.data.template_box import PROBES
 from dpokit.errors import ModelError
 
 Ids = list[int]
@@ -65,10 +76,18 @@ def cut(
 class Renderer:
     """Renders a pair as text, with the tokenizer's chat template or as an HH transcript, and encodes text.
 
-    Raises: ModelError for a tokenizer without EOS, or with a template that leaves out the answer.
+    Args:
+        tokenizer: of the model.
+        today: the date for chat templates that write one; None for the current date.
+
+    Attributes:
+        end: the text that ends an answer: EOS, or what the chat template writes.
+        ends: token ids at which an answer ends, EOS first.
+
+    Raises: ModelError for a tokenizer without EOS, or with a template that cannot render a conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no EOS token, so no answer can end",
@@ -77,37 +96,12 @@ class Renderer:
             )
         self.tokenizer = tokenizer
         self.eos: str = tokenizer.eos_token
-        self.is_chat = tokenizer.chat_template is not None
-        self.lead: str = ""
-        self.tail: str = self.eos
-        if self.is_chat:
-            check_template(tokenizer)
-            self.lead, self.tail = self._probe_template()
         self.adds_space = self._probe_spaces()
         self.fast = self._find_fast()
+        self.chat = ChatTemplate(tokenizer, self._is_boundary, today) if tokenizer.chat_template else None
+        self.end = self.eos if self.chat is None else self.chat.end
+        self.ends = (int(tokenizer.eos_token_id),) if self.chat is None else self.chat.ends
         self.control_words = ControlWords(tokenizer)
-
-    def _probe_template(self) -> tuple[str, str]:
-        """Returns the template's text before an answer (such as a think block) and after it, to the end of the turn."""
-        question: Messages = [{"role": "user", "content": "probe question"}]
-        prompt = self._apply(question, open_turn=True)
-        whole = self._apply([*question, {"role": "assistant", "content": PROBE}], open_turn=False)
-        before, probe, after = whole.rpartition(PROBE)
-        if not probe:
-            raise ModelError(
-                "the chat template leaves the assistant's answer out",
-                expected="a template that renders user and assistant turns",
-                do="use a tokenizer with a chat template for conversations",
-            )
-        lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        if self.eos in after:
-            return lead, after[: after.index(self.eos)] + self.eos
-        # Gemma and others end a turn with another special token than EOS; generation also stops at it.
-        ends = [(after.index(t), t) for t in self.tokenizer.get_added_vocab() if t in after]
-        return lead, after[: min(ends)[0]] + min(ends)[1] if ends else self.eos
-
-    def _apply(self, messages: Messages, *, open_turn: bool, template: str | None = None) -> str:
-        return render_in_bounds(self.tokenizer, messages, chat_template=template, add_generation_prompt=open_turn)
 
     def _probe_spaces(self) -> bool:
         """Whether the tokenizer adds a space before every text, as SentencePiece does."""
@@ -124,7 +118,7 @@ class Renderer:
 
     def _find_fast(self) -> Any:
         """Returns the Rust tokenizer, which skips masks and character offsets, if it gives the same ids; else None."""
-        text = f" {PROBE}, \u00e9\u4f60 1\n\n{self.eos}{self.tail}"
+        text = f" {PROBE}, \u00e9\u4f60 1\n\n{self.eos}{''.join(list(self.tokenizer.get_added_vocab())[:99])}"
         usual = [self.tokenizer([text], add_special_tokens=special)["input_ids"] for special in (False, True)]
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         if fast is None:
@@ -132,25 +126,83 @@ class Renderer:
         ids = [[row.ids for row in fast.encode_batch_fast([text], add_special_tokens=s)] for s in (False, True)]
         return fast if ids == usual else None
 
-    def prompt(self, prompt: str | Messages, template: str | None = None) -> str:
-        """Returns the prompt's text up to the answer, rendered by `template` or by the tokenizer's chat template.
+    def open(self, messages: Messages, template: str | None = None) -> str:
+        """Returns the text of a conversation up to the answer, rendered by `template` or by the tokenizer's template.
 
-        Raises: UnusableError for an empty prompt, or a prompt that the template refuses.
+        Raises: UnusableError for an empty conversation, or one that the template refuses.
         """
-        if not (prompt.strip() if isinstance(prompt, str) else prompt):
+        if not messages:
             raise UnusableError("empty_prompt")
-        if self.is_chat:
-            try:
-                messages = parse_transcript(prompt) if isinstance(prompt, str) else prompt
-                return self._apply(messages, open_turn=True, template=template)
-            except TemplateError as error:  # such as a system turn, or two questions in a row
-                raise UnusableError("refused_by_template") from error
-        return prompt if isinstance(prompt, str) else render_transcript(prompt)
+        if self.chat is not None:
+            return self.chat.open(messages, **({} if template is None else {"chat_template": template}))
+        return render_transcript(messages)
+
+    def render(self, pair: Pair) -> RenderedPair:
+        """Returns the texts of a pair. Raises: UnusableError with the reason for dropping the pair."""
+        if not (pair.prompt.strip() if isinstance(pair.prompt, str) else pair.prompt):
+            raise UnusableError("empty_prompt")
+        if max(count_letters(part) for part in (pair.prompt, pair.chosen, pair.rejected)) > TEXT_LETTERS:
+            raise UnusableError("too_long_text")
+        for answer in (pair.chosen, pair.rejected):
+            if not (answer.strip() if isinstance(answer, str) else answer):
+                raise UnusableError("empty_answer")
+        rendered = self._render_plain(pair) if self.chat is None else self._render_chat(self.chat, pair)
+        if rendered.chosen == rendered.rejected:
+            raise UnusableError("equal_answers")
+        return rendered
+
+    def _render_chat(self, chat: ChatTemplate, pair: Pair) -> RenderedPair:
+        if not isinstance(pair.prompt, str):
+            return chat.render(pair, pair.prompt)
+        if chat.is_rendered(pair.prompt):
+            return chat.render_after(pair)
+        prompt = parse_transcript(pair.prompt)
+        answers = (_strip_separator(answer, pair.prompt) for answer in (pair.chosen, pair.rejected))
+        chosen, rejected = answers
+        return chat.render(replace(pair, chosen=chosen, rejected=rejected), prompt)
+
+    def _render_plain(self, pair: Pair) -> RenderedPair:
+        """Renders a pair without a chat template; conversations become transcripts as in HH."""
+        if pair.tools or pair.template_kwargs:
+            raise UnusableError("needs_chat_template")
+        if isinstance(pair.prompt, str):
+            prompt, is_apart = pair.prompt, False
+        elif pair.prompt[-1]["role"] == "assistant":  # the answers continue it
+            prompt, is_apart = render_transcript(pair.prompt[:-1]) + f" {pair.prompt[-1]['content'].lstrip()}", False
+        else:
+            prompt, is_apart = render_transcript(pair.prompt), True
+        chosen, rejected = (
+            self._render_plain_answer(answer, is_apart=is_apart) for answer in (pair.chosen, pair.rejected)
+        )
+        return RenderedPair(prompt, chosen, rejected)
+
+    def _render_plain_answer(self, answer: str | Messages, *, is_apart: bool) -> RenderedAnswer:
+        """Renders an answer; `is_apart` puts a space before it."""
+        turns: Messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+        text, scored = "", []
+        for number, turn in enumerate(turns):
+            if not isinstance(turn.get("content"), str) or turn.keys() != {"role", "content"}:
+                raise UnusableError("needs_chat_template")
+            content = turn["content"]
+            if turn["role"] != "assistant":
+                text += render_transcript([turn]).removesuffix(ASSISTANT)
+                continue
+            if number:
+                text += ASSISTANT
+            while content.rstrip().endswith(self.eos):
+                content = content.rstrip().removesuffix(self.eos)
+            if not content.strip():
+                raise UnusableError("empty_answer")
+            content = f" {content.strip()}" if is_apart or number else content
+            scored.append((len(text), len(text) + len(content)))
+            text += content
+        scored[-1] = (scored[-1][0], len(text) + len(self.eos))
+        return RenderedAnswer(text + self.eos, tuple(scored) if len(turns) > 1 else None)
 
     def encode_prompts(self, texts: list[str]) -> list[Ids]:
         """Returns the token ids of rendered prompts, without an EOS of the tokenizer."""
         # A chat template writes its own BOS; a plain prompt gets the tokenizer's, as at inference.
-        ids = self.encode(texts, special=not self.is_chat)
+        ids = self.encode(texts, special=self.chat is None)
         # Some tokenizers end every text with EOS, which would end the prompt.
         end = [self.tokenizer.eos_token_id]
         return [
@@ -165,9 +217,9 @@ class Renderer:
         """
         marked = self.control_words.mark(messages)
         if marked is None:
-            return self.encode_prompts([self.prompt(messages)])[0]
+            return self.encode_prompts([self.open(messages)])[0]
         messages, mark = marked
-        first, *others = self.prompt(messages, self._mark_template(mark)).split(mark)
+        first, *others = self.open(messages, self._mark_template(mark)).split(mark)
         return [*self.encode_prompts([first])[0], *chain.from_iterable(self._continue(others))]
 
     def _mark_template(self, mark: str) -> str | None:
@@ -175,11 +227,39 @@ class Renderer:
         template = self.control_words.mark_template(mark)
         for probe in PROBES if template is not None else ():
             try:
-                if self._apply(probe, open_turn=True, template=template) != self._apply(probe, open_turn=True):
+                if self.open(probe, template) != self.open(probe):
                     return None
-            except TemplateError:  # such as a system turn
+            except UnusableError:  # such as a system turn
                 continue
         return template
+
+    def encode_continued(self, texts: list[str]) -> list[Ids]:
+        """Returns the ids of answers without a BOS, encoded apart from the prompt: they begin at a token boundary.
+
+        SentencePiece tokenizers add a space before every text. For them the answer is encoded after a newline, whose
+        tokens are removed.
+        """
+        if not self.adds_space:
+            return self.encode(texts)
+        newline = len(self.encode(["\n"])[0])
+        return [row[newline:] for row in self.encode(["\n" + text for text in texts])]
+
+    def _is_boundary(self, before: str, after: str) -> bool:
+        """Whether a prompt and the beginning of an answer have the same token ids apart and joined."""
+        return self.encode([before])[0] + self.encode_continued([after])[0] == self.encode([before + after])[0]
+
+    def find_mask(self, answer: RenderedAnswer, ids: Ids) -> list[int]:
+        """Returns 1 for each token of an answer that the assistant wrote, else 0.
+
+        Raises: UnusableError for a tokenizer that does not tell where its tokens stand.
+        """
+        if not self.tokenizer.is_fast:
+            raise UnusableError("needs_fast_tokenizer")
+        encoded = self.tokenizer(answer.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans = [span for span in encoded["offset_mapping"] if self.adds_space or span[1] > span[0]]
+        spans = spans[len(spans) - len(ids) :]
+        assert len(spans) == len(ids)
+        return [int(any(a <= begin < b for a, b in answer.scored or ())) for begin, _ in spans]
 
     def _continue(self, texts: list[str]) -> list[Ids]:
         """Returns the ids of each text as a continuation: without a BOS, and without a space that the tokenizer adds.
@@ -194,44 +274,49 @@ class Renderer:
         rows = zip(self.encode(["\n" + text for text in texts]), self.encode(texts), strict=True)
         return [row[len(newline) :] if row[: len(newline)] == newline else plain for row, plain in rows]
 
-    def answer(self, answer: str, prompt: str | Messages) -> str:
-        """Returns the answer's text with its end of turn and one EOS. Raises: UnusableError for an empty answer."""
-        while answer.rstrip().endswith(self.eos):
-            answer = answer.rstrip().removesuffix(self.eos)
-        if not answer.strip():
-            raise UnusableError("empty_answer")
-        if self.is_chat:
-            return self.lead + answer.strip() + self.tail
-        if not isinstance(prompt, str):
-            answer = " " + answer.strip()
-        return answer + self.tail
+
+def _strip_separator(answer: str | Messages, prompt: str) -> str | Messages:
+    """Returns an answer without the space that separates it from a plain prompt; an indented answer stays as it is."""
+    if not isinstance(answer, str):
+        return answer
+    if HUMAN in prompt:
+        return answer.strip()
+    return answer[1:] if answer[:1] == " " and not answer[1:2].isspace() else answer
 
 
 @dataclass
 class Encoder:
-    """Turns batches of rows into `prompt_ids`, `chosen_ids` and `rejected_ids`, or into a reason for dropping them."""
+    """Turns batches of rows into token ids and masks, or into a reason for dropping them."""
 
     renderer: Renderer
     layout: Format
     limits: LengthLimits
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        """Encodes a batch of columns, row by row; `dropped` is a reason or empty, `cut` names the shortened parts."""
+        """Encodes a batch of columns, row by row: the columns of FEATURES.
+
+        `dropped` is a reason or empty, `cut` names the shortened parts, `notes` has keys of `chat.NOTES`.
+        """
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        prompts, chosens, rejecteds, reasons = [], [], [], []
+        rendered: list[RenderedPair | None] = []
+        reasons: list[str] = []
         for row in rows:
-            texts, reason = self._texts(row)
-            prompts.append(texts[0])
-            chosens.append(texts[1])
-            rejecteds.append(texts[2])
-            reasons.append(reason)
+            try:
+                rendered.append(self.renderer.render(self.layout.to_pair(row)))
+                reasons.append("")
+            except UnusableError as error:
+                rendered.append(None)
+                reasons.append(str(error))
+        encoded = self._encode([pair for pair in rendered if pair is not None])
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        encoded = zip(
-            self.renderer.encode_prompts(prompts), self._answer_ids(chosens), self._answer_ids(rejecteds), strict=True
-        )
-        for ids, reason, index in zip(encoded, reasons, indices, strict=True):
-            ids, reason, parts = self._cut(ids, reason)
-            for name, value in zip(columns, (*ids, index, reason, parts), strict=True):
+        for pair, reason, index in zip(rendered, reasons, indices, strict=True):
+            values = _Encoded()
+            if pair is not None:
+                try:
+                    values = self._cut(next(encoded))
+                except UnusableError as error:
+                    reason = str(error)
+            for name, value in {**vars(values), "row": index, "dropped": reason}.items():
                 columns[name].append(value)
         return columns
 
@@ -241,43 +326,66 @@ class Encoder:
         used = [not reason for reason in columns["dropped"]]
         return {name: list(compress(values, used)) for name, values in columns.items()}
 
-    def _texts(self, row: Mapping[str, Any]) -> tuple[tuple[str, str, str], str]:
-        try:
-            pair: Pair = self.layout.to_pair(row)
-            turns = [pair.prompt] if isinstance(pair.prompt, str) else [turn["content"] for turn in pair.prompt]
-            if max(len(text) for text in (pair.chosen, pair.rejected, *turns)) > TEXT_LETTERS:
-                raise UnusableError("too_long_text")
-            prompt = self.renderer.prompt(pair.prompt)
-            chosen = self.renderer.answer(pair.chosen, pair.prompt)
-            rejected = self.renderer.answer(pair.rejected, pair.prompt)
-            if chosen == rejected:
-                raise UnusableError("equal_answers")
-        except UnusableError as reason:
-            return ("", "", ""), str(reason)
-        return (prompt, chosen, rejected), ""
+    def _encode(self, pairs: list[RenderedPair]) -> Iterator["_Encoded"]:
+        """Yields the ids and masks of each pair, not yet cut."""
+        prompts = self.renderer.encode_prompts([pair.prompt for pair in pairs])
+        sides = [
+            self._encode_answers(pairs, prompts, [pair.chosen for pair in pairs]),
+            self._encode_answers(pairs, prompts, [pair.rejected for pair in pairs]),
+        ]
+        for pair, prompt, chosen, rejected in zip(pairs, prompts, *sides, strict=True):
+            notes = sorted(pair.notes | chosen.notes | rejected.notes)
+            yield _Encoded(prompt, chosen.ids, rejected.ids, chosen.mask, rejected.mask, notes=" ".join(notes))
 
-    def _answer_ids(self, texts: list[str]) -> list[Ids]:
-        """Returns the ids of answers without a BOS, encoded apart from the prompt: they begin at a token boundary.
+    def _encode_answers(
+        self, pairs: list[RenderedPair], prompts: list[Ids], answers: list[RenderedAnswer]
+    ) -> list["_EncodedAnswer"]:
+        renderer = self.renderer
+        alone = renderer.encode_continued([answer.text for answer in answers])
+        encoded = [_EncodedAnswer(ids, []) for ids in alone]
+        joined = [at for at, pair in enumerate(pairs) if pair.is_joined]
+        texts = [pairs[at].prompt + answers[at].text for at in joined]
+        for at, ids in zip(joined, renderer.encode_prompts(texts) if texts else [], strict=True):
+            prompt = prompts[at]
+            if ids[: len(prompt)] == prompt:
+                encoded[at] = _EncodedAnswer(ids[len(prompt) :], [])
+            elif ids != prompt + alone[at]:
+                encoded[at] = _EncodedAnswer(alone[at], [], frozenset({"token_across_boundary"}))
+        for at, answer in enumerate(answers):
+            if answer.scored is not None:
+                encoded[at] = replace(encoded[at], mask=renderer.find_mask(answer, encoded[at].ids))
+        return encoded
 
-        SentencePiece tokenizers add a space before every text. For them the answer is encoded after a newline, whose
-        tokens are removed.
-        """
-        encode = self.renderer.encode
-        if not self.renderer.adds_space:
-            return encode(texts)
-        newline = len(encode(["\n"])[0])
-        return [row[newline:] for row in encode(["\n" + text for text in texts])]
-
-    def _cut(self, ids: tuple[Ids, Ids, Ids], reason: str) -> tuple[tuple[Ids, Ids, Ids], str, str]:
-        if reason:
-            return ([], [], []), reason, ""
+    def _cut(self, pair: "_Encoded") -> "_Encoded":
+        """Returns the pair cut to the limits. Raises: UnusableError if nothing is left, or the answers become equal."""
+        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
         keep_first = ids[0][:1] == [self.renderer.tokenizer.bos_token_id]
-        try:
-            short = cut(*ids, self.limits, keep_first=keep_first)
-            if short[1] == short[2]:
-                raise UnusableError("equal_after_cut")
-        except UnusableError as error:
-            return ([], [], []), str(error), ""
+        short = cut(*ids, self.limits, keep_first=keep_first)
+        if short[1] == short[2]:
+            raise UnusableError("equal_after_cut")
+        chosen_mask, rejected_mask = pair.chosen_mask[: len(short[1])], pair.rejected_mask[: len(short[2])]
+        if any(mask and not any(mask) for mask in (chosen_mask, rejected_mask)):
+            raise UnusableError("no_room")  # the limit leaves none of the assistant's tokens
         parts = ["prompt"] if len(short[0]) < len(ids[0]) else []
         parts += ["answer"] if len(short[1]) < len(ids[1]) or len(short[2]) < len(ids[2]) else []
-        return short, "", " ".join(parts)
+        return _Encoded(*short, chosen_mask, rejected_mask, " ".join(parts), pair.notes)
+
+
+@dataclass(frozen=True)
+class _EncodedAnswer:
+    ids: Ids
+    mask: list[int]
+    notes: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The columns of a row that its pair fills; see `columns.FEATURES`."""
+
+    prompt_ids: Ids = field(default_factory=list)
+    chosen_ids: Ids = field(default_factory=list)
+    rejected_ids: Ids = field(default_factory=list)
+    chosen_mask: list[int] = field(default_factory=list)
+    rejected_mask: list[int] = field(default_factory=list)
+    cut: str = ""
+    notes: str = ""

@@ -196,7 +196,7 @@ class LocalModels:
         """
         if self.settings.kind != "dpo":
             return None
-        end = self.renderer.encode([self.renderer.tail])[0]
+        end = self.renderer.encode([self.renderer.end])[0]
         ids = {side: [*(reply.ids or ()), *(end if reply.ended else ())] for side, reply in replies.items()}
         if set(ids) != {"base", "tuned"} or not all(ids.values()):
             return None

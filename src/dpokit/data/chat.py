@@ -1,0 +1,489 @@
+"""Renders conversations with a model's chat template: the prompt as a server does, and the answers that follow it.
+
+A conversation is rendered whole. Its answer is the text after the prompt that a server would be given for it, up to
+the token that ends the answer's turn. Most rows need no more than one rendering: if a conversation has nothing that
+the template treats in a special way, then its answer stands between the same two texts as a probe's.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import date
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dpokit.data.control_words import find_searched
+from dpokit.data.formats import Messages, Pair, UnusableError
+from dpokit.data.template_box import check_template, refuse_template, render_in_bounds
+from dpokit.errors import ModelError
+
+PROBE = 'a probe: "x" <b>&\n\n  it\'s \u00e9'  # what a template may change: quotes, tags, lines, other letters
+BEGINS = ("Yes", "a", "1", '"', "<", "`", "-", "\u00e9", "\u4f60")  # of answers
+# The beginning of reasoning at the end of a prompt, in the forms of today's models.
+REASONING = re.compile(r"(<(?P<tag>[\w:]*think\w*)>|\[THINK\])\s*$")
+OPEN, CLOSE = "<think>", "</think>"
+THINKING_SWITCHES = ("enable_thinking", "thinking")  # arguments of templates: Qwen's, DeepSeek's
+CLOSE_REASONING = "\n{close}\n\n"  # as DeepSeek-R1 writes it, whose template does not
+# Words that structure the prompts of today's models, by which a prompt for another model is recognised.
+FOREIGN = re.compile(
+    r"<\|(im_start|im_end|start_header_id|eot_id|begin_of_text|user|assistant|system|endoftext)\|>|"
+    r"<(start|end)_of_turn>|\[/?INST\]|<\uff5c(User|Assistant)\uff5c>"
+)
+# Arguments of `apply_chat_template` itself, which a row must not set.
+RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
+# What happened to conversations that were not rendered as they stand; data.json counts the pairs.
+NOTES = {
+    "other_thinking_mode": "the prompt was rendered with the template's other thinking mode, which suits the answers",
+    "reasoning_rebuilt": "the prompt opens reasoning, and the template writes none in an answer: it was put there",
+    "reasoning_left_out": "the template leaves out the reasoning of an answer",
+    "tools_left_out": "the template leaves out the tools",
+    "token_across_boundary": "a token of the whole text lies across prompt and answer: both were encoded separately",
+}
+
+
+@dataclass(frozen=True)
+class RenderedAnswer:
+    """An answer's text, from the end of the prompt to the end of its last turn.
+
+    Attributes:
+        scored: the parts, as (begin, end) in characters, that the assistant wrote; None for the whole text.
+    """
+
+    text: str
+    scored: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True)
+class RenderedPair:
+    """The texts of a pair.
+
+    Attributes:
+        notes: keys of NOTES.
+        is_joined: whether the token ids of prompt and answer must be taken from their common text, because a token
+            might lie across both.
+    """
+
+    prompt: str
+    chosen: RenderedAnswer
+    rejected: RenderedAnswer
+    notes: frozenset[str] = frozenset()
+    is_joined: bool = False
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """How a plain answer is rendered after prompts of certain roles.
+
+    Attributes:
+        options: arguments of the template for the prompt.
+        before, after: the text around an answer.
+        spaces: what happens to spaces around an answer: "kept", "stripped", or "unclear".
+    """
+
+    options: Mapping[str, Any]
+    before: str
+    after: str
+    spaces: str
+    notes: frozenset[str]
+
+
+class ChatTemplate:
+    """A tokenizer's chat template.
+
+    Args:
+        tokenizer: with a chat template and an EOS token.
+        is_boundary: returns whether two texts have the same token ids apart and joined.
+        today: the date for templates that write one; None for the current date.
+
+    Attributes:
+        end: the token, or tokens, that end an assistant's turn; EOS if the template writes none.
+        ends: token ids at which an answer ends, EOS first.
+        has_date: whether the template writes the current date.
+
+    Raises: ModelError for a template that cannot render a conversation.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        is_boundary: Callable[[str, str], bool],
+        today: date | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._is_boundary = is_boundary
+        templates = tokenizer.chat_template
+        self._text = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
+        self.has_date = "strftime_now" in self._text
+        self._today = today
+        if isinstance(templates, dict) and "default" not in templates:
+            raise refuse_template(tokenizer, f"is one of several ({', '.join(templates)}), and none is named default")
+        check_template(tokenizer)
+        self._searched = find_searched(self._text)
+        self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._in_parts = False
+        self._begins_with_bos = False
+        self._tail = self._probe()
+        run = self._find_tokens(self._tail)
+        self.end: str = run or str(tokenizer.eos_token)
+        self.ends = self._find_ends()
+        self._frames: dict[tuple[str, ...], _Frame | None] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_frames": {}}  # `datasets` recognises prepared data by the pickled renderer
+
+    # -- the template itself -------------------------------------------------------------------------------------------
+
+    def apply(self, messages: Messages, **options: Any) -> str:
+        """Returns the text of a conversation. Raises: UnusableError if the template refuses it; ModelError."""
+        if self._in_parts:
+            messages = [_in_parts(message) for message in messages]
+        if self.has_date and self._today is not None:
+            options["strftime_now"] = self._today.strftime
+        try:
+            return render_in_bounds(self._tokenizer, messages, **options)
+        except ModelError:
+            raise
+        except Exception as error:  # a template is a program, and may fail in any way
+            raise UnusableError("refused_by_template") from error
+
+    def open(self, messages: Messages, **options: Any) -> str:
+        """Returns the text of a prompt up to its answer; a last message of the assistant's is continued."""
+        if messages[-1]["role"] == "assistant":
+            return self.apply(messages, continue_final_message=True, **options)
+        return self.apply(messages, add_generation_prompt=True, **options)
+
+    def _probe(self) -> str:
+        """Returns what the template writes after an answer. Raises: ModelError if it leaves the answer out."""
+        question = {"role": "user", "content": "a question"}
+        answer = {"role": "assistant", "content": PROBE}
+        system = {"role": "system", "content": "a system prompt"}
+        count = 0
+        for in_parts in (False, True):  # templates of models that take images expect a list of parts
+            self._in_parts = in_parts
+            for conversation in ([question, answer], [system, question, answer]):  # some demand a system turn
+                try:
+                    whole = self.apply(conversation)
+                except UnusableError:
+                    continue
+                count = whole.count(PROBE.strip())
+                if count == 1:
+                    self._begins_with_bos = whole.startswith(self._tokenizer.bos_token or "\0")
+                    return whole.partition(PROBE)[2]
+        raise refuse_template(self._tokenizer, f"{'repeats' if count else 'leaves out'} the assistant's answer")
+
+    def _find_tokens(self, tail: str) -> str:
+        """Returns the added tokens that a text begins with, up to other text; empty if it begins with none."""
+        begin = tail[: len(tail) - len(tail.lstrip())]
+        rest, found = tail[len(begin) :], ""
+        words = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        while word := next((word for word in words if rest.startswith(word)), ""):
+            found, rest = found + word, rest[len(word) :]
+        return begin + found if found else ""
+
+    def _find_ends(self) -> tuple[int, ...]:
+        """Returns EOS, the last token of `end`, and the token that ends a turn with a tool call."""
+        texts = [self.end]
+        call = {"type": "function", "id": "probe1234", "function": {"name": "probe_tool", "arguments": {}}}
+        question: Messages = [{"role": "user", "content": "a question"}]
+        answer: Messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+        with suppress(UnusableError):  # a template without tools
+            texts.append(self._render(question, (answer, answer), None, {}).chosen.text)
+        ids = [int(self._tokenizer.eos_token_id)]
+        ids += [self._tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in texts]
+        return tuple(dict.fromkeys(ids))
+
+    # -- pairs ---------------------------------------------------------------------------------------------------------
+
+    def render(self, pair: Pair, prompt: Messages) -> RenderedPair:
+        """Returns the texts of a pair whose prompt has these messages.
+
+        Raises: UnusableError with a reason for dropping the pair; ModelError if the template does not end.
+        """
+        if RESERVED & pair.template_kwargs.keys():
+            raise UnusableError("reserved_template_kwarg")
+        if isinstance(pair.chosen, str) and isinstance(pair.rejected, str) and self._is_plain(pair, prompt):
+            frame = self._find_frame(tuple(message["role"] for message in prompt))
+            rendered = None if frame is None else self._render_in(frame, prompt, (pair.chosen, pair.rejected))
+            if rendered is not None:
+                return rendered
+        chosen, rejected = (
+            [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            for answer in (pair.chosen, pair.rejected)
+        )
+        return self._render(prompt, (chosen, rejected), pair.tools, pair.template_kwargs)
+
+    def is_rendered(self, prompt: str) -> bool:
+        """Whether a prompt's text is already rendered. Raises: UnusableError if it is rendered for another model."""
+        if any(word in prompt for word in self._special):
+            return True
+        if FOREIGN.search(prompt):
+            raise UnusableError("rendered_for_other_model")
+        return False
+
+    def render_after(self, pair: Pair) -> RenderedPair:
+        """Returns the texts of a pair whose prompt is already rendered: as they are, with an end and a BOS once."""
+        answers = (pair.chosen, pair.rejected)
+        if not isinstance(pair.prompt, str) or not all(isinstance(answer, str) for answer in answers):
+            raise UnusableError("rendered_prompt")
+        bos = str(self._tokenizer.bos_token) if self._begins_with_bos else ""
+        prompt = bos + pair.prompt.removeprefix(bos)
+        chosen, rejected = (RenderedAnswer(self._strip_ends(str(answer)) + self.end) for answer in answers)
+        return RenderedPair(prompt, chosen, rejected, is_joined=True)
+
+    def _is_plain(self, pair: Pair, prompt: Messages) -> bool:
+        """Whether each message has only text, and none that the template searches for."""
+        if pair.tools or pair.template_kwargs or prompt[-1]["role"] == "assistant":
+            return False
+        if any(message.keys() != {"role", "content"} for message in prompt):
+            return False
+        texts = [pair.chosen, pair.rejected, *(message["content"] for message in prompt)]
+        return all(isinstance(text, str) and not any(word in text for word in self._searched) for text in texts)
+
+    def _find_frame(self, roles: tuple[str, ...]) -> _Frame | None:
+        """Returns how plain answers are rendered after these roles, learned from probes; None if it depends."""
+        if roles not in self._frames:
+            try:
+                self._frames[roles] = self._learn(roles)
+            except UnusableError:  # the pair itself shows the reason
+                self._frames[roles] = None
+        return self._frames[roles]
+
+    def _learn(self, roles: tuple[str, ...]) -> _Frame | None:
+        prompt = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(roles)]
+        first, second = ([{"role": "assistant", "content": text}] for text in (PROBE, f" \n{PROBE} \n"))
+        rendered = self._render(prompt, (first, second), None, {})
+        before, probe, after = rendered.chosen.text.partition(PROBE)
+        begins = [before] if before else BEGINS
+        if not probe or after != self.end or not all(self._is_boundary(rendered.prompt, begin) for begin in begins):
+            return None
+        spaces = {rendered.chosen.text: "stripped", f"{before} \n{PROBE} \n{after}": "kept"}
+        options = next((o for text, o, _ in self._openings(prompt, {}) if text == rendered.prompt), {})
+        if self.open(prompt, **options) != rendered.prompt:
+            return None
+        return _Frame(options, before, after, spaces.get(rendered.rejected.text, "unclear"), rendered.notes)
+
+    def _render_in(self, frame: _Frame, prompt: Messages, answers: tuple[str, str]) -> RenderedPair | None:
+        texts = [self._strip_ends(answer) for answer in answers]
+        if frame.spaces == "stripped":
+            texts = [text.strip() for text in texts]
+        text = self.open(prompt, **frame.options)
+        for answer in texts:
+            if frame.spaces == "unclear" and answer != answer.strip():
+                return None
+            if not frame.before and answer[0].isspace():  # a token may lie across prompt and answer
+                return None
+        chosen, rejected = (RenderedAnswer(frame.before + answer + frame.after) for answer in texts)
+        return RenderedPair(text, chosen, rejected, frame.notes)
+
+    def _render(
+        self,
+        prompt: Messages,
+        answers: tuple[Messages, Messages],
+        tools: list[dict[str, Any]] | None,
+        kwargs: Mapping[str, Any],
+    ) -> RenderedPair:
+        """Renders whole conversations, in the first form of their tool calls that the template writes."""
+        options = dict(kwargs) | ({"tools": tools} if tools else {})
+        chosen, rejected = ([*rest, self._without_end(last)] for *rest, last in answers)
+        refusals = []
+        for form in _find_forms([*prompt, *chosen, *rejected]):
+            try:
+                return self._render_as(
+                    [form(message) for message in prompt],
+                    [[form(message) for message in answer] for answer in (chosen, rejected)],
+                    options,
+                )
+            except UnusableError as error:
+                refusals.append(error)
+        raise refusals[0]
+
+    def _render_as(self, prompt: Messages, answers: list[Messages], options: dict[str, Any]) -> RenderedPair:
+        wholes = [self.apply(_join(prompt, answer), **options) for answer in answers]
+        for answer, whole in zip(answers, wholes, strict=True):
+            _check_calls([*prompt, *answer], whole)
+        for opening, used, note in self._openings(prompt, options):  # noqa: B007, the last one is used below
+            if all(whole.startswith(opening) for whole in wholes):
+                texts = [whole[len(opening) :] for whole in wholes]
+                scored = [
+                    self._find_scored(_join(prompt, answer), len(answer), whole, len(opening), used)
+                    for answer, whole in zip(answers, wholes, strict=True)
+                ]
+                break
+        else:
+            opening, note = self.open(prompt, **options), "reasoning_rebuilt"
+            if any(len(answer) > 1 for answer in answers):
+                raise UnusableError("changed_by_template")
+            texts = [self._rebuild(opening, whole, answer[0]) for answer, whole in zip(answers, wholes, strict=True)]
+            scored = [None, None]
+        notes = {note} if note else set()
+        if (tools := options.get("tools")) and not all(_name(tool) in wholes[0] for tool in tools):
+            notes.add("tools_left_out")
+        rendered = []
+        for text, spans, answer in zip(texts, scored, answers, strict=True):
+            rendered.append(RenderedAnswer(self._end_turn(text), spans))
+            reasoning = str(answer[-1].get("reasoning_content") or answer[-1].get("reasoning") or "").strip()
+            if reasoning and reasoning not in text:
+                notes.add("reasoning_left_out")
+            if text.count(CLOSE) > max(_text_of(answer[-1]).count(CLOSE), 1):
+                raise UnusableError("reasoning_doubled_by_template")
+            content = _text_of(answer[-1]).rpartition(CLOSE)[2].strip()
+            if content and content[-40:].strip() not in text:
+                raise UnusableError("left_out_by_template")
+        is_joined = "reasoning_rebuilt" not in notes  # else the template never writes the common text
+        return RenderedPair(opening, rendered[0], rendered[1], frozenset(notes), is_joined=is_joined)
+
+    def _openings(self, prompt: Messages, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Yields the prompts that a server may be given: text, arguments, and a key of NOTES or an empty text."""
+        yield self.open(prompt, **options), dict(options), ""
+        for switch in THINKING_SWITCHES:
+            if switch in self._text and not options.keys() & THINKING_SWITCHES:
+                for value in (True, False):
+                    changed = {**options, switch: value}
+                    yield self.open(prompt, **changed), changed, "other_thinking_mode"
+
+    def _rebuild(self, opening: str, whole: str, answer: Mapping[str, Any]) -> str:
+        """Returns an answer for a prompt that opens reasoning, though the template writes none there, as DeepSeek-R1's.
+
+        Raises: UnusableError if the template writes the prompt in another way once an answer follows.
+        """
+        begin = REASONING.search(opening)
+        if begin is None or not whole.startswith(opening[: begin.start()]):
+            raise UnusableError("changed_by_template")
+        rest = whole[begin.start() :]
+        if rest.startswith(begin[1]):  # it differs only in what follows the tag
+            return rest[len(begin[1]) :].removeprefix(opening[begin.end(1) :])
+        close = f"</{begin['tag']}>" if begin["tag"] else "[/THINK]"
+        reasoning = str(answer.get("reasoning_content") or answer.get("reasoning") or "")
+        if not reasoning:
+            reasoning = (
+                _text_of(answer).partition(close)[0].rpartition(begin[1])[2] if close in _text_of(answer) else ""
+            )
+        return reasoning.strip("\n") + CLOSE_REASONING.format(close=close) + rest.lstrip()
+
+    def _find_scored(
+        self, messages: Messages, number: int, whole: str, begin: int, options: Mapping[str, Any]
+    ) -> tuple[tuple[int, int], ...] | None:
+        """Returns the assistant's parts of the last messages; None if there is one message.
+
+        Args:
+            messages: the conversation.
+            number: how many messages the answer has.
+            whole: the rendered conversation.
+            begin: where the answer begins in it.
+            options: arguments of the template.
+        """
+        if number == 1:
+            return None
+        spans = []
+        for at in range(len(messages) - number, len(messages)):
+            if messages[at]["role"] != "assistant":
+                continue
+            before = messages[:at]
+            openings = [begin] if at == len(messages) - number else []
+            openings += [len(text) for text, *_ in self._openings(before, options) if whole.startswith(text)]
+            if not openings:
+                raise UnusableError("changed_by_template")
+            until = len(whole)
+            if at < len(messages) - 1:
+                turn = self.apply(messages[: at + 1], **options)
+                until = whole.find(self.end, openings[0]) + len(self.end)
+                if whole.startswith(turn):
+                    until = len(turn) - (len(self._tail) - len(self.end) if turn.endswith(self._tail) else 0)
+                elif until < len(self.end):
+                    raise UnusableError("changed_by_template")
+            spans.append((openings[0] - begin, until - begin))
+        return tuple(spans)
+
+    def _end_turn(self, text: str) -> str:
+        """Returns an answer's text up to the token that ends its turn."""
+        if text.endswith(self._tail):
+            return text[: len(text) - len(self._tail)] + self.end
+        if text.rstrip().endswith(self._special):  # such as a tool call's own end
+            return text.rstrip()
+        return text + self.end
+
+    def _strip_ends(self, text: str) -> str:
+        """Returns an answer without an end that its row has written, which the template writes."""
+        while any(text.rstrip().endswith(end) for end in (self.end, str(self._tokenizer.eos_token))):
+            text = text.rstrip().removesuffix(self.end).removesuffix(str(self._tokenizer.eos_token))
+        return text
+
+    def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        return {**message, "content": self._strip_ends(content)} if isinstance(content, str) else message
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content")
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content)
+    return str(content or "")
+
+
+def _join(prompt: Messages, answer: Messages) -> Messages:
+    """Returns the conversation; an answer to a prompt that ends with the assistant's words continues them."""
+    if prompt[-1]["role"] != "assistant":
+        return [*prompt, *answer]
+    first = {**prompt[-1], **answer[0], "content": _text_of(prompt[-1]) + _text_of(answer[0])}
+    return [*prompt[:-1], first, *answer[1:]]
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    return str((tool.get("function") or tool).get("name") or "")
+
+
+def _check_calls(messages: Messages, whole: str) -> None:
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            if _name(call) not in whole:
+                raise UnusableError("left_out_by_template")
+
+
+Form = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def _find_forms(messages: Messages) -> Iterator[Form]:
+    """Yields the forms in which published rows and templates write the same messages, the usual form first.
+
+    The arguments of a tool call are a mapping or JSON; a call without text has "" or None; and reasoning stands in the
+    text or in `reasoning_content`.
+    """
+    has_calls = any(message.get("tool_calls") for message in messages)
+    has_reasoning = any(CLOSE in _text_of(message) for message in messages)
+    for is_apart in (False, True)[: 1 + has_reasoning]:
+        for empty in ("", None)[: 1 + has_calls]:
+            for as_json in (False, True)[: 1 + has_calls]:
+                yield partial(_in_form, empty=empty, as_json=as_json, is_apart=is_apart)
+
+
+def _in_form(message: dict[str, Any], *, empty: str | None, as_json: bool, is_apart: bool) -> dict[str, Any]:
+    text = _text_of(message)
+    if is_apart and message["role"] == "assistant" and CLOSE in text and not message.get("reasoning_content"):
+        reasoning, _, text = text.partition(CLOSE)
+        reasoning = reasoning.rpartition(OPEN)[2].strip("\n")
+        message = {**message, "content": text.lstrip("\n"), "reasoning_content": reasoning}
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(call.get("function") or call)
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                raise UnusableError("bad_tool_call") from None
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "content": message.get("content") or empty, "tool_calls": calls}
