@@ -6,6 +6,7 @@ APO 2408.06266, DiscoPOP 2406.08414, SimPO-like length normalisation for sigmoid
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -13,9 +14,21 @@ from torch.nn.functional import logsigmoid
 
 def answer_log_prob(model, prompt: list[int], answer: list[int]) -> torch.Tensor:
     """log p(answer | prompt) of one unpadded sequence, summed over the answer's tokens."""
+    return token_log_probs(model, prompt, answer).sum()
+
+
+def token_log_probs(model, prompt: list[int], answer: list[int], mask: Sequence[int] = ()) -> torch.Tensor:
+    """The log-prob of each token of the answer, or of those where the mask is 1."""
+    steps = distributions(model, prompt, answer, mask)
+    scored = [token for token, flag in zip(answer, mask or [1] * len(answer), strict=True) if flag]
+    return steps.gather(1, torch.tensor(scored)[:, None])[:, 0]
+
+
+def distributions(model, prompt: list[int], answer: list[int], mask: Sequence[int] = ()) -> torch.Tensor:
+    """log p of the whole vocabulary at each token of the answer, or at those where the mask is 1."""
     logits = model(input_ids=torch.tensor([prompt + answer])).logits[0].double()
     steps = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return steps.gather(1, torch.tensor(answer)[:, None]).sum()
+    return steps[[number for number, flag in enumerate(mask or [1] * len(answer)) if flag]]
 
 
 def dpo_loss(kind: str, pc, pr, rc, rr, lc, lr, beta: float, smoothing: float) -> torch.Tensor:

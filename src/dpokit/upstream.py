@@ -482,10 +482,10 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
     ),
     UpstreamName(
         "transformers.Trainer._signature_columns",
-        ("train/sft_trainer.py",),
+        ("train/steps.py",),
         "set",
-        why="transformers removes the columns of streamed rows that are not in this list; the collator needs "
-        "prompt_ids and chosen_ids.",
+        why="transformers removes the columns of streamed rows that are not in this list; the collators need token ids "
+        "and masks.",
         upstream="transformers/trainer.py",
         delete_when="The Trainer takes the columns to keep as an argument.",
     ),
@@ -601,6 +601,14 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="DPOTrainer accepts tokenised rows without another pass over them.",
     ),
     UpstreamName(
+        "trl.DPOTrainer._set_signature_columns_if_needed",
+        ("train/steps.py",),
+        "override",
+        why="The columns of streamed rows to keep are token ids and masks; TRL's list has no masks.",
+        upstream="trl/trainer/dpo_trainer.py",
+        delete_when="The Trainer takes the columns to keep as an argument.",
+    ),
+    UpstreamName(
         "trl.DPOTrainer._total_train_tokens",
         ("train/resuming.py", "train/saving.py", "train/steps.py"),
         "set",
@@ -644,9 +652,9 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
     ),
     UpstreamName(
         "trl.SFTTrainer._set_signature_columns_if_needed",
-        ("train/sft_trainer.py",),
+        ("train/steps.py",),
         "override",
-        why="The columns of streamed rows to keep are prompt_ids and chosen_ids, not the model's inputs.",
+        why="The columns of streamed rows to keep are token ids and masks, not the model's inputs.",
         upstream="trl/trainer/sft_trainer.py",
         delete_when="The Trainer takes the columns to keep as an argument.",
     ),
@@ -677,7 +685,7 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
     ),
     UpstreamName(
         "trl.trainer.dpo_trainer.DataCollatorForPreference",
-        ("model/score.py", "train/dpo_trainer.py"),
+        ("model/score.py",),
         "call",
         why="It pads tokenised pairs to the batches that TRL's loss expects.",
         upstream="trl/trainer/dpo_trainer.py",

@@ -155,6 +155,20 @@ def test_prompts_of_a_split_are_distinct_with_training_tokens(tokenizer):
     assert build_prompts(split, tokenizer, limit=0) == []
 
 
+def test_a_prompt_is_answered_if_the_assistant_is_next(tokenizer):
+    """The chosen answers: a whole one, one that a user's turn follows, and one that begins with a user's turn."""
+    masks = [[], [1, 1, 0, 0, 1], [0, 1]]
+    rows = [
+        {"prompt_ids": [5, number], "chosen_ids": [10, 11, 12, 13, 14][: len(mask) or 3], "chosen_mask": mask}
+        for number, mask in enumerate(masks)
+    ]
+    prompts = build_prompts(Dataset.from_list(rows), tokenizer)
+    assert [(prompt.ids, prompt.chosen) for prompt in prompts] == [
+        ((5, 0), tokenizer.decode([10, 11, 12])),
+        ((5, 1), tokenizer.decode([10, 11])),
+    ]
+
+
 def test_prompts_of_prepared_pairs_equal_the_rows(tokenizer, tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", 4)
     data = prepare_data(DataArguments(dataset_name=str(path)), tokenizer, max_length=None, with_eval=False)

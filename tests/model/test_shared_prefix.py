@@ -99,17 +99,6 @@ def test_answers_with_an_equal_beginning_are_scored_separately():
     check_equal(build(FAMILIES["llama"]), make_batch([(7, 6, 9), (3, 5, 5)], same_prefix=4))
 
 
-def test_every_output_field_equals_trls():
-    model, batch = build(FAMILIES["gpt2"]), make_batch()
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-    padded = model(**inputs, fused_lm_head=True)
-    share_prefix(model)
-    packed = model(**inputs, fused_lm_head=True)
-    for name in (*OUTPUTS, "label_mask"):
-        torch.testing.assert_close(packed[name], padded[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
 def test_a_pair_holds_its_prompt_once_and_no_padding():
     batch = make_batch([(9, 5, 8), (20, 12, 1)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -119,11 +108,61 @@ def test_a_pair_holds_its_prompt_once_and_no_padding():
     assert (packed.labels != -100).sum() == 5 + 8 + 12 + 1
 
 
-def test_pairs_of_different_prompts_are_not_packed():
-    batch = make_batch([(9, 5, 8)])
-    batch["input_ids"][1, 3] += 1
+# 1 where a token is scored, 0 where it is of a user's or a tool's turn.
+MASKS = {
+    "a user's turn between two answers": ([1, 1, 0, 0, 0, 1, 1], [1, 0, 0, 1]),
+    "a user's turn first": ([0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0, 1]),
+    "one answer without unscored tokens": ([0, 1, 1], [1, 1, 1, 1]),
+    "cut in a user's turn": ([1, 1, 0, 0], [1, 0, 1, 0, 0]),
+    "one scored token": ([0, 0, 0, 1], [1]),
+}
+
+
+def make_masked_batch(same_prefix: int = 0) -> dict[str, torch.Tensor]:
+    lengths = [(prompt, *map(len, masks)) for prompt, masks in zip((1, 9, 4, 12, 2), MASKS.values(), strict=True)]
+    batch = make_batch(lengths, same_prefix)
+    for pair, (prompt, *_) in enumerate(lengths):
+        for row, mask in zip((pair, pair + len(lengths)), list(MASKS.values())[pair], strict=True):
+            batch["completion_mask"][row, prompt : prompt + len(mask)] = torch.tensor(mask)
+    return batch
+
+
+@pytest.mark.parametrize("make", [make_batch, make_masked_batch])
+def test_every_output_field_equals_trls(make):
+    model, batch = build(FAMILIES["gpt2"]), make()
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    with pytest.raises(ValueError, match="two prompts of a pair differ"):
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    padded = model(**inputs, fused_lm_head=True)
+    share_prefix(model)
+    packed = model(**inputs, fused_lm_head=True)
+    for name in (*OUTPUTS, "label_mask"):
+        torch.testing.assert_close(packed[name], padded[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("same_prefix", [0, 3], ids=["", "equal first tokens"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_with_unscored_turns_equal_padded_ones(family, lora, same_prefix):
+    check_equal(build(FAMILIES[family], lora), make_masked_batch(same_prefix))
+
+
+def test_rows_of_a_pair_share_the_tokens_that_are_equal():
+    batch = make_batch([(9, 5, 8)])
+    batch["input_ids"][1, 3] = batch["input_ids"][0, 3] % (VOCABULARY - 1) + 1
+    check_equal(build(FAMILIES["llama"]), batch)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    assert pack_pairs(batch["input_ids"], labels).lengths == [(2, 5 + 6, 8 + 6)]
+
+
+@pytest.mark.parametrize("change", ["another first token", "no scored token"])
+def test_a_pair_without_a_layout_is_refused(change):
+    batch = make_batch([(9, 5, 8)])
+    if change == "another first token":
+        batch["input_ids"][1, 0] = batch["input_ids"][0, 0] % (VOCABULARY - 1) + 1
+    else:
+        batch["completion_mask"][0] = 0
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    with pytest.raises(ValueError, match="begin differently, or one has no scored token"):
         pack_pairs(batch["input_ids"], labels)
 
 

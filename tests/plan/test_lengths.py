@@ -107,5 +107,8 @@ def test_the_worst_micro_batch_has_the_longest_row_and_answers(settings):
     assert shape.lengths == ((1, 50, 60), (100, 1, 1))
     assert (shape.answer_tokens, shape.positions) == (110 + 2, (1 - 1) + 110 + (100 - 1) + 2)
     assert find_worst(lengths, settings(), pairs=8, max_length=None).pairs == 3
+    unscored = [Length(100, 30, 1, unscored=20), Length(1, 50, 60, unscored=100)]  # turns of users, between answers
+    assert find_worst(unscored, settings(), pairs=2, max_length=None).answer_tokens == 10 + 11
+    assert find_worst(unscored, settings("--shared_prefix", "false"), pairs=1, max_length=None).answer_tokens == 11
     padded = settings("--pad_to_multiple_of", "64")
     assert find_worst(lengths, padded, pairs=1, max_length=None).row_tokens == 128

@@ -27,17 +27,23 @@ def read_column(split: Dataset, name: str) -> list[Any]:
 
 
 def fingerprint_ids(splits: Sequence[Dataset]) -> str:
-    """Returns the sha256 of all token ids of the splits in order. The hash of each split is kept for later calls."""
+    """Returns the sha256 of all token ids and masks of the splits in order.
+
+    Empty masks and missing columns of masks do not change it. The hash of each split is kept for later calls.
+    """
     if len(splits) == 1 and splits[0] in _FINGERPRINTS:
         return _FINGERPRINTS[splits[0]]
     whole = hashlib.sha256()
     for number, split in enumerate(splits):
         digests = [whole] if number == 0 else [whole, hashlib.sha256()]
-        for batch in _batches(split, *IDS):
-            for name in IDS:
+        masks = [name for name in MASKS if name in split.column_names]
+        for batch in _batches(split, *IDS, *masks):
+            for name in (*IDS, *masks):
                 lengths, flat = _read_ids(batch[name])
+                if name in masks and not flat.size:
+                    continue
                 for digest in digests:
-                    digest.update(lengths.tobytes() + flat.tobytes())
+                    digest.update((name.encode() if name in masks else b"") + lengths.tobytes() + flat.tobytes())
         _FINGERPRINTS[split] = digests[-1].hexdigest()
     return whole.hexdigest()
 

@@ -19,6 +19,7 @@ from dpokit.console import track_progress
 from dpokit.distributed.coordination import decide_on_main_process
 from dpokit.errors import DataError, ModelError, SettingsError, find_disk_trouble
 from dpokit.model.generate import Answer, count_answers, encode_prompt, generate_answers
+from dpokit.model.score import take_first_turn
 from dpokit.rundir import sync_folder, write_json
 
 
@@ -67,13 +68,14 @@ def build_prompts(split: Dataset, tokenizer: PreTrainedTokenizerBase, *, limit: 
     """Returns the first distinct prompts of a tokenised split, with the tokens that the model receives in training.
 
     Args:
-        split: pairs with `prompt_ids` and `chosen_ids`, from `prepare_data`.
+        split: pairs from `prepare_data`; a pair whose answers begin with a user's turn is left out.
         tokenizer: the one that tokenised the split.
         limit: maximum number of prompts; None for all.
     """
     chosen_ids: dict[tuple[int, ...], list[int]] = {}
-    for row in split.select_columns(["prompt_ids", "chosen_ids"]):
-        chosen_ids.setdefault(tuple(row["prompt_ids"]), row["chosen_ids"])
+    for row in split:
+        if first_turn := take_first_turn(row):
+            chosen_ids.setdefault(tuple(row["prompt_ids"]), first_turn)
         if len(chosen_ids) == limit:
             break
     return [

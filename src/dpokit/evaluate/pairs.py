@@ -10,7 +10,7 @@ from accelerate.utils import reduce
 from trl import DPOConfig
 
 from dpokit.console import track_progress
-from dpokit.data.columns import fingerprint_ids, hash_prompts, read_column
+from dpokit.data.columns import IDS, MASKS, fingerprint_ids, hash_prompts, read_column
 from dpokit.errors import ModelError
 from dpokit.evaluate.inputs import Subject
 from dpokit.evaluate.measures import (
@@ -22,11 +22,11 @@ from dpokit.evaluate.measures import (
     name_gap,
     summarize_scores,
 )
-from dpokit.model.score import PairScorer
+from dpokit.model.score import PairScorer, count_scored, keep_scored
 
 FORMAT = 1
 BATCH_PAIRS = 8
-DRIFT_TOKENS = 1024  # chosen tokens whose whole distributions are compared: each is as long as the vocabulary
+DRIFT_TOKENS = 1024  # scored chosen tokens whose whole distributions are compared: each is as long as the vocabulary
 
 
 def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
     """
     held_out = subject.held_out
     pairs = held_out.pairs.select(range(min(limit or len(held_out.pairs), len(held_out.pairs))))
-    rows = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
+    rows = pairs.select_columns([*IDS, *MASKS]).to_list()
     prompts = hash_prompts(pairs)
     has_base = subject.base_name is not None
     pad_id = int(subject.tokenizer.pad_token_id)
@@ -86,7 +86,7 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
 def score_all(scorer: PairScorer, rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     """Returns log-probs, `(2, pairs)`, fp64, on every rank. A batch holds pairs of similar length; ranks take turns."""
     state = PartialState()
-    order = sorted(range(len(rows)), key=lambda at: -sum(len(ids) for ids in rows[at].values()))
+    order = sorted(range(len(rows)), key=lambda at: -sum(len(rows[at][name]) for name in IDS))
     batches = [order[at : at + BATCH_PAIRS] for at in range(0, len(order), BATCH_PAIRS)]
     share = batches[state.process_index :: state.num_processes]
     table = torch.zeros(2, len(rows), dtype=torch.float64)
@@ -114,19 +114,19 @@ def check_finite_log_probs(log_probs: np.ndarray, name: str, numbers: Sequence[i
 
 
 def count_answer_tokens(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Returns the number of tokens of each answer, `(2, pairs)`: chosen, rejected."""
-    return np.array([[len(row[name]) for row in rows] for name in ("chosen_ids", "rejected_ids")])
+    """Returns the number of scored tokens of each answer, `(2, pairs)`: chosen, rejected."""
+    return np.array([[count_scored(row, answer) for row in rows] for answer in ("chosen", "rejected")])
 
 
 @torch.no_grad()
 def measure_drift(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    """Returns KL(tuned || base) of the next token, averaged over a chosen answer's positions: `(pairs,)`, nats.
+    """Returns KL(tuned || base) of the next token, averaged over a chosen answer's scored tokens: `(pairs,)`, nats.
 
     NaN for pairs that were not selected: the comparison takes the whole distributions of both models, at about
     `DRIFT_TOKENS` positions spread over the pairs. The answers are those of the data, not sampled ones.
     """
     state, drift = PartialState(), torch.zeros(2, len(rows), dtype=torch.float64)
-    selected = find_drift_pairs([len(row["chosen_ids"]) for row in rows])
+    selected = find_drift_pairs([count_scored(row, "chosen") for row in rows])
     for at in selected[state.process_index :: state.num_processes]:
         row = rows[at]
         ids = torch.tensor([[*row["prompt_ids"], *row["chosen_ids"]]], device=subject.tuned.device)
@@ -137,7 +137,8 @@ def measure_drift(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> np.nda
         # LM heads may have more rows than the tokenizer has tokens, and not the same number in both models.
         vocabulary = min(side.shape[-1] for side in logits)
         tuned, base = (side[:, :vocabulary].log_softmax(-1) for side in logits)
-        drift[:, at] = torch.stack([(tuned.exp() * (tuned - base)).sum(-1).mean().double().cpu(), torch.tensor(1.0)])
+        divergences = keep_scored((tuned.exp() * (tuned - base)).sum(-1), row, "chosen")
+        drift[:, at] = torch.stack([divergences.mean().double().cpu(), torch.tensor(1.0)])
     total = _add_ranks(drift)
     return np.where(total[1] > 0, total[0], np.nan)
 
@@ -151,7 +152,7 @@ def find_logits(model: Any, ids: torch.Tensor, positions: int) -> torch.Tensor:
 
 
 def find_drift_pairs(lengths: Sequence[int]) -> list[int]:
-    """Returns indices of pairs, evenly spread, whose answers have about `DRIFT_TOKENS` tokens in all."""
+    """Returns indices of pairs, evenly spread, whose answers have about `DRIFT_TOKENS` scored tokens in all."""
     number = max(1, min(len(lengths), round(DRIFT_TOKENS * len(lengths) / max(sum(lengths), 1))))
     return sorted({len(lengths) * at // number for at in range(number)})
 

@@ -12,12 +12,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpokit.console import say, track_progress
-from dpokit.data.columns import fingerprint_ids
+from dpokit.data.columns import IDS, MASKS, fingerprint_ids
 from dpokit.data.prepare import prepare_held_out
 from dpokit.errors import DataError, ModelError
 from dpokit.merge.layers import load_trained
 from dpokit.model.load import find_base, find_max_length, load_frozen, name_model
-from dpokit.model.score import PairScorer
+from dpokit.model.score import PairScorer, keep_scored
 from dpokit.settings.load import Settings
 
 BATCH_PAIRS = 8
@@ -59,7 +59,7 @@ class DriftCheck:
                 error.seen, expected=error.expected, do=f"{error.do}; or merge without this check: --no-proof"
             ) from error
         pairs = held_out.pairs.select(range(min(limit or len(held_out.pairs), len(held_out.pairs))))
-        self._rows = pairs.select_columns(["prompt_ids", "chosen_ids", "rejected_ids"]).to_list()
+        self._rows = pairs.select_columns([*IDS, *MASKS]).to_list()
         name, source = str(settings.data.dataset_name), held_out.tally.source
         if Path(name).exists():  # merge.json is published, so it holds no local path
             source = source.replace(name, Path(name).name)
@@ -104,15 +104,18 @@ class DriftCheck:
 
     @torch.no_grad()
     def _score(self, model: PreTrainedModel | PeftModel, name: str) -> list[list[torch.Tensor]]:
-        """For each pair the log-probs of the chosen and of the rejected answer's tokens, fp32."""
+        """For each pair the log-probs of the chosen and of the rejected answer's scored tokens, fp32."""
         scorer = PairScorer(model, pad_id=self._pad_id, longest=self._longest)
-        order = sorted(range(len(self._rows)), key=lambda row: -sum(len(ids) for ids in self._rows[row].values()))
+        order = sorted(range(len(self._rows)), key=lambda row: -sum(len(self._rows[row][name]) for name in IDS))
         scores: list[list[torch.Tensor]] = [[]] * len(order)
         for start in track_progress(range(0, len(order), BATCH_PAIRS), desc=f"scoring, {name}", unit="batch"):
             batch = order[start : start + BATCH_PAIRS]
             table = scorer.score_tokens([self._rows[row] for row in batch])
             for column, row in enumerate(batch):
-                scores[row] = [take_answer(table[side, column], self._rows[row], side) for side in (0, 1)]
+                scores[row] = [
+                    take_answer(table[side, column], self._rows[row], answer)
+                    for side, answer in enumerate(("chosen", "rejected"))
+                ]
         return scores
 
     def _find_accuracy(self, scores: Sequence[Sequence[torch.Tensor]]) -> float:
@@ -125,15 +128,15 @@ class DriftCheck:
 
 
 def find_distances(left: Sequence[Sequence[torch.Tensor]], right: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-    """Absolute differences between the log-probs of each answer token: `(tokens,)`, nats."""
+    """Absolute differences between the log-probs of each scored token: `(tokens,)`, nats."""
     answers = zip(chain.from_iterable(left), chain.from_iterable(right), strict=True)
     return torch.cat([(a - b).abs() for a, b in answers])
 
 
-def take_answer(log_probs: torch.Tensor, row: Mapping[str, Sequence[int]], side: int) -> torch.Tensor:
-    """The answer's log-probs in a row of `score_tokens`: `(answer tokens,)`; side 0 is chosen, 1 rejected."""
+def take_answer(log_probs: torch.Tensor, row: Mapping[str, Sequence[int]], answer: str) -> torch.Tensor:
+    """The log-probs of the `chosen` or `rejected` answer in a row of `score_tokens`: `(scored tokens,)`."""
     first = len(row["prompt_ids"]) - 1
-    return log_probs[first : first + len(row["rejected_ids" if side else "chosen_ids"])].clone()
+    return keep_scored(log_probs[first : first + len(row[f"{answer}_ids"])].clone(), row, answer)
 
 
 def check_drift(drift: Mapping[str, Any], dtypes: Sequence[str], *, other_base: bool, accept: bool) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Cache of reference log-probs: computed once, kept on disk under a hash of everything they depend on.
 
-They depend on the scored token ids, the reference's weights, the precision and `ld_alpha`; not on learning rate, beta
+They depend on token ids and masks, the reference's weights, the precision and `ld_alpha`; not on learning rate, beta
 or output folder, so restarts and the trials of a sweep reuse them. Only rank 0 reads and writes the disk: a folder that
 only one node sees serves all ranks.
 """
@@ -38,7 +38,7 @@ def find_cache_folder() -> Path:
 
 
 def find_identity(settings: Settings) -> dict[str, object]:
-    """Returns what log-probs depend on besides token ids, autocast, `ld_alpha`; reads files: call it in one process."""
+    """Returns what log-probs depend on besides the rows, autocast, `ld_alpha`; reads files: call it in one process."""
     model = settings.model
     base = find_base(model)
     return {

@@ -69,6 +69,53 @@ def find_obstacle(model: PreTrainedModel | PeftModel, longest: int | None) -> st
     return None
 
 
+def find_mask(row: Mapping[str, Any], answer: str) -> Sequence[int]:
+    """Returns 1 for each scored token of a row's `chosen` or `rejected` answer and 0 for others; empty if all are."""
+    return row.get(f"{answer}_mask") or ()
+
+
+def count_scored(row: Mapping[str, Any], answer: str) -> int:
+    """Returns the number of scored tokens of a row's `chosen` or `rejected` answer."""
+    mask = find_mask(row, answer)
+    return sum(mask) if mask else len(row[f"{answer}_ids"])
+
+
+def take_first_turn(row: Mapping[str, Any]) -> list[int]:
+    """Returns the tokens of the chosen answer before the first unscored one; none if it begins with a user's turn."""
+    mask, ids = find_mask(row, "chosen"), row["chosen_ids"]
+    return list(ids[: mask.index(0)] if 0 in mask else ids)
+
+
+def keep_scored(values: torch.Tensor, row: Mapping[str, Any], answer: str) -> torch.Tensor:
+    """Returns the values of the scored tokens, of one value for each token of a row's `chosen` or `rejected` answer."""
+    mask = find_mask(row, answer)
+    return values[torch.tensor(mask, dtype=torch.bool, device=values.device)] if mask else values
+
+
+class ScoredTokenCollator:
+    """TRL's collator, for rows that may have masks: `completion_mask` is 1 for the scored tokens of an answer.
+
+    Args:
+        pad_id: pads rows on the right.
+        pad_to_multiple_of: of the width of a batch.
+    """
+
+    def __init__(self, pad_id: int, pad_to_multiple_of: int | None = None) -> None:
+        # Pairs are truncated when they are tokenised, so the collator has no maximum length.
+        self._pad = DataCollatorForPreference(pad_token_id=pad_id, pad_to_multiple_of=pad_to_multiple_of)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns a batch as `score_tokens` takes it: the chosen rows, then the rejected ones."""
+        batch: dict[str, Any] = self._pad([dict(row) for row in rows])
+        for number, row in enumerate(rows):
+            begin = len(row["prompt_ids"])
+            for place, answer in ((number, "chosen"), (number + len(rows), "rejected")):
+                if mask := find_mask(row, answer):
+                    end = begin + len(row[f"{answer}_ids"])
+                    batch["completion_mask"][place, begin:end] = torch.tensor(mask)
+        return batch
+
+
 def share_prefix(model: PreTrainedModel | PeftModel) -> SharedPrefix:
     """Enables the packed forward of a model with TRL's fused head. Raises: ValueError if the model cannot use it."""
     return SharedPrefix(model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -133,7 +180,7 @@ class PairScorer:
         self.model = model.eval()
         trl_utils.disable_dropout_in_model(model)
         trl_utils.add_fused_lm_head(model.get_base_model() if isinstance(model, PeftModel) else model)
-        self._collate = DataCollatorForPreference(pad_token_id=pad_id)
+        self._collate = ScoredTokenCollator(pad_id)
         self._shared: SharedPrefix | None = None
         self._is_checked = False
         reason = find_obstacle(model, longest)
@@ -146,7 +193,7 @@ class PairScorer:
         """Returns the answers' log-probs, summed over tokens: `(2, pairs)`, fp32, on the CPU; chosen, rejected.
 
         Args:
-            pairs: with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+            pairs: with `prompt_ids`, `chosen_ids`, `rejected_ids`; masks if some tokens are not scored.
         """
         return self.score_tokens(pairs).sum(dim=2)
 
@@ -155,7 +202,7 @@ class PairScorer:
         """Returns each answer token's log-prob, as `score_tokens` does: `(2, pairs, width - 1)`, fp32, on the CPU.
 
         Args:
-            pairs: with `prompt_ids`, `chosen_ids`, `rejected_ids`.
+            pairs: with `prompt_ids`, `chosen_ids`, `rejected_ids`; masks if some tokens are not scored.
         """
         if self._shared is not None and not self._is_checked:
             self._check(self._shared, self._batch(pairs[:PROOF_PAIRS]))
@@ -163,8 +210,7 @@ class PairScorer:
         return log_probs.reshape(2, len(pairs), -1)
 
     def _batch(self, pairs: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        collated = self._collate([dict(pair) for pair in pairs])
-        return {name: values.to(self.model.device) for name, values in collated.items()}
+        return {name: values.to(self.model.device) for name, values in self._collate(pairs).items()}
 
     def _check(self, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> None:
         self._is_checked = True

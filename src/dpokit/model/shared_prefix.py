@@ -5,9 +5,12 @@ TRL's batch holds `prompt + chosen` and `prompt + rejected` as two padded rows. 
     prompt without its last token | last token + chosen | last token + rejected
 
 and all pairs follow each other in a single row. Both branches take the positions after the prompt, and each attends to
-the shared part and to itself. Each token of a branch predicts one answer token, so the LM head computes the branches
-only. (An answer's last token predicts nothing and is left out.) The log-probs are written back to the positions where
+the shared part and to itself. Each token of a branch predicts one answer token, and the LM head computes those that are
+scored. (An answer's last token predicts nothing and is left out.) The log-probs are written back to the positions where
 TRL's loss reads them, so losses, metrics, PEFT, checkpointing and sharding remain TRL's.
+
+The branches begin where the rows differ, or at the first token that is scored. Tokens of an answer without a score (a
+user's or a tool's turn between the turns of the assistant) are context.
 
 arXiv 2410.20305 derives and measures prefix sharing for DPO. The layout here differs: each branch has its own copy of
 the prompt's last token, so that one forward pass of TRL's own head is enough.
@@ -37,7 +40,8 @@ class Packed:
 
     Attributes:
         input_ids, position_ids, labels: `(1, tokens)`, int64; labels are already shifted.
-        places: `(scored tokens,)`, int64: index of each log-prob in TRL's flattened `(2 pairs, width - 1)`.
+        places: `(tokens,)`, int64: index of each token in TRL's flattened `(2 pairs, width - 1)`; of a shared token, in
+            the chosen row.
         lengths: tokens of the shared part, the chosen and the rejected branch of each pair.
         attended: ids of the layers that followed this layout; any other layer has mixed the answers.
     """
@@ -90,28 +94,29 @@ def pack_pairs(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
 
     Args:
         input_ids: `(2 pairs, width)`, int64: the chosen rows, then the rejected ones, in the same order.
-        labels: the same shape; `IGNORED` for every token that is not an answer's.
+        labels: the same shape; `IGNORED` for every token that is not scored.
 
-    Raises: ValueError if the two prompts of a pair differ.
+    Raises: ValueError if the two rows of a pair begin differently, or one has no scored token.
     """
     pairs, width = len(input_ids) // 2, input_ids.shape[1]
-    answers = labels != IGNORED
-    # The start and end of each answer, in a single copy from the device.
-    begins, ends = torch.stack([answers.int().argmax(1), width - answers.flip(1).int().argmax(1)]).tolist()
+    scored, differ = labels != IGNORED, input_ids[:pairs] != input_ids[pairs:]
+    differ[:, -1] = True  # equal rows branch at their first scored token
+    # Of each row the first and the last scored token, and of each pair the first difference: one copy from the device.
+    firsts = torch.cat([scored, scored.flip(1), differ]).int().argmax(1).tolist()
+    begins, ends = firsts[: 2 * pairs], [width - last for last in firsts[2 * pairs : 4 * pairs]]
     tokens, positions, targets, places, lengths = [], [], [], [], []
-    for chosen in range(pairs):
-        rejected, begin = chosen + pairs, begins[chosen]
-        if begins[rejected] != begin or not torch.equal(input_ids[chosen, :begin], input_ids[rejected, :begin]):
-            raise ValueError("the two prompts of a pair differ")
+    for chosen, difference in enumerate(firsts[4 * pairs :]):
+        rejected = chosen + pairs
+        begin = min(difference, begins[chosen], begins[rejected])
+        if begin == 0:
+            raise ValueError("the two rows of a pair begin differently, or one has no scored token")
         shared = begin - 1
-        tokens.append(input_ids[chosen, :shared])
-        targets.append(labels.new_full((shared,), IGNORED))
-        positions.append(torch.arange(shared))
-        for row in (chosen, rejected):
-            tokens.append(input_ids[row, shared : ends[row] - 1])
-            targets.append(labels[row, begin : ends[row]])
-            positions.append(torch.arange(shared, ends[row] - 1))
-            places.append(torch.arange(shared, ends[row] - 1) + row * (width - 1))
+        branches = [(row, shared, ends[row] - 1) for row in (chosen, rejected)]
+        for row, first, last in [(chosen, 0, shared), *branches]:
+            tokens.append(input_ids[row, first:last])
+            targets.append(labels[row, first + 1 : last + 1])
+            positions.append(torch.arange(first, last))
+            places.append(positions[-1] + row * (width - 1))
         lengths.append((shared, ends[chosen] - begin, ends[rejected] - begin))
     device = input_ids.device
     return Packed(
@@ -240,13 +245,12 @@ class SharedPrefix:
             **kwargs,
         )
         self.attended = len(packed.attended)
-        scored = packed.labels[0] != IGNORED
         shape = (len(input_ids), input_ids.shape[1] - 1)
         for name in PER_TOKEN:
             values = getattr(outputs, name)
             if values is not None:
                 flat = values.new_zeros(shape[0] * shape[1])
-                outputs[name] = flat.index_put((packed.places,), values[0][scored]).view(shape)
+                outputs[name] = flat.index_put((packed.places,), values[0]).view(shape)
         return outputs
 
     @contextmanager

@@ -1,7 +1,7 @@
 """Counts a run's pairs, steps and tokens and finds its longest rows; of a Hub dataset, it reads only a sample."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,11 @@ from typing import Any
 from datasets import load_dataset_builder
 from transformers import PreTrainedTokenizerBase
 
+from dpokit.data.columns import IDS, MASKS
 from dpokit.data.files import read_split_rows
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
+from dpokit.model.score import count_scored
 from dpokit.plan.trace import Shape
 from dpokit.settings.load import Settings
 from dpokit.train.batches import Batches
@@ -22,11 +24,12 @@ Row = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Length:
-    """Tokens of one pair's parts."""
+    """Tokens of one pair's parts; `unscored` are those of both answers that the loss leaves out."""
 
     prompt: int
     chosen: int
     rejected: int
+    unscored: int = 0
 
     @property
     def row_tokens(self) -> int:
@@ -37,6 +40,11 @@ class Length:
     def needed_tokens(self) -> int:
         """Tokens that are computed if both answers share the prompt."""
         return self.prompt + self.chosen + self.rejected
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens of both answers that the LM head scores."""
+        return self.chosen + self.rejected - self.unscored
 
     @property
     def tokens(self) -> int:
@@ -52,8 +60,8 @@ class Data:
         train, evaluation: lengths of the pairs that were read; empty if the data was not reached.
         train_pairs: number of training pairs; None if unknown.
         how: `exact`, `estimated from N pairs`, or the reason why the lengths are unknown.
-        longest: token ids of the longest pairs, longest first, at most one micro-batch; empty if the data was not
-            reached.
+        longest: token ids and masks of the longest pairs, longest first, at most one micro-batch; empty if the data was
+            not reached.
     """
 
     train: Sequence[Length]
@@ -161,15 +169,20 @@ def find_rows(settings: Settings) -> int | None:
 
 
 def _lengths(pairs: Any) -> list[Length]:
-    return [Length(len(p["prompt_ids"]), len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs]
+    return [_measure(pair) for pair in pairs]
+
+
+def _measure(pair: Mapping[str, Any]) -> Length:
+    prompt, chosen, rejected = (len(pair[name]) for name in IDS)
+    scored = count_scored(pair, "chosen") + count_scored(pair, "rejected")
+    return Length(prompt, chosen, rejected, unscored=chosen + rejected - scored)
 
 
 def _longest(pairs: Any, lengths: Sequence[Length], settings: Settings) -> list[Row]:
     shared = settings.data.shared_prefix
     order = sorted(range(len(lengths)), key=lambda i: -(lengths[i].needed_tokens if shared else lengths[i].row_tokens))
     most = max(settings.training.per_device_train_batch_size, settings.training.per_device_eval_batch_size)
-    names = ("prompt_ids", "chosen_ids", "rejected_ids")
-    return [{name: list(pairs[i][name]) for name in names} for i in order[:most]]
+    return [{name: list(pairs[i][name]) for name in (*IDS, *MASKS)} for i in order[:most]]
 
 
 def find_worst(lengths: Sequence[Length], settings: Settings, *, pairs: int, max_length: int | None) -> Shape:
@@ -189,8 +202,8 @@ def find_worst(lengths: Sequence[Length], settings: Settings, *, pairs: int, max
     if settings.data.shared_prefix:
         most = sorted(lengths, key=lambda length: -length.needed_tokens)[:pairs]
         parts = tuple((length.prompt, length.chosen, length.rejected) for length in most)
-        return Shape(len(most), longest, sum(length.chosen + length.rejected for length in most), parts)
-    answers = sorted((length.chosen + length.rejected for length in lengths), reverse=True)[:pairs]
+        return Shape(len(most), longest, sum(length.scored_tokens for length in most), parts)
+    answers = sorted((length.scored_tokens for length in lengths), reverse=True)[:pairs]
     return Shape(min(pairs, len(lengths)), longest, sum(answers))
 
 

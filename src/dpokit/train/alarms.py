@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from datasets import Dataset
@@ -10,6 +11,7 @@ from trl import DPOConfig
 
 from dpokit.console import say
 from dpokit.model.generate import count_answers, generate_answers
+from dpokit.model.score import take_first_turn
 from dpokit.rundir import RunDir
 from dpokit.train.steps import StepTrainer
 from dpokit.untrained_loss import find_untrained_loss
@@ -44,7 +46,8 @@ class AlarmCallback(TrainerCallback):
         # If the weights are sharded, all ranks answer the same prompts, as each needs the shards of the others.
         is_sharded = self.trainer.placement.startswith(("ZeRO-3", "FSDP"))
         if isinstance(held_out, Dataset) and (is_sharded or state.is_world_process_zero):
-            self.prompts = held_out[: self.answers]["prompt_ids"]
+            answered = (row["prompt_ids"] for row in held_out if take_first_turn(row))
+            self.prompts = list(islice(answered, self.answers))
         if state.global_step == 0 and self.prompts and args.eval_strategy != "no":
             counted = self._count()
             if state.is_world_process_zero:

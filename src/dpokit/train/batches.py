@@ -16,6 +16,8 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
+OWN_KEYS = ("counts", "needed_tokens")  # of a batch; the model does not take them
+
 
 class Batches(Sampler[list[int]]):
     """Batches of all ranks in turn: micro-batch 0 of rank 0, of rank 1, ..., micro-batch 1 of rank 0, ...

@@ -9,27 +9,30 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from dpokit.data.columns import IDS
+from dpokit.model.score import ScoredTokenCollator
 from dpokit.train.scoring import ScoringTrainer
 from dpokit.train.steps import Batch, StepTrainer
 
 
 class PairCollator:
-    """TRL's collator, and `counts`: for each pair of the batch, whether it is real or a dummy."""
+    """TRL's collator, for rows that may have masks.
+
+    Adds `counts`: for each pair whether it is real or a dummy; and `needed_tokens`: the tokens with each prompt once.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None) -> None:
-        # Pairs are truncated when they are tokenised, so the collator has no maximum length.
-        self._pad = DataCollatorForPreference(
-            pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=pad_to_multiple_of
-        )
+        self._pad = ScoredTokenCollator(tokenizer.pad_token_id, pad_to_multiple_of)
 
     def __call__(self, rows: list[Batch]) -> Batch:
-        return {**self._pad(rows), "counts": torch.tensor([row.get("counts", True) for row in rows])}
+        counts = torch.tensor([row.get("counts", True) for row in rows])
+        needed = sum(len(row[name]) for row in rows for name in IDS)
+        return {**self._pad(rows), "counts": counts, "needed_tokens": needed}
 
 
 class PairTrainer(StepTrainer, ScoringTrainer):
-    """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`).
+    """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, and masks of the scored tokens).
 
     Takes the arguments of SavingTrainer and ScoringTrainer.
     """
@@ -43,7 +46,7 @@ class PairTrainer(StepTrainer, ScoringTrainer):
         return float(batch["counts"].sum())
 
     def weigh_others(self, batch: Batch) -> Mapping[str, float]:
-        """Numbers of answer tokens, for the metrics that are means over them."""
+        """Numbers of scored tokens, for the metrics that are means over them."""
         # The first token of a row is not predicted.
         chosen, rejected = (float(side.sum()) for side in batch["completion_mask"][:, 1:].sum(dim=1).chunk(2))
         return {
@@ -55,9 +58,8 @@ class PairTrainer(StepTrainer, ScoringTrainer):
 
     def count_positions(self, batch: Batch) -> tuple[float, float]:
         """The tokens with each prompt once, and the positions that are computed."""
-        rows, answers = batch["attention_mask"], batch["completion_mask"]
-        needed = (rows.sum() - answers.sum()).item() / 2 + answers.sum().item()
-        return needed, needed if self.shared_prefix == "on" else float(rows.numel())
+        needed = float(batch["needed_tokens"])
+        return needed, needed if self.shared_prefix == "on" else float(batch["input_ids"].numel())
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from trl import DPOTrainer
 from trl.models import prepare_deepspeed
@@ -19,7 +19,7 @@ from dpokit.interrupts import Preempted
 from dpokit.model.reference import ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
 from dpokit.model.score import TOLERANCE_16_BIT, TOLERANCE_FP32, find_mismatch, find_obstacle, share_prefix
 from dpokit.model.shared_prefix import SharedPrefix
-from dpokit.train.batches import Batches
+from dpokit.train.batches import OWN_KEYS, Batches
 
 Batch = dict[str, Any]
 
@@ -97,8 +97,9 @@ class ScoringTrainer(DPOTrainer):
     # -- precomputed reference --------------------------------------------------------------------------------------
 
     def compute_ref_log_probs(self, model: Any, inputs: Batch) -> Any:
-        """Calls TRL's method on a batch with or without `counts`, with shared prompts."""
-        inputs.pop("counts", None)
+        """Calls TRL's method, with shared prompts; removes dpokit's own keys from the batch."""
+        for name in OWN_KEYS:
+            inputs.pop(name, None)
         self._share_prefixes()
         self.prove_shared_prefix(model, inputs)
         return super().compute_ref_log_probs(model, inputs)
@@ -179,7 +180,7 @@ class ScoringTrainer(DPOTrainer):
         table = torch.zeros(2, len(rows), device=device)
         for places in self._deal(len(rows), batch_size):
             pairs = [dataset[rows[place if place >= 0 else ~place]] for place in places]
-            batch = {name: values.to(device) for name, values in self.data_collator(pairs).items()}
+            batch = send_to_device(self.data_collator(pairs), device)
             scores = torch.stack(self.compute_ref_log_probs(model, batch)).float()
             if places[0] >= 0:  # else a dummy
                 table[:, places] = scores

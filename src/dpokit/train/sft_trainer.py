@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from dpokit.model.score import find_mask
 from dpokit.model.shared_prefix import IGNORED
 from dpokit.train.steps import Batch, StepTrainer
 
@@ -20,7 +21,7 @@ class AnswerCollator:
     Args:
         tokenizer: for its padding token.
         pad_to_multiple_of: of the width of a batch.
-        answers_alone: no loss is computed on prompts.
+        answers_alone: no loss is computed on prompts, nor on the unscored tokens of answers.
     """
 
     def __init__(
@@ -35,8 +36,12 @@ class AnswerCollator:
         examples = []
         for row in rows:
             prompt, answer = row["prompt_ids"], row["chosen_ids"]
-            before = [IGNORED] * len(prompt) if self._answers_alone else prompt
-            examples.append({"input_ids": prompt + answer, "labels": before + answer})
+            before, trained = prompt, answer
+            if self._answers_alone:
+                before = [IGNORED] * len(prompt)
+                if mask := find_mask(row, "chosen"):
+                    trained = [token if flag else IGNORED for token, flag in zip(answer, mask, strict=True)]
+            examples.append({"input_ids": prompt + answer, "labels": before + trained})
         return {**self._pad(examples), "counts": torch.tensor([row.get("counts", True) for row in rows])}
 
 
@@ -54,9 +59,6 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
             answers_alone=args.completion_only_loss is not False,
         )
         super().__init__(data_collator=collator, **arguments)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = list(self.columns)  # transformers drops all other columns of a stream
 
     def weigh(self, batch: Batch) -> float:
         """The number of predicted tokens (the first token of a row is not predicted); 0 for a dummy."""

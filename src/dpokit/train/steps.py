@@ -16,9 +16,9 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from dpokit.data.columns import IDS, count_tokens
+from dpokit.data.columns import IDS, MASKS, count_tokens
 from dpokit.distributed.placement import shard_on_cpu
-from dpokit.train.batches import Batches, Rows
+from dpokit.train.batches import OWN_KEYS, Batches, Rows
 from dpokit.train.metric_sums import Sums
 from dpokit.train.resuming import ResumingTrainer
 
@@ -55,6 +55,9 @@ class StepTrainer(ResumingTrainer):
 
     def _prepare_dataset(self, dataset: Any, *_: Any) -> Any:
         return dataset  # dpokit.data has tokenised it
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [*IDS, *MASKS]  # transformers removes all other columns of a stream
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """Writes nothing: TRL's card has no results. `dpokit card` writes one from the finished run."""
@@ -137,7 +140,8 @@ class StepTrainer(ResumingTrainer):
         mode = "train" if self.model.training else "eval"
         weight, others = self.weigh(batch), self.weigh_others(batch)
         needed, computed = self.count_positions(batch)
-        batch.pop("counts")
+        for name in OWN_KEYS:
+            batch.pop(name, None)
         self._metrics[mode] = defaultdict(list)
         tokens_before = self._total_train_tokens
         with self._without_gathers():
