@@ -98,6 +98,8 @@ def _train(run: RunDir, settings: Settings) -> str | None:
         decide_on_main_process(lambda: check_after_training(settings))
         start = decide_on_main_process(lambda: claim_folder(run, settings, world_size=world_size, placement=placement))
     run = RunDir(run.path, start.token)  # rank 0 has taken possession of the folder for all ranks
+    if settings.data.template_date is None:
+        settings = settings.with_data("the run's first start", template_date=start.template_date)
     if start.accumulation not in (None, training.gradient_accumulation_steps):
         settings = settings.with_training("resume", gradient_accumulation_steps=start.accumulation)
     with (

@@ -167,7 +167,7 @@ def judge(renderer: Renderer, kind: str) -> str:
     return " ".join(sorted(notes)) or EQUAL
 
 
-PAGE = ROOT / "docs" / "chat_templates.md"
+PAGE = ROOT / "docs" / "chat-templates.md"
 
 
 def write_row(name: str, renderer: Renderer) -> str:

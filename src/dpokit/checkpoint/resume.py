@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ class Start:
         accumulation: gradient accumulation steps that keep the global batch with this number of processes; None to use
             those of the settings.
         universal: the checkpoint has ZeRO's shards of another number of processes.
+        template_date: date that chat templates write; of a resumed run, the day of its first start.
     """
 
     token: str
@@ -49,6 +51,7 @@ class Start:
     manifest: dict[str, Any] = field(default_factory=dict)
     accumulation: int | None = None
     universal: bool = False
+    template_date: str = ""
 
 
 def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement: str) -> Start:
@@ -88,6 +91,8 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
         check_origin(checkpoint.path, trusted=settings.data.trust_checkpoint)
         start = _check_settings(checkpoint, settings, world_size=world_size, placement=placement)
         say(f"resuming from {checkpoint.path}")
+    recorded = {} if checkpoint is None else (run.read_run() or {}).get("settings", {}).get("template_date", {})
+    start.template_date = settings.data.template_date or recorded.get("value") or date.today().isoformat()
     start.token = run.take_possession(0 if checkpoint is None else checkpoint.step)
     sweep_parts(run)
     if start.universal and start.checkpoint is not None:

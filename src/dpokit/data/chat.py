@@ -37,6 +37,8 @@ FOREIGN = re.compile(
 # Arguments of `apply_chat_template` itself, which a row must not set.
 RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
+CALL_OF_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")  # transformers offers this function to templates
+
 # What happened to conversations that were not rendered as they stand; data.json counts the pairs.
 NOTES = {
     "other_thinking_mode": "the prompt was rendered with the template's other thinking mode, which suits the answers",
@@ -99,12 +101,11 @@ class ChatTemplate:
     Args:
         tokenizer: with a chat template and an EOS token.
         is_boundary: returns whether two texts have the same token ids apart and joined.
-        today: the date for templates that write one; None for the current date.
+        template_date: for templates that write a date, as `2026-11-29`; None for the current date.
 
     Attributes:
         end: the token, or tokens, that end an assistant's turn; EOS if the template writes none.
         ends: token ids at which an answer ends, EOS first.
-        has_date: whether the template writes the current date.
 
     Raises: ModelError for a template that cannot render a conversation.
     """
@@ -113,18 +114,17 @@ class ChatTemplate:
         self,
         tokenizer: PreTrainedTokenizerBase,
         is_boundary: Callable[[str, str], bool],
-        today: date | None = None,
+        template_date: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._is_boundary = is_boundary
         templates = tokenizer.chat_template
         self._text = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
-        self.has_date = "strftime_now" in self._text
-        self._today = today
+        self._today = None if template_date is None else date.fromisoformat(template_date)
         if isinstance(templates, dict) and "default" not in templates:
             raise refuse_template(tokenizer, f"is one of several ({', '.join(templates)}), and none is named default")
         check_template(tokenizer)
-        self._searched = find_searched(self._text)
+        self._searched = (OPEN, CLOSE, *find_searched(self._text))
         self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._in_parts = False
         self._begins_with_bos = False
@@ -143,14 +143,19 @@ class ChatTemplate:
         """Returns the text of a conversation. Raises: UnusableError if the template refuses it; ModelError."""
         if self._in_parts:
             messages = [_in_parts(message) for message in messages]
-        if self.has_date and self._today is not None:
-            options["strftime_now"] = self._today.strftime
+        if self._today is not None and CALL_OF_DATE.search(self._text):
+            options["chat_template"] = self._with_date(options.get("chat_template"), options.get("tools"))
         try:
             return render_in_bounds(self._tokenizer, messages, **options)
         except ModelError:
             raise
         except Exception as error:  # a template is a program, and may fail in any way
             raise UnusableError("refused_by_template") from error
+
+    def _with_date(self, template: str | None, tools: Any) -> str:
+        """Returns a template, by default the tokenizer's, with the run's date in place of the current one."""
+        template = template or str(self._tokenizer.get_chat_template(tools=tools))
+        return CALL_OF_DATE.sub(lambda call: json.dumps(self._today.strftime(call[2]) if self._today else ""), template)
 
     def open(self, messages: Messages, **options: Any) -> str:
         """Returns the text of a prompt up to its answer; a last message of the assistant's is continued."""
@@ -163,7 +168,7 @@ class ChatTemplate:
         question = {"role": "user", "content": "a question"}
         answer = {"role": "assistant", "content": PROBE}
         system = {"role": "system", "content": "a system prompt"}
-        count = 0
+        is_repeated = False
         for in_parts in (False, True):  # templates of models that take images expect a list of parts
             self._in_parts = in_parts
             for conversation in ([question, answer], [system, question, answer]):  # some demand a system turn
@@ -171,20 +176,20 @@ class ChatTemplate:
                     whole = self.apply(conversation)
                 except UnusableError:
                     continue
-                count = whole.count(PROBE.strip())
-                if count == 1:
+                is_repeated = is_repeated or whole.count(PROBE) > 1
+                if whole.count(PROBE) == 1:
                     self._begins_with_bos = whole.startswith(self._tokenizer.bos_token or "\0")
                     return whole.partition(PROBE)[2]
-        raise refuse_template(self._tokenizer, f"{'repeats' if count else 'leaves out'} the assistant's answer")
+        raise refuse_template(self._tokenizer, f"{'repeats' if is_repeated else 'leaves out'} the assistant's answer")
 
     def _find_tokens(self, tail: str) -> str:
         """Returns the added tokens that a text begins with, up to other text; empty if it begins with none."""
         begin = tail[: len(tail) - len(tail.lstrip())]
-        rest, found = tail[len(begin) :], ""
-        words = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
-        while word := next((word for word in words if rest.startswith(word)), ""):
-            found, rest = found + word, rest[len(word) :]
-        return begin + found if found else ""
+        rest, tokens = tail[len(begin) :], ""
+        longest_first = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        while token := next((token for token in longest_first if rest.startswith(token)), ""):
+            tokens, rest = tokens + token, rest[len(token) :]
+        return begin + tokens if tokens else ""
 
     def _find_ends(self) -> tuple[int, ...]:
         """Returns EOS, the last token of `end`, and the token that ends a turn with a tool call."""
@@ -307,17 +312,20 @@ class ChatTemplate:
         wholes = [self.apply(_join(prompt, answer), **options) for answer in answers]
         for answer, whole in zip(answers, wholes, strict=True):
             _check_calls([*prompt, *answer], whole)
-        for opening, used, note in self._openings(prompt, options):  # noqa: B007, the last one is used below
+        is_open = all(answer[0]["role"] == "assistant" for answer in answers)
+        for opening, used, note in self._openings(prompt, options, is_open=is_open):  # noqa: B007, used after the loop
             if all(whole.startswith(opening) for whole in wholes):
                 texts = [whole[len(opening) :] for whole in wholes]
                 scored = [
-                    self._find_scored(_join(prompt, answer), len(answer), whole, len(opening), used)
+                    None
+                    if is_open and len(answer) == 1
+                    else self._find_scored(_join(prompt, answer), len(answer), whole, len(opening), used)
                     for answer, whole in zip(answers, wholes, strict=True)
                 ]
                 break
         else:
             opening, note = self.open(prompt, **options), "reasoning_rebuilt"
-            if any(len(answer) > 1 for answer in answers):
+            if not is_open or any(len(answer) > 1 for answer in answers):
                 raise UnusableError("changed_by_template")
             texts = [self._rebuild(opening, whole, answer[0]) for answer, whole in zip(answers, wholes, strict=True)]
             scored = [None, None]
@@ -330,7 +338,7 @@ class ChatTemplate:
             reasoning = str(answer[-1].get("reasoning_content") or answer[-1].get("reasoning") or "").strip()
             if reasoning and reasoning not in text:
                 notes.add("reasoning_left_out")
-            if text.count(CLOSE) > max(_text_of(answer[-1]).count(CLOSE), 1):
+            if text.count(CLOSE) > sum(max(_text_of(message).count(CLOSE), 1) for message in answer):
                 raise UnusableError("reasoning_doubled_by_template")
             content = _text_of(answer[-1]).rpartition(CLOSE)[2].strip()
             if content and content[-40:].strip() not in text:
@@ -338,8 +346,16 @@ class ChatTemplate:
         is_joined = "reasoning_rebuilt" not in notes  # else the template never writes the common text
         return RenderedPair(opening, rendered[0], rendered[1], frozenset(notes), is_joined=is_joined)
 
-    def _openings(self, prompt: Messages, options: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-        """Yields the prompts that a server may be given: text, arguments, and a key of NOTES or an empty text."""
+    def _openings(
+        self, prompt: Messages, options: Mapping[str, Any], *, is_open: bool = True
+    ) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """Yields the prompts that a server may be given: text, arguments, and a key of NOTES or an empty text.
+
+        `is_open`: whether the assistant's turn follows; else the text ends with the last message.
+        """
+        if not is_open:
+            yield self.apply(prompt, **options), dict(options), ""
+            return
         yield self.open(prompt, **options), dict(options), ""
         for switch in THINKING_SWITCHES:
             if switch in self._text and not options.keys() & THINKING_SWITCHES:
@@ -368,37 +384,44 @@ class ChatTemplate:
 
     def _find_scored(
         self, messages: Messages, number: int, whole: str, begin: int, options: Mapping[str, Any]
-    ) -> tuple[tuple[int, int], ...] | None:
-        """Returns the assistant's parts of the last messages; None if there is one message.
+    ) -> tuple[tuple[int, int], ...]:
+        """Returns the assistant's parts of the last messages, as positions after `begin`.
 
         Args:
             messages: the conversation.
-            number: how many messages the answer has.
+            number: how many messages the answers have.
             whole: the rendered conversation.
-            begin: where the answer begins in it.
+            begin: where the answers begin in it.
             options: arguments of the template.
         """
-        if number == 1:
-            return None
         spans = []
         for at in range(len(messages) - number, len(messages)):
             if messages[at]["role"] != "assistant":
                 continue
-            before = messages[:at]
-            openings = [begin] if at == len(messages) - number else []
-            openings += [len(text) for text, *_ in self._openings(before, options) if whole.startswith(text)]
-            if not openings:
+            openings = [text for text, *_ in self._openings(messages[:at], options) if whole.startswith(text)]
+            if at == 0 or not openings:
                 raise UnusableError("changed_by_template")
             until = len(whole)
             if at < len(messages) - 1:
-                turn = self.apply(messages[: at + 1], **options)
-                until = whole.find(self.end, openings[0]) + len(self.end)
-                if whole.startswith(turn):
-                    until = len(turn) - (len(self._tail) - len(self.end) if turn.endswith(self._tail) else 0)
-                elif until < len(self.end):
-                    raise UnusableError("changed_by_template")
-            spans.append((openings[0] - begin, until - begin))
+                until = self._find_end_of_turn(whole, len(openings[0]), self.apply(messages[: at + 1], **options))
+            spans.append((max(len(openings[0]), begin) - begin, until - begin))
         return tuple(spans)
+
+    def _find_end_of_turn(self, whole: str, begin: int, turn: str) -> int:
+        """Returns where an assistant's turn ends in a conversation, after the token that ends it.
+
+        Args:
+            whole: the rendered conversation.
+            begin: where the turn begins in it.
+            turn: the rendered conversation up to this turn, which may write it in another way.
+        """
+        body = turn.removesuffix(self._tail)
+        if not whole.startswith(body):
+            body = whole[: max(whole.find(self.end, begin), 0)]
+        if len(body) <= begin:
+            raise UnusableError("changed_by_template")
+        end = next((token for token in (self.end, *self._special) if whole.startswith(token, len(body))), "")
+        return len(body) + len(end)
 
     def _end_turn(self, text: str) -> str:
         """Returns an answer's text up to the token that ends its turn."""
@@ -456,8 +479,8 @@ Form = Callable[[dict[str, Any]], dict[str, Any]]
 def _find_forms(messages: Messages) -> Iterator[Form]:
     """Yields the forms in which published rows and templates write the same messages, the usual form first.
 
-    The arguments of a tool call are a mapping or JSON; a call without text has "" or None; and reasoning stands in the
-    text or in `reasoning_content`.
+    The arguments of a tool call are a mapping or JSON; a call without text has "" or None; and reasoning is part of
+    the text, or of `reasoning_content`.
     """
     has_calls = any(message.get("tool_calls") for message in messages)
     has_reasoning = any(CLOSE in _text_of(message) for message in messages)

@@ -73,7 +73,7 @@ def prepare_data(
         ModelError: the tokenizer has no EOS token.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, data.template_date)
     splits = load_splits(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
     return _prepare_splits(
         splits, data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed
@@ -168,7 +168,7 @@ def prepare_held_out(
     Raises: DataError as `prepare_data`.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    renderer = Renderer(tokenizer)
+    renderer = Renderer(tokenizer, data.template_date)
     splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
     if data.eval_fraction is None:
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from itertools import chain, compress
 from typing import Any
 
@@ -78,7 +77,7 @@ class Renderer:
 
     Args:
         tokenizer: of the model.
-        today: the date for chat templates that write one; None for the current date.
+        template_date: for chat templates that write a date, as `2026-11-29`; None for the current date.
 
     Attributes:
         end: the text that ends an answer: EOS, or what the chat template writes.
@@ -87,7 +86,7 @@ class Renderer:
     Raises: ModelError for a tokenizer without EOS, or with a template that cannot render a conversation.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, today: date | None = None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_date: str | None = None) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no EOS token, so no answer can end",
@@ -98,7 +97,7 @@ class Renderer:
         self.eos: str = tokenizer.eos_token
         self.adds_space = self._probe_spaces()
         self.fast = self._find_fast()
-        self.chat = ChatTemplate(tokenizer, self._is_boundary, today) if tokenizer.chat_template else None
+        self.chat = ChatTemplate(tokenizer, self._is_boundary, template_date) if tokenizer.chat_template else None
         self.end = self.eos if self.chat is None else self.chat.end
         self.ends = (int(tokenizer.eos_token_id),) if self.chat is None else self.chat.ends
         self.control_words = ControlWords(tokenizer)

@@ -107,7 +107,7 @@ class LocalModels:
     def load(self) -> None:
         """Loads both models. Raises: DpokitError."""
         sides = load_sides(self.settings, self.run, self._name, self._base)
-        self.renderer = Renderer(sides.tokenizer)
+        self.renderer = Renderer(sides.tokenizer, self.settings.data.template_date)
         config = sides.tuned.config.get_text_config()
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         if "base" in self.names:

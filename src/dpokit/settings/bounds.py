@@ -6,6 +6,7 @@ A numeric flag without a row only needs a finite value.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 from dpokit.errors import SettingsError
@@ -79,6 +80,17 @@ BOUNDS: dict[str, Bound] = {
     "lora_r": Bound(1, 2**14),
     "lora_alpha": ONE_OR_MORE,
 }
+
+
+def check_date(values: Mapping[str, Any]) -> None:
+    """Raises SettingsError for a `template_date` that is no date."""
+    written = values.get("template_date")
+    try:
+        date.fromisoformat(written or "2000-01-01")
+    except ValueError:
+        raise SettingsError(
+            f"template_date is {written}", expected="a date such as 2026-11-29", do="correct --template_date"
+        ) from None
 
 
 def check_bounds(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:

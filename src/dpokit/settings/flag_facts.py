@@ -210,6 +210,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "shuffle_dataset": ORDER,
     "skip_memory_metrics": NONE,
     "sync_ref_model": EXACT,
+    "template_date": FROM_RUN | HELD_OUT,
     "tf32": EXACT,
     "torch_compile": NONE,
     "torch_compile_backend": NONE,

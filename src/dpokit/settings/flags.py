@@ -32,6 +32,12 @@ class DataArguments(ScriptArguments):
     max_completion_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Keep at most this many tokens of an answer, from its start."}
     )
+    template_date: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Date, as 2026-11-29, for chat templates that write one; by default that of the first start."
+        },
+    )
     shared_prefix: bool = dataclasses.field(
         default=True, metadata={"help": "Compute a prompt once for both of its answers, if the model allows it."}
     )

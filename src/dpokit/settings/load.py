@@ -22,7 +22,7 @@ from dpokit.distributed.placement import check_placement
 from dpokit.distributed.processes import check_devices, join_world
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.rundir import find_model
-from dpokit.settings.bounds import check_bounds
+from dpokit.settings.bounds import check_bounds, check_date
 from dpokit.settings.checks import check_adapter, check_agreement, check_honoured, check_secrets
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import KINDS, DataArguments, FlagParser, split_kind
@@ -76,6 +76,11 @@ class Settings:
         """`{name: value}` of `record`."""
         return {name: entry["value"] for name, entry in self.record().items()}
 
+    def with_data(self, origin: str, **values: Any) -> "Settings":
+        """New settings whose `data` has these values, recorded with this origin."""
+        data = dataclasses.replace(self.data, **values)
+        return dataclasses.replace(self, data=data, origins=self.origins | dict.fromkeys(values, origin))
+
     def with_training(self, origin: str, **values: Any) -> "Settings":
         """New settings whose `training` has these values, recorded with this origin; the old ones stay as they are."""
         training = copy.copy(self.training)  # dataclasses.replace would run TRL's and transformers' checks again
@@ -107,6 +112,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] 
     origins |= {} if kind == "dpo" else {"kind": f"recipe {name}"}
     check_secrets(values, origins)
     check_bounds(values, origins)
+    check_date(values)
     if values.get("model_name_or_path"):
         values["model_name_or_path"] = find_model(values["model_name_or_path"])
     machine = find_machine_settings(values)

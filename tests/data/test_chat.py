@@ -1,0 +1,272 @@
+"""Conversations in a model's chat template: masks, dates, ends, prompts that are rendered already, and refusals."""
+
+import random
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import trl
+from test_chat_templates import QUESTION, RESULT, TOOLS, build_tokenizer, call, say
+
+from dpokit.data.chat import ChatTemplate
+from dpokit.data.formats import Format, Messages, Pair, UnusableError
+from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.errors import ModelError
+
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def read_template(name: str) -> str:
+    return (FOLDER / f"{name}.jinja").read_text()
+
+
+def build_renderer(template: str, template_date: str | None = None) -> Renderer:
+    return Renderer(build_tokenizer(template), template_date)
+
+
+@pytest.fixture(scope="module")
+def qwen3() -> Renderer:
+    return build_renderer(read_template("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def chatml() -> Renderer:
+    return build_renderer(CHATML)
+
+
+def encode(renderer: Renderer, pair: Pair, limits: LengthLimits | None = None) -> dict:
+    layout = Format("test", "a pair", lambda _: True, lambda _: pair)
+    encoded = Encoder(renderer, layout, limits or LengthLimits())({"x": [0]}, [0])
+    return {name: values[0] for name, values in encoded.items()}
+
+
+def read_scored(renderer: Renderer, row: dict, side: str) -> str:
+    mask = row[f"{side}_mask"] or [1] * len(row[f"{side}_ids"])
+    return renderer.tokenizer.decode([id for id, scored in zip(row[f"{side}_ids"], mask, strict=True) if scored])
+
+
+# -- the short way for plain answers -----------------------------------------------------------------------------------
+
+TEXTS = [
+    "Yes.",
+    " Yes.",
+    "    def f():\n        return 1",
+    "a\n\n\nb ",
+    "\u4f60\u597d",
+    "1",
+    "\"x\" <b> & 'y'",
+    "No. <|im",
+    "`x`\n",
+]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.jinja")))
+def test_plain_answers_are_rendered_as_by_the_long_way(name, monkeypatch):
+    renderer = build_renderer(read_template(name))
+    chance = random.Random(name)
+    for roles in (["user"], ["system", "user"], ["user", "assistant", "user"]):
+        prompt = [say(role, chance.choice(TEXTS).strip()) for role in roles]
+        for answers in pairwise(TEXTS):
+            pair = Pair(prompt, *answers)
+            short = encode(renderer, pair)
+            with monkeypatch.context() as patched:
+                patched.setattr(ChatTemplate, "_find_frame", lambda *_: None)
+                assert encode(renderer, pair) == short
+
+
+def test_most_templates_render_plain_answers_the_short_way():
+    names = [path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training")]
+    pair = Pair(QUESTION, "Yes.", "No.")
+    short = [name for name in names if not build_renderer(read_template(name)).render(pair).is_joined]
+    assert len(short) > 0.9 * len(names)
+
+
+# -- several turns ----------------------------------------------------------------------------------------------------
+
+TURNS: Messages = [say("assistant", "It rains."), say("user", "And now?"), say("assistant", "Still.")]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "llama3", "gemma", "phi3", "gptoss", "cohere2", "glm4moe", "qwen3"])
+def test_the_assistants_turns_after_the_prompt_are_scored(name):
+    renderer = build_renderer(read_template(name))
+    row = encode(renderer, Pair(QUESTION, TURNS, "Go out."))
+    if name == "glm4moe":
+        expected = "\n<think></think>\nIt rains.<|user|>\n<think></think>\nStill.<eos>"
+    else:
+        assert row["dropped"] == ""
+        expected = "".join(
+            renderer.render(Pair(QUESTION, answer, "x")).chosen.text for answer in ("It rains.", "Still.")
+        )
+    if name in ("gptoss", "qwen3"):  # an earlier turn has another form than the last one
+        assert "It rains." in read_scored(renderer, row, "chosen")
+    else:
+        assert read_scored(renderer, row, "chosen") == expected
+    assert "And now?" not in read_scored(renderer, row, "chosen")
+    assert "And now?" in renderer.tokenizer.decode(row["chosen_ids"])
+    assert row["rejected_mask"] == []
+
+
+def test_a_differing_question_is_not_scored(chatml):
+    row = encode(chatml, Pair([say("system", "Be brief."), *QUESTION], TURNS, [say("assistant", "Sun."), *TURNS[1:]]))
+    assert read_scored(chatml, row, "chosen") == "It rains.<|im_end|>Still.<|im_end|>"
+    assert read_scored(chatml, row, "rejected") == "Sun.<|im_end|>Still.<|im_end|>"
+    row = encode(chatml, Pair([say("system", "Be brief.")], [*QUESTION, *TURNS], [say("user", "Hi"), *TURNS[:1]]))
+    assert read_scored(chatml, row, "rejected") == "It rains.<|im_end|>"
+
+
+def test_a_limit_that_cuts_all_scored_tokens_drops_the_pair(chatml):
+    pair = Pair([say("system", "Be brief.")], [*QUESTION, *TURNS], [say("user", "Hi"), *TURNS[:1]])
+    assert encode(chatml, pair, LengthLimits(answer_tokens=8))["dropped"] == "no_room"
+
+
+def test_tool_calls_between_the_turns_are_scored_and_results_not():
+    renderer = build_renderer(read_template("qwen2_5"))
+    answer = [say("assistant", None, tool_calls=[call(city="Oslo")]), RESULT, say("assistant", "Rain.")]
+    scored = read_scored(renderer, encode(renderer, Pair(QUESTION, answer, "No.", TOOLS)), "chosen")
+    assert '"arguments": {"city": "Oslo"}' in scored
+    assert "tool_response" not in scored
+
+
+def test_a_plain_model_scores_the_assistants_turns(plain_tokenizer):
+    renderer = Renderer(plain_tokenizer)
+    row = encode(renderer, Pair(QUESTION, TURNS, "Go out."))
+    assert read_scored(renderer, row, "chosen") == f" It rains. Still.{plain_tokenizer.eos_token}"
+
+
+# -- ends and beginnings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
+        ("qwen3", ["<eos>", "<|im_end|>"]),
+        ("llama3_1", ["<eos>", "<|eot_id|>"]),
+        ("gemma3", ["<eos>", "<end_of_turn>"]),
+        ("phi3", ["<eos>", "<|end|>"]),
+        ("gptoss", ["<eos>", "<|return|>", "<|call|>"]),
+        ("cohere2", ["<eos>", "<|END_OF_TURN_TOKEN|>"]),
+        ("glm4moe", ["<eos>"]),
+    ],
+)
+def test_the_tokens_that_end_a_turn(name, ends):
+    renderer = build_renderer(read_template(name))
+    assert renderer.tokenizer.convert_ids_to_tokens(list(renderer.ends)) == ends
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<eos>", "<|im_end|>\n", "<|im_end|> <eos>"])
+def test_an_answer_that_carries_an_end_has_it_once(end, chatml):
+    assert chatml.render(Pair(QUESTION, f"Yes.{end}", "No.")).chosen.text == "Yes.<|im_end|>"
+    answer = [say("assistant", f"Yes.{end}")]
+    assert chatml.render(Pair(QUESTION, answer, "No.")).chosen.text == "Yes.<|im_end|>"
+
+
+@pytest.mark.parametrize("bos", ["<bos>", ""])
+def test_a_rendered_prompt_is_taken_as_it_is_with_one_bos(bos):
+    renderer = build_renderer("{{ bos_token }}" + CHATML)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    rendered = renderer.render(Pair(bos + prompt, "Yes.", "No.<|im_end|>"))
+    assert rendered.prompt == "<bos>" + prompt
+    assert (rendered.chosen.text, rendered.rejected.text) == ("Yes.<|im_end|>", "No.<|im_end|>")
+
+
+@pytest.mark.parametrize("prompt", ["<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>", "[INST] Hi [/INST]"])
+def test_a_prompt_for_another_model_is_dropped(prompt, chatml):
+    with pytest.raises(UnusableError, match="rendered_for_other_model"):
+        chatml.render(Pair(prompt, "Yes.", "No."))
+
+
+def test_white_space_is_kept_where_the_template_keeps_it(chatml):
+    code = "    return 1\n"
+    assert chatml.render(Pair(QUESTION, code, "x")).chosen.text == f"{code}<|im_end|>"
+    strict = build_renderer(CHATML.replace("m.content", "m.content | trim"))
+    assert strict.render(Pair(QUESTION, code, "x")).chosen.text == "return 1<|im_end|>"
+
+
+def test_answers_continue_the_assistants_words(chatml):
+    rendered = chatml.render(Pair([*QUESTION, say("assistant", "It")], " rains.", [say("assistant", " snows.")]))
+    assert rendered.prompt.endswith("<|im_start|>assistant\nIt")
+    assert (rendered.chosen.text, rendered.rejected.text) == (" rains.<|im_end|>", " snows.<|im_end|>")
+
+
+# -- reasoning and tools ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", ["<think>\nI look.\n</think>\n\nYes.", "<think>I look.</think>Yes."])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "qwen3_8", "deepseek_r1_distill", "nemotron_3_nano"])
+def test_reasoning_is_in_one_block(name, content):
+    renderer = build_renderer(read_template(name))
+    for answer in (content, [say("assistant", content)], [say("assistant", "Yes.", reasoning_content="I look.")]):
+        rendered = renderer.render(Pair(QUESTION, answer, "No."))
+        whole = rendered.prompt + rendered.chosen.text
+        assert (whole.count("<think>"), whole.count("</think>"), whole.count("I look.")) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Oslo"}', {"city": "Oslo"}])
+@pytest.mark.parametrize("name", ["qwen2_5", "deepseekv3", "llama3_1"])
+def test_arguments_of_a_call_may_be_text(name, arguments):
+    renderer = build_renderer(read_template(name))
+    answer = [
+        say("assistant", "", tool_calls=[{"type": "function", "function": {"name": "f", "arguments": arguments}}])
+    ]
+    text = renderer.render(Pair(QUESTION, answer, "No.", TOOLS)).chosen.text
+    assert '{"city": "Oslo"}' in text
+
+
+def test_arguments_that_are_no_json_drop_the_pair():
+    renderer = build_renderer(read_template("qwen2_5"))
+    answer = [say("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "{Oslo"}}])]
+    with pytest.raises(UnusableError, match="bad_tool_call"):
+        renderer.render(Pair(QUESTION, answer, "No.", TOOLS))
+
+
+def test_tools_that_a_template_leaves_out_are_counted(chatml):
+    assert encode(chatml, Pair(QUESTION, "Yes.", "No.", TOOLS))["notes"] == "tools_left_out"
+
+
+@pytest.mark.parametrize("name", ["tokenize", "chat_template", "return_tensors", "conversation"])
+def test_a_row_sets_no_argument_of_the_tokenizer(name, qwen3):
+    with pytest.raises(UnusableError, match="reserved_template_kwarg"):
+        qwen3.render(Pair(QUESTION, "Yes.", "No.", None, {name: "x"}))
+
+
+# -- templates --------------------------------------------------------------------------------------------------------
+
+
+def test_a_date_is_that_of_the_run():
+    template = read_template("llama3_2")
+    assert "29 Nov 2026" in build_renderer(template, "2026-11-29").open(QUESTION)
+    assert date.today().strftime("%d %b %Y") in build_renderer(template).open(QUESTION)
+
+
+def test_a_template_may_demand_a_system_turn():
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + CHATML
+    renderer = build_renderer(template)
+    system = say("system", "Be brief.")
+    assert renderer.render(Pair([system, *QUESTION], "Yes.", "No.")).chosen.text == "Yes.<|im_end|>"
+    assert encode(renderer, Pair(QUESTION, "Yes.", "No."))["dropped"] == "refused_by_template"
+
+
+def test_templates_without_a_default_are_one_message():
+    tokenizer = build_tokenizer(CHATML)
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    with pytest.raises(ModelError, match="rag, tool_use") as refusal:
+        Renderer(tokenizer)
+    assert "default" in refusal.value.expected
+
+
+def test_a_template_for_tools_is_used_for_rows_with_tools():
+    tokenizer = build_tokenizer(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools[0].function.name }}" + CHATML}
+    rendered = Renderer(tokenizer).render(Pair(QUESTION, "Yes.", "No.", TOOLS))
+    assert rendered.prompt.startswith("find_weather")
+    assert rendered.notes == frozenset()
+
+
+def test_a_template_that_repeats_the_answer_is_refused():
+    with pytest.raises(ModelError, match="repeats the assistant's answer"):
+        build_renderer(CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"))
