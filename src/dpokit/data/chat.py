@@ -401,7 +401,7 @@ class ChatTemplate:
             openings = [text for text, *_ in self._openings(messages[:at], options) if whole.startswith(text)]
             if at == 0 or not openings:
                 raise UnusableError("changed_by_template")
-            until = len(whole)
+            until = len(whole) + len(self.end)  # the end may be added to what the template writes
             if at < len(messages) - 1:
                 until = self._find_end_of_turn(whole, len(openings[0]), self.apply(messages[: at + 1], **options))
             spans.append((max(len(openings[0]), begin) - begin, until - begin))
