@@ -7,7 +7,7 @@ from itertools import pairwise
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.formats import Messages, UnusableError
+from dpokit.data.messages import Messages, UnusableError
 
 _FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>")  # DeepSeek writes a wide bar
 # Unicode's private use planes, which have no characters of any language.

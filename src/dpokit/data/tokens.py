@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.columns import FEATURES
 from dpokit.data.control_words import ControlWords
-from dpokit.data.formats import Format, Messages, Pair, UnusableError, parse_transcript, render_transcript
+from dpokit.data.formats import Layout, Pair, parse_transcript, render_transcript
+from dpokit.data.messages import Messages, UnusableError
 from dpokit.data.template_box import PROBES, check_template, render_in_bounds
 from dpokit.errors import ModelError
 
@@ -212,7 +213,7 @@ class Encoder:
     """Turns batches of rows into `prompt_ids`, `chosen_ids` and `rejected_ids`, or into a reason for dropping them."""
 
     renderer: Renderer
-    layout: Format
+    layout: Layout
     limits: LengthLimits
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
