@@ -29,6 +29,7 @@ ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # other
 TOOLS, TEMPLATE_KWARGS, SYSTEM = "tools", "chat_template_kwargs", "system"
 CONTEXT = frozenset((TOOLS, TEMPLATE_KWARGS, SYSTEM))
 PARTS = ("prompt", "chosen", "rejected")
+VOTES = ("tie", "both_bad", "base", "tuned")  # the first two prefer no answer
 SYSTEM_ROLES = ("system", "developer")
 COMMON_BEGINNING = "implicit, plain"
 
@@ -386,7 +387,7 @@ def _pair_from_messages(row: Row) -> Pair:
 
 
 def _pair_from_vote(row: Row) -> Pair:
-    if row["vote"] in ("tie", "both_bad"):
+    if row["vote"] in VOTES[:2]:
         raise UnusableError(row["vote"])
     return _pair_from_messages(row)
 
@@ -456,7 +457,7 @@ FORMATS = (
         "prompt, chosen, rejected: lists of {role, content}; vote, answers (`dpokit serve`)",
         _columns(*PARTS, "vote", "answers"),
         True,
-        lambda row: "vote" in row and _has(row, is_turns, *PARTS),
+        lambda row: row.get("vote") in VOTES and _has(row, is_turns, *PARTS),
         _pair_from_vote,
     ),
     Format(

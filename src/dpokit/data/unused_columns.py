@@ -12,32 +12,20 @@ CONTENT = {
     **dict.fromkeys(("prompt", "question", "query", "instruction", "input", "context", "history"), "prompt"),
     **dict.fromkeys(("message", "conversation", "dialog", "dialogue", "chat", "post", "passage"), "prompt"),
     **dict.fromkeys(("tool", "function"), "tools"),
-    **dict.fromkeys(("image", "picture", "photo", "audio", "video", "document", "attachment", "file")),
+    **dict.fromkeys(("image", "picture", "photo", "audio", "video", "document", "attachment")),
 }
 # The nouns of ids, scores, origins and remarks: no pair depends on them.
-METADATA = frozenset(
-    (
-        *("id", "ids", "uid", "uuid", "guid", "idx", "index", "key", "hash", "md5", "sha", "sha256", "fingerprint"),
-        *("score", "rating", "rank", "reward", "margin", "label", "preference", "vote", "votes", "win", "winner"),
-        *("strength", "confidence", "probability", "prob", "logprob", "logprobs", "weight", "quality", "difficulty"),
-        *("source", "origin", "dataset", "split", "subset", "config", "model", "generator", "policy", "provider"),
-        *("domain", "category", "topic", "tag", "type", "kind", "task", "lang", "language", "locale", "subreddit"),
-        *("meta", "metadata", "info", "date", "time", "timestamp", "created", "updated", "version", "status", "state"),
-        *("url", "link", "license", "licence", "author", "user", "username", "annotator", "worker", "labeler"),
-        *("count", "num", "number", "length", "len", "size", "token", "word", "turn", "order", "round", "seed"),
-        *(
-            "annotation",
-            "critique",
-            "comment",
-            "feedback",
-            "rationale",
-            "explanation",
-            "judge",
-            "judgement",
-            "judgment",
-        ),
-    )
-)
+METADATA = {
+    *("id", "uid", "uuid", "guid", "idx", "index", "key", "hash", "md5", "sha", "sha256", "fingerprint"),
+    *("score", "rating", "rank", "reward", "margin", "label", "preference", "vote", "win", "winner", "strength"),
+    *("confidence", "probability", "prob", "logprob", "weight", "quality", "difficulty", "status", "state"),
+    *("source", "origin", "dataset", "split", "subset", "config", "model", "generator", "policy", "provider"),
+    *("domain", "category", "topic", "tag", "type", "kind", "task", "lang", "language", "locale", "subreddit"),
+    *("meta", "metadata", "info", "date", "time", "timestamp", "created", "updated", "version", "url", "link"),
+    *("license", "licence", "author", "user", "username", "annotator", "worker", "labeler", "judge"),
+    *("count", "num", "number", "length", "len", "size", "token", "word", "turn", "order", "round", "seed"),
+    *("annotation", "critique", "comment", "feedback", "rationale", "explanation", "judgement", "judgment"),
+}
 MOST_LABEL_WORDS = 5  # a longer text is content rather than a label
 MOST_LABEL_LETTERS = 60
 
@@ -45,8 +33,8 @@ MOST_LABEL_LETTERS = 60
 def looks_like_content(name: str, values: Sequence[Any], *, any_text: bool = False) -> bool:
     """Whether a column looks like content: a part of the conversation rather than an id, a score or other metadata.
 
-    The last noun of the name decides (a `prompt_id` is an id), then any noun, then the values: messages, or a text of
-    several words.
+    Numbers are metadata. Of other values, the last noun of the name decides (a `prompt_id` is an id), then any noun,
+    then the values: messages, or a text of several words.
 
     Args:
         name: the column.
@@ -54,13 +42,15 @@ def looks_like_content(name: str, values: Sequence[Any], *, any_text: bool = Fal
         any_text: whether even a label counts, because the layout takes the prompt from the answers.
     """
     nouns = _split_name(name)
+    kinds = {type(value) for value in values if value is not None}
+    if kinds and kinds <= {int, float, bool}:
+        return False
     if nouns and nouns[-1] in CONTENT:
         return True
-    if METADATA.intersection(nouns):
+    is_media = any(CONTENT.get(noun, "") is None for noun in nouns)  # the path or the URL of an image is content, too
+    if METADATA.intersection(nouns) and not (is_media and nouns[-1] in ("url", "link")):
         return False
-    if any(noun in CONTENT for noun in nouns) and any(_has_text(value, any_text=True) for value in values):
-        return True
-    return any(_has_text(value, any_text=any_text) for value in values)
+    return any(_has_text(value, any_text=any_text or is_media) for value in values)
 
 
 def suggest_columns(names: Sequence[str], used: Mapping[str, str]) -> dict[str, str]:
