@@ -74,7 +74,10 @@ def test_rows_without_a_pair_are_counted(tmp_path, capsys):
     rows = [LAYOUTS["text"], LAYOUTS["text"], {**LAYOUTS["text"], "chosen": None}]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert len(dpokit.load_pairs(str(tmp_path / "pairs.jsonl"))) == 2
-    assert "2 pairs of layout 'explicit, plain', 1 rows left out (missing_text)" in capsys.readouterr().err
+    assert (
+        "2 pairs of layout 'explicit, plain', 1 rows left out (missing_text (chosen is null))"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_run_is_trained_evaluated_and_merged(settings):

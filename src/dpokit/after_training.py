@@ -77,7 +77,7 @@ def _check_merge(settings: Settings) -> None:
     if (
         settings.training.eval_strategy == "no" and data.eval_fraction is None
     ):  # otherwise training itself checks the pairs
-        splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
+        splits = load_splits(data.dataset_name, data.dataset_config, streaming=False, ignore=data.ignore_columns or ())
         if data.dataset_test_split not in splits:
             raise DataError(
                 f"--merge_after_training, but no held-out pairs to check it: no split {data.dataset_test_split!r}",

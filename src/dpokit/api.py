@@ -4,9 +4,10 @@ Each function raises `DpokitError` for what the user can correct. Only a signal 
 `SystemExit`, with exit code 75.
 """
 
+import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ def load_pairs(
     dataset_config: str | None = None,
     split: str = "train",
     max_samples: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
 ) -> "Dataset":
     """Reads the preference pairs of a dataset in any layout that training knows.
 
@@ -32,26 +35,33 @@ def load_pairs(
         dataset_config: the dataset's configuration, if it has several.
         split: which split.
         max_samples: reads only the first rows of the split.
+        columns: columns of another name, as `--columns`: `{"prompt": "question", "chosen": "answers.best"}`.
+        ignore_columns: columns that are left out, as `--ignore_columns`.
 
     Returns:
         A `datasets.Dataset` with the columns `prompt`, `chosen` and `rejected`: texts, or lists of `{role, content}` if
-        the prompts are messages. `Dataset.to_json` writes a file that `dataset_name` accepts. Rows that hold no pair
-        are left out; one line on stderr counts them by reason.
+        the prompts are messages; and `tools` and `chat_template_kwargs`, as JSON, if a row has them. `Dataset.to_json`
+        writes a file that `dataset_name` accepts. Rows that hold no pair are left out; one line on stderr counts them
+        by reason.
 
-    Raises: DataError: the dataset cannot be read, or has no known layout.
+    Raises: DataError: the dataset cannot be read, has no known layout, or has a column of content that nothing uses.
+        SettingsError: `columns` has an unknown name.
     """
     from datasets import Dataset
 
     from dpokit.console import quiet_dependencies, say
-    from dpokit.data.formats import UnusableError
+    from dpokit.data.messages import UnusableError
     from dpokit.data.prepare import find_layout
     from dpokit.data.sources import get_split, load_splits
+    from dpokit.settings.flags import parse_columns
 
     quiet_dependencies()
-    rows = get_split(load_splits(dataset_name, dataset_config, streaming=False), split, "split")
+    names = parse_columns([json.dumps(dict(columns))] if columns else None)
+    splits = load_splits(dataset_name, dataset_config, streaming=False, ignore=ignore_columns)
+    rows = get_split(splits, split, "split")
     rows = rows if max_samples is None else rows.take(max_samples)
     name = f"{dataset_name}, split {split}"
-    layout = find_layout(rows, name)
+    layout = find_layout(rows, name, names)
     pairs: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for row in rows:
@@ -60,10 +70,13 @@ def load_pairs(
         except UnusableError as error:
             dropped[str(error)] += 1
             continue
-        answers: dict[str, Any] = {"chosen": pair.chosen, "rejected": pair.rejected}
-        if not isinstance(pair.prompt, str):
-            answers = {side: [{"role": "assistant", "content": answer}] for side, answer in answers.items()}
-        pairs.append({"prompt": pair.prompt, **answers})
+        values: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+        for side in ("chosen", "rejected"):
+            if isinstance(values[side], str) and not isinstance(pair.prompt, str):
+                values[side] = [{"role": "assistant", "content": values[side]}]
+        if layout.has_context:
+            values |= {"tools": pair.tools, "chat_template_kwargs": dict(pair.template_kwargs) or None}
+        pairs.append(values)
     reasons = "".join(f", {count:,} rows left out ({reason})" for reason, count in dropped.most_common())
     say(f"{name}: {len(pairs):,} pairs of layout {layout.name!r}{reasons}")
     return Dataset.from_list(pairs)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import trl
@@ -12,8 +13,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
-from dpokit.data.chat import NOTES
-from dpokit.data.formats import Format, Messages, Pair
+from dpokit.data.formats import Pair
+from dpokit.data.messages import Messages
+from dpokit.data.tally import NOTES, REASONS
 from dpokit.data.tokens import Encoder, LengthLimits, Renderer
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -55,7 +57,6 @@ KINDS: dict[str, tuple[Messages, Messages, dict]] = {
     "beginning of an answer": ([*QUESTION, say("assistant", "It")], [say("assistant", " rains.")], {}),
     "no thinking": (QUESTION, [say("assistant", ANSWER)], {"chat_template_kwargs": {"enable_thinking": False}}),
 }
-REASONS = {"refused_by_template", "left_out_by_template", "changed_by_template", "reasoning_doubled_by_template"}
 EQUAL = "equal"
 
 
@@ -90,7 +91,7 @@ def encode(renderer: Renderer, kind: str) -> dict:
     if set(chosen[0]) == {"role", "content"} and len(chosen) == 1:
         answer = chosen[0]["content"]
     pair = Pair(prompt, answer, rejected, columns.get("tools"), columns.get("chat_template_kwargs", {}))
-    layout = Format("test", "a pair", lambda _: True, lambda _: pair)
+    layout = SimpleNamespace(to_pair=lambda _: pair)
     encoded = Encoder(renderer, layout, LengthLimits())({"x": [0]}, [0])
     return {name: values[0] for name, values in encoded.items()}
 

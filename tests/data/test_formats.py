@@ -1,14 +1,17 @@
 """Rows of published layouts become pairs, split where the answers begin; each dropped row has a reason."""
 
 import ast
+import json
 from itertools import permutations
 
 import pytest
 from conftest import ROOT
 
-from dpokit.data.formats import FORMATS, UnusableError, find_format, parse_transcript, render_transcript
-from dpokit.data.tally import REASONS
+from dpokit.data.formats import CONTEXT, FORMATS, PARTS, find_format, parse_transcript, render_transcript
+from dpokit.data.messages import UnusableError
+from dpokit.data.tally import REASONS, REMEDIES
 from dpokit.errors import DataError
+from dpokit.settings.flags import COLUMN_NAMES
 
 HH = "\n\nHuman: Why?\n\nAssistant:"
 LONG_HH = "\n\nHuman: Why?\n\nAssistant: Who asks?\n\nHuman: Me.\n\nAssistant:"
@@ -18,6 +21,15 @@ ME = [WHY, {"role": "assistant", "content": "Who asks?"}, {"role": "user", "cont
 YES, NO = {"role": "assistant", "content": "Yes."}, {"role": "assistant", "content": "No."}
 TEXTS = {"chosen": " Yes.", "rejected": " No."}
 TURNS = {"chosen": [YES], "rejected": [NO]}
+VOTE = {"vote": "tuned", "blind": True, "left": "base", "answers": {"base": "No.", "tuned": "Yes."}, "models": {}}
+CALL = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"function": {"name": "ask", "arguments": {"whom": "me"}}}],
+}
+RESULT = {"role": "tool", "name": "ask", "content": "Me."}
+SO = {"role": "user", "content": "So?"}
+OTHER = {"role": "assistant", "content": "Guess."}
 
 # layout, row, expected pair
 ROWS = [
@@ -26,8 +38,61 @@ ROWS = [
     ("explicit, plain", {"prompt": "Why?", **TEXTS}, ("Why?", " Yes.", " No.")),
     ("explicit, plain", {"prompt": HH, **TEXTS, "id": 7}, (HH, " Yes.", " No.")),
     ("explicit, conversational", {"prompt": [SYSTEM, WHY], **TURNS}, ([SYSTEM, WHY], "Yes.", "No.")),
+    ("explicit, conversational", {"prompt": [WHY], "chosen": YES, "rejected": NO}, ([WHY], "Yes.", "No.")),
+    ("explicit, conversational", {"prompt": [WHY], "chosen": " Yes.", "rejected": "No."}, ([WHY], " Yes.", "No.")),
+    ("explicit, conversational", {"messages": [WHY], **TURNS}, ([WHY], "Yes.", "No.")),
+    ("explicit, conversational", {"messages": ME, "chosen": "Yes.", "rejected": "No."}, (ME, "Yes.", "No.")),
+    ("explicit, conversational", {"conversations": [WHY], "chosen": YES, "rejected": NO}, ([WHY], "Yes.", "No.")),
+    ("explicit, conversational", {"prompt": ME, "chosen": [*ME, YES], "rejected": [*ME, NO]}, (ME, "Yes.", "No.")),
+    ("explicit, conversational", {"prompt": ME, "chosen": [*ME, YES], "rejected": [NO]}, (ME, "Yes.", "No.")),
+    (
+        "explicit, conversational",
+        {"prompt": [SYSTEM, WHY], "chosen": [WHY, YES], "rejected": [WHY, NO]},
+        ([SYSTEM, WHY], "Yes.", "No."),
+    ),
+    (
+        "explicit, conversational",
+        {"messages": [WHY, YES], "chosen": [WHY, YES], "rejected": [WHY, NO]},
+        ([WHY], "Yes.", "No."),
+    ),
+    ("explicit, conversational", {"prompt": [WHY, OTHER], **TURNS}, ([WHY, OTHER], "Yes.", "No.")),
+    (
+        "explicit, conversational",
+        {"prompt": [WHY], "chosen": [YES, SO, OTHER], "rejected": [NO, SO, NO]},
+        ([WHY], [YES, SO, OTHER], [NO, SO, NO]),
+    ),
+    (
+        "explicit, conversational",
+        {"prompt": [WHY], "chosen": [YES, SO, OTHER], "rejected": [YES, SO, NO]},
+        ([WHY, YES, SO], "Guess.", "No."),
+    ),
+    (
+        "explicit, conversational",
+        {"prompt": [WHY], "chosen": [CALL, RESULT, YES], "rejected": [NO]},
+        ([WHY], [CALL, RESULT, YES], [NO]),
+    ),
+    ("explicit, conversational", {"prompt": [WHY], "chosen": [CALL], "rejected": [NO]}, ([WHY], [CALL], [NO])),
+    ("explicit, conversational", {"prompt": [WHY], "chosen": CALL, "rejected": "No."}, ([WHY], [CALL], [NO])),
+    ("dpokit votes", {"prompt": [WHY], **TURNS, **VOTE}, ([WHY], "Yes.", "No.")),
     ("UltraFeedback", {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [WHY, NO]}, ([WHY], "Yes.", "No.")),
     ("UltraFeedback", {"prompt": "Why?", **TURNS}, ([WHY], "Yes.", "No.")),
+    ("UltraFeedback", {"prompt": HH, "chosen": YES, "rejected": NO}, ([WHY], "Yes.", "No.")),
+    ("UltraFeedback", {"prompt": "Me.", "chosen": [*ME, YES], "rejected": [*ME, NO]}, (ME, "Yes.", "No.")),
+    (
+        "UltraFeedback",
+        {"prompt": "Why?", "chosen": [SYSTEM, YES], "rejected": [SYSTEM, NO]},
+        ([SYSTEM, WHY], "Yes.", "No."),
+    ),
+    (
+        "UltraFeedback",
+        {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [WHY, NO], "messages": [WHY, YES]},
+        ([WHY], "Yes.", "No."),
+    ),
+    (
+        "UltraFeedback",
+        {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [*ME, NO]},
+        ([WHY], [YES], [*ME[1:], NO]),
+    ),
     ("UltraFeedback", {"prompt": "Why?", "chosen": [*ME, YES], "rejected": [*ME, NO]}, (ME, "Yes.", "No.")),
     ("implicit, conversational", {"chosen": [*ME, YES], "rejected": [*ME, NO]}, (ME, "Yes.", "No.")),
     ("HH transcript", {"chosen": f"{LONG_HH} Yes.", "rejected": f"{LONG_HH} No."}, (LONG_HH, " Yes.", " No.")),
@@ -53,7 +118,7 @@ def test_the_rows_above_cover_every_layout():
 
 @pytest.mark.parametrize(("name", "row", "_"), ROWS)
 def test_the_order_of_columns_does_not_matter(name, row, _):
-    for names in permutations(row):
+    for names in permutations(row) if len(row) < 6 else [tuple(row), tuple(reversed(row))]:
         assert find_format([{column: row[column] for column in names}], "test").name == name
 
 
@@ -69,32 +134,97 @@ def test_data_without_rows_has_no_known_form():
         find_format([], "test")
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "reason"),
-    [
-        ("explicit, plain", {"prompt": None, **TEXTS}, "missing_text"),
-        ("explicit, plain", {"prompt": "Why?", "chosen": 5, "rejected": " No."}, "missing_text"),
-        ("HH transcript", {"chosen": None, "rejected": f"{HH} No."}, "missing_text"),
-        ("explicit, conversational", {"prompt": [], **TURNS}, "missing_text"),
-        (
-            "implicit, conversational",
-            {"chosen": [WHY, {**YES, "content": None}], "rejected": [WHY, NO]},
-            "missing_text",
-        ),
-        ("HH transcript", {"chosen": "\n\nHuman: Why?", "rejected": f"{HH} No."}, "no_answer_turn"),
-        ("HH transcript", {"chosen": f"{HH} Yes.\n\nHuman: So?", "rejected": f"{HH} No."}, "no_answer_turn"),
-        ("explicit, conversational", {"prompt": [WHY], "chosen": [WHY], "rejected": [NO]}, "no_answer_turn"),
-        ("HH transcript", {"chosen": f"{HH} Yes.", "rejected": f"{LONG_HH} No."}, "different_prompts"),
-        ("explicit, conversational", {"prompt": [WHY], **TURNS, "vote": "tie"}, "tie"),
-        ("explicit, conversational", {"prompt": [WHY], **TURNS, "vote": "both_bad"}, "both_bad"),
-        ("UltraFeedback", {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [*ME, NO]}, "different_prompts"),
-        ("UltraFeedback", {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [NO]}, "different_prompts"),
-    ],
-)
-def test_an_unusable_row_has_this_reason(name, row, reason):
-    layout = next(layout for layout in FORMATS if layout.name == name)
-    with pytest.raises(UnusableError, match=f"^{reason}$"):
-        layout.to_pair(row)
+USABLE = {
+    "explicit, plain": {"prompt": "Why?", **TEXTS},
+    "explicit, conversational": {"prompt": [WHY], **TURNS},
+    "implicit, conversational": {"chosen": [WHY, YES], "rejected": [WHY, NO]},
+    "UltraFeedback": {"prompt": "Why?", "chosen": [WHY, YES], "rejected": [WHY, NO]},
+    "HH transcript": {"chosen": f"{HH} Yes.", "rejected": f"{HH} No."},
+    "dpokit votes": {"prompt": [WHY], **TURNS, **VOTE},
+}
+# layout, changes of a usable row, reason
+UNUSABLE = [
+    ("explicit, plain", {"prompt": None}, "missing_text (prompt is null)"),
+    ("explicit, plain", {"chosen": 5}, "missing_text (chosen is a number)"),
+    ("explicit, plain", {"rejected": True}, "missing_text (rejected is true or false)"),
+    ("HH transcript", {"chosen": None}, "missing_text (chosen is null)"),
+    ("explicit, conversational", {"prompt": []}, "missing_text (prompt is an empty list)"),
+    ("explicit, conversational", {"chosen": ["Yes."]}, "missing_text (chosen has text)"),
+    (
+        "implicit, conversational",
+        {"chosen": [WHY, {**YES, "content": None}]},
+        "missing_text (chosen has a message whose content is null)",
+    ),
+    ("HH transcript", {"chosen": "\n\nHuman: Why?"}, "no_answer_turn (user)"),
+    ("HH transcript", {"chosen": f"{HH} Yes.\n\nHuman: So?"}, "no_answer_turn (user)"),
+    ("HH transcript", {"rejected": f"{LONG_HH} No."}, "different_prompts"),
+    ("explicit, conversational", {"chosen": [WHY]}, "no_answer_turn (user)"),
+    ("explicit, conversational", {"chosen": [CALL, RESULT]}, "no_answer_turn (tool)"),
+    ("implicit, conversational", {"chosen": [WHY], "rejected": [WHY]}, "no_answer_turn (user)"),
+    ("explicit, conversational", {"chosen": [SO, YES]}, "different_prompts"),
+    ("implicit, conversational", {"chosen": [SO, YES]}, "different_prompts"),
+    ("explicit, conversational", {"chosen": [YES, SO, YES], "rejected": [YES, WHY, NO]}, "different_prompts"),
+    ("explicit, conversational", {"chosen": [YES, SO, YES], "rejected": [YES]}, "different_prompts"),
+    ("UltraFeedback", {"rejected": [NO]}, "different_prompts"),
+    ("UltraFeedback", {"prompt": "Who?"}, "different_prompts (the prompt is in neither conversation)"),
+    ("explicit, conversational", {"chosen": [{**YES, "role": "narrator"}]}, "unknown_role (narrator)"),
+    ("explicit, conversational", {"prompt": [{**WHY, "role": None}]}, "unknown_role (None)"),
+    ("dpokit votes", {"vote": "tie"}, "tie"),
+    ("dpokit votes", {"vote": "both_bad"}, "both_bad"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "reason"), UNUSABLE)
+def test_an_unusable_row_has_this_reason(name, changes, reason):
+    layout = find_format([USABLE[name]], "test")
+    assert layout.name == name
+    with pytest.raises(UnusableError) as error:
+        layout.to_pair({**USABLE[name], **changes})
+    assert str(error.value) == reason
+
+
+# the rows of a file that no layout fits, and the part of the error that names the value
+WRONG_VALUES = [
+    ([{**USABLE["explicit, plain"]}, {"prompt": "Why?", **TEXTS, "rejected": None}], "in row 2, rejected is null"),
+    ([{"prompt": "Why?", "chosen": 4, "rejected": 5}], "in row 1, chosen is a number"),
+    ([{"prompt": "Why?", "chosen": ["Yes.", "Yes!"], "rejected": ["No."]}], "in row 1, chosen is a list with text"),
+    ([{"prompt": None, **TEXTS}], "in row 1, prompt is null"),
+    ([{"prompt": {"text": "Why?"}, **TEXTS}], "in row 1, prompt is an object without a role"),
+]
+
+
+@pytest.mark.parametrize(("rows", "seen"), WRONG_VALUES)
+def test_a_value_that_fits_no_layout_is_named_with_its_row(rows, seen):
+    with pytest.raises(DataError, match="no known form") as error:
+        find_format(rows, "my.jsonl")
+    assert seen in error.value.seen
+    assert "my.jsonl" in error.value.seen
+
+
+# rows whose columns hold messages as text
+JSON_TEXTS = {
+    "JSON": json.dumps,
+    "Python's notation": str,
+    "JSON with spaces": lambda value: "\n " + json.dumps(value, indent=2),
+}
+
+
+@pytest.mark.parametrize("kind", JSON_TEXTS)
+@pytest.mark.parametrize("names", [PARTS, ("prompt",), ("chosen", "rejected")], ids=",".join)
+def test_messages_as_text_are_read_as_messages(names, kind):
+    row = {"prompt": ME, **TURNS}
+    texts = row | {name: JSON_TEXTS[kind](row[name]) for name in names}
+    layout = find_format([texts], "test")
+    pair = layout.to_pair(texts)
+    assert (pair.prompt, pair.chosen, pair.rejected) == (ME, "Yes.", "No.")
+    with pytest.raises(UnusableError, match=r"^bad_json \(" + names[0]):
+        layout.to_pair(texts | {names[0]: texts[names[0]][:-1]})
+
+
+def test_a_few_answers_that_are_json_stay_texts():
+    answer = json.dumps([WHY])
+    rows = [{"prompt": "Why?", **TEXTS}] * 2 + [{"prompt": "Show a list of messages.", **TEXTS, "chosen": answer}]
+    assert find_format(rows, "test").to_pair(rows[2]).chosen == answer
 
 
 @pytest.mark.parametrize(
@@ -141,11 +271,25 @@ def test_a_conversation_as_a_transcript_names_its_speakers():
     assert render_transcript([SYSTEM, *ME]) == f"\n\nSystem: Be brief.{LONG_HH}"
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
+def test_a_transcript_does_not_lose_what_a_message_says(key):
+    with pytest.raises(UnusableError, match=rf"^needs_template \({key}\)$"):
+        render_transcript([WHY, {**YES, key: CALL["tool_calls"]}])
+
+
 def test_every_reason_in_the_source_has_a_description():
     reasons = set()
     for path in (ROOT / "src" / "dpokit" / "data").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UnusableError":
-                reasons.add(ast.literal_eval(node.args[0]))
+                reasons |= {ast.literal_eval(node.args[0])} if isinstance(node.args[0], ast.Constant) else set()
     assert reasons
     assert [f"{name}: describe it in REASONS of data/tally.py" for name in sorted(reasons - set(REASONS))] == []
+
+
+def test_every_reason_has_a_remedy():
+    assert set(REMEDIES) == set(REASONS)
+
+
+def test_the_flag_has_the_names_that_layouts_use():
+    assert set(COLUMN_NAMES) == {*PARTS, *CONTEXT}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from dpokit.data import prepare as preparation
 from dpokit.data.prepare import prepare_data, prepare_held_out
-from dpokit.data.tally import print_report
+from dpokit.data.tally import MOST_DETAILS, Tally, print_report
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments
 
@@ -234,6 +234,56 @@ def test_no_usable_row_in_a_stream_is_an_error_with_the_reasons(tmp_path, plain_
     (tmp_path / "equal.jsonl").write_text(LINE.replace("green", "blue") * 300)
     with pytest.raises(DataError, match="300 equal_answers"):
         prepare(tmp_path / "equal.jsonl", plain_tokenizer, dataset_streaming=True)
+
+
+# changes of a row that make it unusable, the counted reason, and a part of the advice
+NOTHING_LEFT = {
+    "equal answers": ({"rejected": " blue."}, "equal_answers", "two different answers"),
+    "an unknown role": (
+        {"prompt": [{"role": "narrator", "content": "Once."}]},
+        "unknown_role (narrator)",
+        "write one of the roles user, human, prompter, assistant",
+    ),
+    "an image": (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}]},
+        "missing_text (prompt has a part of type image)",
+        "the text of each message",
+    ),
+    "a question as answer": (
+        {
+            "prompt": [],
+            "chosen": [{"role": "user", "content": "Blue?"}],
+            "rejected": [{"role": "user", "content": "?"}],
+        },
+        "no_answer_turn (user)",
+        "end each conversation with the assistant's message",
+    ),
+    "a broken schema": ({"tools": "[{"}, "bad_json (tools)", "--ignore_columns"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("case", NOTHING_LEFT)
+def test_the_reason_decides_the_advice(case, streaming, tmp_path, plain_tokenizer):
+    changes, reason, advice = NOTHING_LEFT[case]
+    row = {**json.loads(LINE), **changes}
+    row = {name: value for name, value in row.items() if value != []}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    with pytest.raises(DataError) as error:
+        prepare(tmp_path / "rows.jsonl", plain_tokenizer, dataset_streaming=streaming)
+    assert f"3 {reason}" in error.value.seen
+    assert advice in error.value.do
+    assert "max_length" not in error.value.do
+
+
+def test_many_details_of_a_reason_are_counted_together():
+    tally = Tally("rows", "explicit, plain")
+    for number in range(100):
+        tally.add(f"unknown_role (role {number % 50})")
+    assert len(tally.dropped) == MOST_DETAILS + 1
+    assert tally.dropped["unknown_role (role 0)"] == 2
+    assert tally.dropped["unknown_role"] == 100 - 2 * MOST_DETAILS
+    assert (tally.rows, tally.kept) == (100, 0)
 
 
 def test_limits_that_leave_no_tokens_name_the_flags(pairs_file, plain_tokenizer):

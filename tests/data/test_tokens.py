@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
-from dpokit.data.formats import FORMATS, Pair, UnusableError, find_format, parse_transcript
+from dpokit.data.formats import FORMATS, Pair, find_format, parse_transcript
+from dpokit.data.messages import UnusableError
 from dpokit.data.tokens import Encoder, LengthLimits, Renderer, cut
 from dpokit.errors import DataError, ModelError
 
@@ -46,6 +47,17 @@ EXPECTED = {
     ),
     "explicit, conversational": (
         {"prompt": TURNS, "chosen": [assistant(YES)], "rejected": [assistant(NO)]},
+        (HH_TURNS, f" {YES}", f" {NO}"),
+        (CHAT_TURNS, YES, NO),
+    ),
+    "dpokit votes": (
+        {
+            "prompt": TURNS,
+            "chosen": [assistant(YES)],
+            "rejected": [assistant(NO)],
+            "vote": "tuned",
+            "answers": {"base": NO, "tuned": YES},
+        },
         (HH_TURNS, f" {YES}", f" {NO}"),
         (CHAT_TURNS, YES, NO),
     ),
@@ -201,8 +213,8 @@ def test_the_cut_respects_the_limits_for_all_sizes():
         ({"prompt": SKY, "chosen": " green.", "rejected": " green."}, "equal_answers"),
         ({"prompt": "", "chosen": " blue.", "rejected": " green."}, "empty_prompt"),
         ({"chosen": f"{HH} Yes.", "rejected": f"{HH_TURNS} No."}, "different_prompts"),
-        ({"chosen": [*TURNS, USER], "rejected": [*TURNS, assistant(NO)]}, "no_answer_turn"),
-        ({"chosen": [USER, assistant(YES)], "rejected": [*TURNS, assistant(NO)]}, "different_prompts"),
+        ({"chosen": [*TURNS, USER], "rejected": [*TURNS, assistant(NO)]}, "no_answer_turn (user)"),
+        ({"chosen": [USER, assistant(YES)], "rejected": [*TURNS[1:], assistant(NO)]}, "different_prompts"),
     ],
 )
 def test_an_unusable_row_is_dropped_with_its_reason(row, reason, plain_tokenizer):
@@ -214,7 +226,7 @@ def test_a_null_among_usable_rows_is_dropped_with_its_reason(plain_tokenizer):
     rows.append({"prompt": SKY, "chosen": None, "rejected": " green."})
     encoder = Encoder(Renderer(plain_tokenizer), find_format(rows, "test"), LengthLimits())
     columns = {name: [row[name] for row in rows] for name in rows[0]}
-    assert encoder(columns, range(4))["dropped"] == ["", "", "", "missing_text"]
+    assert encoder(columns, range(4))["dropped"] == ["", "", "", "missing_text (chosen is null)"]
 
 
 def test_an_unknown_layout_is_reported_with_the_known_ones():

@@ -93,8 +93,21 @@ def test_a_named_split_is_used_whole_and_is_not_the_runs_own(run):
     assert evaluate(run.path, split="train")["data"]["own"]  # the flag names the run's own split
 
 
-def test_the_runs_dataset_config_is_not_used_for_other_data(run, tmp_path):
-    write_settings(run, dataset_config="helpful")
+def test_the_columns_of_the_run_name_its_held_out_pairs(run, tmp_path):
+    rows = [json.loads(line) for line in write_pairs(tmp_path / "pairs.jsonl", 12).read_text().splitlines()]
+    file = tmp_path / "renamed.jsonl"
+    rows = [
+        {"question": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"], "image": 1} for row in rows
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_settings(run, dataset_name=str(file), columns=["prompt=question"], ignore_columns=["image"])
+    record = evaluate(run.path)["data"]
+    assert record["own"]
+    assert record["pairs"] > 0
+
+
+def test_the_config_and_columns_of_the_run_are_not_of_other_data(run, tmp_path):
+    write_settings(run, dataset_config="helpful", columns=["prompt=question"], ignore_columns=["image"])
     folder = tmp_path / "other"
     folder.mkdir()
     write_pairs(folder / "test.jsonl", 9)

@@ -91,6 +91,8 @@ SLOPPY = {
     "dataset_train_split": ("nonsense",),
     "dataset_test_split": ("nonsense",),
     "dataset_config": ("nonsense",),
+    "columns": ("nonsense", "prompt=nonsense", "prompt=", "chosen=prompt", "prompt=chosen,chosen=prompt", "{"),
+    "ignore_columns": ("nonsense", "chosen", ",", "prompt,chosen,rejected"),
     "dataset_name": ("/nowhere", ".", "", "/dev/null"),
     "model_name_or_path": ("/nowhere", ".", "..", "/dev/null", "/etc/passwd"),
     "model_revision": ("nonsense",),

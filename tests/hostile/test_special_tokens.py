@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpokit.apikey import ApiKey
-from dpokit.data.formats import Messages, UnusableError
+from dpokit.data.messages import Messages, UnusableError
 from dpokit.data.tokens import Renderer
 from dpokit.evaluate.judge import judge_answers
 from dpokit.serve.models import LocalModels

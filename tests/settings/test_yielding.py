@@ -91,6 +91,11 @@ TABLE = {
         {"dataset_name": "b"},
         {"dataset_config": ..., "dataset_train_split": ..., "dataset_test_split": ...},
     ),
+    "other columns": (
+        {"dataset_name": "a", "columns": ["prompt=question"], "ignore_columns": ["images"]},
+        {"dataset_name": "b"},
+        {"columns": ..., "ignore_columns": ...},
+    ),
     "the same data": ({"dataset_name": "a", "dataset_train_split": "train_prefs"}, {"dataset_name": "a"}, {}),
     "a stream": ({"precompute_ref_log_probs": True}, {"dataset_streaming": True}, {"precompute_ref_log_probs": False}),
     "a part held out": ({"dataset_test_split": "t"}, {"eval_fraction": 0.1}, {"dataset_test_split": ...}),

@@ -122,8 +122,8 @@ def test_a_tuned_model_may_be_trained_on_other_pairs(place, first, defaults, tmp
     assert warnings() == []
 
 
-def test_another_split_or_configuration_is_other_data(first, read_settings):
-    for change in ({"dataset_train_split": "round_2"}, {"dataset_config": "round_2"}):
+def test_another_split_configuration_or_column_is_other_data(first, read_settings):
+    for change in ({"dataset_train_split": "round_2"}, {"dataset_config": "round_2"}, {"columns": ["chosen=round_2"]}):
         check_model_path(read_settings(model_name_or_path=str(first.model), **change), Gates("stop"))
 
 

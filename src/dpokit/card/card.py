@@ -18,7 +18,7 @@ from dpokit.card.origin import Lineage, Source, Weights, build_front_matter, fin
 from dpokit.card.sections import list_limits, list_training, local_names, show_sample, show_settings
 from dpokit.card.usage import build_usage
 from dpokit.credentials import find_secrets
-from dpokit.data.tally import REASONS
+from dpokit.data.tally import describe_reason
 from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.figures import Drawing, draw
 from dpokit.report import tables
@@ -265,7 +265,7 @@ def _list_data(run: Run) -> list[Table]:
     if len(data_tables) < 2:
         return data_tables
     dropped = data_tables[1]
-    rows = [[*row, REASONS.get(row[1], "")] for row in dropped.rows]
+    rows = [[*row, describe_reason(str(row[1]))] for row in dropped.rows]
     return [data_tables[0], replace(dropped, head=[*dropped.head, "meaning"], rows=rows)]
 
 

@@ -5,7 +5,6 @@ the token that ends the answer's turn. Most rows need no more than one rendering
 the template treats in a special way, then its answer stands between the same two texts as a probe's.
 """
 
-import inspect
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.control_words import find_searched
-from dpokit.data.formats import Messages, Pair, UnusableError
+from dpokit.data.formats import Pair
+from dpokit.data.messages import Messages, UnusableError
 from dpokit.data.template_box import check_template, refuse_template, render_in_bounds
 from dpokit.errors import ModelError
 
@@ -34,19 +34,7 @@ FOREIGN = re.compile(
     r"<\|(im_start|im_end|start_header_id|eot_id|begin_of_text|user|assistant|system|endoftext)\|>|"
     r"<(start|end)_of_turn>|\[/?INST\]|<\uff5c(User|Assistant)\uff5c>"
 )
-# Arguments of `apply_chat_template` itself, which a row must not set.
-RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
-
 CALL_OF_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")  # transformers offers this function to templates
-
-# What happened to conversations that were not rendered as they stand; data.json counts the pairs.
-NOTES = {
-    "other_thinking_mode": "the prompt was rendered with the template's other thinking mode, which suits the answers",
-    "reasoning_rebuilt": "the prompt opens reasoning, and the template writes none in an answer: it was put there",
-    "reasoning_left_out": "the template leaves out the reasoning of an answer",
-    "tools_left_out": "the template leaves out the tools",
-    "token_across_boundary": "a token of the whole text lies across prompt and answer: both were encoded separately",
-}
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ class RenderedPair:
     """The texts of a pair.
 
     Attributes:
-        notes: keys of NOTES.
+        notes: keys of `tally.NOTES`.
         is_joined: whether the token ids of prompt and answer must be taken from their common text, because a token
             might lie across both.
     """
@@ -210,8 +198,6 @@ class ChatTemplate:
 
         Raises: UnusableError with a reason for dropping the pair; ModelError if the template does not end.
         """
-        if RESERVED & pair.template_kwargs.keys():
-            raise UnusableError("reserved_template_kwarg")
         if isinstance(pair.chosen, str) and isinstance(pair.rejected, str) and self._is_plain(pair, prompt):
             frame = self._find_frame(tuple(message["role"] for message in prompt))
             rendered = None if frame is None else self._render_in(frame, prompt, (pair.chosen, pair.rejected))
@@ -349,7 +335,7 @@ class ChatTemplate:
     def _openings(
         self, prompt: Messages, options: Mapping[str, Any], *, is_open: bool = True
     ) -> Iterator[tuple[str, dict[str, Any], str]]:
-        """Yields the prompts that a server may be given: text, arguments, and a key of NOTES or an empty text.
+        """Yields the prompts that a server may be given: text, arguments, and a key of `tally.NOTES` or an empty text.
 
         `is_open`: whether the assistant's turn follows; else the text ends with the last message.
         """
@@ -506,7 +492,7 @@ def _in_form(message: dict[str, Any], *, empty: str | None, as_json: bool, is_ap
             try:
                 arguments = json.loads(arguments)
             except ValueError:
-                raise UnusableError("bad_tool_call") from None
+                raise UnusableError("bad_json", "tool_calls") from None
         function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
         calls.append({**call, "function": function} if "function" in call else function)
     return {**message, "content": message.get("content") or empty, "tool_calls": calls}

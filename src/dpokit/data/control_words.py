@@ -8,7 +8,7 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.formats import Messages, UnusableError, find_texts
+from dpokit.data.messages import Messages, UnusableError, find_texts
 
 _FORM = re.compile(r"<[|\uff5c].*[|\uff5c]>")  # DeepSeek writes a wide bar
 # Unicode's private use planes, which have no characters of any language.

@@ -2,24 +2,25 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, LargeList, List
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.console import has_bars, say
 from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
-from dpokit.data.formats import Format, Messages, find_format, parse_transcript
+from dpokit.data.formats import Layout, find_format, parse_transcript
+from dpokit.data.messages import Messages
 from dpokit.data.sources import Rows, get_split, load_splits
-from dpokit.data.tally import Tally
+from dpokit.data.tally import Tally, find_remedies
 from dpokit.data.tokens import Encoder, LengthLimits, Renderer
 from dpokit.errors import DataError
-from dpokit.settings.flags import DataArguments
+from dpokit.settings.flags import DataArguments, parse_columns
 
 SAMPLE_ROWS = 32
 STREAM_BUFFER_ROWS = 10_000
@@ -35,6 +36,7 @@ class PreparedData:
         tallies: counts of each split; those of a stream grow while it is read.
         findings: warnings for the screen and data.json.
         fingerprint: sha256 of the token ids of both splits; None for a stream.
+        unused_columns: columns of ids, scores and other metadata, which no pair depends on.
     """
 
     train: Rows
@@ -42,11 +44,13 @@ class PreparedData:
     tallies: dict[str, Tally]
     findings: list[str]
     fingerprint: str | None
+    unused_columns: list[str]
 
     def record(self) -> dict[str, Any]:
         """Returns the content of data.json."""
         splits = {name: tally.record() for name, tally in self.tallies.items()}
-        return {"train": None, "eval": None} | splits | {"findings": self.findings, "fingerprint": self.fingerprint}
+        facts = {name: getattr(self, name) for name in ("findings", "fingerprint", "unused_columns")}
+        return {"train": None, "eval": None} | splits | facts
 
 
 def prepare_data(
@@ -74,7 +78,7 @@ def prepare_data(
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
     renderer = Renderer(tokenizer, data.template_date)
-    splits = load_splits(data.dataset_name, data.dataset_config, streaming=data.dataset_streaming)
+    splits = _load(data, streaming=data.dataset_streaming)
     return _prepare_splits(
         splits, data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed
     )
@@ -102,7 +106,8 @@ def _prepare_splits(
         eval_rows = _take(eval_rows, data.max_eval_samples)
 
     name = f"{data.dataset_name}, split {data.dataset_train_split}"
-    layout = find_layout(train_rows, name)
+    columns = parse_columns(data.columns)
+    layout = find_layout(train_rows, name, columns)
     encoder = Encoder(renderer, layout, limits)
     tallies = {"train": Tally(name, layout.name)}
     if isinstance(train_rows, IterableDataset):
@@ -112,7 +117,7 @@ def _prepare_splits(
     held_out = None
     if eval_rows is not None:
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        eval_layout = find_layout(eval_rows, name)
+        eval_layout = find_layout(eval_rows, name, columns)
         tallies["eval"] = Tally(name, eval_layout.name)
         if isinstance(eval_rows, IterableDataset):
             eval_rows = Dataset.from_list(list(eval_rows))  # bounded by max_eval_samples, which streams require
@@ -133,12 +138,12 @@ def _prepare_splits(
         if repeated:  # the evaluation then says less about new prompts
             findings.append(f"{repeated:,} of {len(held_out):,} held-out pairs have a prompt that is also trained on")
     if held_out is not None:
-        held_out = _count_shortened(held_out, tallies["eval"])
+        held_out = _count_changed(held_out, tallies["eval"])
     fingerprint = None
     if isinstance(train, Dataset):
-        train = _count_shortened(train, tallies["train"])
+        train = _count_changed(train, tallies["train"])
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
-    return PreparedData(train, held_out if with_eval else None, tallies, findings, fingerprint)
+    return PreparedData(train, held_out if with_eval else None, tallies, findings, fingerprint, list(layout.unused))
 
 
 @dataclass
@@ -169,19 +174,20 @@ def prepare_held_out(
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
     renderer = Renderer(tokenizer, data.template_date)
-    splits = load_splits(data.dataset_name, data.dataset_config, streaming=False)
+    splits = _load(data, streaming=False)
     if data.eval_fraction is None:
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
         raw = raw if data.max_eval_samples is None else _take(raw, data.max_eval_samples)
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        layout = find_layout(raw, name)
+        layout = find_layout(raw, name, parse_columns(data.columns))
         tally = Tally(name, layout.name)
         limits = LengthLimits(data.max_prompt_length, data.max_completion_length, max_length)
-        pairs = _count_shortened(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
+        pairs = _count_changed(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
     else:
         prepared = _prepare_splits(splits, data, renderer, max_length=max_length, with_eval=True, processes=processes)
         raw = get_split(splits, data.dataset_train_split, "dataset_train_split")
-        layout, tally = find_layout(raw, data.dataset_name), prepared.tallies["eval"]
+        layout = find_layout(raw, str(data.dataset_name), parse_columns(data.columns))
+        tally = prepared.tallies["eval"]
         assert prepared.eval is not None
         pairs = prepared.eval
     rows = [raw[row] for row in read_column(pairs, "row")]
@@ -213,12 +219,27 @@ def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
         ) from error
 
 
-def find_layout(rows: Rows, name: str) -> Format:
-    """Returns the layout of the first rows. Raises: DataError if there are no rows, or no known layout fits."""
+def _load(data: DataArguments, *, streaming: bool) -> dict[str, Rows]:
+    ignore = data.ignore_columns or ()
+    return load_splits(data.dataset_name, data.dataset_config, streaming=streaming, ignore=ignore)
+
+
+def find_layout(rows: Rows, name: str, columns: Mapping[str, str] | None = None) -> Layout:
+    """Returns the layout of the first rows, with the columns of `--columns` in place of its own.
+
+    Raises: DataError if there are no rows, if no known layout fits, or if an unused column looks like content.
+    """
     sample = list(islice(_read(rows, name), SAMPLE_ROWS))
     if not sample:
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
-    return find_format(sample, name)
+    features: Features = rows.features or {}
+    unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
+    return find_format(sample, name, columns, unpadded=unpadded)
+
+
+def _has_structs(feature: Any) -> bool:
+    """Whether a column has Arrow structs, which have the keys of all rows; the objects of a JSON column do not."""
+    return isinstance(feature, Mapping) or (isinstance(feature, (List, LargeList)) and _has_structs(feature.feature))
 
 
 def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
@@ -247,10 +268,12 @@ def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None
     return encoded.remove_columns("dropped")
 
 
-def _count_shortened(split: Dataset, tally: Tally) -> Dataset:
-    for cut in read_column(split, "cut"):
-        tally.shortened.update(cut.split())
-    return split.remove_columns("cut")
+def _count_changed(split: Dataset, tally: Tally) -> Dataset:
+    """Counts shortened and noted pairs, and returns the split without these columns."""
+    for column, counter in (("cut", tally.shortened), ("notes", tally.notes)):
+        for keys in read_column(split, column):
+            counter.update(keys.split())
+    return split.remove_columns(["cut", "notes"])
 
 
 def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: int) -> IterableDataset:
@@ -260,8 +283,8 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
     def kept_pairs() -> Iterator[dict[str, Any]]:
         # Every look at the first rows and every epoch starts the stream anew; each row counts once.
         for position, row in enumerate(_read(encoded, tally.source)):
-            dropped, cut = row.pop("dropped"), row.pop("cut")
-            if tally.add(dropped, cut) if position >= tally.rows else not dropped:
+            dropped, cut, notes = row.pop("dropped"), row.pop("cut"), row.pop("notes")
+            if tally.add(dropped, cut, notes) if position >= tally.rows else not dropped:
                 yield {**row, "row": position}
 
     kept = IterableDataset.from_generator(kept_pairs)
@@ -301,5 +324,5 @@ def _no_pair_left(tally: Tally) -> DataError:
     return DataError(
         f"no usable pair is left of the {tally.rows:,} rows of {tally.source} ({tally.layout}): {reasons}",
         expected="rows with a prompt and two different answers that fit the length limits",
-        do="raise --max_length, --max_prompt_length or --max_completion_length, or check the rows",
+        do=find_remedies(tally.dropped),
     )

@@ -4,7 +4,8 @@ import errno
 import glob
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +29,6 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Json
 
-from dpokit.console import say
 from dpokit.data.check_file import check_file, is_list, unpack, write_lines
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
@@ -45,24 +45,28 @@ READ_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTD
 Rows: TypeAlias = Dataset | IterableDataset
 
 
-def load_splits(name: str | None, config_name: str | None, *, streaming: bool) -> dict[str, Rows]:
-    """Loads every split of a dataset, by name. Columns without text (images, audio, ...) are left out unread.
+def load_splits(
+    name: str | None, config_name: str | None, *, streaming: bool, ignore: Collection[str] = ()
+) -> dict[str, Rows]:
+    """Loads every split of a dataset, by name.
 
     Args:
         name: a Hub id, a file (JSONL, JSON, CSV, Parquet, also .gz), or a folder of such files or of `save_to_disk`.
         config_name: the dataset's configuration, if it has several.
         streaming: read rows as they are needed.
+        ignore: columns that are left out unread.
 
     Raises:
-        DataError: missing, unreadable, broken, empty or too large data. The error names file and line.
+        DataError: missing, unreadable, broken, empty or too large data; the error names file and line. Or a column
+            without text (images, audio, ...) that is not in `ignore`, or a name in `ignore` that no split has.
     """
     if not name:
         raise DataError("no dataset was named", expected="a Hub id, a file or a folder", do="--dataset_name ID|PATH")
     path = Path(name).expanduser()
     if path.is_file():
-        return _load_file(path, streaming=streaming)
+        return _load_file(path, streaming=streaming, ignore=ignore)
     if path.is_dir():
-        return _load_folder(path, config_name, streaming=streaming)
+        return _load_folder(path, config_name, streaming=streaming, ignore=ignore)
     if path.exists():
         raise DataError(
             f"--dataset_name {name} is a pipe or a device",
@@ -75,7 +79,7 @@ def load_splits(name: str | None, config_name: str | None, *, streaming: bool) -
             expected="a file, a folder or a Hub id",
             do="correct the path (relative to the current folder)",
         )
-    return _load_from_hub(name, config_name, streaming=streaming)
+    return _load_from_hub(name, config_name, streaming=streaming, ignore=ignore)
 
 
 def find_disk_trouble_or(error: BaseException, problem: str, expected: str, do: str) -> Exception:
@@ -99,7 +103,7 @@ def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
     return splits[split]
 
 
-def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
+def _load_file(path: Path, *, streaming: bool, ignore: Collection[str]) -> dict[str, Rows]:
     builder = find_builder(path)
     if builder is None:
         raise DataError(
@@ -108,7 +112,7 @@ def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
             do="convert the file, or give it the right ending",
         )
     try:
-        return _load_files(builder, {"train": [path]}, streaming=streaming)
+        return _load_files(path, builder, {"train": [path]}, streaming=streaming, ignore=ignore)
     except DataError:
         raise
     except Exception as error:
@@ -121,11 +125,11 @@ def _load_file(path: Path, *, streaming: bool) -> dict[str, Rows]:
         ) from error
 
 
-def _load_folder(path: Path, config_name: str | None, *, streaming: bool) -> dict[str, Rows]:
+def _load_folder(path: Path, config_name: str | None, *, streaming: bool, ignore: Collection[str]) -> dict[str, Rows]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return _load_saved(path, streaming=streaming)
-        return _load_files(*find_files(path, config_name), streaming=streaming)
+            return _load_saved(path, streaming=streaming, ignore=ignore)
+        return _load_files(path, *find_files(path, config_name), streaming=streaming, ignore=ignore)
     except DataError:
         raise
     except Exception as error:
@@ -138,7 +142,9 @@ def _load_folder(path: Path, config_name: str | None, *, streaming: bool) -> dic
         ) from error
 
 
-def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, Rows]:
+def _load_files(
+    path: Path, builder: str, splits: Splits, *, streaming: bool, ignore: Collection[str]
+) -> dict[str, Rows]:
     content = hashlib.sha256()
     readable: dict[str, list[Path]] = {}
     for split, files in splits.items():
@@ -151,12 +157,13 @@ def _load_files(builder: str, splits: Splits, *, streaming: bool) -> dict[str, R
     if builder == "parquet":
         first = next(file for files in readable.values() for file in files)
         features = Features.from_arrow_schema(pq.read_schema(first))
-        options["columns"] = _find_text_columns(features)
-        _report_left_out([features])
+        options["columns"] = [name for name in features if name not in ignore]
+        _check_names(str(path), [features], ignore)
     # `datasets` recognises a cached file by path and time, which may stay the same when the content changes. The
     # configuration's name is part of the cache's name, so it is a hash of the content.
     paths = {split: [glob.escape(str(file.absolute())) for file in files] for split, files in readable.items()}
-    return dict(load_dataset(builder, content.hexdigest()[:32], data_files=paths, streaming=streaming, **options))
+    loaded = load_dataset(builder, content.hexdigest()[:32], data_files=paths, streaming=streaming, **options)
+    return dict(loaded) if builder == "parquet" else _leave_out(str(path), loaded, ignore)
 
 
 def _make_readable(file: Path, builder: str) -> Path:
@@ -183,7 +190,7 @@ def _make_readable(file: Path, builder: str) -> Path:
     return whole
 
 
-def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:
+def _load_saved(folder: Path, *, streaming: bool, ignore: Collection[str]) -> dict[str, Rows]:
     """Loads a folder of `save_to_disk`. Raises: DataError if it names or links to files outside of itself."""
 
     def refuse(file: Path, problem: str) -> DataError:
@@ -205,18 +212,19 @@ def _load_saved(folder: Path, *, streaming: bool) -> dict[str, Rows]:
                 raise refuse(file, f"names {outside[0]}, which is outside of its folder")
     saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else dict(saved)
-    return _drop_media({k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits)
+    splits = {k: v.to_iterable_dataset() for k, v in splits.items()} if streaming else splits
+    return _leave_out(str(folder), splits, ignore)
 
 
-def _load_from_hub(name: str, config_name: str | None, *, streaming: bool) -> dict[str, Rows]:
+def _load_from_hub(name: str, config_name: str | None, *, streaming: bool, ignore: Collection[str]) -> dict[str, Rows]:
     try:
         builder = load_dataset_builder(name, config_name)
         _check_hub_builder(name, builder)
         if streaming:
-            return _drop_media(dict(builder.as_streaming_dataset()))
+            return _leave_out(name, dict(builder.as_streaming_dataset()), ignore)
         _check_downloads(builder)
         builder.download_and_prepare()
-        return _drop_media(dict(builder.as_dataset()))
+        return _leave_out(name, dict(builder.as_dataset()), ignore)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError, ValueError, OSError) as error:
         raise find_disk_trouble_or(
             error,
@@ -263,17 +271,37 @@ def _check_downloads(builder: DatasetBuilder) -> None:
                 check_file(file, kind)
 
 
-def _drop_media(splits: Mapping[str, Rows]) -> dict[str, Rows]:
-    """Returns the splits without columns that are not text: decoding those may open a file or an address."""
-    _report_left_out([rows.features for rows in splits.values() if rows.features is not None])
+def _leave_out(name: str, splits: Mapping[str, Rows], ignore: Collection[str]) -> dict[str, Rows]:
+    """Returns the splits without the columns of `ignore`: decoding media may open a file or an address."""
+    _check_names(name, [rows.features for rows in splits.values() if rows.features is not None], ignore)
     kept: dict[str, Rows] = {}
     for split, rows in splits.items():
-        features = rows.features
-        media = [] if features is None else sorted(set(features) - set(_find_text_columns(features)))
-        if media and isinstance(rows, IterableDataset):
+        columns = [column for column in ignore if column in (rows.column_names or ignore)]
+        if columns and isinstance(rows, IterableDataset):
             rows = rows.decode(False)
-        kept[split] = rows.remove_columns(media) if media else rows
+        kept[split] = rows.remove_columns(columns) if columns else rows
     return kept
+
+
+def _check_names(name: str, splits: Sequence[Features], ignore: Collection[str]) -> None:
+    """Raises DataError for columns without text that are not ignored, and for ignored columns that no split has."""
+    columns = {column: feature for features in splits for column, feature in features.items()}
+    missing = [column for column in ignore if splits and column not in columns]
+    if missing:
+        raise DataError(
+            f"--ignore_columns {','.join(missing)}: {name} has no such column",
+            expected="columns of the dataset: " + ", ".join(columns),
+            do="correct --ignore_columns",
+        )
+    texts = {column for features in splits for column in _find_text_columns(features)}
+    media = {column: feature for column, feature in columns.items() if column not in texts and column not in ignore}
+    if media:
+        kinds = ", ".join(f"{column} ({type(feature).__name__})" for column, feature in media.items())
+        raise DataError(
+            f"{name} has columns that hold no text: {kinds}",
+            expected="a dataset of texts: only text models are trained",
+            do=f"--ignore_columns {shlex.quote(','.join(media))} leaves them out, or name another dataset",
+        )
 
 
 def _find_text_columns(features: Features) -> list[str]:
@@ -287,14 +315,3 @@ def _find_text_columns(features: Features) -> list[str]:
         return isinstance(feature, (ClassLabel, Json)) or (isinstance(feature, Value) and "binary" not in feature.dtype)
 
     return [name for name, feature in features.items() if is_text(feature)]
-
-
-def _report_left_out(splits: Iterable[Features]) -> None:
-    """Prints the columns that are left out, once for all splits."""
-    media: dict[str, str] = {}
-    for features in splits:
-        texts = _find_text_columns(features)
-        media |= {name: type(feature).__name__ for name, feature in features.items() if name not in texts}
-    if media:
-        names = ", ".join(f"{name} ({kind})" for name, kind in media.items())
-        say(f"columns that hold no text are left out: {names}")

@@ -7,15 +7,27 @@ from typing import Any
 
 from rich.table import Table
 
+from dpokit.data.messages import ROLE_NAMES
 from dpokit.safe_console import SafeConsole
 
 REASONS = {
     "missing_text": "a prompt or an answer is missing or is not text",
-    "no_answer_turn": "the conversation does not end with the assistant's answer",
+    "no_answer_turn": "the conversation does not end with the assistant's answer, but with the role in brackets",
+    "unknown_role": "a message has a role that no chat template knows",
+    "bad_json": "the column in brackets is not the JSON that it should be",
+    "reserved_argument": "chat_template_kwargs has an argument that preparation sets itself",
+    "second_system_turn": "the system column has another text than the system turn of the prompt",
     "different_prompts": "chosen and rejected answer different prompts",
     "too_long_text": "a prompt or an answer has more than 8 million characters",
     "empty_prompt": "the prompt is empty",
     "refused_by_template": "the model's chat template refuses the conversation",
+    "left_out_by_template": "the model's chat template leaves out a part of the conversation",
+    "changed_by_template": "the model's chat template writes the prompt in another way once an answer follows",
+    "reasoning_doubled_by_template": "the model's chat template writes a second block of reasoning",
+    "rendered_for_other_model": "the prompt is already rendered, with the control tokens of another model",
+    "rendered_prompt": "the prompt is already rendered, and the answers are messages",
+    "needs_fast_tokenizer": "the tokenizer does not tell which tokens belong to which of several turns",
+    "needs_template": "the model has no chat template, which the message's key in brackets needs",
     "control_word": "a message has a character that is a control token of the model",
     "empty_answer": "an answer has no word",
     "tie": "the vote calls both answers equally good",
@@ -25,6 +37,61 @@ REASONS = {
     "over_max_eval_samples": "the held-out prompt has more pairs than max_eval_samples",
     "no_room": "the length limits leave no token of the prompt and of each answer",
 }
+# Pairs that are kept, but not rendered as they stand. data.json counts them.
+NOTES = {
+    "other_thinking_mode": "the prompt is that of the template's other thinking mode, which suits the answers",
+    "reasoning_rebuilt": "the prompt opens reasoning, the template writes none in an answer, and so dpokit wrote it",
+    "reasoning_left_out": "the template leaves out the reasoning of an answer",
+    "tools_left_out": "the template leaves out the tools",
+    "token_across_boundary": "a token of the whole text lies across prompt and answer: both were encoded separately",
+}
+# The advice if no row is left.
+_LENGTHS = "raise --max_length, --max_prompt_length or --max_completion_length"
+_OTHER_COLUMNS = "name the columns of prompt and answers: --columns prompt=NAME,chosen=NAME,rejected=NAME"
+_ROLES = f"write one of the roles {', '.join(ROLE_NAMES)}"
+REMEDIES = {
+    "missing_text": f"write the text of each message as a string, or {_OTHER_COLUMNS}",
+    "no_answer_turn": f"end each conversation with the assistant's message, and {_ROLES}",
+    "unknown_role": _ROLES,
+    "bad_json": "write valid JSON, or leave the column out with --ignore_columns",
+    "reserved_argument": "remove the argument from chat_template_kwargs",
+    "second_system_turn": "keep the system turn or the system column: --ignore_columns NAME",
+    "different_prompts": f"give both answers one prompt, or {_OTHER_COLUMNS}",
+    "too_long_text": "leave out such rows",
+    "empty_prompt": _OTHER_COLUMNS,
+    "refused_by_template": "change the messages to what the template accepts, or use another model",
+    "left_out_by_template": "use a model whose template has tools and all roles, or leave out such rows",
+    "changed_by_template": "use the template of a model without reasoning, or leave out such rows",
+    "reasoning_doubled_by_template": "write the reasoning in reasoning_content",
+    "rendered_for_other_model": "write prompts as messages or as plain text",
+    "rendered_prompt": "write the answers as text, or the prompt as messages",
+    "needs_fast_tokenizer": "use a model with a tokenizer.json",
+    "needs_template": "use a model with a chat template",
+    "control_word": "remove the character, or use another model",
+    "empty_answer": "write an answer, or leave out such rows",
+    "tie": "vote for one of the answers",
+    "both_bad": "vote for one of the answers",
+    "equal_answers": "give each row two different answers",
+    "equal_after_cut": _LENGTHS,
+    "over_max_eval_samples": "raise --max_eval_samples",
+    "no_room": _LENGTHS,
+}
+MOST_DETAILS = 10  # of one reason; data.json counts further ones without their detail
+
+
+def describe_reason(reason: str) -> str:
+    """Returns the meaning of a key of `Tally.dropped`: a key of REASONS, perhaps with a detail in brackets."""
+    return REASONS.get(_name_reason(reason), "")
+
+
+def find_remedies(dropped: Counter[str]) -> str:
+    """Returns the advice for these counts of dropped rows, that of the most frequent reason first."""
+    remedies = (REMEDIES.get(_name_reason(reason), "check the rows") for reason, _ in dropped.most_common())
+    return "; ".join(dict.fromkeys(remedies))
+
+
+def _name_reason(reason: str) -> str:
+    return reason.partition(" (")[0]
 
 
 @dataclass
@@ -36,14 +103,19 @@ class Tally:
     rows: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     shortened: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, dropped: str, cut: str = "") -> bool:
+    def add(self, dropped: str, cut: str = "", notes: str = "") -> bool:
         """Counts one encoded row; returns whether it is kept."""
         self.rows += 1
         if dropped:
+            name = _name_reason(dropped)
+            if dropped not in self.dropped and sum(_name_reason(key) == name for key in self.dropped) >= MOST_DETAILS:
+                dropped = name
             self.dropped[dropped] += 1
         else:
             self.shortened.update(cut.split())
+            self.notes.update(notes.split())
         return not dropped
 
     @property
@@ -59,6 +131,7 @@ class Tally:
             "kept": self.kept,
             "dropped": dict(self.dropped.most_common()),
             "shortened": {"prompt": self.shortened["prompt"], "answer": self.shortened["answer"]},
+            "notes": dict(self.notes.most_common()),
         }
 
 
@@ -75,6 +148,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     for name, split in splits.items():
         for reason, count in split["dropped"].items():
-            console.print(f"  {name}: {count:,} dropped as {reason}: {REASONS[reason]}")
+            console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
+        for note, count in split["notes"].items():
+            console.print(f"  {name}: {count:,} with {note}: {NOTES[note]}")
     for finding in report["findings"]:
         console.print(f"  note: {finding}")

@@ -16,7 +16,7 @@ from typing import Any, Never
 
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.formats import Messages, count_letters
+from dpokit.data.messages import Messages, count_letters
 from dpokit.errors import ModelError
 
 CPU_SECONDS, MEMORY_BYTES = 3, 2**30

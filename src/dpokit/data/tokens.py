@@ -10,17 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from dpokit.data.chat import ChatTemplate, RenderedAnswer, RenderedPair
 from dpokit.data.columns import FEATURES
 from dpokit.data.control_words import ControlWords
-from dpokit.data.formats import (
-    ASSISTANT,
-    HUMAN,
-    Format,
-    Messages,
-    Pair,
-    UnusableError,
-    count_letters,
-    parse_transcript,
-    render_transcript,
-)
+from dpokit.data.formats import ASSISTANT, HUMAN, Layout, Pair, parse_transcript, render_transcript
+from dpokit.data.messages import Messages, UnusableError, count_letters
 from dpokit.data.template_box import PROBES
 from dpokit.errors import ModelError
 
@@ -162,8 +153,8 @@ class Renderer:
 
     def _render_plain(self, pair: Pair) -> RenderedPair:
         """Renders a pair without a chat template; conversations become transcripts as in HH."""
-        if pair.tools or pair.template_kwargs:
-            raise UnusableError("needs_chat_template")
+        if pair.tools:
+            raise UnusableError("needs_template", "tools")
         if isinstance(pair.prompt, str):
             prompt, is_apart = pair.prompt, False
         elif pair.prompt[-1]["role"] == "assistant":  # the answers continue it
@@ -180,12 +171,11 @@ class Renderer:
         turns: Messages = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         text, scored = "", []
         for number, turn in enumerate(turns):
-            if not isinstance(turn.get("content"), str) or turn.keys() != {"role", "content"}:
-                raise UnusableError("needs_chat_template")
-            content = turn["content"]
+            transcript = render_transcript([turn]).removesuffix(ASSISTANT)
             if turn["role"] != "assistant":
-                text += render_transcript([turn]).removesuffix(ASSISTANT)
+                text += transcript
                 continue
+            content = turn["content"]
             if number:
                 text += ASSISTANT
             while content.rstrip().endswith(self.eos):
@@ -288,13 +278,13 @@ class Encoder:
     """Turns batches of rows into token ids and masks, or into a reason for dropping them."""
 
     renderer: Renderer
-    layout: Format
+    layout: Layout
     limits: LengthLimits
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """Encodes a batch of columns, row by row: the columns of FEATURES.
 
-        `dropped` is a reason or empty, `cut` names the shortened parts, `notes` has keys of `chat.NOTES`.
+        `dropped` is a reason or empty, `cut` names the shortened parts, `notes` has keys of `tally.NOTES`.
         """
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         rendered: list[RenderedPair | None] = []

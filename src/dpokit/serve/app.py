@@ -12,7 +12,8 @@ from typing import Any
 
 from dpokit.apikey import read_api_key
 from dpokit.console import say
-from dpokit.data.formats import Messages, parse_transcript
+from dpokit.data.formats import parse_transcript
+from dpokit.data.messages import Messages, is_plain
 from dpokit.data.prepare import prepare_held_out
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.model.load import load_tokenizer, name_model
@@ -257,7 +258,9 @@ def find_examples(models: Models) -> list[Messages]:
     examples: dict[str, Messages] = {}
     for prompt in held_out.prompts:
         messages: Any = parse_transcript(prompt) if isinstance(prompt, str) else prompt
-        if messages and messages[-1]["role"] == "user" and messages[-1]["content"].strip():
+        if not messages or not all(map(is_plain, messages)):  # the page shows texts, not tool calls
+            continue
+        if messages[-1]["role"] == "user" and messages[-1]["content"].strip():
             examples.setdefault(str(messages), messages)
         if len(examples) == EXAMPLES:
             break

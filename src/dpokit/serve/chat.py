@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TextIO
 
-from dpokit.data.formats import Messages
+from dpokit.data.messages import Messages
 from dpokit.errors import SettingsError
 from dpokit.serve.failures import LOST, describe_failure, revive_device
 from dpokit.serve.models import ModelReply, Models

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from dpokit.data.formats import Messages, UnusableError
+from dpokit.data.messages import Messages, UnusableError
 from dpokit.data.tokens import Renderer
 from dpokit.model.base_and_tuned import Sides, find_names, find_run, load_sides, read_run_defaults
 from dpokit.model.check import ADAPTER_FILE, WEIGHTS, check_weights_file

@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 from fastapi import FastAPI
 
-from dpokit.data.formats import Messages
+from dpokit.data.messages import Messages
 from dpokit.errors import DpokitError
 from dpokit.report.votes import is_between, read_votes
 from dpokit.serve.forms import Forms

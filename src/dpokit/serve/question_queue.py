@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from threading import Condition, Lock, Thread
 from typing import Any
 
-from dpokit.data.formats import Messages
+from dpokit.data.messages import Messages
 from dpokit.serve.failures import LOST, describe_failure, log_failure, revive_device
 from dpokit.serve.models import ModelReply, Models
 from dpokit.serve.request_limits import RefusedError, RequestLimits, SamplingSettings

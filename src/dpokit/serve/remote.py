@@ -17,7 +17,7 @@ from dpokit.bounded_http import (
     read_json,
     read_text,
 )
-from dpokit.data.formats import Messages
+from dpokit.data.messages import Messages
 from dpokit.rundir import RunDir
 from dpokit.serve.models import ModelReply
 from dpokit.serve.request_limits import RefusedError, SamplingSettings

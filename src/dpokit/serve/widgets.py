@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from dpokit.data.formats import Messages
+from dpokit.data.messages import Messages
 from dpokit.serve.markup import PLACES, name_side, show_facts, show_status
 from dpokit.serve.question_queue import QuestionQueue
 from dpokit.serve.request_limits import MOST_SEED, MOST_TEMPERATURE, RateLimit, SamplingSettings

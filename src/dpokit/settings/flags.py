@@ -20,6 +20,15 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={"help": "Hold out this share of the training prompts for evaluation, instead of a test split."},
     )
+    columns: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Columns of another name: prompt=question,chosen=answers.best (prompt, chosen, rejected, ...)."
+        },
+    )
+    ignore_columns: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Columns that are left out, separated by commas."}
+    )
     max_train_samples: int | None = dataclasses.field(
         default=None, metadata={"help": "Use only the first N rows of the training split."}
     )
@@ -77,6 +86,59 @@ class DataArguments(ScriptArguments):
     overwrite_run: bool = dataclasses.field(
         default=False, metadata={"help": "Delete the run that output_dir holds and begin a new one there."}
     )
+
+    def __post_init__(self) -> None:
+        self.columns = [f"{name}={path}" for name, path in parse_columns(self.columns).items()] or None
+        self.ignore_columns = _split_items(",".join(self.ignore_columns or ()), "ignore_columns") or None
+
+
+# The names that --columns gives to columns; data/formats.py reads them.
+COLUMN_NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs")
+
+
+def parse_columns(values: Sequence[str] | None) -> dict[str, str]:
+    """Returns the column, or the dotted path in one, by each name of `--columns`.
+
+    Args:
+        values: texts of `name=column`, several in one text if commas separate them; or one JSON object, as a mapping in
+            YAML becomes.
+
+    Raises: SettingsError for another form, an unknown name, and a name or a column that is there twice.
+    """
+    text = ",".join(values or ())
+    try:
+        pairs = json.loads(text).items() if text.lstrip().startswith("{") else None
+    except ValueError:
+        pairs = None
+    items = [f"{name}={path}" for name, path in pairs] if pairs else _split_items(text, "columns")
+    columns: dict[str, str] = {}
+    for item in items:
+        name, _, path = (part.strip() for part in item.partition("="))
+        problem = ""
+        if not name or not path or "," in path:
+            problem = f"{item!r}, which is not NAME=COLUMN"
+        elif name not in COLUMN_NAMES:
+            problem = f"the name {name!r}"
+        elif name in columns or path in columns.values():
+            problem = f"{name if name in columns else path} twice"
+        if problem:
+            raise SettingsError(
+                f"--columns has {problem}",
+                expected=f"NAME=COLUMN,NAME=COLUMN; each NAME is one of {', '.join(COLUMN_NAMES)}",
+                do="correct --columns, for example --columns prompt=question,chosen=answer.text",
+            )
+        columns[name] = path
+    return columns
+
+
+def _split_items(text: str, flag: str) -> list[str]:
+    """Returns the items that commas separate. Raises: SettingsError for an empty item."""
+    items = [item.strip() for item in text.split(",")] if text.strip() else []
+    if not all(items):
+        raise SettingsError(
+            f"--{flag} {text} has an empty item", expected="items with one comma between them", do=f"correct --{flag}"
+        )
+    return items
 
 
 # The class of training flags for each `kind` of recipe.

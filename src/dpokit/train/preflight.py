@@ -97,7 +97,7 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
 
 def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
     now = settings.data
-    if (now.dataset_config, now.dataset_train_split) != (then.get("dataset_config"), then.get("dataset_train_split")):
+    if any(getattr(now, name) != then.get(name) for name in ("dataset_config", "dataset_train_split", "columns")):
         return False
     a, b = (str(name or "") for name in (now.dataset_name, then.get("dataset_name")))
     return bool(a) and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))

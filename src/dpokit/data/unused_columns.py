@@ -1,0 +1,83 @@
+"""Decides whether a column that a layout does not use looks like content, by its name and its first values."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dpokit.data.messages import is_turns
+
+# What content a column has by the nouns of its name, as the key of --columns; None if no layout can use it.
+CONTENT = {
+    **dict.fromkeys(("system", "persona"), "system"),
+    **dict.fromkeys(("prompt", "question", "query", "instruction", "input", "context", "history"), "prompt"),
+    **dict.fromkeys(("message", "conversation", "dialog", "dialogue", "chat", "post", "passage"), "prompt"),
+    **dict.fromkeys(("tool", "function"), "tools"),
+    **dict.fromkeys(("image", "picture", "photo", "audio", "video", "document", "attachment")),
+}
+# The nouns of ids, scores, origins and remarks: no pair depends on them.
+METADATA = {
+    *("id", "uid", "uuid", "guid", "idx", "index", "key", "hash", "md5", "sha", "sha256", "fingerprint"),
+    *("score", "rating", "rank", "reward", "margin", "label", "preference", "vote", "win", "winner", "strength"),
+    *("confidence", "probability", "prob", "logprob", "weight", "quality", "difficulty", "status", "state"),
+    *("source", "origin", "dataset", "split", "subset", "config", "model", "generator", "policy", "provider"),
+    *("domain", "category", "topic", "tag", "type", "kind", "task", "lang", "language", "locale", "subreddit"),
+    *("meta", "metadata", "info", "date", "time", "timestamp", "created", "updated", "version", "url", "link"),
+    *("license", "licence", "author", "user", "username", "annotator", "worker", "labeler", "judge"),
+    *("count", "num", "number", "length", "len", "size", "token", "word", "turn", "order", "round", "seed"),
+    *("annotation", "critique", "comment", "feedback", "rationale", "explanation", "judgement", "judgment"),
+}
+MOST_LABEL_WORDS = 5  # a longer text is content rather than a label
+MOST_LABEL_LETTERS = 60
+
+
+def looks_like_content(name: str, values: Sequence[Any], *, any_text: bool = False) -> bool:
+    """Whether a column looks like content: a part of the conversation rather than an id, a score or other metadata.
+
+    Numbers are metadata. Of other values, the last noun of the name decides (a `prompt_id` is an id), then any noun,
+    then the values: messages, or a text of several words.
+
+    Args:
+        name: the column.
+        values: its values in the first rows.
+        any_text: whether even a label counts, because the layout takes the prompt from the answers.
+    """
+    nouns = _split_name(name)
+    kinds = {type(value) for value in values if value is not None}
+    if kinds and kinds <= {int, float, bool}:
+        return False
+    if nouns and nouns[-1] in CONTENT:
+        return True
+    is_media = any(CONTENT.get(noun, "") is None for noun in nouns)  # the path or the URL of an image is content, too
+    if METADATA.intersection(nouns) and not (is_media and nouns[-1] in ("url", "link")):
+        return False
+    return any(_has_text(value, any_text=any_text or is_media) for value in values)
+
+
+def suggest_columns(names: Sequence[str], used: Mapping[str, str]) -> dict[str, str]:
+    """Returns the columns that `--columns` could name, by the name that it would give to each."""
+    columns: dict[str, str] = {}
+    for name in names:
+        target = next((CONTENT[noun] for noun in reversed(_split_name(name)) if noun in CONTENT), None)
+        if target is not None and target not in used:
+            columns.setdefault(target, name)
+    return columns
+
+
+def _split_name(name: str) -> list[str]:
+    """Returns the nouns of a column's name in lower case, in the singular if CONTENT or METADATA has it."""
+    nouns = re.findall(r"[a-z]+|\d+", re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name).lower())
+    singular = [noun.removesuffix("s") for noun in nouns]
+    return [s if s in CONTENT or s in METADATA else noun for noun, s in zip(nouns, singular, strict=True)]
+
+
+def _has_text(value: Any, *, any_text: bool) -> bool:
+    """Whether a value holds messages, or a text that is longer than a label."""
+    if isinstance(value, str):
+        return bool(value.strip()) and (
+            any_text or len(value.split()) > MOST_LABEL_WORDS or len(value) > MOST_LABEL_LETTERS
+        )
+    if isinstance(value, Mapping):
+        return is_turns(value) or any(_has_text(part, any_text=any_text) for part in value.values())
+    if isinstance(value, (list, tuple)):
+        return any(_has_text(part, any_text=any_text) for part in value)
+    return False
