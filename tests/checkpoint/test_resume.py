@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+from datetime import date, timedelta
 
+import datasets
 import pytest
 import torch
 from compare_runs import check_same, interrupt, read_steps
@@ -17,7 +19,7 @@ from dpokit.errors import RunFolderError, SettingsError
 from dpokit.interrupts import Preempted
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings.load import load_settings
+from dpokit.settings.load import load_settings, read_run_settings
 from dpokit.train.callbacks import PreemptCallback
 
 # Single options, and combinations of them that resume differently.
@@ -83,6 +85,28 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, defaults, tmp_path):
         train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
         check_same(run, whole)
         assert [entry["resumed_step"] for entry in run.read_run()["generations"]] == [0, after]
+
+
+class Tomorrow(date):
+    @classmethod
+    def today(cls) -> date:
+        return date.today() + timedelta(days=1)
+
+
+def test_a_run_keeps_the_date_that_its_template_writes(defaults, tiny_qwen2, tmp_path, monkeypatch):
+    model = shutil.copytree(tiny_qwen2, tmp_path / "model")
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + template)
+    changed = {**defaults, "model_name_or_path": str(model)}
+    whole = train("dpo_test", changed, [])
+    run = interrupt(whole, tmp_path / "run", after=4)
+    monkeypatch.setattr("dpokit.checkpoint.resume.date", Tomorrow)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "empty")
+    train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
+    check_same(run, whole)
+    assert read_run_settings(run.read_run())["template_date"] == date.today().isoformat()
+    new = claim_folder(RunDir(tmp_path / "new"), load_settings("dpo_test", changed, []), world_size=1, placement="one")
+    assert new.template_date == Tomorrow.today().isoformat()
 
 
 @pytest.mark.parametrize("after", [4, 8, 12])

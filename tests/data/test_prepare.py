@@ -11,6 +11,7 @@ from test_tokens import EXPECTED, encode
 from transformers import AutoTokenizer
 
 from dpokit.data import prepare as preparation
+from dpokit.data.columns import IDS, MASKS
 from dpokit.data.prepare import prepare_data, prepare_held_out
 from dpokit.data.tally import MOST_DETAILS, Tally, print_report
 from dpokit.errors import DataError
@@ -168,7 +169,7 @@ def test_columns_with_the_names_of_prepared_ones_are_ignored(streaming, tmp_path
     rows = list(prepare(tmp_path / "rows.jsonl", plain_tokenizer, dataset_streaming=streaming).train)
     assert sorted(row["row"] for row in rows) == [0, 1]
     assert plain_tokenizer.decode(rows[0]["prompt_ids"]) == "The sky is"
-    assert set(rows[0]) == {"prompt_ids", "chosen_ids", "rejected_ids", "row"}
+    assert set(rows[0]) == {*IDS, *MASKS, "row"}
 
 
 def write_mixed(path: Path) -> Path:
