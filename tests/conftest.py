@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,11 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED} (set DPOKIT_SHARED)")
     return SHARED
+
+
+def is_pinned(package: str) -> bool:
+    """Whether the installed version of a package is that of constraints.txt, not an older or newer one."""
+    return f"{package}=={version(package)}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 def find_free_port() -> int:

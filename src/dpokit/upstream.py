@@ -266,6 +266,22 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="Checkpoints hold no pickles, or torch lists the safe names in public.",
     ),
     UpstreamName(
+        "torch.cpu._is_amx_tile_supported",
+        ("settings/load.py",),
+        "call",
+        why="bf16 is chosen on a CPU that computes it in hardware.",
+        upstream="torch/cpu/__init__.py",
+        delete_when="torch 2.10 is no longer supported: torch.cpu.get_capabilities is newer.",
+    ),
+    UpstreamName(
+        "torch.cpu._is_avx512_bf16_supported",
+        ("settings/load.py",),
+        "call",
+        why="bf16 is chosen on a CPU that computes it in hardware.",
+        upstream="torch/cpu/__init__.py",
+        delete_when="torch 2.10 is no longer supported: torch.cpu.get_capabilities is newer.",
+    ),
+    UpstreamName(
         "torch.distributed.checkpoint.filesystem._StorageInfo",
         ("checkpoint/pickles.py",),
         "read",

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from conftest import is_pinned
 
 from dpokit.settings.flag_facts import FLAG_FACTS, Fact, flags_with, is_public
 from dpokit.settings.flags import KINDS, FlagParser
@@ -27,6 +28,7 @@ def test_every_recorded_setting_has_a_row(recorded):
     assert missing == []
 
 
+@pytest.mark.skipif(not is_pinned("transformers"), reason="an older transformers has fewer settings")
 def test_every_row_is_a_setting(recorded):
     surplus = [f"{name}: delete its row in settings/flag_facts.py" for name in sorted(FLAG_FACTS.keys() - recorded)]
     assert surplus == []

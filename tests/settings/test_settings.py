@@ -90,7 +90,7 @@ def test_fp16_on_a_cpu_names_the_flag_to_change():
 
 
 def test_bf16_on_a_processor_without_it_names_the_flag_to_change(monkeypatch):
-    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    monkeypatch.setattr("dpokit.settings.load.has_bf16_processor", lambda: False)
     with pytest.raises(MachineError) as error:
         load("--bf16", "--use_cpu")
     assert "--bf16 false" in error.value.do
@@ -282,7 +282,7 @@ def test_a_machine_without_a_gpu_always_trains_on_the_cpu(settings, monkeypatch)
 
 def test_a_cpu_run_on_a_gpu_machine_is_not_in_bf16(monkeypatch):
     on_gpu(monkeypatch, has_bf16=True)
-    monkeypatch.setattr("torch.cpu.get_capabilities", dict)
+    monkeypatch.setattr("dpokit.settings.load.has_bf16_processor", lambda: False)
     assert find_machine_settings({"use_cpu": True}) == {"bf16": False}
 
 
@@ -345,7 +345,7 @@ def test_a_mapping_that_is_no_json_is_an_error():
 @pytest.mark.parametrize("flag", ["--bf16", "--gradient_checkpointing", "--use_peft", "--dataset_streaming"])
 def test_a_switch_without_a_value_means_true(flag, monkeypatch):
     on_gpu(monkeypatch, has_bf16=True)
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_tile": True})
+    monkeypatch.setattr("dpokit.settings.load.has_bf16_processor", lambda: True)
     record = load("--use_cpu", flag, "--max_steps", "3").record()
     assert record[flag[2:]] == {"value": True, "origin": "command line"}
     assert record["max_steps"]["value"] == 3

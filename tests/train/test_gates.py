@@ -18,7 +18,7 @@ from dpokit.errors import GateError
 from dpokit.run import build_trainer, train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.settings.checks import LOSS_TYPES
-from dpokit.settings.load import load_settings
+from dpokit.settings.load import has_bf16_processor, load_settings
 from dpokit.train.dpo_trainer import PairTrainer
 from dpokit.train.gates import LN_2_LOSSES, GateCallback, Gates, find_dead_modules
 
@@ -217,10 +217,7 @@ def test_an_adapter_with_another_initialisation_passes(start, build, tiny_qwen2,
     assert trainer.state.global_step == 1
 
 
-@pytest.mark.skipif(
-    not any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_tile")),
-    reason="needs a processor with bf16",
-)
+@pytest.mark.skipif(not has_bf16_processor(), reason="needs a processor with bf16")
 @pytest.mark.parametrize("changes", [{}, LORA, {"precompute_ref_log_probs": True}], ids=["full", "LoRA", "precomputed"])
 def test_bf16_on_a_processor_that_has_it_passes(changes, run, warnings):
     _, records = run(bf16=True, use_cpu=True, **changes)

@@ -219,6 +219,9 @@ def find_machine_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _has_bf16(on_cpu: bool) -> bool:
     if not on_cpu:
         return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
-    # oneDNN computes bf16 in hardware if the processor has either of these two features.
-    processor = torch.cpu.get_capabilities()
-    return bool(processor.get("avx512_bf16") or processor.get("amx_tile"))
+    return has_bf16_processor()
+
+
+def has_bf16_processor() -> bool:
+    """Whether this machine's processor has one of the two features by which oneDNN computes bf16 in hardware."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
