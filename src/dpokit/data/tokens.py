@@ -106,6 +106,11 @@ class Renderer:
         ends = [(after.index(t), t) for t in self.tokenizer.get_added_vocab() if t in after]
         return lead, after[: min(ends)[0]] + min(ends)[1] if ends else self.eos
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The ids of the tokens that end a turn, EOS first."""
+        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *self.encode([self.tail])[0][-1:]]))
+
     def _apply(self, messages: Messages, *, open_turn: bool, template: str | None = None) -> str:
         return render_in_bounds(self.tokenizer, messages, chat_template=template, add_generation_prompt=open_turn)
 
