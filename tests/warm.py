@@ -119,6 +119,7 @@ def install(environment: Mapping[str, str]) -> None:
     Does nothing on a machine with an NVIDIA GPU: CUDA does not work in a forked process.
     """
     global _environment
+    importlib.import_module("dpokit")  # sets variables that libraries read at import, so all processes have them
     _environment = dict(environment)
     if sys.platform == "linux" and not Path("/dev/nvidiactl").exists():
         subprocess.Popen = Popen

@@ -147,7 +147,7 @@ def merge_model(
 
     Args:
         run: a run folder.
-        dtype: of the merged weights; None for the dtype that the run loaded its model in.
+        dtype: of the merged weights; None for the run's `--dtype`, or without it the dtype of its base.
         max_shard_size: the largest file of weights, in the notation of transformers.
         dequantized_base: merges into the dequantized 4-bit or 8-bit base instead of the original one.
         accept_drift: merges into another base, or with drift beyond the bound, instead of raising an error.

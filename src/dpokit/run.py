@@ -129,7 +129,7 @@ def _train(run: RunDir, settings: Settings) -> str | None:
             peer_errors(training.ddp_timeout, lambda: f" at step {trainer.state.global_step + 1}"),
         ):
             trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
-        trainer.save_weights(run.adapter if settings.model.use_peft else run.model)
+        trainer.save_weights(run.adapter if settings.model.use_peft else run.model, settings)
         best = find_kept_evaluation(trainer)
         if is_main_process():
             write_json(run.data_json, data.record())

@@ -86,6 +86,15 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="load_from_disk refuses names that lead out of its folder.",
     ),
     UpstreamName(
+        "datasets.config.HF_UPDATE_DOWNLOAD_COUNTS",
+        ("__init__.py",),
+        "set",
+        why="datasets reports each load, also that of a local file, to a server; if it was imported before dpokit, it "
+        "has read its variable already.",
+        upstream="datasets/config.py",
+        delete_when="datasets reports no load of local files.",
+    ),
+    UpstreamName(
         "deepspeed.DeepSpeedEngine._config",
         ("train/resuming.py",),
         "set",
@@ -159,6 +168,15 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         why="The time of last use of a session that ends is removed together with the session's state.",
         upstream="gradio/state_holder.py",
         delete_when="Gradio has a public call that deletes the state of one session.",
+    ),
+    UpstreamName(
+        "huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY",
+        ("__init__.py",),
+        "set",
+        why="TRL reports each trainer to the Hub, whose client asks it for a list of programs; if the client was "
+        "imported before dpokit, it has read its variable already.",
+        upstream="huggingface_hub/constants.py",
+        delete_when="huggingface_hub has a public call that switches its reports off.",
     ),
     UpstreamName(
         "huggingface_hub.utils._http.logger",
@@ -379,11 +397,20 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
     ),
     UpstreamName(
         "transformers.PreTrainedModel._get_dtype_plan",
-        ("merge/layers.py",),
+        ("model/tuned_folder.py",),
         "call",
-        why="A merged model in 16 bits keeps those weights in fp32 that the model's class asks for.",
+        why="A tuned or merged model in 16 bits keeps those weights in fp32 that the model's class asks for.",
         upstream="transformers/modeling_utils.py",
         delete_when="transformers has a public call that converts a loaded model under its own dtype plan.",
+    ),
+    UpstreamName(
+        "transformers.PreTrainedTokenizerBase.deprecation_warnings",
+        ("model/load.py",),
+        "set",
+        why="A tokenizer warns once about a text that exceeds its limit; texts are cut after tokenising, and the limit "
+        "must stay as it is, because it is saved with the tuned model.",
+        upstream="transformers/tokenization_utils_base.py",
+        delete_when="transformers has a public switch for this warning.",
     ),
     UpstreamName(
         "transformers.Trainer._determine_best_metric",
@@ -564,6 +591,15 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         "DataParallel.",
         upstream="transformers/training_args.py",
         delete_when="transformers has a flag that switches DataParallel off.",
+    ),
+    UpstreamName(
+        "transformers.integrations.hub_kernels._kernels_enabled",
+        ("__init__.py",),
+        "set",
+        why="transformers downloads programs for some models from the Hub; if it was imported before dpokit, it has "
+        "read its variable already.",
+        upstream="transformers/integrations/hub_kernels.py",
+        delete_when="transformers downloads programs only on request.",
     ),
     UpstreamName(
         "transformers.utils.hub.cached_files._raise_exceptions_for_connection_errors",

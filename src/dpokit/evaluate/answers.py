@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpokit.console import track_progress
+from dpokit.data.tokens import Renderer
 from dpokit.distributed.coordination import decide_on_main_process
 from dpokit.errors import DataError, ModelError, SettingsError, find_disk_trouble
 from dpokit.model.generate import Answer, count_answers, encode_prompt, generate_answers
@@ -121,12 +122,13 @@ def write_answers(
     """
     if not prompts:
         raise DataError("no prompts to answer", expected="one or more", do="name held-out data with usable rows")
-    limit = find_prompt_limit(base, tuned, sampling)
+    limit, ends = find_prompt_limit(base, tuned, sampling), Renderer(tokenizer).ends
     encoded = [list(p.ids) if p.ids is not None else encode_prompt(tokenizer, p.text) for p in prompts]
     shortened = [_keep_end(ids, limit, bos=tokenizer.bos_token_id) for ids in encoded]
     with _switch_to_base(base, tuned):
-        base_answers = _sample(tuned if base is None else base, tokenizer, shortened, sampling=sampling, name="base")
-    tuned_answers = _sample(tuned, tokenizer, shortened, sampling=sampling, name="tuned")
+        model = tuned if base is None else base
+        base_answers = _sample(model, tokenizer, shortened, sampling=sampling, ends=ends, name="base")
+    tuned_answers = _sample(tuned, tokenizer, shortened, sampling=sampling, ends=ends, name="tuned")
     cut = sum(len(short) < len(ids) for short, ids in zip(shortened, encoded, strict=True))
     outcome = {
         "end": end,
@@ -193,6 +195,7 @@ def _sample(
     prompts: Sequence[list[int]],
     *,
     sampling: Sampling,
+    ends: Sequence[int],
     name: str,
 ) -> list[Answer]:
     """Returns all answers in the order of the prompts, on every process: each samples its share of the batches."""
@@ -210,6 +213,7 @@ def _sample(
             top_p=sampling.top_p,
             seed=sampling.seed + number,
             batch_size=size,
+            ends=ends,
         )
         answers.append((number, batch))
     return [answer for _, batch in sorted(gather_object(answers), key=lambda item: item[0]) for answer in batch]

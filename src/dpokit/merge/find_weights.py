@@ -19,6 +19,7 @@ from dpokit.errors import ModelError, RunFolderError
 from dpokit.interpreter import PYTHON
 from dpokit.model.check import ADAPTER_FILE
 from dpokit.model.load import build_peft_config, find_base, load_tokenizer
+from dpokit.model.tuned_folder import read_stored_dtype
 from dpokit.rundir import RunDir, read_record, write_json
 from dpokit.settings.load import Settings
 
@@ -110,6 +111,7 @@ def gather_weights(folder: Path, settings: Settings, *, scratch: Path) -> Path:
         adapter.save_pretrained(scratch)
         (scratch / "model.safetensors").rename(scratch / ADAPTER_FILE)
     else:
+        config.dtype = read_stored_dtype(str(scratch), None)  # of the shards, not of the base
         config.save_pretrained(scratch)
         with suppress(OSError):  # not every base has a generation_config.json
             GenerationConfig.from_pretrained(name, revision=options["revision"]).save_pretrained(scratch)

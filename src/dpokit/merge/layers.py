@@ -1,7 +1,6 @@
 """Merges an adapter into its base layer by layer in fp32."""
 
 import hashlib
-import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from dpokit.console import say
 from dpokit.errors import ModelError
 from dpokit.model.check import ADAPTER_FILE
 from dpokit.model.load import find_base, load_frozen, load_policy, name_model
+from dpokit.model.tuned_folder import plan_dtypes
 from dpokit.settings.load import Settings
 
 MERGED_ALREADY = "All adapters are already merged"  # PEFT's warning when it unwraps layers that are merged here
@@ -106,10 +106,10 @@ def merge_layers(policy: PreTrainedModel | PeftModel, dtype: torch.dtype) -> Pre
     Raises: ModelError: a value is not finite in `dtype`.
     """
     model = _merge_adapter(policy, dtype) if isinstance(policy, PeftModel) else policy
-    kept = model._get_dtype_plan(dtype)  # layers that the model's class keeps in fp32
-    for name, weight in model.named_parameters():
+    weights = dict(model.named_parameters())
+    for name, plan in plan_dtypes(model, list(weights), dtype).items():
+        weight = weights[name]
         if weight.is_floating_point():
-            plan = next((kept[part] for part in kept if re.search(rf"(^|\.){part}(\.|$)", name)), dtype)
             weight.data = weight.data.to(plan)
             if not torch.isfinite(weight.data).all():
                 raise ModelError(

@@ -5,7 +5,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +16,16 @@ from peft import PeftConfig
 
 from dpokit.checkpoint.store import describe_files, find_checkpoints, list_files
 from dpokit.console import quiet_dependencies, say
+from dpokit.data.tokens import Renderer
 from dpokit.errors import ModelError, RunFolderError, SettingsError, find_disk_trouble
 from dpokit.merge.drift import DriftCheck, check_drift
 from dpokit.merge.find_weights import find_weights, follow_base, gather_weights
 from dpokit.merge.hh_chat_template import write_template
 from dpokit.merge.layers import check_adapter_file, is_quantised
-from dpokit.merge.write import DTYPES, parse_size, reload, write_model
+from dpokit.merge.write import parse_size, read_whole_dtype, reload, write_model
 from dpokit.model.load import find_base, load_tokenizer, name_model
 from dpokit.model.reference import hash_weights
+from dpokit.model.tuned_folder import DTYPES, complete_folder
 from dpokit.rundir import RunDir, lost_folder_errors, new_folder, read_record, sync_folder, write_json
 from dpokit.settings.load import Settings, load_settings, read_run_settings
 
@@ -38,7 +40,7 @@ class MergeOptions:
     """Options of a merge.
 
     Attributes:
-        dtype: of the merged weights; None for the dtype in which the run loaded its model.
+        dtype: of the merged weights; None for the run's `--dtype`, or without it the dtype of the base.
         max_shard_size: largest size of a weights file, in transformers' notation.
         dequantized_base: merge an adapter that was trained on 4 or 8 bits into the dequantised base, not the original.
         accept_drift: report a changed base, or drift beyond the bounds, instead of refusing it.
@@ -106,7 +108,10 @@ def _fill(
         tokenizer = load_tokenizer(model, trust_remote_code=settings.training.trust_remote_code)
         quantised = base is not None and is_quantised(settings)
         dequantised = quantised and options.dequantized_base
-        check = DriftCheck(settings, folder, tokenizer=tokenizer, limit=options.limit) if options.proof else None
+        check = None
+        if options.proof:
+            in_stored_dtype = _load_as_stored(settings, folder)
+            check = DriftCheck(in_stored_dtype, folder, tokenizer=tokenizer, limit=options.limit)
         trained, written = write_model(
             part,
             folder,
@@ -118,6 +123,7 @@ def _fill(
         )
         tokenizer.save_pretrained(part)
         write_template(part, tokenizer)
+        complete_folder(part, settings, Renderer(tokenizer).ends)
         method = "full" if base is None else _name_method(folder, quantised=quantised)
     gc.collect()  # frees the first model, which refers to itself, before the second is loaded
     merged = reload(part, written, trust_remote_code=settings.training.trust_remote_code)
@@ -140,6 +146,12 @@ def _fill(
     drift = check.measure(merged)
     other_base = quantised and not dequantised
     return made | drift | check_drift(drift, (trained, dtype), other_base=other_base, accept=options.accept_drift)
+
+
+def _load_as_stored(settings: Settings, folder: Path) -> Settings:
+    """Returns settings that load a whole model in the dtype of its file, so that the check measures the merge alone."""
+    stored = read_whole_dtype(folder)
+    return settings if stored not in DTYPES else replace(settings, model=replace(settings.model, dtype=stored))
 
 
 def _name_method(folder: Path, *, quantised: bool) -> str:

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dpokit.errors import ModelError, SettingsError
 from dpokit.merge.layers import load_to_merge, merge_layers
+from dpokit.model.tuned_folder import DTYPES, find_final_dtype
 from dpokit.rundir import read_record
 from dpokit.settings.load import Settings
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WHOLE = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")
 
 
@@ -48,13 +48,13 @@ def write_model(
     Args:
         part: the target folder.
         folder: the folder of an adapter or a whole model.
-        dtype: of the written weights; None for the dtype of the training, or of the saved whole model.
+        dtype: of the written weights; None for `find_final_dtype`: that of the settings, or of the base.
 
     Raises: ModelError.
     """
-    config = folder / "config.json"
-    record = read_record(config) if config.exists() else {}
-    stored = record.get("dtype", "float32") if record else None
+    record = _read_config(folder)
+    stored = read_whole_dtype(folder)
+    dtype = dtype or find_final_dtype(settings)
     files = [path for pattern in WHOLE for path in folder.glob(pattern)]
     if stored is not None and dtype in (None, stored):
         # Gathered weights are saved again, with tied weights once and under their own name; so is custom model code.
@@ -71,6 +71,17 @@ def write_model(
     written = hash_tensors(merged)
     merged.save_pretrained(part, max_shard_size=max_shard_size)
     return stored or trained, written
+
+
+def read_whole_dtype(folder: Path) -> str | None:
+    """Returns the dtype of the whole model in the folder; None for an adapter's folder."""
+    record = _read_config(folder)
+    return str(record.get("dtype", "float32")) if record else None
+
+
+def _read_config(folder: Path) -> Any:
+    config = folder / "config.json"
+    return read_record(config) if config.exists() else {}
 
 
 def _link(path: Path, to: Path) -> None:

@@ -90,7 +90,7 @@ def check_config(name: str, revision: str | None) -> None:
                 expected=f"at most {OTHER_FILE_BYTES:,} for a file other than weights",
                 do="take another copy of the model",
             )
-    described = _read_config(name, revision)
+    described = read_config(name, revision)
     if not isinstance(described, dict):
         raise _bad_config(name, f"a {type(described).__name__}, not a mapping")
     for part in (described, described.get("text_config")):
@@ -98,7 +98,8 @@ def check_config(name: str, revision: str | None) -> None:
             _check_bounds(name, part)
 
 
-def _read_config(name: str, revision: str | None) -> Any:
+def read_config(name: str, revision: str | None) -> Any:
+    """Returns the content of a model's config.json; {} if it cannot be read, which loading the model reports."""
     try:
         file = cached_file(name, "config.json", revision=revision, **QUIET)
         return read_record(Path(file)) if file else {}
@@ -138,7 +139,7 @@ def check_size(name: str, revision: str | None) -> None:
 
     Counts the parameters on torch's meta device, without memory. To be called after `check_config`.
     """
-    if not Path(name).is_dir() or _read_config(name, revision).get("auto_map"):
+    if not Path(name).is_dir() or read_config(name, revision).get("auto_map"):
         return
     weights = sum(path.stat().st_size for path in Path(name).glob("*.safetensors"))
     try:

@@ -44,6 +44,7 @@ def generate_answers(
     top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
+    ends: Sequence[int] = (),
 ) -> list[Answer]:
     """Returns one answer for each rendered prompt.
 
@@ -51,19 +52,20 @@ def generate_answers(
         model: a causal LM; its mode is restored afterwards.
         tokenizer: with an EOS token.
         prompts: as text or token ids, rendered: chat template applied, or an HH transcript.
-        max_new_tokens: most tokens of an answer; EOS ends it earlier.
+        max_new_tokens: most tokens of an answer; an end token ends it earlier.
         temperature: 0 is greedy.
         top_p: share of the probability mass to sample from.
         seed: the same seed, prompts and batch size give the same answers; torch's global random state does not change.
         batch_size: prompts per forward pass.
+        ends: ids that end an answer (`Renderer.ends`), beside the tokenizer's EOS and the model's own end tokens.
     """
-    settings = _settings(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    settings = _settings(model, tokenizer, ends, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     encoded = [encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     answers: list[Answer] = []
     with _in_evaluation(model), _seeded(model.device, seed):
         for start in range(0, len(encoded), batch_size):
             rows = _sample(model, encoded[start : start + batch_size], settings)
-            answers += [_read_answer(tokenizer, row, _ends(settings)) for row in rows]
+            answers += [_read_answer(tokenizer, row, settings.eos_token_id) for row in rows]
     return answers
 
 
@@ -79,21 +81,21 @@ def stream_answer(
     seed: int,
     on_token: Callable[[int], None],
     is_stopped: Callable[[], bool] = lambda: False,
+    ends: Sequence[int] = (),
 ) -> Answer:
     """Returns the answer of `generate_answers` to this one prompt, and reports each token when it is sampled.
 
     Args:
-        model, tokenizer, max_new_tokens, temperature, top_p, seed: as for `generate_answers`.
+        model, tokenizer, max_new_tokens, temperature, top_p, seed, ends: as for `generate_answers`.
         prompt: token ids.
         on_token: called on this thread with each sampled token, except for an end token.
         is_stopped: called after each token; True ends the answer there, as the limit would.
     """
-    settings = _settings(model, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
-    ends = _ends(settings)
+    settings = _settings(model, tokenizer, ends, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     with _in_evaluation(model), _seeded(model.device, seed):
-        watch = StoppingCriteriaList([_Watch(ends, on_token, is_stopped)])
+        watch = StoppingCriteriaList([_Watch(settings.eos_token_id, on_token, is_stopped)])
         [row] = _sample(model, [list(prompt)], settings, stopping_criteria=watch)
-    return _read_answer(tokenizer, row, ends)
+    return _read_answer(tokenizer, row, settings.eos_token_id)
 
 
 class _Watch(StoppingCriteria):
@@ -157,10 +159,6 @@ def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
         model.train(was_training)
 
 
-def _ends(settings: GenerationConfig) -> list[int]:
-    return settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-
-
 def _read_answer(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], ends: Sequence[int]) -> Answer:
     """Returns the tokens before the first end token; padding only follows an end token."""
     length = next((at for at, token in enumerate(row) if token in ends), len(row))
@@ -179,22 +177,24 @@ def _pad_left(rows: Sequence[list[int]], pad_id: int) -> tuple[torch.Tensor, tor
 def _settings(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    ends: Sequence[int],
     *,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
 ) -> GenerationConfig:
     # The end tokens are the only part of the model's generation config to keep.
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    ends = tokenizer.eos_token_id if ends is None else ends
+    of_model = model.generation_config.eos_token_id if model.generation_config is not None else None
+    listed = of_model if isinstance(of_model, list) else [of_model]
+    all_ends = [end for end in dict.fromkeys([tokenizer.eos_token_id, *ends, *listed]) if end is not None]
     pad = tokenizer.pad_token_id
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature > 0 else {}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,
         use_cache=True,  # the Trainer switches it off in the model's config
-        eos_token_id=ends,
-        pad_token_id=pad if pad is not None else ends[0] if isinstance(ends, list) else ends,
+        eos_token_id=all_ends,
+        pad_token_id=all_ends[0] if pad is None else pad,
         **sampling,
     )
 

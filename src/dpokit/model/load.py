@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraModel, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -54,8 +54,9 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    # `find_max_length` checks the model's limit; the tokenizer's would warn about prompts that are truncated later.
-    tokenizer.model_max_length = int(1e30)
+    # The tokenizer warns once about a text longer than its limit; `find_max_length` checks the model's own limit, and
+    # prompts are truncated later. The limit itself stays, because it is saved with the tuned model.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 
@@ -189,6 +190,14 @@ def find_base(model: ModelConfig) -> str | None:
     return str(base)
 
 
+def find_revision(model: ModelConfig, base: str | None) -> str | None:
+    """Returns the revision of the whole model to load: of an adapter's base, or of the model itself without `base`.
+
+    An adapter's revision on the Hub does not apply to its base; a folder has no revision, so it is the base's.
+    """
+    return "main" if base and not Path(str(model.model_name_or_path)).is_dir() else model.model_revision
+
+
 def load_reference(settings: Settings) -> PreTrainedModel | None:
     """Returns a frozen copy of the initial weights; None if the run needs no reference model in memory.
 
@@ -211,8 +220,21 @@ def build_peft_config(settings: Settings, policy: PreTrainedModel | PeftModel) -
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):
         # TRL passes a single name as a string, which PEFT would match as a regular expression of the whole path.
         config.target_modules = {config.target_modules}
+    if config.target_modules is None and not config.target_parameters:
+        _check_default_modules(policy)
     check_target_modules(config, policy)
     return config
+
+
+def _check_default_modules(policy: PreTrainedModel) -> None:
+    """Raises SettingsError for a type of model that PEFT has no default target modules for."""
+    kind = policy.config.model_type
+    if kind not in LoraModel.target_module_mapping:
+        raise SettingsError(
+            f"--use_peft without --lora_target_modules: PEFT has no default layers for a model of type {kind}",
+            expected="the layers that get an adapter",
+            do="--lora_target_modules all-linear",
+        )
 
 
 def check_target_modules(config: PeftConfig, policy: PreTrainedModel) -> None:
@@ -258,8 +280,7 @@ def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
 def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedModel:
     model = settings.model
     name = base or model.model_name_or_path
-    # An adapter's revision on the Hub does not apply to its base; a folder has no revision, so it is the base's.
-    revision = "main" if base and not Path(str(model.model_name_or_path)).is_dir() else model.model_revision
+    revision = find_revision(model, base)
     if name:
         check_weights_file(name, revision)
         check_config(name, revision)

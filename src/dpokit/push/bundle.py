@@ -22,7 +22,7 @@ from dpokit.rundir import RunDir, read_record
 KINDS = (
     *("model*.safetensors", "adapter_model*.safetensors", "*.safetensors.index.json", "config.json", "*_config.json"),
     *("tokenizer.json", "*vocab*.json", "vocab.txt", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
-    *("*.model", "*.jinja", "additional_chat_templates/*.jinja", "chat_template_hh.json"),
+    *("*.model", "*.jinja", "additional_chat_templates/*.jinja", "chat_template.json", "chat_template_hh.json"),
 )
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 VOCABULARIES = re.compile(r"tokenizer\.json|.*vocab.*|merges\.txt|.*\.model|.*\.png")

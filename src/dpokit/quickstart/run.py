@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.console import quiet_dependencies, say
+from dpokit.data.tokens import Renderer
 from dpokit.distributed.processes import is_main_process
 from dpokit.model.generate import generate_answers
 from dpokit.quickstart.base_model import build_base
@@ -61,9 +62,8 @@ def judge_run(run: RunDir, corpus: Path, base: Path) -> dict[str, dict[str, floa
 def _sample(folder: Path, prompts: list[str]) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    answers = generate_answers(
-        model, tokenizer, prompts, max_new_tokens=MOST_NEW_TOKENS, temperature=1.0, seed=SEED, batch_size=100
-    )
+    size = {"max_new_tokens": MOST_NEW_TOKENS, "batch_size": 100}
+    answers = generate_answers(model, tokenizer, prompts, seed=SEED, ends=Renderer(tokenizer).ends, **size)
     return [answer.text for answer in answers]
 
 

@@ -168,6 +168,7 @@ class LocalModels:
                 seed=sampling.seed,
                 on_token=show,
                 is_stopped=is_stopped,
+                ends=self.renderer.ends,
             )
         return ModelReply(answer.text.strip(), len(answer.ids), answer.ended, answer.ids)
 

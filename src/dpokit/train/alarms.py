@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOConfig
 
 from dpokit.console import say
+from dpokit.data.tokens import Renderer
 from dpokit.model.generate import count_answers, generate_answers
 from dpokit.model.score import take_first_turn
 from dpokit.rundir import RunDir
@@ -40,6 +41,7 @@ class AlarmCallback(TrainerCallback):
         self.run = run
         self.answers = answers
         self.prompts: list[list[int]] = []
+        self.ends: tuple[int, ...] = ()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         held_out = self.trainer.eval_dataset
@@ -48,6 +50,7 @@ class AlarmCallback(TrainerCallback):
         if isinstance(held_out, Dataset) and (is_sharded or state.is_world_process_zero):
             answered = (row["prompt_ids"] for row in held_out if take_first_turn(row))
             self.prompts = list(islice(answered, self.answers))
+            self.ends = Renderer(self.trainer.processing_class).ends if self.prompts else ()
         if state.global_step == 0 and self.prompts and args.eval_strategy != "no":
             counted = self._count()
             if state.is_world_process_zero:
@@ -79,7 +82,7 @@ class AlarmCallback(TrainerCallback):
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         room = int(min(positions - max(map(len, self.prompts)), ANSWER_TOKENS))
-        size = {"max_new_tokens": max(room, 1), "batch_size": len(self.prompts)}
+        size: dict[str, Any] = {"max_new_tokens": max(room, 1), "batch_size": len(self.prompts), "ends": self.ends}
         try:
             return count_answers(generate_answers(model, self.trainer.processing_class, self.prompts, **size))
         except RuntimeError as error:

@@ -29,9 +29,12 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dpokit.checkpoint.store import describe_files, find_part, list_files, retire, seal
+from dpokit.data.tokens import Renderer
 from dpokit.distributed.placement import find_placement
 from dpokit.errors import DpokitError, ModelError
+from dpokit.model.tuned_folder import complete_folder, find_final_dtype, round_weights
 from dpokit.rundir import RunDir, new_folder
+from dpokit.settings.load import Settings
 from dpokit.train.metric_sums import Sums
 
 
@@ -297,14 +300,20 @@ class SavingTrainer(ProgressTrainer):
         self.processing_class.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card
 
-    def save_weights(self, folder: Path) -> None:
-        """Writes the final weights; the folder appears only when it is complete. Collective."""
+    def save_weights(self, folder: Path, settings: Settings) -> None:
+        """Writes the final weights, in `find_final_dtype`, and the files that belong to them.
+
+        The folder appears only when it is complete. Collective.
+        """
         self.wait_for_checkpoint()
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.accelerator.is_main_process:
             self.run.check_possession()
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             with new_folder(folder) as part:
-                self._write_model(part, state)
+                weights, dtype = round_weights(model, state, find_final_dtype(settings))
+                self._write_model(part, weights)
+                complete_folder(part, settings, Renderer(self.processing_class).ends, dtype=dtype)
         self.accelerator.wait_for_everyone()
 
 

@@ -19,7 +19,8 @@ def merge(
     context: typer.Context,
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder. It comes first.")],
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; by default the dtype the model was loaded in.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or float16; by default the run's --dtype, or that of its base."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Most bytes of a weights file.")] = "5GB",
     dequantized_base: Annotated[
