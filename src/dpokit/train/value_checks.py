@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import torch
@@ -44,6 +45,22 @@ def _build_optimizer(training: Any) -> None:
     kind, options = Trainer.get_optimizer_cls_and_kwargs(training, nn.Linear(1, 1))
     if kind.__module__.startswith("torch.optim"):  # others may need a GPU
         kind(nn.Linear(1, 1).parameters(), **options)
+    ignored = _find_ignored_options(training, options)
+    if ignored:
+        raise ValueError(f"{kind.__name__} has no option {' or '.join(ignored)}")
+
+
+def _find_ignored_options(training: Any, options: dict[str, Any]) -> list[str]:
+    """The options in `optim_args` without which the optimizer gets the same arguments."""
+    items = (training.optim_args or "").replace(" ", "").split(",")
+    ignored = []
+    for item in items if "params" not in options else ():  # GaLore and APOLLO keep options with their parameters
+        name = item.partition("=")[0]
+        others = copy(training)
+        others.optim_args = ",".join(other for other in items if other != item) or None
+        if item and name not in options and Trainer.get_optimizer_cls_and_kwargs(others, nn.Linear(1, 1))[1] == options:
+            ignored.append(name)
+    return ignored
 
 
 def _step_schedule(training: Any) -> None:
