@@ -27,7 +27,9 @@ LORA = {"use_peft": True, "lora_r": 4}
 
 
 @pytest.fixture
-def defaults(tiny_gpt2, tmp_path) -> dict:
+def defaults(tiny_gpt2, tmp_path, monkeypatch) -> dict:
+    # Of its own: with a reference that another test has kept, the trainer would load none.
+    monkeypatch.setenv("DPOKIT_CACHE", str(tmp_path / "cache"))
     pairs = write_pairs(tmp_path / "pairs.jsonl", 16)
     places = {"model_name_or_path": tiny_gpt2, "dataset_name": pairs, "output_dir": tmp_path / "run"}
     return {
@@ -104,8 +106,7 @@ def use_another_reference(trainer: PairTrainer) -> None:
 
 @pytest.mark.parametrize("kind", LOSS_TYPES)
 def test_another_model_as_reference_stops_the_run_for_every_loss(kind, build):
-    # False: with a reference that another test has kept, the trainer would load none.
-    trainer = build(loss_type=kind, label_smoothing=0.1, precompute_ref_log_probs=False)
+    trainer = build(loss_type=kind, label_smoothing=0.1)
     use_another_reference(trainer)
     message = "the first loss is .* not ln 2 = 0.6931" if kind in LN_2_LOSSES else "the first rewards are not 0"
     with pytest.raises(GateError, match=message):
@@ -114,7 +115,7 @@ def test_another_model_as_reference_stops_the_run_for_every_loss(kind, build):
 
 
 def test_another_model_as_reference_is_one_warning_in_mode_warn(build, warnings):
-    trainer = build("warn", max_steps=3, precompute_ref_log_probs=False)
+    trainer = build("warn", max_steps=3)
     use_another_reference(trainer)
     trainer.train()
     assert trainer.state.global_step == 3
