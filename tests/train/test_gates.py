@@ -27,7 +27,9 @@ LORA = {"use_peft": True, "lora_r": 4}
 
 
 @pytest.fixture
-def defaults(tiny_gpt2, tmp_path) -> dict:
+def defaults(tiny_gpt2, tmp_path, monkeypatch) -> dict:
+    # Of its own: with a reference that another test has kept, the trainer would load none.
+    monkeypatch.setenv("DPOKIT_CACHE", str(tmp_path / "cache"))
     pairs = write_pairs(tmp_path / "pairs.jsonl", 16)
     places = {"model_name_or_path": tiny_gpt2, "dataset_name": pairs, "output_dir": tmp_path / "run"}
     return {

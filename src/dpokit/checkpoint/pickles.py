@@ -232,6 +232,7 @@ def _search_archive(file: BinaryIO, begin: int, size: int) -> None:
         if table.compress_type != zipfile.ZIP_STORED or table.file_size > MAX_PICKLE_BYTES:
             raise HostilePickleError(f"holds a pickle of {table.file_size:,} bytes, or a compressed one")
         content = archive.read(table)
+    # Everything that zipfile raises for a damaged or foreign archive, and IndexError for an empty one.
     except (zipfile.BadZipFile, struct.error, ValueError, IndexError, EOFError, NotImplementedError) as error:
         raise HostilePickleError(f"is an archive that cannot be read ({type(error).__name__})") from None
     _search_pickle(content)

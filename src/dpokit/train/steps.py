@@ -67,7 +67,7 @@ class StepTrainer(ResumingTrainer):
         shard_on_cpu(self.args)
         super().create_accelerator_and_postprocess()
 
-    # -- batches of each kind of trainer ---------------------------------------------------------------------------
+    # -- batches of each kind of trainer: each kind defines `weigh` and `count_positions` -----------------------------
 
     def weigh(self, batch: Batch) -> float:
         """The number of pairs, or of tokens, that the batch's loss is a mean over; 0 for a dummy."""
