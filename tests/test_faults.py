@@ -40,7 +40,7 @@ def build_lives(folder: Path, name: str, *more: str, config: str | None, steps: 
         ("zero2_cpu", ["--disable_dropout", "false"]),
         ("zero3_cpu", ["--precompute_ref_log_probs"]),
         ("fsdp2_cpu", []),
-        ("ddp_cpu", ["--use_peft", "--load_in_4bit", "--lora_dropout", "0.1"]),
+        ("ddp_cpu", ["--use_peft", "--load_in_4bit"]),
     ],
     ids=["one", "ddp", "zero2", "zero3", "fsdp2", "qlora"],
 )

@@ -144,7 +144,7 @@ def prepare_run(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -
     Raises: DpokitError: an error that the user can correct.
     """
     quiet_dependencies()
-    settings = load_settings(recipe, defaults, [*argv, "--report_to", "none"])
+    settings = load_settings(recipe, defaults, argv).with_training("dpokit prepare", report_to=[])
     if settings.kind == "dpo" and not settings.training.precompute_ref_log_probs:
         if can_be_computed_ahead(settings):
             settings = settings.with_training("dpokit prepare", precompute_ref_log_probs=True)
@@ -185,7 +185,7 @@ def build_trainer(
             max_length=max_length,
             with_eval=training.eval_strategy != "no",
             processes=training.dataset_num_proc,
-            seed=training.seed,
+            seed=training.seed if training.data_seed is None else training.data_seed,
         ),
         timeout_seconds=training.ddp_timeout,
     )

@@ -32,6 +32,7 @@ OPTIONS = {
     "adapter, dropout, accumulation": {
         "use_peft": True,
         "lora_dropout": 0.1,
+        "disable_dropout": False,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
     },

@@ -24,7 +24,9 @@ def yaml_file(tmp_path, text: str) -> str:
 
 
 def test_each_layer_overrides_the_one_before_and_is_remembered(tmp_path):
-    config = yaml_file(tmp_path, "beta: 0.3\nlearning_rate: 5e-5\nlora_target_modules: [q_proj, v_proj]\n")
+    config = yaml_file(
+        tmp_path, "beta: 0.3\nlearning_rate: 5e-5\nuse_peft: true\nlora_target_modules: [q_proj, v_proj]\n"
+    )
     settings = load("--config", config, "--beta", "0.5", "--no_disable_dropout")
     record = settings.record()
     assert settings.recipe == "dpo_x"
@@ -129,7 +131,7 @@ def test_an_unsupported_or_impossible_value_is_refused(argv):
 
 
 def test_a_record_is_json_and_holds_no_secret():
-    record = load("--hub_token", "hf_secret").record()
+    record = load("--push_to_hub", "--hub_token", "hf_secret").record()
     assert "hf_secret" not in json.dumps(record)
     assert record["hub_token"]["value"] == "***"
 
@@ -178,6 +180,8 @@ def test_an_unsupported_flag_is_refused_in_every_layer(name, tmp_path):
         "train_sampling_strategy": "random",
         "model_init_kwargs": '{"dtype": "float32"}',
         "packing_strategy": "bfd",
+        "eval_accumulation_steps": "3",
+        "local_rank": "1",
         "debug": "underflow_overflow",
         "dataset_kwargs": '{"skip_prepare_dataset": true}',
     }.get(name, "true")
@@ -217,7 +221,7 @@ def test_an_unsupported_flag_is_refused_in_every_layer(name, tmp_path):
         (["--fp16", "--bf16"], "fp16 and bf16", "--fp16 false"),
         (["--use_peft", "--load_in_4bit", "--load_in_8bit"], "8 bit and 4 bit", "change one of"),
         (["--load_in_4bit"], "quantised model cannot be trained as a whole", "add --use_peft"),
-        (["--lora_r", "8"], "lora_r is set, but use_peft is not", "add --use_peft"),
+        (["--lora_r", "8"], "lora_r 8, which has no effect with use_peft false", "add --use_peft"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -308,7 +312,11 @@ def test_a_cpu_run_on_a_gpu_machine_is_not_in_bf16(monkeypatch):
     ],
 )
 def test_a_value_in_yaml_has_its_type(text, name, value, tmp_path):
-    extra = "\nloss_type: [sigmoid, sft]" if name == "loss_weights" else ""
+    extra = {
+        "loss_weights": "\nloss_type: [sigmoid, sft]",
+        "lr_scheduler_kwargs": "\nlr_scheduler_type: cosine_with_min_lr",
+        "f_alpha_divergence_coef": "\nf_divergence_type: alpha_divergence",
+    }.get(name, "")
     settings = load("--use_cpu", "--config", yaml_file(tmp_path, f"{text}{extra}\n"))
     recorded = settings.record()[name]["value"]
     assert recorded == value
@@ -356,7 +364,7 @@ def test_the_last_of_two_flags_wins():
 
 
 def test_no_secret_is_in_what_settings_print():
-    settings = load("--hub_token", "hf_secret")
+    settings = load("--push_to_hub", "--hub_token", "hf_secret")
     assert settings.training.hub_token == "hf_secret"
     assert "hf_secret" not in repr(settings)
     assert "hf_secret" not in str(settings)

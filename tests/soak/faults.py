@@ -37,7 +37,7 @@ CASES = {
     "ddp, dropout": ("ddp_cpu", ["--disable_dropout", "false", "--precompute_ref_log_probs"]),
     "zero2": ("zero2_cpu", ["--disable_dropout", "false", "--gradient_accumulation_steps", "2"]),
     "zero3": ("zero3_cpu", ["--precompute_ref_log_probs", "--max_train_samples", "30"]),
-    "qlora": ("ddp_cpu", ["--use_peft", "--load_in_4bit", "--lora_dropout", "0.1", "--max_train_samples", "30"]),
+    "qlora": ("ddp_cpu", ["--use_peft", "--load_in_4bit", "--max_train_samples", "30"]),
     "qlora, zero2": ("zero2_cpu", ["--use_peft", "--load_in_4bit", "--gradient_accumulation_steps", "2"]),
 }
 

@@ -192,6 +192,8 @@ def check_finite_weights(name: str, weights: Iterable[tuple[str, nn.Parameter]])
         values = weight.detach() if not hasattr(weight, "ds_tensor") else _read_shard(weight)
         if values.is_meta or values.numel() == 0 or values.dtype not in FLOATS:
             continue
+        if getattr(weight, "quant_state", None) is not None:  # packed 4-bit values, stored as a dtype of floats
+            continue
         if not all(math.isfinite(bound) for bound in torch.aminmax(values)):
             raise ModelError(
                 f"{name}: {place} holds values that are not finite",

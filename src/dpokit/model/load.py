@@ -27,6 +27,7 @@ from dpokit.model.check import (
     check_size,
     check_weights_file,
 )
+from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.load import Settings
 
 # Errors of loading that are not caused by the model's files.
@@ -205,7 +206,14 @@ def build_peft_config(settings: Settings, policy: PreTrainedModel | PeftModel) -
 
     Raises: SettingsError for target modules that the model does not have.
     """
-    if not settings.model.use_peft or isinstance(policy, PeftModel):
+    if not settings.model.use_peft:
+        return None
+    if isinstance(policy, PeftModel):
+        ignored = [
+            name for name in flags_with(Fact.LORA) if not settings.origins.get(name, "recipe").startswith("recipe")
+        ]
+        if ignored:
+            say(f"no effect: {', '.join(ignored)}, as the adapter that model_name_or_path names keeps its own settings")
         return None
     config: PeftConfig = get_peft_config(settings.model)
     if isinstance(config.target_modules, str) and re.fullmatch(r"[\w.]+", config.target_modules):

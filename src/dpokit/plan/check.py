@@ -97,6 +97,7 @@ def raise_failure(done: "subprocess.CompletedProcess[str]", record: dict[str, An
 def run_check(folder: Path) -> None:
     """Runs in the separate process: trains `STEPS` steps, evaluates one batch if a run would, writes result.json."""
     from datasets import Dataset
+    from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
     from dpokit.model.load import build_peft_config, load_policy, load_reference, load_tokenizer
     from dpokit.model.reference import decide_reference
@@ -113,19 +114,16 @@ def run_check(folder: Path) -> None:
     first = requested.training
     micro_batches = min(MICRO_BATCHES, first.gradient_accumulation_steps)
     evaluates = first.eval_strategy != "no"
-    overrides = {
-        "output_dir": str(folder / "run"),
-        "report_to": "none",
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "load_best_model_at_end": "false",
-        "max_steps": STEPS,
-        "precompute_ref_log_probs": str(first.precompute_ref_log_probs),
-        "gradient_accumulation_steps": micro_batches,
-        "logging_steps": 1,
-    }
-    settings = load_settings(
-        str(recipe), defaults, [*job["flags"], *(part for k, v in overrides.items() for part in (f"--{k}", str(v)))]
+    settings = requested.with_training(
+        "dpokit plan --check",
+        output_dir=str(folder / "run"),
+        report_to=[],
+        save_strategy=SaveStrategy.NO,
+        eval_strategy=IntervalStrategy.NO,
+        load_best_model_at_end=False,
+        max_steps=STEPS,
+        gradient_accumulation_steps=micro_batches,
+        logging_steps=1,
     )
     training = settings.training
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)

@@ -8,7 +8,7 @@ from trl import DPOConfig, ModelConfig, SFTConfig
 
 from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
-from dpokit.settings.flag_facts import REFUSED, Fact, flags_with
+from dpokit.settings.flag_facts import REFUSED
 from dpokit.settings.flags import DataArguments
 
 # TRL checks these values only when it computes the first loss.
@@ -78,27 +78,18 @@ def check_agreement(data: DataArguments, training: DPOConfig | SFTConfig) -> Non
         refuse("a stream is read once, in order, by one worker", "0 workers", "--dataloader_num_workers 0")
 
 
-def check_adapter(model: ModelConfig, origins: Mapping[str, str]) -> None:
-    """Raises SettingsError for settings of LoRA or quantisation without `use_peft`, and for a wrong target pattern."""
-    if model.use_peft:
-        for name in model.lora_target_modules or []:
-            try:
-                re.compile(name)
-            except re.error as error:
-                raise SettingsError(
-                    f"lora_target_modules has {name}, which is no regular expression ({error})",
-                    expected="names of layers, or a regular expression of them",
-                    do="correct --lora_target_modules",
-                ) from error
-        return
-    lora_flags = [name for name in flags_with(Fact.LORA) if name in origins]
-    if any(origins[name] in ("command line", "call") for name in lora_flags):
-        raise SettingsError(
-            f"{', '.join(lora_flags)} is set, but use_peft is not: the whole model would be trained",
-            expected="--use_peft with LoRA's settings",
-            do="add --use_peft, or remove the LoRA settings",
-        )
-    if model.load_in_4bit or model.load_in_8bit:
+def check_adapter(model: ModelConfig) -> None:
+    """Raises SettingsError for a wrong pattern of target modules, and for quantisation without `use_peft`."""
+    for name in (model.lora_target_modules or []) if model.use_peft else []:
+        try:
+            re.compile(name)
+        except re.error as error:
+            raise SettingsError(
+                f"lora_target_modules has {name}, which is no regular expression ({error})",
+                expected="names of layers, or a regular expression of them",
+                do="correct --lora_target_modules",
+            ) from error
+    if not model.use_peft and (model.load_in_4bit or model.load_in_8bit):
         raise SettingsError(
             "a quantised model cannot be trained as a whole",
             expected="--use_peft with --load_in_4bit or --load_in_8bit",

@@ -129,6 +129,8 @@ class FlagParser(TrlParser):
         for action in self._actions:
             if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
                 action.nargs, action.const = "?", True  # --bf16 without a value means true, like every other switch
+            if getattr(action.type, "__name__", "") == "dict":
+                action.type = json.loads  # TRL would call dict on the text
             if action.dest == "report_to":
                 action.nargs = "+"  # transformers accepts several trackers, but its parser only one
 

@@ -24,6 +24,7 @@ from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.rundir import find_model
 from dpokit.settings.bounds import check_bounds
 from dpokit.settings.checks import check_adapter, check_agreement, check_honoured, check_secrets
+from dpokit.settings.conditions import check_conditions
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import KINDS, DataArguments, FlagParser, split_kind
 from dpokit.settings.layers import read_yaml
@@ -49,7 +50,7 @@ class Settings:
         kind: the recipe's kind, `dpo` or `sft`.
         data, training, model: TRL's dataclasses with all values.
         origins: the layer that set each value that is not TRL's default.
-        notes: a sentence for each default that a stronger layer changed.
+        notes: a sentence for each default that a stronger layer changed, and for each setting without an effect.
     """
 
     recipe: str
@@ -114,6 +115,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] 
     origins |= dict.fromkeys(machine, "this machine")
 
     check_honoured(values, origins)
+    notes += check_conditions(kind, values, origins, layers)
     timeout_seconds = values.get("ddp_timeout", DPOConfig.ddp_timeout)
     with peer_errors(timeout_seconds):
         if not values.get("use_cpu"):
@@ -125,7 +127,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] 
         # A process that sees several GPUs uses one; transformers would split each batch over all (DataParallel).
         training._n_gpu = 1
     check_agreement(data, training)
-    check_adapter(model, origins)
+    check_adapter(model)
     check_placement(training, model)
     return Settings(name, data, training, model, origins, kind, notes)
 

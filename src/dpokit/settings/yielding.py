@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpokit.settings.conditions import WORKER_OPTIONS
 from dpokit.settings.flag_facts import Fact, flags_with
 
 Values = Mapping[str, Any]
@@ -122,6 +123,7 @@ COUPLES = (
     Couple(("sync_ref_model",), _is_on("sync_ref_model"), _set(precompute_ref_log_probs=False)),
     Couple(("precompute_ref_log_probs",), _is_on("precompute_ref_log_probs"), _set(sync_ref_model=False)),
     # Data.
+    Couple(("dataloader_num_workers",), _is_off("dataloader_num_workers"), _drop(*WORKER_OPTIONS)),
     Couple(
         ("dataset_name",),
         _always,

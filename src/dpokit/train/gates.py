@@ -122,6 +122,8 @@ class GateCallback(TrainerCallback):
             self._hooks.append(weight.register_hook(lambda _, name=name: self._reached.add(name)))
 
     def _check_output(self, model: nn.Module, _: Any, output: Any) -> None:
+        if output.loss is None:  # with --label_smoothing_factor, TRL computes the loss from the logits
+            return
         if torch.is_grad_enabled() and model.training and not output.loss.requires_grad:
             self._trip_gradient("no parameter that is trained takes part in the loss")
 

@@ -110,6 +110,7 @@ class StepTrainer(ResumingTrainer):
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and not args.use_cpu,
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
