@@ -1,5 +1,6 @@
 """A setting without an effect is refused or reported by name; the table agrees with the libraries."""
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -416,6 +417,17 @@ def find_options(optim: str, **changes: Any) -> dict[str, Any]:
     arguments = {"optim": optim, "output_dir": "x", "use_cpu": True, "bf16": False, "report_to": "none", **changes}
     options: dict[str, Any] = Trainer.get_optimizer_cls_and_kwargs(DPOConfig(**arguments))[1]
     return options
+
+
+def test_offloading_without_a_gpu_is_refused():
+    with pytest.raises(SettingsError, match="this run has no GPU"):
+        check_values(load({}, {"activation_offloading": True}))
+
+
+@pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
+def test_liger_without_its_package_is_refused():
+    with pytest.raises(SettingsError, match="liger-kernel is not installed"):
+        check_values(load({}, {"use_liger_kernel": True}))
 
 
 @pytest.mark.parametrize(

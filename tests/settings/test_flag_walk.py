@@ -333,7 +333,7 @@ REFUSALS = {
 
 # Flags that one tiny run on a CPU cannot show: why, and the test that proves them.
 ELSEWHERE = {
-    "activation_offloading": ("a GPU", None),
+    "activation_offloading": ("a GPU", "tests/settings/test_conditions.py::test_offloading_without_a_gpu_is_refused"),
     "accept_changes": (
         "a resume",
         "tests/checkpoint/test_resume.py::test_a_changed_setting_is_refused_unless_it_is_accepted",
@@ -400,7 +400,7 @@ ELSEWHERE = {
         "tests/merge/test_merge.py::test_a_model_with_custom_code_is_merged_if_it_is_trusted",
     ),
     "use_cpu": ("a GPU", "tests/settings/test_settings.py::test_a_cpu_run_on_a_gpu_machine_is_not_in_bf16"),
-    "use_liger_kernel": ("a GPU", None),
+    "use_liger_kernel": ("a GPU", "tests/settings/test_conditions.py::test_liger_without_its_package_is_refused"),
 }
 
 # Flags of a second start: the flag, and what must differ from a resume without it.

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from copy import copy
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,12 +23,29 @@ STEPS = 10  # of the learning-rate schedule
 def check_values(settings: Settings) -> None:
     """Raises SettingsError, which names the flag, for a value that would stop training at its start or its end."""
     training = settings.training
+    _check_machine(training)
     _check_compilation(training)
     _check_checkpointing(training.gradient_checkpointing_kwargs)
     if training.load_best_model_at_end:
         check_metric(training.metric_for_best_model, settings.kind)
     _try("--optim, --optim_args", lambda: _build_optimizer(training))
     _try("--lr_scheduler_type, --lr_scheduler_kwargs", lambda: _step_schedule(training))
+
+
+def _check_machine(training: Any) -> None:
+    """Raises SettingsError for a flag that needs a GPU or a package which this machine lacks."""
+    if training.activation_offloading and training.use_cpu:
+        raise SettingsError(
+            "activation_offloading moves activations from a GPU to the CPU, and this run has no GPU",
+            expected="a GPU",
+            do="leave activation_offloading out",
+        )
+    if training.use_liger_kernel and find_spec("liger_kernel") is None:
+        raise SettingsError(
+            "use_liger_kernel is set, and the package liger-kernel is not installed",
+            expected="liger-kernel, which needs a GPU",
+            do="pip install liger-kernel, or leave use_liger_kernel out",
+        )
 
 
 def _try(flags: str, attempt: Callable[[], object]) -> None:
