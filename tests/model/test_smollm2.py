@@ -73,7 +73,7 @@ def check_tokenizer(tokenizer) -> None:
 def check_answer(model, tokenizer) -> None:
     """The model answers, ends its turn, and continues a plain text."""
     chat = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True)["input_ids"]
-    (answer,) = generate_answers(model, tokenizer, [chat], max_new_tokens=24, temperature=0)
+    (answer,) = generate_answers(model, tokenizer, [chat], max_new_tokens=12, temperature=0)
     assert answer.text.strip() == ANSWER
     assert answer.ended
     plain = tokenizer("The capital of France is")["input_ids"]
@@ -92,7 +92,7 @@ def test_smollm2_learns_from_real_pairs_and_still_answers(shared, tmp_path):
 
     rows = write_chats(shared, tmp_path / "chats.jsonl", 12)
     settings = {"model_name_or_path": str(file), "dataset_name": str(tmp_path / "chats.jsonl"), "eval_fraction": 0.25}
-    settings |= {"max_steps": 20, "per_device_train_batch_size": 2, "max_length": 256, "learning_rate": 1e-4}
+    settings |= {"max_steps": 20, "per_device_train_batch_size": 1, "max_length": 256, "learning_rate": 1e-4}
     settings |= {"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 8, "logging_steps": 1, "beta": 0.1}
     settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "no"}
     settings |= {"precompute_ref_log_probs": True}

@@ -276,7 +276,7 @@ def _find_base_problem(name: str, base: Any) -> Iterator[str]:
     if not isinstance(base, str) or not base:
         yield f"base_model_name_or_path is {_show(base)}, not the name of a model"
     elif "://" in base or base.endswith(PICKLES) or (Path(base).is_file() and not is_gguf(base)):
-        yield f"base_model_name_or_path is {_show(base)}, which is neither a folder, a GGUF file nor a Hub id"
+        yield f"base_model_name_or_path is {_show(base)}, which is neither a folder nor a Hub id"
     elif Path(base).is_dir() and Path(base).resolve() == Path(name).resolve():
         yield "base_model_name_or_path names the adapter itself"
     elif (Path(base) / ADAPTER_CONFIG).is_file() and not (Path(base) / "config.json").is_file():

@@ -257,8 +257,8 @@ def _read_metadata(file: Path) -> dict[str, Any]:
 def _check_splits(file: Path, metadata: Mapping[str, Any]) -> None:
     """Raises ModelError for a tokenizer that transformers does not build as the file describes it."""
     kind, split = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    known = {*GPT2_SPLITS, *DIGIT_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS}
-    if kind == "gpt2" and split not in known:
+    rules = {*GPT2_SPLITS, *DIGIT_SPLITS, *GGUF_PRE_TOKENIZER_SPLITS}
+    if kind == "gpt2" and split not in rules:
         problem = f"its tokenizer splits texts by the rule {split!r} (tokenizer.ggml.pre), which is not known"
     elif kind == "llama" and metadata.get("tokenizer.ggml.add_space_prefix") is False:
         problem = "its SentencePiece tokenizer adds no space before a text (tokenizer.ggml.add_space_prefix)"
@@ -269,7 +269,7 @@ def _check_splits(file: Path, metadata: Mapping[str, Any]) -> None:
     _refuse(
         file,
         f"{problem}: its token ids would be wrong",
-        expected=f"a SentencePiece tokenizer, or a byte-level one with one of the rules {', '.join(sorted(known))}",
+        expected=f"a SentencePiece tokenizer, or a byte-level one with one of the rules {', '.join(sorted(rules))}",
         do="name a folder with the model's safetensors and its tokenizer.json",
     )
 
