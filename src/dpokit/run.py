@@ -23,7 +23,15 @@ from dpokit.distributed.placement import find_requested_placement
 from dpokit.distributed.processes import is_main_process
 from dpokit.errors import SettingsError
 from dpokit.interrupts import Preempted, recording
-from dpokit.model.load import build_peft_config, find_max_length, load_policy, load_reference, load_tokenizer
+from dpokit.model.gguf import describe_gguf
+from dpokit.model.load import (
+    build_peft_config,
+    find_base,
+    find_max_length,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+)
 from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
 from dpokit.run_state import find_kept_evaluation, keep_record, record_preemption
 from dpokit.rundir import RunDir, write_json
@@ -236,7 +244,10 @@ def compare_with_start(run: RunDir, start: Start, settings: Settings, data_finge
     for name, (before, now) in accepted.items():
         say(f"accepted: {name} was {before}, now {now}")
     if is_main_process():
-        run.write_run(model_fingerprint=identity[MODEL])  # by which a merge recognises the base
+        name = str(find_base(settings.model) or settings.model.model_name_or_path)
+        gguf = describe_gguf(name)
+        # By the fingerprint a merge recognises the base; of a GGUF file, that is the fingerprint of its converted copy.
+        run.write_run(model_fingerprint=identity[MODEL], **({} if gguf is None else {"gguf": gguf}))
     if accepted and is_main_process():
         run.write_run(accepted_changes=[*(run.read_run() or {}).get("accepted_changes", []), accepted])
     return identity

@@ -307,6 +307,12 @@ def find_model(name: str) -> str:
     )
 
 
+def find_caches() -> Path:
+    """The folder of dpokit's caches: `DPOKIT_CACHE`, else `dpokit` among the user's caches."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("DPOKIT_CACHE") or Path(caches) / "dpokit")
+
+
 def read_record(path: Path) -> Any:
     """A file's JSON. Raises: OSError; ValueError if it is malformed or too large; RecursionError."""
     with path.open("rb") as file:

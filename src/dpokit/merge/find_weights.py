@@ -18,6 +18,7 @@ from dpokit.console import say
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.interpreter import PYTHON
 from dpokit.model.check import ADAPTER_FILE
+from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import build_peft_config, find_base, load_tokenizer
 from dpokit.model.tuned_folder import read_stored_dtype
 from dpokit.rundir import RunDir, read_record, write_json
@@ -98,7 +99,7 @@ def gather_weights(folder: Path, settings: Settings, *, scratch: Path) -> Path:
     name = base or str(model.model_name_or_path)
     options = {"revision": "main" if base else model.model_revision, "trust_remote_code": trust}
     try:
-        config = AutoConfig.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(find_model_folder(name), **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"--model_name_or_path {name}: no config could be loaded: {' '.join(str(error).split())[:300]}",
@@ -114,7 +115,8 @@ def gather_weights(folder: Path, settings: Settings, *, scratch: Path) -> Path:
         config.dtype = read_stored_dtype(str(scratch), None)  # of the shards, not of the base
         config.save_pretrained(scratch)
         with suppress(OSError):  # not every base has a generation_config.json
-            GenerationConfig.from_pretrained(name, revision=options["revision"]).save_pretrained(scratch)
+            generation = GenerationConfig.from_pretrained(find_model_folder(name), revision=options["revision"])
+            generation.save_pretrained(scratch)
     load_tokenizer(model, trust_remote_code=trust).save_pretrained(scratch)
     return scratch
 

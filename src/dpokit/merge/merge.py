@@ -163,10 +163,10 @@ def _name_method(folder: Path, *, quantised: bool) -> str:
 
 
 def _describe_base(settings: Settings, base: str | None) -> dict[str, Any]:
-    """Name and revision of the base; for a folder only its last name, because merged/ may be published."""
+    """Name and revision of the base; for a folder or file only its last name, because merged/ may be published."""
     name = base or str(settings.model.model_name_or_path)
     is_first = name == settings.model.model_name_or_path
-    local = Path(name).is_dir()
+    local = Path(name).exists()
     revision = None if local else settings.model.model_revision if is_first else "main"
     return {"name": Path(name).resolve().name if local else name, "revision": revision}
 

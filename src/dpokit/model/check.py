@@ -21,6 +21,7 @@ from dpokit.rundir import OTHER_FILE_BYTES, read_record
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+GGUF_MAGIC = b"GGUF"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 
@@ -49,6 +50,17 @@ OLD_BUFFERS = re.compile(
 )
 WHOLE_FILES = (".json", ".jinja", ".txt", ".model", ".py", ".tiktoken")  # read in one piece
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_gguf(name: str | None) -> bool:
+    """Whether a model's name is the path of a GGUF file: by its ending, or by the first bytes of an existing file."""
+    if not name or name.endswith(".gguf"):
+        return bool(name)
+    try:
+        with Path(name).open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:  # a folder, a Hub id, or a name that no file can have
+        return False
 
 
 def check_weights_file(name: str, revision: str | None, names: tuple[str, ...] = WEIGHTS) -> None:
@@ -266,7 +278,7 @@ def _find_problems(name: str, described: Mapping[str, Any]) -> Iterator[str]:
 def _find_base_problem(name: str, base: Any) -> Iterator[str]:
     if not isinstance(base, str) or not base:
         yield f"base_model_name_or_path is {_show(base)}, not the name of a model"
-    elif "://" in base or base.endswith(PICKLES) or Path(base).is_file():
+    elif "://" in base or base.endswith(PICKLES) or (Path(base).is_file() and not is_gguf(base)):
         yield f"base_model_name_or_path is {_show(base)}, which is neither a folder nor a Hub id"
     elif Path(base).is_dir() and Path(base).resolve() == Path(name).resolve():
         yield "base_model_name_or_path names the adapter itself"

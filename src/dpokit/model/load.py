@@ -1,4 +1,4 @@
-"""Loads tokenizer, policy and reference from a Hub id or a folder, of a whole model or an adapter."""
+"""Loads tokenizer, policy and reference from a Hub id, a folder or a GGUF file, of a whole model or an adapter."""
 
 import re
 from collections.abc import Iterator
@@ -26,7 +26,9 @@ from dpokit.model.check import (
     check_loaded,
     check_size,
     check_weights_file,
+    is_gguf,
 )
+from dpokit.model.gguf import find_model_folder
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.load import Settings
 
@@ -43,6 +45,7 @@ def load_tokenizer(model: ModelConfig, *, trust_remote_code: bool = False) -> Pr
     if base is not None and _find_file(model, "tokenizer_config.json") is None:
         name, revision = base, "main"
     if name:
+        name = find_model_folder(name)
         check_config(str(name), revision)
     tokenizer: PreTrainedTokenizerBase = _load(
         AutoTokenizer, name, revision=revision, trust_remote_code=trust_remote_code
@@ -174,6 +177,8 @@ def find_base(model: ModelConfig) -> str | None:
         ModelError: an adapter_config.json that does not describe a LoRA adapter.
     """
     name, revision = model.model_name_or_path, model.model_revision
+    if is_gguf(name):
+        return None
     try:
         file = find_adapter_config_file(name, revision=revision) if name else None
     except OSError:  # no such model: loading it reports the error
@@ -288,15 +293,15 @@ def find_max_length(settings: Settings, policy: PreTrainedModel) -> int | None:
 def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedModel:
     model = settings.model
     name = base or model.model_name_or_path
-    revision = find_revision(model, base)
-    if name:
-        check_weights_file(name, revision)
-        check_config(name, revision)
-        check_size(name, revision)
+    folder, revision = find_model_folder(name) if name else name, find_revision(model, base)
+    if folder:
+        check_weights_file(folder, revision)
+        check_config(folder, revision)
+        check_size(folder, revision)
     policy: PreTrainedModel
     policy, info = _load(
         AutoModelForCausalLM,
-        name,
+        folder,
         revision=revision,
         use_safetensors=True,
         output_loading_info=True,
@@ -306,6 +311,8 @@ def _load_causal_lm(settings: Settings, base: str | None = None) -> PreTrainedMo
         trust_remote_code=settings.training.trust_remote_code,
         quantization_config=get_quantization_config(model),
     )
+    # An adapter records this name as its base: of a GGUF file its own, not that of a folder in the cache.
+    policy.name_or_path = policy.config.name_or_path = str(name)
     try:
         check_loaded(str(name), info)
     except ModelError as error:
@@ -329,7 +336,11 @@ def _find_file(model: ModelConfig, file: str) -> str | None:
 
 def _load(kind: Any, name: str | None, **options: Any) -> Any:
     if not name:
-        raise ModelError("no model was named", expected="a Hub id or a folder", do="--model_name_or_path ID|FOLDER")
+        raise ModelError(
+            "no model was named",
+            expected="a Hub id, a folder or a GGUF file",
+            do="--model_name_or_path ID|FOLDER|FILE.gguf",
+        )
     noun = "tokenizer" if kind is AutoTokenizer else "model"
     try:
         return kind.from_pretrained(name, **options)

@@ -23,7 +23,9 @@ from dpokit.console import say
 from dpokit.distributed.placement import find_precompute_trouble
 from dpokit.errors import find_disk_trouble
 from dpokit.file_hashes import hash_file
+from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import find_base
+from dpokit.rundir import find_caches
 from dpokit.settings.load import Settings
 
 PART_PAIRS = 256  # an interruption loses at most one part
@@ -32,9 +34,8 @@ SPOT_CHECKS = 4
 
 
 def find_cache_folder() -> Path:
-    """Returns `reference` in the folder `DPOKIT_CACHE`, else in dpokit's folder among the user's caches."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DPOKIT_CACHE") or Path(caches) / "dpokit") / "reference"
+    """Returns the folder of the cached log-probs."""
+    return find_caches() / "reference"
 
 
 def find_identity(settings: Settings) -> dict[str, object]:
@@ -88,8 +89,11 @@ def decide_reference(settings: Settings, *, kept: bool = False) -> Settings:
 
 
 def hash_weights(name: str, revision: str | None) -> str:
-    """Returns an identifier of a model's weights: the sha256 of a folder's files, or a Hub id with its commit."""
-    folder = Path(name)
+    """Returns an identifier of a model's weights: the sha256 of a folder's files, or a Hub id with its commit.
+
+    For a GGUF file: of the folder with its converted copy, which is what a run trains.
+    """
+    folder = Path(find_model_folder(name))
     if not folder.is_dir():
         config = cached_file(name, "config.json", revision=revision)
         return f"{name}@{Path(str(config)).parent.name}"

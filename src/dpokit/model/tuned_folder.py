@@ -15,6 +15,7 @@ from trl import ModelConfig
 
 from dpokit.console import say
 from dpokit.model.check import QUIET, WEIGHTS, read_config
+from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import find_base, find_revision
 from dpokit.rundir import read_record, write_json
 from dpokit.settings.load import Settings
@@ -48,7 +49,7 @@ def find_final_dtype(settings: Settings) -> str | None:
 def _name_base(model: ModelConfig) -> tuple[str, str | None]:
     """Returns name and revision of the whole model that the run started from; of an adapter, its base's."""
     base = find_base(model)
-    return base or str(model.model_name_or_path), find_revision(model, base)
+    return find_model_folder(base or str(model.model_name_or_path)), find_revision(model, base)
 
 
 def read_stored_dtype(name: str, revision: str | None) -> str | None:
@@ -128,7 +129,7 @@ def complete_folder(folder: Path, settings: Settings, ends: Sequence[int], *, dt
     ):
         for file in PROCESSOR_FILES:
             try:
-                path = cached_file(source, file, revision=its_revision, **QUIET)
+                path = cached_file(find_model_folder(source), file, revision=its_revision, **QUIET)
             except (OSError, ValueError):  # the base has been moved meanwhile
                 continue
             if path is not None and not (folder / file).exists():

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from trl import get_quantization_config
 
 from dpokit.errors import ModelError
+from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import build_peft_config, find_base
 from dpokit.settings.load import Settings
 
@@ -41,7 +42,7 @@ def load_config(settings: Settings) -> Any:
     if not model.model_name_or_path:
         raise ModelError("no model is named", expected="a Hub id or a folder", do="--model_name_or_path ID|FOLDER")
     try:
-        name = find_base(model) or model.model_name_or_path
+        name = find_model_folder(find_base(model) or model.model_name_or_path)
         return AutoConfig.from_pretrained(
             name, revision=model.model_revision, trust_remote_code=settings.training.trust_remote_code
         )

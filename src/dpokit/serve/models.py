@@ -12,6 +12,7 @@ from dpokit.data.tokens import Renderer
 from dpokit.model.base_and_tuned import Sides, find_names, find_run, load_sides, read_run_defaults
 from dpokit.model.check import ADAPTER_FILE, WEIGHTS, check_weights_file
 from dpokit.model.generate import stream_answer
+from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import find_base, name_model
 from dpokit.model.score import PairScorer
 from dpokit.rundir import RunDir
@@ -100,9 +101,10 @@ class LocalModels:
         for name in self.names.values():
             arguments = name_model(self.settings, name)
             base = find_base(arguments)
-            check_weights_file(name, arguments.model_revision, WEIGHTS if base is None else (ADAPTER_FILE,))
+            files = WEIGHTS if base is None else (ADAPTER_FILE,)
+            check_weights_file(find_model_folder(name), arguments.model_revision, files)
             if base is not None:
-                check_weights_file(base, "main")
+                check_weights_file(find_model_folder(base), "main")
 
     def load(self) -> None:
         """Loads both models. Raises: DpokitError."""

@@ -32,8 +32,10 @@ from dpokit.checkpoint.store import describe_files, find_part, list_files, retir
 from dpokit.data.tokens import Renderer
 from dpokit.distributed.placement import find_placement
 from dpokit.errors import DpokitError, ModelError
+from dpokit.model.check import ADAPTER_CONFIG
+from dpokit.model.gguf import find_model_folder
 from dpokit.model.tuned_folder import complete_folder, find_final_dtype, round_weights
-from dpokit.rundir import RunDir, new_folder
+from dpokit.rundir import RunDir, new_folder, read_record, write_json
 from dpokit.settings.load import Settings
 from dpokit.train.metric_sums import Sums
 
@@ -294,11 +296,26 @@ class SavingTrainer(ProgressTrainer):
     def _write_model(self, part: Path, state: dict[str, torch.Tensor]) -> None:
         """Writes model or adapter, and tokenizer, as safetensors and JSON only."""
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        # TRL keeps a copy of a loaded adapter's start as a second adapter, the reference.
-        only = {"selected_adapters": [model.active_adapter]} if isinstance(model, PeftModel) else {}
-        model.save_pretrained(part, state_dict=state, **only)
+        if isinstance(model, PeftModel):
+            self._write_adapter(model, part, state)
+        else:
+            model.save_pretrained(part, state_dict=state)
         self.processing_class.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+
+    def _write_adapter(self, model: PeftModel, part: Path, state: dict[str, torch.Tensor]) -> None:
+        """Writes the adapter. PEFT compares its vocabulary with the base's config.json: of a GGUF file, its copy's."""
+        described = model.peft_config[model.active_adapter]
+        base = described.base_model_name_or_path
+        described.base_model_name_or_path = base and find_model_folder(base)
+        try:
+            # TRL keeps a copy of a loaded adapter's start as a second adapter, the reference.
+            model.save_pretrained(part, state_dict=state, selected_adapters=[model.active_adapter])
+        finally:
+            described.base_model_name_or_path = base
+        config = part / ADAPTER_CONFIG
+        if base and (record := read_record(config))["base_model_name_or_path"] != base:
+            write_json(config, record | {"base_model_name_or_path": base})
 
     def save_weights(self, folder: Path, settings: Settings) -> None:
         """Writes the final weights, in `find_final_dtype`, and the files that belong to them.
