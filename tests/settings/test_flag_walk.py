@@ -242,6 +242,7 @@ CHANGES: dict[str, Change] = {
     "warmup_steps": Change("2", logged("learning_rate")),
     "weight_decay": Change("0.5", weights),
     # Data.
+    "columns": Change("chosen=rejected,rejected=chosen", logged("logps/chosen")),
     "data_seed": Change("7", logged("logps/chosen")),
     "dataloader_drop_last": Change("true", of_trainer(lambda trainer: trainer.state.global_step), 2, EPOCH),
     "dataloader_multiprocessing_context": Change(
@@ -333,6 +334,14 @@ REFUSALS = {
 
 # Flags that one tiny run on a CPU cannot show: why, and the test that proves them.
 ELSEWHERE = {
+    "ignore_columns": (
+        "a column that is an error without it",
+        "tests/data/test_unused_columns.py::test_a_run_uses_and_ignores_the_named_columns",
+    ),
+    "template_date": (
+        "a template with a date",
+        "tests/checkpoint/test_resume.py::test_a_run_keeps_the_date_that_its_template_writes",
+    ),
     "activation_offloading": ("a GPU", "tests/settings/test_conditions.py::test_offloading_without_a_gpu_is_refused"),
     "accept_changes": (
         "a resume",
