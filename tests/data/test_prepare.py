@@ -11,6 +11,7 @@ from test_tokens import EXPECTED, encode
 from transformers import AutoTokenizer
 
 from dpokit.data import prepare as preparation
+from dpokit.data import tokens
 from dpokit.data.columns import IDS, MASKS
 from dpokit.data.prepare import prepare_data, prepare_held_out
 from dpokit.data.tally import MOST_DETAILS, Tally, print_report
@@ -314,6 +315,19 @@ def test_several_processes_give_the_same_fingerprint(pairs_file, plain_tokenizer
         prepare_data(data, plain_tokenizer, max_length=None, with_eval=False, processes=n).fingerprint for n in (1, 2)
     )
     assert single == double
+
+
+def test_rows_that_other_code_has_encoded_are_encoded_again(pairs_file, plain_tokenizer, monkeypatch, capsys):
+    logs = []
+    for other_version in ("", "", "9.9"):
+        with monkeypatch.context() as patched:
+            if other_version:
+                patched.setattr(tokens, "version", lambda _: "9.9")
+            tokens.hash_code.cache_clear()
+            prepare(pairs_file, plain_tokenizer)
+        logs.append("rows/s" in capsys.readouterr().err)
+    tokens.hash_code.cache_clear()
+    assert logs == [True, False, True]
 
 
 def test_held_out_prompts_do_not_depend_on_the_order_of_rows(pairs_file, tmp_path, plain_tokenizer):

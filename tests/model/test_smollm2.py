@@ -111,7 +111,6 @@ def test_smollm2_learns_from_real_pairs_and_still_answers(shared, tmp_path):
     dpokit.merge_model(run, limit=2)
     merged = AutoModelForCausalLM.from_pretrained(run.merged)
     ids = tokenizer.apply_chat_template([*rows[0]["prompt"], *rows[0]["chosen"]], return_tensors="pt")["input_ids"]
-    subject.tuned.eval()
     with torch.no_grad():
         tuned_logits, merged_logits = subject.tuned(input_ids=ids).logits, merged(input_ids=ids).logits
         with subject.as_base() as base:

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
 from itertools import chain, compress
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -273,13 +277,28 @@ def _strip_separator(answer: str | Messages, prompt: str) -> str | Messages:
     return answer[1:] if answer[:1] == " " and not answer[1:2].isspace() else answer
 
 
+@cache
+def hash_code() -> str:
+    """Returns the sha256 of what makes token ids of a row: the code of this package, and its libraries' versions."""
+    digest = sha256("".join(f"{name} {version(name)}\n" for name in ("jinja2", "tokenizers", "transformers")).encode())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
 @dataclass
 class Encoder:
-    """Turns batches of rows into token ids and masks, or into a reason for dropping them."""
+    """Turns batches of rows into token ids and masks, or into a reason for dropping them.
+
+    Attributes:
+        code: `datasets` keeps encoded rows under a hash of this object's attributes; with this one, rows that other
+            code has encoded are encoded again.
+    """
 
     renderer: Renderer
     layout: Layout
     limits: LengthLimits
+    code: str = field(default_factory=hash_code)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
         """Encodes a batch of columns, row by row: the columns of FEATURES.

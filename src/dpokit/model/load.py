@@ -164,8 +164,8 @@ def name_model(settings: Settings, name: str) -> ModelConfig:
 
 
 def load_frozen(settings: Settings, name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | PeftModel:
-    """Loads a model with a run's settings, without gradients, on the run's device. Raises: ModelError."""
-    model = load_policy(replace(settings, model=name_model(settings, name)), tokenizer).requires_grad_(False)
+    """Loads a model with a run's settings, without gradients and dropout, on the run's device. Raises: ModelError."""
+    model = load_policy(replace(settings, model=name_model(settings, name)), tokenizer).requires_grad_(False).eval()
     return model if getattr(model, "hf_device_map", None) else model.to(settings.training.device)
 
 
