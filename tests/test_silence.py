@@ -54,7 +54,7 @@ def list_calls(folder: Path, gpt2: Path, qwen2: Path) -> dict[str, list[str]]:
     def verb(name: str, *argv: str) -> list[str]:
         return [sys.executable, "-m", "dpokit.cli", name, *argv]
 
-    data = ["--dataset_name", pairs, "--dataset_test_split", "none"]
+    data = ["--dataset_name", pairs]
     small, chat = (["--model_name_or_path", str(model), *data] for model in (gpt2, qwen2))
     run = str(folder / "dpo_gpt2")
     calls = {name: [sys.executable, "-c", code] for name, (code, _) in CONTROLS.items()}
