@@ -57,8 +57,7 @@ def list_calls(folder: Path, gpt2: Path, qwen2: Path) -> dict[str, list[str]]:
     data = ["--dataset_name", pairs]
     small, chat = (["--model_name_or_path", str(model), *data] for model in (gpt2, qwen2))
     run = str(folder / "dpo_gpt2")
-    calls = {name: [sys.executable, "-c", code] for name, (code, _) in CONTROLS.items()}
-    calls |= {
+    calls = {
         # -B: an ordinary process, which imports its libraries itself.
         "dpo_gpt2": [sys.executable, "-B", *recipe("dpo_gpt2", *small)],
         "sft_gpt2": [sys.executable, *recipe("sft_gpt2", *small)],
@@ -87,35 +86,36 @@ def list_calls(folder: Path, gpt2: Path, qwen2: Path) -> dict[str, list[str]]:
     }
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory, tiny_gpt2, tiny_qwen2) -> dict[str, dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("silence")
-    calls = folder / "calls.json"
-    calls.write_text(json.dumps(list_calls(folder, tiny_gpt2, tiny_qwen2)))
+def count_attempts(calls: dict[str, list[str]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Runs the programs as tests/outside.py does; its counts and the exit code of each."""
+    file = folder / "calls.json"
+    file.write_text(json.dumps(calls))
     environment = {name: value for name, value in os.environ.items() if name not in FORBIDDING}
     environment |= {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(folder / "home")}
-    argv = [sys.executable, str(ROOT / "tests" / "outside.py"), str(calls)]
+    argv = [sys.executable, str(ROOT / "tests" / "outside.py"), str(file)]
     done = warm.COLD(argv, env=environment, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert done.wait(timeout=600) == 0
-    return json.loads(calls.read_text())
+    return json.loads(file.read_text())
 
 
 @pytest.mark.long
-def test_no_verb_and_no_recipe_leaves_this_machine(results):
-    programs = {name: result for name, result in results.items() if name not in CONTROLS}
+def test_no_verb_and_no_recipe_leaves_this_machine(tmp_path, tiny_gpt2, tiny_qwen2):
+    results = count_attempts(list_calls(tmp_path, tiny_gpt2, tiny_qwen2), tmp_path)
     verbs = set(typer.main.get_command(app).commands) - BY_REQUEST
-    assert set(programs) == verbs | {path.stem for path in (ROOT / "recipes").glob("*.py")}
-    assert {name: result["output"] for name, result in programs.items() if result["code"]} == {}
-    assert {name: result["python"] for name, result in programs.items() if result["python"]} == {}
-    assert {name: result["kernel"] for name, result in programs.items() if result["kernel"]} == {}
+    assert set(results) == verbs | {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    assert {name: result["output"] for name, result in results.items() if result["code"]} == {}
+    assert {name: result["python"] for name, result in results.items() if result["python"]} == {}
+    assert {name: result["kernel"] for name, result in results.items() if result["kernel"]} == {}
 
 
 @pytest.mark.parametrize("name", CONTROLS)
-def test_an_attempt_to_leave_this_machine_is_counted(results, name):
-    for count in CONTROLS[name][1]:
-        if count == "kernel" and results[name]["kernel"] is None:
+def test_an_attempt_to_leave_this_machine_is_counted(name, tmp_path):
+    code, counts = CONTROLS[name]
+    result = count_attempts({name: [sys.executable, "-c", code]}, tmp_path)[name]
+    for count in counts:
+        if count == "kernel" and result["kernel"] is None:
             pytest.skip("this machine allows no network namespace")
-        assert results[name][count], results[name]
+        assert result[count], result
 
 
 # What the libraries use: the Hub's reports off, datasets' counts on, transformers' downloads of programs on.
