@@ -61,7 +61,7 @@ def load_pairs(
     rows = get_split(splits, split, "split")
     rows = rows if max_samples is None else rows.take(max_samples)
     name = f"{dataset_name}, split {split}"
-    layout = find_layout(rows, name, names)
+    layout = find_layout(rows, name, names, ignore_columns)
     pairs: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for row in rows:

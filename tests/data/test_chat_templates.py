@@ -136,8 +136,9 @@ def judge(renderer: Renderer, kind: str) -> str:
     """Returns EQUAL, the reason of a drop, or the notes of a counted difference; fails for a silent difference."""
     row = encode(renderer, kind)
     if row["dropped"]:
-        assert row["dropped"] in REASONS
-        return row["dropped"]
+        reason = row["dropped"].partition(" (")[0]
+        assert reason in REASONS
+        return reason
     tokenizer = renderer.tokenizer
     ids = row["prompt_ids"] + row["chosen_ids"]
     text = tokenizer.decode(ids)

@@ -293,3 +293,44 @@ def test_every_reason_has_a_remedy():
 
 def test_the_flag_has_the_names_that_layouts_use():
     assert set(COLUMN_NAMES) == {*PARTS, *CONTEXT}
+
+
+Q = {"role": "user", "content": "Weather?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def answer(text: str, **more) -> dict:
+    return {"role": "assistant", "content": text, **more}
+
+
+# Prompt, chosen, rejected, and the prompt and chosen answer of the pair, or the reason without one.
+REPEATS = {
+    "a system turn before the repeated prompt": ([Q], [SYSTEM, Q, answer("Sun.")], [SYSTEM, Q, answer("No.")], None),
+    "other system turns": ([Q], [SYSTEM, Q, answer("Sun.")], [{**SYSTEM, "content": "Hi"}, Q, answer("No.")], None),
+    "the beginning of the answer": (
+        [Q, answer("It is:")],
+        [Q, answer("It is: sun")],
+        [Q, answer("It is: no")],
+        ([Q, answer("It is:")], " sun"),
+    ),
+    "the prompt's text": ("The sky is", "The sky is blue", "The sky is red", ("The sky is", " blue")),
+    "ids in the messages": (
+        [Q],
+        [{**Q, "id": 1}, answer("Sun.")],
+        [{**Q, "id": 2}, answer("No.")],
+        ([Q], "Sun."),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REPEATS)
+def test_an_answer_that_repeats_the_prompt_has_it_once_or_is_dropped(case):
+    prompt, chosen, rejected, expected = REPEATS[case]
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    layout = find_format([row], "test")
+    if expected is None:
+        with pytest.raises(UnusableError, match="different_prompts"):
+            layout.to_pair(row)
+    else:
+        pair = layout.to_pair(row)
+        assert (pair.prompt, pair.chosen) == expected

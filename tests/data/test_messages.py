@@ -214,3 +214,10 @@ def test_a_null_of_a_json_column_is_kept(tmp_path):
     loaded = load_splits(str(tmp_path / "rows.jsonl"), None, streaming=False)["train"]
     pair = find_layout(loaded, "test").to_pair(loaded[0])
     assert pair.chosen[0]["tool_calls"][0]["function"]["arguments"] == {"a": None}
+
+
+def test_the_older_function_call_becomes_a_tool_call():
+    call = {"name": "f", "arguments": '{"city": "Oslo"}'}
+    [message] = read_turns([{"role": "assistant", "content": None, "function_call": call}], "chosen", padded=False)
+    assert message["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"city": "Oslo"}}}]
+    assert "function_call" not in message

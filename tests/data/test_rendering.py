@@ -1,5 +1,6 @@
 """Conversations in a model's chat template: masks, dates, ends, prompts that are rendered already, and refusals."""
 
+import json
 import random
 from datetime import date
 from itertools import pairwise
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import trl
 from test_chat_templates import QUESTION, RESULT, TOOLS, build_tokenizer, call, say
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 from dpokit.data.chat import ChatTemplate
 from dpokit.data.formats import Pair
@@ -222,7 +225,7 @@ def test_arguments_of_a_call_may_be_text(name, arguments):
 def test_arguments_that_are_no_json_drop_the_pair():
     renderer = build_renderer(read_template("qwen2_5"))
     answer = [say("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "{Oslo"}}])]
-    with pytest.raises(UnusableError, match="bad_json"):
+    with pytest.raises(UnusableError, match="bad_arguments"):
         renderer.render(Pair(QUESTION, answer, "No.", TOOLS))
 
 
@@ -266,3 +269,185 @@ def test_a_template_for_tools_is_used_for_rows_with_tools():
 def test_a_template_that_repeats_the_answer_is_refused():
     with pytest.raises(ModelError, match="repeats the assistant's answer"):
         build_renderer(CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"))
+
+
+# -- nothing is lost without a word ------------------------------------------------------------------------------------
+
+REASONED = say("assistant", "Hm.", reasoning_content="I look.")
+CALL = [say("assistant", "", tool_calls=[call(city="Oslo")])]
+SCHEMA_ONLY = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML
+NO_WORDS = {
+    "an end": "END",
+    "EOS": "<eos>",
+    "an end of several": [*TURNS[:2], say("assistant", " END")],
+    "a blank last turn": [*TURNS[:2], say("assistant", "  ")],
+}
+
+
+@pytest.mark.parametrize("case", NO_WORDS)
+@pytest.mark.parametrize(
+    ("template", "end"), [("qwen3", "<|im_end|>"), ("gemma", "<end_of_turn>"), (CHATML, "<|im_end|>")]
+)
+def test_an_answer_without_words_is_dropped(case, template, end):
+    renderer = build_renderer(template if "{" in template else read_template(template))
+    answer = json.loads(json.dumps(NO_WORDS[case]).replace("END", end))
+    assert encode(renderer, Pair(QUESTION, "Yes.", answer))["dropped"] == "empty_answer"
+
+
+# Template, pair, and the reason of its drop.
+LOST = {
+    "a call beside its schema": (SCHEMA_ONLY, Pair(QUESTION, CALL, "No.", TOOLS), "left_out_by_template (tool_calls)"),
+    "reasoning alone": (
+        CHATML,
+        Pair(QUESTION, [say("assistant", None, reasoning_content="I look.")], "No."),
+        "left_out_by_template (reasoning)",
+    ),
+    "a tool's result": ("phi3", Pair([*QUESTION, RESULT, *QUESTION], "Yes.", "No."), "left_out_by_template (tool)"),
+    "a question": (
+        "{% for m in messages %}{% if m.role != 'user' or loop.last %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+        "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        Pair(QUESTION, "Yes.", "No."),
+        "left_out_by_template (user)",
+    ),
+    "words after a second </think>": (
+        "qwen3",
+        Pair(QUESTION, "<think>\nI look.\n</think>\n\nThe tag </think> ends it.", "No."),
+        "left_out_by_template",
+    ),
+    "a rendered conversation as answer": (
+        CHATML,
+        Pair(QUESTION, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>", "No."),
+        "rendered_answer",
+    ),
+    "a rendered question in a message": (
+        CHATML,
+        Pair([say("system", "Be brief."), say("user", "<|im_start|>user\nHi<|im_end|>\n")], "Yes.", "No."),
+        "rendered_prompt",
+    ),
+    "tools beside a rendered prompt": (CHATML, Pair("<|im_start|>user\nHi", "Yes.", "No.", TOOLS), "rendered_prompt"),
+    "an answer for another model": (
+        CHATML,
+        Pair(QUESTION, "<start_of_turn>model\nYes.<end_of_turn>", "No."),
+        "rendered_for_other_model",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_pair_that_would_lose_words_is_dropped(case):
+    template, pair, reason = LOST[case]
+    renderer = build_renderer(template if "{" in template else read_template(template))
+    assert encode(renderer, pair)["dropped"] == reason
+
+
+# Template, pair, the note, and the text of prompt and chosen answer.
+NOTED = {
+    "another role": (
+        "qwen3",
+        Pair([say("developer", "Be brief."), *QUESTION], "Yes.", "No."),
+        "other_role",
+        "<|im_start|>system\nBe brief.<|im_end|>\n",
+    ),
+    "reasoning of an earlier turn": (
+        "qwen3",
+        Pair(
+            QUESTION, [say("assistant", "Hm.", reasoning_content="I look."), *QUESTION, say("assistant", "Yes.")], "No."
+        ),
+        "reasoning_left_out",
+        "Yes.<|im_end|>",
+    ),
+    "an argument that is not read": (
+        "qwen3",
+        Pair(QUESTION, "Yes.", "No.", template_kwargs={"enable_thinkin": False}),
+        "argument_left_out",
+        "Yes.<|im_end|>",
+    ),
+    "a rendered prompt": (
+        CHATML,
+        Pair("<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>assistant\nYes.<|im_end|>", "<|im_start|>assistant\nNo."),
+        "rendered_already",
+        "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOTED)
+def test_a_pair_that_is_rendered_in_another_way_is_counted(case):
+    template, pair, note, text = NOTED[case]
+    renderer = build_renderer(template if "{" in template else read_template(template))
+    row = encode(renderer, pair)
+    assert (row["dropped"], row["notes"]) == ("", note)
+    assert text in renderer.tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
+
+
+# Template, pair, and the text of prompt and chosen answer, from the first question on.
+WHOLE = {
+    "a question that mentions the end of a turn": (
+        CHATML,
+        Pair("What does <|im_end|> mean?", "The end.", "No."),
+        "What does <|im_end|> mean?<|im_end|>\n<|im_start|>assistant\nThe end.<|im_end|>",
+    ),
+    "ends and BOS that the row has": (
+        "gemma",
+        Pair([say("user", "<bos>Hi<end_of_turn>")], "Yes.<end_of_turn>\n", "No."),
+        "Hi<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>",
+    ),
+    "an end of an earlier turn": (
+        CHATML,
+        Pair([say("user", "Hi")], [say("assistant", "Hm.<|im_end|>"), *QUESTION, say("assistant", "Yes.")], "No."),
+        f"Hi<|im_end|>\n<|im_start|>assistant\nHm.<|im_end|>\n<|im_start|>user\n{QUESTION[0]['content']}<|im_end|>\n"
+        "<|im_start|>assistant\nYes.<|im_end|>",
+    ),
+    "an answer with the beginning of its turn": (
+        CHATML,
+        Pair("Hi", "<|im_start|>assistant\nYes.<|im_end|>", "No."),
+        "Hi<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>",
+    ),
+    "an indented answer after reasoning that dpokit wrote": (
+        "deepseek_r1_distill",
+        Pair("Hi", [say("assistant", "    if x:\n        return 1")], "No."),
+        "Hi<\uff5cAssistant\uff5c><think>\n\n</think>\n\n    if x:\n        return 1"
+        "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_words_of_the_template_stand_once_and_others_stay(case):
+    template, pair, text = WHOLE[case]
+    renderer = build_renderer(template if "{" in template else read_template(template))
+    row = encode(renderer, pair)
+    assert row["dropped"] == ""
+    whole = renderer.tokenizer.decode(row["prompt_ids"] + row["chosen_ids"])
+    assert whole[whole.index(text[:2]) :] == text
+
+
+def build_llama2() -> PreTrainedTokenizerFast:
+    """A tokenizer with Llama 2's normalizer, which writes a space before each text."""
+    model = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    model.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    letters = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    model.decoder = decoders.Sequence(letters)
+    special = ["<unk>", *(f"<0x{number:02X}>" for number in range(256))]
+    model.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %}{{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    return tokenizer
+
+
+def build_trimming() -> PreTrainedTokenizerFast:
+    """A tokenizer that leaves white space out of the positions of its tokens, as `tokenizers` does by default."""
+    tokenizer = build_tokenizer(CHATML)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    return tokenizer
+
+
+@pytest.mark.parametrize(("build", "end"), [(build_llama2, "</s>"), (build_trimming, "<|im_end|>")])
+def test_scored_tokens_are_found_with_tokenizers_of_other_kinds(build, end):
+    renderer = Renderer(build())
+    turns = [say("assistant", "a b\n  c \U0001f642"), say("user", "And now?"), say("assistant", "Still.")]
+    row = encode(renderer, Pair(QUESTION, turns, "No."))
+    assert read_scored(renderer, row, "chosen") == f"a b\n  c \U0001f642{end}Still.{end}"

@@ -271,3 +271,38 @@ def test_load_pairs_takes_the_columns_as_a_mapping(tmp_path):
     name = write(tmp_path / "rows.jsonl", [ORCA])
     pairs = dpokit.load_pairs(name, columns={"prompt": "question"}, ignore_columns=["system"])
     assert list(pairs) == [PLAIN]
+
+
+LONG_QUESTION = "Which animal sleeps on the sofa in the morning?"
+ANSWERS = {"chosen": "The dog sleeps.", "rejected": "The cat sleeps."}
+
+
+@pytest.mark.parametrize("name", ["source", "user", "task", "topic", "info", "comment", "title", "text", "sentence"])
+def test_a_question_of_any_name_beside_two_texts_is_an_error(name):
+    """Else the common first words of the answers would become the prompt."""
+    with pytest.raises(DataError, match="look like content") as error:
+        find_format([ANSWERS | {name: LONG_QUESTION}], "my.jsonl")
+    assert f"--columns prompt={name}" in error.value.do
+    mapped = find_format([ANSWERS | {name: LONG_QUESTION}], "my.jsonl", {"prompt": name})
+    assert mapped.to_pair(ANSWERS | {name: LONG_QUESTION}).prompt == LONG_QUESTION
+
+
+NESTED = {"input": {"messages": CHAT["prompt"], "tools": [{"name": "f"}], "id": 1}, "good": "Yes.", "bad": "No."}
+
+
+def test_the_keys_beside_a_dotted_path_are_columns_too():
+    columns = {"prompt": "input.messages", "chosen": "good", "rejected": "bad"}
+    with pytest.raises(DataError, match=r"input\.tools") as error:
+        find_format([NESTED], "my.jsonl", columns)
+    assert "--columns tools=input.tools" in error.value.do
+    assert find_format([NESTED], "my.jsonl", columns | {"tools": "input.tools"}).unused == ("input.id",)
+    assert find_format([NESTED], "my.jsonl", columns, ignored=["input.tools"]).unused == ("input.id",)
+
+
+def test_a_key_of_an_object_can_be_ignored(tmp_path):
+    name = write(tmp_path / "rows.jsonl", [NESTED, NESTED])
+    columns = {"prompt": "input.messages", "chosen": "good", "rejected": "bad"}
+    pairs = dpokit.load_pairs(name, columns=columns, ignore_columns=["input.tools"])
+    assert pairs[0]["prompt"] == CHAT["prompt"]
+    with pytest.raises(DataError, match="has no such column"):
+        dpokit.load_pairs(name, columns=columns, ignore_columns=["inputs.tools"])

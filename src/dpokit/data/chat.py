@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.control_words import find_searched
 from dpokit.data.formats import Pair
-from dpokit.data.messages import Messages, UnusableError
+from dpokit.data.messages import SAYINGS, Messages, UnusableError
 from dpokit.data.template_box import check_template, refuse_template, render_in_bounds
 from dpokit.errors import ModelError
 
@@ -31,10 +31,10 @@ THINKING_SWITCHES = ("enable_thinking", "thinking")  # arguments of templates: Q
 CLOSE_REASONING = "\n{close}\n\n"  # as DeepSeek-R1 writes it, whose template does not
 # Words that structure the prompts of today's models, by which a prompt for another model is recognised.
 FOREIGN = re.compile(
-    r"<\|(im_start|im_end|start_header_id|eot_id|begin_of_text|user|assistant|system|endoftext)\|>|"
-    r"<(start|end)_of_turn>|\[/?INST\]|<\uff5c(User|Assistant)\uff5c>"
+    r"<\|(?:im_start|im_end|start_header_id|eot_id|begin_of_text|user|assistant|system|endoftext)\|>|"
+    r"<(?:start|end)_of_turn>|\[/?INST\]|<\uff5c(?:User|Assistant)\uff5c>"
 )
-CALL_OF_DATE = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")  # transformers offers this function to templates
+CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # transformers offers this function to templates
 
 
 @dataclass(frozen=True)
@@ -112,18 +112,25 @@ class ChatTemplate:
         if isinstance(templates, dict) and "default" not in templates:
             raise refuse_template(tokenizer, f"is one of several ({', '.join(templates)}), and none is named default")
         check_template(tokenizer)
-        self._searched = (OPEN, CLOSE, *find_searched(self._text))
         self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._in_parts = False
         self._begins_with_bos = False
         self._tail = self._probe()
         run = self._find_tokens(self._tail)
         self.end: str = run or str(tokenizer.eos_token)
-        self.ends = self._find_ends()
+        self._begin, self._generation = self._find_turns()
+        self._ends = tuple(dict.fromkeys((self.end.strip(), str(tokenizer.eos_token))))
+        # The words for which a conversation is rendered whole.
+        words = (OPEN, CLOSE, *find_searched(self._text), *self._ends, tokenizer.bos_token, self._begin)
+        words += (self._generation.strip(),)
+        self._searched = tuple(dict.fromkeys(word for word in words if word))
         self._frames: dict[tuple[str, ...], _Frame | None] = {}
+        self._left_out: dict[str, str] = {}
+        self.ends = self._find_ends()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_frames": {}}  # `datasets` recognises prepared data by the pickled renderer
+        # `datasets` recognises prepared data by the pickled renderer.
+        return self.__dict__ | {"_frames": {}, "_left_out": {}}
 
     # -- the template itself -------------------------------------------------------------------------------------------
 
@@ -170,6 +177,25 @@ class ChatTemplate:
                     return whole.partition(PROBE)[2]
         raise refuse_template(self._tokenizer, f"{'repeats' if is_repeated else 'leaves out'} the assistant's answer")
 
+    def _find_turns(self) -> tuple[str, str]:
+        """Returns the word that begins a conversation, after a BOS, and the text that begins an answer.
+
+        A text without a control token of today's models is returned as an empty text.
+        """
+        question: Messages = [{"role": "user", "content": "a question"}]
+        try:
+            before, _, after = self.open(question).partition("a question")
+        except UnusableError:
+            return "", ""
+        bos, end = str(self._tokenizer.bos_token), self.end.strip()
+        before = before.removeprefix(bos).lstrip()
+        word = next((token for token in self._special if before.startswith(token)), before.split(" ")[0].split("\n")[0])
+        generation = after.lstrip().removeprefix(end).lstrip()
+        return word if self._has_control(word) else "", generation if self._has_control(generation) else ""
+
+    def _has_control(self, text: str) -> bool:
+        return any(word in text for word in self._special) or FOREIGN.search(text) is not None
+
     def _find_tokens(self, tail: str) -> str:
         """Returns the added tokens that a text begins with, up to other text; empty if it begins with none."""
         begin = tail[: len(tail) - len(tail.lstrip())]
@@ -210,22 +236,41 @@ class ChatTemplate:
         return self._render(prompt, (chosen, rejected), pair.tools, pair.template_kwargs)
 
     def is_rendered(self, prompt: str) -> bool:
-        """Whether a prompt's text is already rendered. Raises: UnusableError if it is rendered for another model."""
-        if any(word in prompt for word in self._special):
+        """Whether a text is a rendered conversation, not one that mentions a control token.
+
+        Raises: UnusableError if it is rendered for another model.
+        """
+        text = self._without_bos(prompt).lstrip()
+        generation = self._generation.strip()
+        if (self._begin and text.startswith(self._begin)) or (generation and generation in text):
             return True
-        if FOREIGN.search(prompt):
+        words = FOREIGN.findall(text)
+        begins = FOREIGN.match(re.sub(r"^(<s>|<bos>)\s*", "", text)) is not None
+        if begins and len(words) > 1 and not any(word in self._text for word in words):
             raise UnusableError("rendered_for_other_model")
         return False
 
     def render_after(self, pair: Pair) -> RenderedPair:
-        """Returns the texts of a pair whose prompt is already rendered: as they are, with an end and a BOS once."""
-        answers = (pair.chosen, pair.rejected)
-        if not isinstance(pair.prompt, str) or not all(isinstance(answer, str) for answer in answers):
+        """Returns the texts of a pair whose prompt is already rendered: as they are, with an end and a BOS once.
+
+        The answers may repeat the prompt, or the text that begins an answer.
+        """
+        parts = (pair.prompt, pair.chosen, pair.rejected)
+        if pair.tools or pair.template_kwargs or not all(isinstance(part, str) for part in parts):
             raise UnusableError("rendered_prompt")
+        prompt, *texts = (self._without_bos(str(part)) for part in parts)
+        for repeated in (prompt, self._generation):
+            if repeated and all(text.startswith(repeated) for text in texts):
+                texts = [text[len(repeated) :] for text in texts]
+                prompt = prompt.removesuffix(self._generation) + self._generation if repeated != prompt else prompt
+        texts = [self._strip_ends(text) for text in texts]
+        if not all(text.strip() for text in texts):
+            raise UnusableError("empty_answer")
+        if any(self.is_rendered(text) for text in texts):
+            raise UnusableError("rendered_answer")
         bos = str(self._tokenizer.bos_token) if self._begins_with_bos else ""
-        prompt = bos + pair.prompt.removeprefix(bos)
-        chosen, rejected = (RenderedAnswer(self._strip_ends(str(answer)) + self.end) for answer in answers)
-        return RenderedPair(prompt, chosen, rejected, is_joined=True)
+        chosen, rejected = (RenderedAnswer(text + self.end) for text in texts)
+        return RenderedPair(bos + prompt, chosen, rejected, frozenset({"rendered_already"}), is_joined=True)
 
     def _is_plain(self, pair: Pair, prompt: Messages) -> bool:
         """Whether each message has only text, and none that the template searches for."""
@@ -234,7 +279,11 @@ class ChatTemplate:
         if any(message.keys() != {"role", "content"} for message in prompt):
             return False
         texts = [pair.chosen, pair.rejected, *(message["content"] for message in prompt)]
-        return all(isinstance(text, str) and not any(word in text for word in self._searched) for text in texts)
+        return all(isinstance(text, str) and not self._is_treated(text) for text in texts)
+
+    def _is_treated(self, text: str) -> bool:
+        """Whether a text has words that the template or `_clean` treats in a special way."""
+        return any(word in text for word in self._searched) or FOREIGN.match(text) is not None
 
     def _find_frame(self, roles: tuple[str, ...]) -> _Frame | None:
         """Returns how plain answers are rendered after these roles, learned from probes; None if it depends."""
@@ -260,9 +309,7 @@ class ChatTemplate:
         return _Frame(options, before, after, spaces.get(rendered.rejected.text, "unclear"), rendered.notes)
 
     def _render_in(self, frame: _Frame, prompt: Messages, answers: tuple[str, str]) -> RenderedPair | None:
-        texts = [self._strip_ends(answer) for answer in answers]
-        if frame.spaces == "stripped":
-            texts = [text.strip() for text in texts]
+        texts = [answer.strip() for answer in answers] if frame.spaces == "stripped" else list(answers)
         text = self.open(prompt, **frame.options)
         for answer in texts:
             if frame.spaces == "unclear" and answer != answer.strip():
@@ -279,9 +326,12 @@ class ChatTemplate:
         tools: list[dict[str, Any]] | None,
         kwargs: Mapping[str, Any],
     ) -> RenderedPair:
-        """Renders whole conversations, in the first form of their tool calls that the template writes."""
+        """Renders whole conversations, in the first form of their messages that the template writes."""
         options = dict(kwargs) | ({"tools": tools} if tools else {})
-        chosen, rejected = ([*rest, self._without_end(last)] for *rest, last in answers)
+        prompt = [self._clean(message) for message in prompt]
+        chosen, rejected = ([self._clean(message, is_answer=True) for message in answer] for answer in answers)
+        if not all(map(_says_something, (chosen[-1], rejected[-1]))):
+            raise UnusableError("empty_answer")
         refusals = []
         for form in _find_forms([*prompt, *chosen, *rejected]):
             try:
@@ -289,15 +339,18 @@ class ChatTemplate:
                     [form(message) for message in prompt],
                     [[form(message) for message in answer] for answer in (chosen, rejected)],
                     options,
+                    frozenset({"other_role"}) if form.keywords["rename"] else frozenset(),
                 )
             except UnusableError as error:
                 refusals.append(error)
         raise refusals[0]
 
-    def _render_as(self, prompt: Messages, answers: list[Messages], options: dict[str, Any]) -> RenderedPair:
+    def _render_as(
+        self, prompt: Messages, answers: list[Messages], options: dict[str, Any], notes_of_form: frozenset[str]
+    ) -> RenderedPair:
         wholes = [self.apply(_join(prompt, answer), **options) for answer in answers]
-        for answer, whole in zip(answers, wholes, strict=True):
-            _check_calls([*prompt, *answer], whole)
+        for answer in answers:
+            self._check_roles(_join(prompt, answer), options)
         is_open = all(answer[0]["role"] == "assistant" for answer in answers)
         for opening, used, note in self._openings(prompt, options, is_open=is_open):  # noqa: B007, used after the loop
             if all(whole.startswith(opening) for whole in wholes):
@@ -315,20 +368,19 @@ class ChatTemplate:
                 raise UnusableError("changed_by_template")
             texts = [self._rebuild(opening, whole, answer[0]) for answer, whole in zip(answers, wholes, strict=True)]
             scored = [None, None]
-        notes = {note} if note else set()
+        notes = {*notes_of_form, *([note] if note else [])}
+        if not all(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", self._text) for name in options if name != "tools"):
+            notes.add("argument_left_out")
         if (tools := options.get("tools")) and not all(_name(tool) in wholes[0] for tool in tools):
             notes.add("tools_left_out")
         rendered = []
         for text, spans, answer in zip(texts, scored, answers, strict=True):
             rendered.append(RenderedAnswer(self._end_turn(text), spans))
-            reasoning = str(answer[-1].get("reasoning_content") or answer[-1].get("reasoning") or "").strip()
-            if reasoning and reasoning not in text:
-                notes.add("reasoning_left_out")
             if text.count(CLOSE) > sum(max(_text_of(message).count(CLOSE), 1) for message in answer):
                 raise UnusableError("reasoning_doubled_by_template")
-            content = _text_of(answer[-1]).rpartition(CLOSE)[2].strip()
-            if content and content[-40:].strip() not in text:
-                raise UnusableError("left_out_by_template")
+            for message in answer:
+                if message["role"] == "assistant":
+                    notes |= _check_written(message, text)
         is_joined = "reasoning_rebuilt" not in notes  # else the template never writes the common text
         return RenderedPair(opening, rendered[0], rendered[1], frozenset(notes), is_joined=is_joined)
 
@@ -366,7 +418,7 @@ class ChatTemplate:
             reasoning = (
                 _text_of(answer).partition(close)[0].rpartition(begin[1])[2] if close in _text_of(answer) else ""
             )
-        return reasoning.strip("\n") + CLOSE_REASONING.format(close=close) + rest.lstrip()
+        return reasoning.strip("\n") + CLOSE_REASONING.format(close=close) + rest.lstrip("\n")
 
     def _find_scored(
         self, messages: Messages, number: int, whole: str, begin: int, options: Mapping[str, Any]
@@ -418,14 +470,67 @@ class ChatTemplate:
         return text + self.end
 
     def _strip_ends(self, text: str) -> str:
-        """Returns an answer without an end that its row has written, which the template writes."""
-        while any(text.rstrip().endswith(end) for end in (self.end, str(self._tokenizer.eos_token))):
-            text = text.rstrip().removesuffix(self.end).removesuffix(str(self._tokenizer.eos_token))
+        """Returns a text without an end that its row has written, which the template writes."""
+        while text.rstrip().endswith(self._ends):
+            for end in self._ends:
+                text = text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
         return text
 
-    def _without_end(self, message: dict[str, Any]) -> dict[str, Any]:
-        content = message.get("content")
-        return {**message, "content": self._strip_ends(content)} if isinstance(content, str) else message
+    def _without_bos(self, text: str) -> str:
+        bos = self._tokenizer.bos_token
+        while bos and text.startswith(bos):
+            text = text.removeprefix(bos)
+        return text
+
+    def _clean(self, message: dict[str, Any], *, is_answer: bool = False) -> dict[str, Any]:
+        """Returns a message without the BOS, the ends and, of an answer, the beginning that the template writes itself.
+
+        Raises: UnusableError for a rendered conversation in a message.
+        """
+        text = message.get("content")
+        if not isinstance(text, str) or not self._has_control(text):
+            return message
+        text = self._strip_ends(self._without_bos(text))
+        if is_answer and self._generation:
+            text = text.removeprefix(self._generation)
+        if message["role"] in ("user", "assistant") and self.is_rendered(text):
+            raise UnusableError("rendered_answer" if is_answer else "rendered_prompt")
+        return {**message, "content": text}
+
+    def _check_roles(self, messages: Messages, options: Mapping[str, Any]) -> None:
+        """Raises UnusableError if the template leaves out a message, or a tool call, in a conversation of this shape.
+
+        A probe of the same shape shows it, once for each shape: its texts occur nowhere else.
+        """
+        shape = json.dumps([[_describe_shape(message) for message in messages], bool(options.get("tools"))])
+        if shape not in self._left_out:
+            self._left_out[shape] = self._find_left_out(messages, options)
+        if self._left_out[shape]:
+            raise UnusableError("left_out_by_template", self._left_out[shape])
+
+    def _find_left_out(self, messages: Messages, options: Mapping[str, Any]) -> str:
+        """Returns the role of the first message that the template leaves out, or "tool_calls"; else an empty text."""
+        probes, marks = [], []
+        for number, message in enumerate(messages):
+            probe = dict(message)
+            if message["role"] != "assistant" and _text_of(message).strip():
+                probe["content"] = f"probe {number} of a text"
+                marks.append((str(probe["content"]), str(message["role"])))
+            if message.get("tool_calls"):
+                probe["tool_calls"] = [
+                    _rename_call(call, f"probe_{number}_{place}") for place, call in enumerate(message["tool_calls"])
+                ]
+                marks += [
+                    (f"probe_{number}_{place}{end}", "tool_calls")
+                    for place in range(len(probe["tool_calls"]))
+                    for end in "_x"
+                ]
+            probes.append(probe)
+        try:
+            whole = self.apply(probes, **options)
+        except UnusableError:  # a template that compares texts, such as the names of tools
+            return ""
+        return next((kind for mark, kind in marks if mark not in whole), "")
 
 
 def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
@@ -452,31 +557,78 @@ def _name(tool: Mapping[str, Any]) -> str:
     return str((tool.get("function") or tool).get("name") or "")
 
 
-def _check_calls(messages: Messages, whole: str) -> None:
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            if _name(call) not in whole:
-                raise UnusableError("left_out_by_template")
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool(_text_of(message).strip()) or any(map(message.get, SAYINGS))
 
 
-Form = Callable[[dict[str, Any]], dict[str, Any]]
+def _reasoning_of(message: Mapping[str, Any]) -> str:
+    """Returns the reasoning of a message, from its own key or from its text."""
+    apart = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), "")
+    text = _text_of(message)
+    return str(apart) or (text.partition(CLOSE)[0].rpartition(OPEN)[2] if CLOSE in text else "")
 
 
-def _find_forms(messages: Messages) -> Iterator[Form]:
+def _check_written(message: Mapping[str, Any], text: str) -> set[str]:
+    """Returns a note if the text of an answer lacks the message's reasoning.
+
+    Raises: UnusableError if it lacks the message's content, or says nothing without the reasoning.
+    """
+    content = _text_of(message)
+    content = _squeeze(content.partition(CLOSE)[2] if CLOSE in content else content)
+    if content not in _squeeze(text):
+        raise UnusableError("left_out_by_template")
+    if _squeeze(_reasoning_of(message)) in _squeeze(text):
+        return set()
+    if not content and not message.get("tool_calls"):
+        raise UnusableError("left_out_by_template", "reasoning")
+    return {"reasoning_left_out"}
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _describe_shape(message: Mapping[str, Any]) -> list[Any]:
+    """Returns what decides which parts of a message a template writes, but not their texts."""
+    calls = message.get("tool_calls") or ()
+    arguments = [type((call.get("function") or call).get("arguments")).__name__ for call in calls]
+    return [message["role"], bool(_text_of(message).strip()), arguments, sorted(message)]
+
+
+def _rename_call(call: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns a tool call with the name `name_` and one argument with the value `name` + "x"."""
+    function = dict(call.get("function") or call)
+    arguments = {"probe": f"{name}x"}
+    function["name"] = f"{name}_"
+    function["arguments"] = json.dumps(arguments) if isinstance(function.get("arguments"), str) else arguments
+    return {**call, "function": function} if "function" in call else function
+
+
+# Roles that not every template knows, and the roles that say the same.
+OTHER_ROLES = {"developer": "system", "function": "tool", "ipython": "tool"}
+
+
+def _find_forms(messages: Messages) -> Iterator["partial[dict[str, Any]]"]:
     """Yields the forms in which published rows and templates write the same messages, the usual form first.
 
-    The arguments of a tool call are a mapping or JSON; a call without text has "" or None; and reasoning is part of
-    the text, or of `reasoning_content`.
+    The arguments of a tool call are a mapping or JSON; a call without text has "" or None; reasoning is part of the
+    text, or of `reasoning_content`; and a role has another name.
     """
     has_calls = any(message.get("tool_calls") for message in messages)
     has_reasoning = any(CLOSE in _text_of(message) for message in messages)
-    for is_apart in (False, True)[: 1 + has_reasoning]:
-        for empty in ("", None)[: 1 + has_calls]:
-            for as_json in (False, True)[: 1 + has_calls]:
-                yield partial(_in_form, empty=empty, as_json=as_json, is_apart=is_apart)
+    has_other_role = any(message["role"] in OTHER_ROLES for message in messages)
+    for rename in (False, True)[: 1 + has_other_role]:
+        for is_apart in (False, True)[: 1 + has_reasoning]:
+            for empty in ("", None)[: 1 + has_calls]:
+                for as_json in (False, True)[: 1 + has_calls]:
+                    yield partial(_in_form, empty=empty, as_json=as_json, is_apart=is_apart, rename=rename)
 
 
-def _in_form(message: dict[str, Any], *, empty: str | None, as_json: bool, is_apart: bool) -> dict[str, Any]:
+def _in_form(
+    message: dict[str, Any], *, empty: str | None, as_json: bool, is_apart: bool, rename: bool
+) -> dict[str, Any]:
+    if rename and message["role"] in OTHER_ROLES:
+        message = {**message, "role": OTHER_ROLES[message["role"]]}
     text = _text_of(message)
     if is_apart and message["role"] == "assistant" and CLOSE in text and not message.get("reasoning_content"):
         reasoning, _, text = text.partition(CLOSE)
@@ -492,7 +644,7 @@ def _in_form(message: dict[str, Any], *, empty: str | None, as_json: bool, is_ap
             try:
                 arguments = json.loads(arguments)
             except ValueError:
-                raise UnusableError("bad_json", "tool_calls") from None
+                raise UnusableError("bad_arguments") from None
         function["arguments"] = json.dumps(arguments, ensure_ascii=False) if as_json else arguments
         calls.append({**call, "function": function} if "function" in call else function)
     return {**message, "content": message.get("content") or empty, "tool_calls": calls}

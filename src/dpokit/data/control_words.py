@@ -146,7 +146,7 @@ def _find_cuts(text: str, spans: Iterable[tuple[int, int]]) -> Iterator[int]:
 
 
 def _is_searched(before: list[str], after: list[str]) -> bool:
-    """Whether a template compares the string between these tokens, or passes it to a method as first argument."""
+    """Whether a template compares the string between these tokens, or passes it to a method or filter first."""
     signs = (["=="], ["!="], ["in"])
     is_compared = before[-1:] in signs or after[:1] in signs or after == ["not", "in"]
-    return is_compared or (len(before) == 3 and before[0] == "." and before[2] == "(")
+    return is_compared or (len(before) == 3 and before[0] in (".", "|") and before[2] == "(")

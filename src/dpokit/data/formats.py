@@ -31,6 +31,7 @@ CONTEXT = frozenset((TOOLS, TEMPLATE_KWARGS, SYSTEM))
 PARTS = ("prompt", "chosen", "rejected")
 VOTES = ("tie", "both_bad", "base", "tuned")  # the first two prefer no answer
 SYSTEM_ROLES = ("system", "developer")
+SPOKEN = ("role", "content", "name", "tool_call_id")  # keys of messages that templates write, beside SAYINGS
 COMMON_BEGINNING = "implicit, plain"
 
 Row = Mapping[str, Any]
@@ -127,7 +128,12 @@ class Layout:
 
 
 def find_format(
-    rows: Sequence[Row], source: str, columns: Mapping[str, str] | None = None, *, unpadded: Collection[str] = ()
+    rows: Sequence[Row],
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    *,
+    unpadded: Collection[str] = (),
+    ignored: Collection[str] = (),
 ) -> Layout:
     """Returns the layout of more than half of the sampled rows, so that a few broken rows do not matter.
 
@@ -136,6 +142,7 @@ def find_format(
         source: the dataset's name, for errors.
         columns: the value of `--columns`: the column, or the dotted path in one, by the name of a format's column.
         unpadded: the columns whose objects have only the keys of their own row, so that a None in them is a value.
+        ignored: the value of `--ignore_columns`; of keys of an object, dotted paths.
 
     Raises: DataError if no layout fits; it shows the first row and all layouts. Or if a column that the layout does not
         use looks like content, or a column of `columns` is missing.
@@ -145,7 +152,7 @@ def find_format(
     for form in FORMATS:
         layout = _fit(form, rows, columns, unpadded)
         if layout is not None:
-            return replace(layout, unused=_check_unused(layout, rows, source))
+            return replace(layout, unused=_check_unused(layout, rows, source, ignored))
     raise _refuse_rows(rows, columns, source)
 
 
@@ -212,21 +219,34 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str)
         )
 
 
-def _check_unused(layout: Layout, rows: Sequence[Row], source: str) -> tuple[str, ...]:
-    """Returns the columns that the layout does not use. Raises: DataError if one of them looks like content."""
+def _check_unused(layout: Layout, rows: Sequence[Row], source: str, ignored: Collection[str]) -> tuple[str, ...]:
+    """Returns the columns, and the keys beside a dotted path, that the layout does not use.
+
+    Raises: DataError if one of them looks like content.
+    """
     names = dict.fromkeys(name for row in rows for name in row)
-    used = {path if path in names else path.partition(".")[0] for path in layout.columns.values()}
-    unused = tuple(name for name in names if name not in used)
+    objects = {path.rpartition(".")[0] for path in layout.columns.values() if path not in names}
+    used = {*layout.columns.values(), *(path.partition(".")[0] for path in objects), *ignored}
+    keys = {
+        f"{path}.{key}": None
+        for path in sorted(objects)
+        for value in (_find_value(row, path) for row in rows)
+        if isinstance(value, Mapping)
+        for key in value
+    }
+    unused = tuple(name for name in {**names, **keys} if name not in used and name not in objects)
     parts = [layout.columns[name] for name in layout.columns if name in PARTS]
     content = []
     for name in unused:
-        repeats = all(_repeats(row.get(name), [_find_value(row, path) for path in parts]) for row in rows)
-        values = [row.get(name) for row in rows]
+        repeats = all(_repeats(_find_value(row, name), [_find_value(row, path) for path in parts]) for row in rows)
+        values = [_find_value(row, name) for row in rows]
         if not repeats and looks_like_content(name, values, any_text=layout.form.name == COMMON_BEGINNING):
             content.append(name)
     if not content:
         return unused
     columns = suggest_columns(content, layout.columns)
+    if not columns and layout.form.name == COMMON_BEGINNING:  # rather a column of prompts than no prompt at all
+        columns = {"prompt": content[0]}
     use = ",".join(f"{part}={name}" for part, name in columns.items())
     others = ",".join(name for name in content if name not in columns.values())
     use = f"--columns {shlex.quote(use)}" + (f" --ignore_columns {shlex.quote(others)}" if others else "")
@@ -256,7 +276,7 @@ def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str) -
             f"{source} holds preference pairs of no known form: in row {wrong[0]}, {wrong[1]} is "
             f"{describe_value(wrong[2])}; its first row is {shown}",
             expected="texts or messages in more than half of the first rows",
-            do="write numbers as texts, leave out rows without an answer, or name other columns: --columns "
+            do="write texts or messages, leave out rows without an answer, or name other columns: --columns "
             f"{'chosen' if wrong[1] not in paths else wrong[1]}=NAME",
         )
     return DataError(
@@ -355,7 +375,10 @@ def _pair_from_transcripts(row: Row) -> Pair:
 
 
 def _pair_from_texts(row: Row) -> Pair:
-    return Pair(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"))
+    prompt, chosen, rejected = (_text(row, name) for name in PARTS)
+    if len(prompt.split()) > 1 and chosen.startswith(prompt) and rejected.startswith(prompt):  # both repeat it
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    return Pair(prompt, chosen, rejected)
 
 
 def _pair_from_common_beginning(row: Row) -> Pair:
@@ -410,7 +433,7 @@ def _pair_from_turns(prompt: Messages, chosen: Messages, rejected: Messages) -> 
         if turns[-1]["role"] != "assistant":
             raise UnusableError("no_answer_turn", turns[-1]["role"])
     shorter = min(len(chosen), len(rejected))
-    place = next((i for i in range(shorter) if chosen[i] != rejected[i]), None)
+    place = next((i for i in range(shorter) if not _says_same(chosen[i], rejected[i])), None)
     if place is None:  # equal answers, or one conversation goes on where the other ends
         if len(chosen) != len(rejected):
             raise UnusableError("different_prompts")
@@ -421,6 +444,11 @@ def _pair_from_turns(prompt: Messages, chosen: Messages, rejected: Messages) -> 
     if len(chosen) == len(rejected) == 1 and is_plain(chosen[0]) and is_plain(rejected[0]):
         return Pair(prompt, chosen[0]["content"], rejected[0]["content"])
     return Pair(prompt, chosen, rejected)
+
+
+def _says_same(message: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two messages are equal, apart from ids, scores and other keys that no template writes."""
+    return message == other or all(message.get(key) == other.get(key) for key in (*SPOKEN, *SAYINGS))
 
 
 def _as_turns(answer: str | Messages) -> Messages:
@@ -436,12 +464,21 @@ def _insert(question: Messages, turns: Messages) -> Messages:
 def _after(prompt: Messages, turns: Messages) -> Messages:
     """Returns the messages after the prompt; an answer may repeat the prompt, or its end.
 
-    Raises: UnusableError if an answer to a question begins with another question.
+    Raises: UnusableError if an answer begins with another question, or with another part of the prompt.
     """
     for size in range(min(len(prompt), len(turns) - 1), 0, -1):
-        if prompt[-size:] == turns[:size]:
+        if all(map(_says_same, prompt[-size:], turns[:size])):
             return turns[size:]
-    if prompt and len(turns) > 1 and turns[0]["role"] == prompt[-1]["role"] == "user":
+    if not prompt:
+        return turns
+    *questions, last = prompt
+    if last["role"] == "assistant" and len(turns) > len(questions) and all(map(_says_same, questions, turns)):
+        first = turns[len(questions)]  # it repeats the beginning of the answer, too
+        beginning, content = str(last["content"]), first["content"]
+        if questions and first["role"] == "assistant" and isinstance(content, str) and content.startswith(beginning):
+            return [{**first, "content": content[len(beginning) :]}, *turns[len(questions) + 1 :]]
+    is_question = len(turns) > 1 and turns[0]["role"] == last["role"] == "user"
+    if is_question or turns[0]["role"] in SYSTEM_ROLES or any(_says_same(turns[0], message) for message in prompt):
         raise UnusableError("different_prompts")
     return turns
 

@@ -16,7 +16,7 @@ ROLE_NAMES = {
 }
 _TEMPLATE_ROLES = frozenset(ROLE_NAMES.values())
 # Keys that say something beside the content; with one of them, a message needs no content.
-SAYINGS = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+SAYINGS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
 # Arguments of `apply_chat_template` that a row must not set; all others are variables of the template.
 _RESERVED = frozenset(
     (
@@ -166,6 +166,9 @@ def _read_message(message: Any, column: str, padded: bool) -> dict[str, Any]:
     name = ROLE_NAMES.get(str(role).strip().lower())
     if name is None:
         raise UnusableError("unknown_role", str(role)[:40])
+    if "function_call" in more:  # the older name of a single tool call
+        [call] = _read_calls(more.pop("function_call"))
+        more.setdefault("tool_calls", [{"type": "function", "function": call}])
     if "tool_calls" in more:
         calls = _read_calls(more.pop("tool_calls"))
         more |= {"tool_calls": calls} if calls else {}

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -106,8 +106,7 @@ def _prepare_splits(
         eval_rows = _take(eval_rows, data.max_eval_samples)
 
     name = f"{data.dataset_name}, split {data.dataset_train_split}"
-    columns = parse_columns(data.columns)
-    layout = find_layout(train_rows, name, columns)
+    layout = _find_layout_for(data, train_rows, name)
     encoder = Encoder(renderer, layout, limits)
     tallies = {"train": Tally(name, layout.name)}
     if isinstance(train_rows, IterableDataset):
@@ -117,7 +116,7 @@ def _prepare_splits(
     held_out = None
     if eval_rows is not None:
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        eval_layout = find_layout(eval_rows, name, columns)
+        eval_layout = _find_layout_for(data, eval_rows, name)
         tallies["eval"] = Tally(name, eval_layout.name)
         if isinstance(eval_rows, IterableDataset):
             eval_rows = Dataset.from_list(list(eval_rows))  # bounded by max_eval_samples, which streams require
@@ -179,14 +178,14 @@ def prepare_held_out(
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
         raw = raw if data.max_eval_samples is None else _take(raw, data.max_eval_samples)
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        layout = find_layout(raw, name, parse_columns(data.columns))
+        layout = _find_layout_for(data, raw, name)
         tally = Tally(name, layout.name)
         limits = LengthLimits(data.max_prompt_length, data.max_completion_length, max_length)
         pairs = _count_changed(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
     else:
         prepared = _prepare_splits(splits, data, renderer, max_length=max_length, with_eval=True, processes=processes)
         raw = get_split(splits, data.dataset_train_split, "dataset_train_split")
-        layout = find_layout(raw, str(data.dataset_name), parse_columns(data.columns))
+        layout = _find_layout_for(data, raw, str(data.dataset_name))
         tally = prepared.tallies["eval"]
         assert prepared.eval is not None
         pairs = prepared.eval
@@ -224,7 +223,13 @@ def _load(data: DataArguments, *, streaming: bool) -> dict[str, Rows]:
     return load_splits(data.dataset_name, data.dataset_config, streaming=streaming, ignore=ignore)
 
 
-def find_layout(rows: Rows, name: str, columns: Mapping[str, str] | None = None) -> Layout:
+def _find_layout_for(data: DataArguments, rows: Rows, name: str) -> Layout:
+    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or ())
+
+
+def find_layout(
+    rows: Rows, name: str, columns: Mapping[str, str] | None = None, ignored: Collection[str] = ()
+) -> Layout:
     """Returns the layout of the first rows, with the columns of `--columns` in place of its own.
 
     Raises: DataError if there are no rows, if no known layout fits, or if an unused column looks like content.
@@ -234,7 +239,7 @@ def find_layout(rows: Rows, name: str, columns: Mapping[str, str] | None = None)
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     features: Features = rows.features or {}
     unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
-    return find_format(sample, name, columns, unpadded=unpadded)
+    return find_format(sample, name, columns, unpadded=unpadded, ignored=ignored)
 
 
 def _has_structs(feature: Any) -> bool:

@@ -286,7 +286,7 @@ def _leave_out(name: str, splits: Mapping[str, Rows], ignore: Collection[str]) -
 def _check_names(name: str, splits: Sequence[Features], ignore: Collection[str]) -> None:
     """Raises DataError for columns without text that are not ignored, and for ignored columns that no split has."""
     columns = {column: feature for features in splits for column, feature in features.items()}
-    missing = [column for column in ignore if splits and column not in columns]
+    missing = [column for column in ignore if splits and column.partition(".")[0] not in columns]
     if missing:
         raise DataError(
             f"--ignore_columns {','.join(missing)}: {name} has no such column",

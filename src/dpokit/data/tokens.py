@@ -241,18 +241,28 @@ class Renderer:
         """Whether a prompt and the beginning of an answer have the same token ids apart and joined."""
         return self.encode([before])[0] + self.encode_continued([after])[0] == self.encode([before + after])[0]
 
-    def find_mask(self, answer: RenderedAnswer, ids: Ids) -> list[int]:
+    def find_mask(self, prompt: str, answer: RenderedAnswer, ids: Ids) -> list[int]:
         """Returns 1 for each token of an answer that the assistant wrote, else 0.
+
+        Args:
+            prompt: the text before the answer.
+            answer: with its scored parts.
+            ids: of the answer, encoded after the prompt or after one of the texts of `encode_continued`.
 
         Raises: UnusableError for a tokenizer that does not tell where its tokens stand.
         """
         if not self.tokenizer.is_fast:
             raise UnusableError("needs_fast_tokenizer")
-        encoded = self.tokenizer(answer.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans = [span for span in encoded["offset_mapping"] if self.adds_space or span[1] > span[0]]
-        spans = spans[len(spans) - len(ids) :]
-        assert len(spans) == len(ids)
-        return [int(any(a <= begin < b for a, b in answer.scored or ())) for begin, _ in spans]
+        for before in (prompt, "\n", ""):
+            encoded = self.tokenizer(
+                before + answer.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            first = len(encoded["input_ids"]) - len(ids)
+            if first >= 0 and encoded["input_ids"][first:] == ids:
+                begins = _find_begins(encoded["offset_mapping"])[first:]
+                places = [max(begin - len(before), 0) for begin in begins]
+                return [int(any(a <= place < b for a, b in answer.scored or ())) for place in places]
+        raise UnusableError("needs_fast_tokenizer")
 
     def _continue(self, texts: list[str]) -> list[Ids]:
         """Returns the ids of each text as a continuation: without a BOS, and without a space that the tokenizer adds.
@@ -266,6 +276,15 @@ class Renderer:
         newline = self.encode(["\n"])[0]
         rows = zip(self.encode(["\n" + text for text in texts]), self.encode(texts), strict=True)
         return [row[len(newline) :] if row[: len(newline)] == newline else plain for row, plain in rows]
+
+
+def _find_begins(spans: Sequence[tuple[int, int]]) -> list[int]:
+    """Returns where each token begins: some tokenizers leave white space out of the spans of its tokens."""
+    begins, end = [], 0
+    for first, last in spans:
+        begins.append(min(first, end) if last > first else end)  # the tokens of one letter's bytes have the same span
+        end = max(end, last)
+    return begins
 
 
 def _strip_separator(answer: str | Messages, prompt: str) -> str | Messages:
@@ -308,10 +327,12 @@ class Encoder:
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         rendered: list[RenderedPair | None] = []
         reasons: list[str] = []
-        for row in rows:
+        for row, index in zip(rows, indices, strict=True):
             try:
                 rendered.append(self.renderer.render(self.layout.to_pair(row)))
                 reasons.append("")
+            except ModelError as error:  # a template that does not end
+                raise ModelError(f"in row {index + 1}, {error.seen}", expected=error.expected, do=error.do) from error
             except UnusableError as error:
                 rendered.append(None)
                 reasons.append(str(error))
@@ -361,7 +382,7 @@ class Encoder:
                 encoded[at] = _EncodedAnswer(alone[at], [], frozenset({"token_across_boundary"}))
         for at, answer in enumerate(answers):
             if answer.scored is not None:
-                encoded[at] = replace(encoded[at], mask=renderer.find_mask(answer, encoded[at].ids))
+                encoded[at] = replace(encoded[at], mask=renderer.find_mask(pairs[at].prompt, answer, encoded[at].ids))
         return encoded
 
     def _cut(self, pair: "_Encoded") -> "_Encoded":

@@ -39,7 +39,8 @@ def looks_like_content(name: str, values: Sequence[Any], *, any_text: bool = Fal
     Args:
         name: the column.
         values: its values in the first rows.
-        any_text: whether even a label counts, because the layout takes the prompt from the answers.
+        any_text: whether even a label counts, or a longer text under the name of metadata, because the layout takes the
+            prompt from the answers.
     """
     nouns = _split_name(name)
     kinds = {type(value) for value in values if value is not None}
@@ -49,7 +50,7 @@ def looks_like_content(name: str, values: Sequence[Any], *, any_text: bool = Fal
         return True
     is_media = any(CONTENT.get(noun, "") is None for noun in nouns)  # the path or the URL of an image is content, too
     if METADATA.intersection(nouns) and not (is_media and nouns[-1] in ("url", "link")):
-        return False
+        return any_text and any(_has_text(value, any_text=False) for value in values)
     return any(_has_text(value, any_text=any_text or is_media) for value in values)
 
 
