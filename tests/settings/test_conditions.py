@@ -100,7 +100,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any] | None]] = {
     "liger_kernel_config": ({"rope": True}, {"use_liger_kernel": False}, {"use_liger_kernel": True}),
     "fsdp_config": ({"min_num_params": 10}, {"fsdp": ""}, None),
     "max_prompt_length": (600, {"max_length": 512}, {"max_length": 1024}),
-    "max_completion_length": (512, {"max_length": 512}, {"max_length": None}),
+    "max_completion_length": (513, {"max_length": 512}, {"max_length": None}),
     "dataset_test_split": ("test", {"eval_fraction": 0.1}, {"eval_fraction": None}),
     "dataset_config": ("en", {"dataset_name": __file__}, {"dataset_name": "some/data"}),
     "dataset_num_proc": (2, {"dataset_streaming": True, "max_steps": 3}, {"dataset_streaming": False}),

@@ -120,8 +120,8 @@ def _uses_logging_steps(values: Values) -> bool:
     return sets_evaluations or _has("logging_strategy", "steps")(values)
 
 
-def _is_below_max_length(flag: str) -> Callable[[Values], bool]:
-    return lambda values: values["max_length"] is None or values[flag] is None or values[flag] < values["max_length"]
+def _fits_max_length(flag: str) -> Callable[[Values], bool]:
+    return lambda values: values["max_length"] is None or values[flag] is None or values[flag] <= values["max_length"]
 
 
 def _is_file(*parts: str) -> bool:
@@ -408,13 +408,13 @@ CONDITIONS = (
     Condition(
         ("max_prompt_length",),
         ("max_length",),
-        _is_below_max_length("max_prompt_length"),
+        _fits_max_length("max_prompt_length"),
         "set max_length to more tokens",
     ),
     Condition(
         ("max_completion_length",),
         ("max_length",),
-        _is_below_max_length("max_completion_length"),
+        _fits_max_length("max_completion_length"),
         "set max_length to more tokens",
     ),
     Condition(
