@@ -87,7 +87,7 @@ def _check_merge(settings: Settings) -> None:
 
 
 def _check_base(settings: Settings) -> None:
-    """Raises SettingsError if a lone adapter would be sent whose base is a folder of this machine."""
+    """Raises SettingsError if a lone adapter would be sent whose base is a folder or file of this machine."""
     model = settings.model
     name = str(model.model_name_or_path)
     if not model.use_peft or settings.data.merge_after_training or not is_on_disk(name):
@@ -95,7 +95,7 @@ def _check_base(settings: Settings) -> None:
     base = find_base(model) or name
     if is_on_disk(base):
         raise SettingsError(
-            f"--push_to_hub would send an adapter whose base is {base}, a folder of this machine",
+            f"--push_to_hub would send an adapter whose base is {base}, a folder or file of this machine",
             expected="a base that others can load, too",
             do="--merge_after_training; or train without --push_to_hub, then dpokit push RUN --base-model ID",
         )

@@ -324,7 +324,7 @@ REPEATS = {
 
 
 @pytest.mark.parametrize("case", REPEATS)
-def test_an_answer_that_repeats_the_prompt_has_it_once_or_is_dropped(case):
+def test_an_answer_that_repeats_the_prompt_has_it_once(case):
     prompt, chosen, rejected, expected = REPEATS[case]
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
     layout = find_format([row], "test")

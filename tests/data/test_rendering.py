@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import trl
+from datasets.fingerprint import Hasher
 from test_chat_templates import QUESTION, RESULT, TOOLS, build_tokenizer, call, say
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -269,6 +270,14 @@ def test_a_template_for_tools_is_used_for_rows_with_tools():
 def test_a_template_that_repeats_the_answer_is_refused():
     with pytest.raises(ModelError, match="repeats the assistant's answer"):
         build_renderer(CHATML.replace("{{ m.content }}", "{{ m.content }}{{ m.content }}"))
+
+
+@pytest.mark.parametrize(("template", "is_dated"), [(CHATML, False), ("{{ strftime_now( '%Y' ) }}" + CHATML, True)])
+def test_prepared_rows_are_of_a_day_only_if_the_template_is(template, is_dated):
+    tokenizer = build_tokenizer(template)
+    days = (None, "2026-01-01", "2027-11-30")
+    hashes = {Hasher.hash(Renderer(tokenizer, day).chat) for day in days}
+    assert len(hashes) == (3 if is_dated else 1)
 
 
 # -- nothing is lost without a word ------------------------------------------------------------------------------------

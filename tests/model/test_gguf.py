@@ -30,6 +30,7 @@ import dpokit
 from dpokit.card.origin import find_lineage
 from dpokit.errors import DpokitError, ModelError
 from dpokit.evaluate.inputs import load_subject
+from dpokit.model.check import is_gguf
 from dpokit.model.gguf import find_model_folder
 from dpokit.model.reference import hash_weights
 from dpokit.report.read import load_run
@@ -182,6 +183,17 @@ def test_a_file_is_converted_once_and_said_once(tiny_gguf, tmp_path, capsys):
     assert find_model_folder(str(moved)) == folder
     assert capsys.readouterr().err == ""
     assert find_model_folder("openai-community/gpt2") == "openai-community/gpt2"
+
+
+def test_a_file_that_moves_during_a_run_keeps_its_copy(tiny_gguf, tmp_path):
+    folder = find_model_folder(str(tiny_gguf))
+    tiny_gguf.rename(tmp_path / "other.gguf")
+    assert find_model_folder(str(tiny_gguf)) == folder
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "/dev/null"])
+def test_a_name_that_no_file_has_is_no_gguf_file(name):
+    assert not is_gguf(name)
 
 
 def test_a_damaged_copy_is_made_again(tiny_gguf):

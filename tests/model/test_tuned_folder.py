@@ -21,7 +21,7 @@ from dpokit.evaluate.command import run_evaluation
 from dpokit.merge.merge import MergeOptions, merge_run
 from dpokit.model.generate import generate_answers
 from dpokit.model.load import build_peft_config, load_policy, load_tokenizer
-from dpokit.model.tuned_folder import find_final_dtype, round_weights
+from dpokit.model.tuned_folder import find_final_dtype, round_weights, warn_of_rounding
 from dpokit.rundir import RunDir
 from dpokit.serve.models import LocalModels
 from dpokit.serve.request_limits import SamplingSettings
@@ -195,6 +195,22 @@ def test_rounded_weights_stay_tied_and_a_line_says_so(tiny_gpt2, capsys):
     assert {value.dtype for value in weights.values()} == {torch.bfloat16}
     assert model.dtype == torch.float32, "the model itself stays"
     assert "written in bfloat16, the dtype of the base; --dtype float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("change", "is_said"), [(1e-5, True), (1.0, False)])
+def test_a_rounding_that_takes_the_training_away_is_said(change, is_said, tmp_path, tiny_gpt2, capsys):
+    model = AutoModelForCausalLM.from_pretrained(tiny_gpt2).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    settings = load_settings("dpo_test", {"model_name_or_path": str(tmp_path / "base"), "output_dir": "run"}, [])
+    trained = model.float()
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight += change * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    weights, _ = round_weights(trained, trained.state_dict(), "bfloat16")
+    capsys.readouterr()
+    warn_of_rounding(trained, settings, trained.state_dict(), weights)
+    said = capsys.readouterr().err
+    assert ("warning: rounding takes away" in said) == is_said, said
 
 
 def test_layers_that_must_stay_in_fp32_do(tiny_gpt2, monkeypatch):

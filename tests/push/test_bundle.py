@@ -256,7 +256,7 @@ def test_a_local_path_in_a_config_is_removed_in_the_sent_copy(run):
 
 def test_an_adapter_of_a_local_base_needs_the_base_on_the_hub(run, tiny_gpt2):
     edit(run.adapter / "adapter_config.json", base_model_name_or_path=str(tiny_gpt2))
-    with pytest.raises(HubError, match="a folder of this machine") as error:
+    with pytest.raises(HubError, match="a folder or file of this machine") as error:
         build_bundle(run, weights="adapter")
     assert "--base-model ID" in error.value.do
     before = hash_tree(run.path)

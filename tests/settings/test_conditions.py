@@ -300,9 +300,14 @@ def test_every_condition_has_a_case():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"label_smoothing": 0.0}, {"save_only_model": False}, {"warmup_steps": 0, "lr_scheduler_type": "constant"}],
+    [
+        {"label_smoothing": 0.0},
+        {"save_only_model": False},
+        {"warmup_steps": 0, "lr_scheduler_type": "constant"},
+        {"warmup_steps": 9, "lr_scheduler_type": "constant", "optim": "schedule_free_adamw"},
+    ],
 )
-def test_a_setting_that_asks_for_nothing_is_accepted(settings):
+def test_a_setting_of_no_harm_is_accepted(settings):
     assert load({}, settings).notes == []
 
 
@@ -437,6 +442,7 @@ def test_liger_without_its_package_is_refused():
         ("adagrad", "momentum=0.9", "momentum"),
         ("rmsprop", "alpha=0.9,momentum=0.5", None),
         ("ademamix", "beta3=0.99,alpha=5.0", None),
+        ("ademamix", "beta3=0.9999,alpha=5.0", None),  # its own default
     ],
 )
 def test_an_option_that_the_optimizer_ignores_is_refused(optim, args, ignored):

@@ -96,6 +96,16 @@ TABLE = {
         {"dataset_name": "b"},
         {"columns": ..., "ignore_columns": ...},
     ),
+    "a split for a share of the prompts": (
+        {"eval_fraction": 0.05},
+        {"dataset_test_split": "validation"},
+        {"eval_fraction": ...},
+    ),
+    "a share of the prompts for a split": (
+        {"dataset_test_split": "validation"},
+        {"eval_fraction": 0.05},
+        {"dataset_test_split": ...},
+    ),
     "the same data": ({"dataset_name": "a", "dataset_train_split": "train_prefs"}, {"dataset_name": "a"}, {}),
     "a stream": ({"precompute_ref_log_probs": True}, {"dataset_streaming": True}, {"precompute_ref_log_probs": False}),
     "no workers": (

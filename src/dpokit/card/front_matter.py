@@ -60,8 +60,8 @@ BLOCK = re.compile(r"---\n(.*?)\n---(\n|$)", re.DOTALL)
 
 
 def is_hub_id(name: object) -> bool:
-    """Whether a name is valid for a repository on the Hub, and is not the name of a data file."""
-    if not isinstance(name, str) or LOCAL.match(name) or name.endswith(DATA_FILES):
+    """Whether a name is valid for a repository on the Hub, and is not the name of a file of data or weights."""
+    if not isinstance(name, str) or LOCAL.match(name) or name.endswith((*DATA_FILES, ".gguf")):
         return False
     try:
         validate_repo_id(name)

@@ -91,8 +91,16 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
         check_origin(checkpoint.path, trusted=settings.data.trust_checkpoint)
         start = _check_settings(checkpoint, settings, world_size=world_size, placement=placement)
         say(f"resuming from {checkpoint.path}")
-    recorded = {} if checkpoint is None else (run.read_run() or {}).get("settings", {}).get("template_date", {})
-    start.template_date = settings.data.template_date or recorded.get("value") or date.today().isoformat()
+    # The run of the checkpoint, which may be in another folder.
+    record = {} if checkpoint is None else RunDir(checkpoint.path.parent).read_run() or {}
+    first_day = record.get("settings", {}).get("template_date", {}).get("value")
+    start.template_date = settings.data.template_date or first_day or date.today().isoformat()
+    if first_day and start.template_date != first_day:
+        raise SettingsError(
+            f"template_date is {start.template_date}, and the run began with {first_day}",
+            expected=f"the same date in every prompt: {first_day}",
+            do="leave out template_date",
+        )
     start.token = run.take_possession(0 if checkpoint is None else checkpoint.step)
     sweep_parts(run)
     if start.universal and start.checkpoint is not None:

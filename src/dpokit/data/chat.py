@@ -108,7 +108,9 @@ class ChatTemplate:
         self._is_boundary = is_boundary
         templates = tokenizer.chat_template
         self._text = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
-        self._today = None if template_date is None else date.fromisoformat(template_date)
+        # Only of a template that writes a date: else prepared data would be of one day.
+        day = date.today() if template_date is None else date.fromisoformat(template_date)
+        self._today = day if CALL_OF_DATE.search(self._text) else None
         if isinstance(templates, dict) and "default" not in templates:
             raise refuse_template(tokenizer, f"is one of several ({', '.join(templates)}), and none is named default")
         check_template(tokenizer)
@@ -121,9 +123,9 @@ class ChatTemplate:
         self._begin, self._generation = self._find_turns()
         self._ends = tuple(dict.fromkeys((self.end.strip(), str(tokenizer.eos_token))))
         # The words for which a conversation is rendered whole.
-        words = (OPEN, CLOSE, *find_searched(self._text), *self._ends, tokenizer.bos_token, self._begin)
-        words += (self._generation.strip(),)
-        self._searched = tuple(dict.fromkeys(word for word in words if word))
+        searched = (OPEN, CLOSE, *find_searched(self._text), *self._ends, tokenizer.bos_token, self._begin)
+        searched += (self._generation.strip(),)
+        self._searched = tuple(dict.fromkeys(word for word in searched if word))
         self._frames: dict[tuple[str, ...], _Frame | None] = {}
         self._left_out: dict[str, str] = {}
         self.ends = self._find_ends()
@@ -138,7 +140,7 @@ class ChatTemplate:
         """Returns the text of a conversation. Raises: UnusableError if the template refuses it; ModelError."""
         if self._in_parts:
             messages = [_in_parts(message) for message in messages]
-        if self._today is not None and CALL_OF_DATE.search(self._text):
+        if self._today is not None:
             options["chat_template"] = self._with_date(options.get("chat_template"), options.get("tools"))
         try:
             return render_in_bounds(self._tokenizer, messages, **options)
@@ -244,9 +246,9 @@ class ChatTemplate:
         generation = self._generation.strip()
         if (self._begin and text.startswith(self._begin)) or (generation and generation in text):
             return True
-        words = FOREIGN.findall(text)
+        foreign = FOREIGN.findall(text)
         begins = FOREIGN.match(re.sub(r"^(<s>|<bos>)\s*", "", text)) is not None
-        if begins and len(words) > 1 and not any(word in self._text for word in words):
+        if begins and len(foreign) > 1 and not any(word in self._text for word in foreign):
             raise UnusableError("rendered_for_other_model")
         return False
 
@@ -523,7 +525,7 @@ class ChatTemplate:
                 marks += [
                     (f"probe_{number}_{place}{end}", "tool_calls")
                     for place in range(len(probe["tool_calls"]))
-                    for end in "_x"
+                    for end in ("_", "x")
                 ]
             probes.append(probe)
         try:

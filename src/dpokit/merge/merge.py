@@ -225,8 +225,8 @@ def _check_base(run: RunDir, record: dict[str, Any], settings: Settings, *, acce
         recorded = next((manifest["settings"].get("model") for manifest in manifests if "settings" in manifest), None)
     try:
         present = hash_weights(str(model.model_name_or_path), model.model_revision)
-    except OSError:
-        return None  # loading the model will report why it cannot be read
+    except (OSError, ModelError):
+        return None  # loading the model will report why it cannot be read, if it is needed
     if recorded is not None and recorded != present:
         change = (
             f"{model.model_name_or_path} has changed since the run started from it: it was {recorded[:80]} and is now "

@@ -54,12 +54,16 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def is_gguf(name: str | None) -> bool:
     """Whether a model's name is the path of a GGUF file: by its ending, or by the first bytes of an existing file."""
-    if not name or name.endswith(".gguf"):
-        return bool(name)
+    if not name:
+        return False
     try:
+        if name.endswith(".gguf"):
+            return not Path(name).is_dir()
+        if not Path(name).is_file():  # a folder, a Hub id, a pipe, or a name that no file can have
+            return False
         with Path(name).open("rb") as file:
             return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    except OSError:  # a folder, a Hub id, or a name that no file can have
+    except OSError:
         return False
 
 

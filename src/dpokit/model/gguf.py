@@ -55,6 +55,7 @@ GPT2_SPLITS = {"gpt-2", "mpt", "olmo", "jais", "trillion"}
 DIGIT_SPLITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 # A piece that is a token is not merged from its letters, and a text begins with BOS unless the file denies it.
 LLAMA3_SPLITS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral"}
+_COPIES: dict[str, str] = {}  # the copies that this process has used, by the file's name
 CONTROL, USER_DEFINED = 3, 4  # `tokenizer.ggml.token_type` of tokens that no text is split into
 ROPE_FACTORS = "rope_freqs.weight"
 # The values of all Llama 3 models; a file has only the factors that follow from them.
@@ -75,6 +76,8 @@ def find_model_folder(name: str) -> str:
         return name
     file = Path(name)
     with _file_errors(name):
+        if not file.is_file() and name in _COPIES:  # it was moved while this process runs
+            return _COPIES[name]
         if not file.is_file():
             _refuse(name, "there is no such file", do="correct the path; from the Hub: hf download ID FILE.gguf")
         sha256 = hash_file(file)
@@ -84,13 +87,14 @@ def find_model_folder(name: str) -> str:
             if not _is_whole(folder):
                 with new_folder(folder) as part:
                     _convert(file, part, sha256)
-        made = read_record(folder / RECORD_FILE)
-        chat = "" if made["has_chat_template"] else "; it has no chat template"
-        say(
-            f"{name}: {made['weights']:,} weights ({', '.join(made['tensor_types'])}) are converted once, to "
-            f"{made['dtype']} in {folder}{chat}"
-        )
-    return str(folder)
+                made = read_record(folder / RECORD_FILE)
+                chat = "" if made["has_chat_template"] else "; it has no chat template"
+                say(
+                    f"{name}: {made['weights']:,} weights ({', '.join(made['tensor_types'])}) are converted once, to "
+                    f"{made['dtype']} in {folder}{chat}"
+                )
+    _COPIES[name] = str(folder)
+    return _COPIES[name]
 
 
 def describe_gguf(name: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ from transformers.utils import cached_file
 from trl import ModelConfig
 
 from dpokit.console import say
-from dpokit.model.check import QUIET, WEIGHTS, read_config
+from dpokit.errors import ModelError
+from dpokit.model.check import QUIET, WEIGHTS, is_gguf, read_config
 from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import find_base, find_revision
 from dpokit.rundir import read_record, write_json
 from dpokit.settings.load import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_ROUNDED_AWAY = 0.2  # of the length of the change
 HEADER_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # as safetensors names them
 # Files of a model that also reads images, sound or video. Its tokenizer writes the chat template of text.
 PROCESSOR_FILES: tuple[str, ...] = (
@@ -39,6 +41,8 @@ def find_final_dtype(settings: Settings) -> str | None:
     if "dtype" in settings.origins and settings.model.dtype in DTYPES:
         return str(settings.model.dtype)
     name, revision = _name_base(settings.model)
+    if is_gguf(name):  # the file and its copy are gone
+        return None
     config = read_config(name, revision)
     parts = [config, config.get("text_config")] if isinstance(config, dict) else []
     stored = [part.get(key) for part in parts if isinstance(part, dict) for key in ("dtype", "torch_dtype")]
@@ -49,7 +53,15 @@ def find_final_dtype(settings: Settings) -> str | None:
 def _name_base(model: ModelConfig) -> tuple[str, str | None]:
     """Returns name and revision of the whole model that the run started from; of an adapter, its base's."""
     base = find_base(model)
-    return find_model_folder(base or str(model.model_name_or_path)), find_revision(model, base)
+    return _find_folder(base or str(model.model_name_or_path)), find_revision(model, base)
+
+
+def _find_folder(name: str) -> str:
+    """Returns the folder of a model's files; of a GGUF file that is gone, its name."""
+    try:
+        return find_model_folder(name)
+    except ModelError:
+        return name
 
 
 def read_stored_dtype(name: str, revision: str | None) -> str | None:
@@ -107,6 +119,48 @@ def round_weights(
     return whole, dtype
 
 
+def warn_of_rounding(
+    model: PreTrainedModel | PeftModel,
+    settings: Settings,
+    trained: Mapping[str, torch.Tensor],
+    rounded: Mapping[str, torch.Tensor],
+) -> None:
+    """Says how much of the change by training is lost in rounding, if it is more than MOST_ROUNDED_AWAY.
+
+    A base in bf16 has no finer values than bf16, so a change of less than half a step is rounded to no change.
+    """
+    prefix, changed, lost = getattr(model, "base_model_prefix", ""), 0.0, 0.0
+    try:
+        for name, base in _read_base(settings.model):
+            key = name if name in trained else f"{prefix}.{name}"
+            if key in trained and trained[key].dtype != rounded[key].dtype and trained[key].shape == base.shape:
+                exact = trained[key].detach().to("cpu", torch.float64)
+                changed += float((exact - base.double()).square().sum())
+                lost += float((exact - rounded[key].double()).square().sum())
+    except (OSError, ValueError, KeyError, SafetensorError):  # the base has been moved meanwhile
+        return
+    share = (lost / changed) ** 0.5 if changed else 0.0
+    if share > MOST_ROUNDED_AWAY:
+        say(
+            f"warning: rounding takes away {share:.0%} of what training changed, as its steps were smaller than those "
+            "of the dtype. `dpokit merge RUN --checkpoint N --dtype float32` writes the exact weights of a checkpoint"
+        )
+
+
+def _read_base(model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields each tensor of the base's files. Raises: OSError, ValueError, KeyError, SafetensorError."""
+    name, revision = _name_base(model)
+    weights, index = (cached_file(name, file, revision=revision, **QUIET) for file in WEIGHTS)
+    files = [weights] if weights else []
+    if not files and index is not None:
+        parts = sorted(set(read_record(Path(index))["weight_map"].values()))
+        files = [cached_file(name, part, revision=revision, **QUIET) for part in parts]
+    for file in files:
+        with safe_open(str(file), framework="pt") as tensors:
+            for tensor in list(tensors.keys()):
+                yield tensor, tensors.get_tensor(tensor)
+
+
 def complete_folder(folder: Path, settings: Settings, ends: Sequence[int], *, dtype: str | None = None) -> None:
     """Adds the base's processor files, and corrects config.json and generation_config.json of a saved model.
 
@@ -129,7 +183,7 @@ def complete_folder(folder: Path, settings: Settings, ends: Sequence[int], *, dt
     ):
         for file in PROCESSOR_FILES:
             try:
-                path = cached_file(find_model_folder(source), file, revision=its_revision, **QUIET)
+                path = cached_file(_find_folder(source), file, revision=its_revision, **QUIET)
             except (OSError, ValueError):  # the base has been moved meanwhile
                 continue
             if path is not None and not (folder / file).exists():

@@ -190,7 +190,7 @@ def _read_file(path: Path, name: str, base_model: str | None) -> BundleFile:
         base = str(config.get("base_model_name_or_path"))
         if base_model is None and is_on_disk(base):
             raise HubError(
-                f"{path}: the adapter's base is {base}, a folder of this machine",
+                f"{path}: the adapter's base is {base}, a folder or file of this machine",
                 expected="a base that others can load, too",
                 do="--base-model ID, the base's id on the Hub; or --what merged",
             )

@@ -86,7 +86,8 @@ def check_date(values: Mapping[str, Any]) -> None:
     """Raises SettingsError for a `template_date` that is no date."""
     written = values.get("template_date")
     try:
-        date.fromisoformat(written or "2000-01-01")
+        if written is not None and date.fromisoformat(written).isoformat() != written:
+            raise ValueError(written)  # another form of ISO 8601
     except ValueError:
         raise SettingsError(
             f"template_date is {written}", expected="a date such as 2026-11-29", do="correct --template_date"

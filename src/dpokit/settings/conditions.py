@@ -37,6 +37,7 @@ OPTIMIZERS_WITH_ARGS = (
     *("adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "schedule_free", "stable_adamw"),
 )
 OPTIMIZERS_WITH_TARGETS = ("galore", "apollo")
+OPTIMIZERS_WITH_WARMUP = ("schedule_free_adamw", "schedule_free_sgd")  # whole names
 
 WORKER_OPTIONS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
 LEAST_NORMALISED_BETA = 1.0
@@ -157,8 +158,8 @@ def _leaves_batches_alone(values: Values) -> bool:
         if isinstance(config, str):
             config = json.loads(Path(config).read_text() if _is_file(config) else config)
         accumulation = config.get("gradient_accumulation_kwargs") or {} if config else {}
-        decided = ("split_batches", "dispatch_batches", "even_batches")
-        return not any((config or {}).get(name) for name in decided) and "num_steps" not in accumulation
+        decided = {"split_batches", "dispatch_batches", "even_batches"}
+        return decided.isdisjoint(config or {}) and "num_steps" not in accumulation
     except (OSError, ValueError, AttributeError):
         return True  # building TRL's arguments reports it
 
@@ -291,8 +292,11 @@ CONDITIONS = (
     ),
     Condition(
         ("warmup_steps",),
-        ("lr_scheduler_type",),
-        _has_other_than("lr_scheduler_type", *SCHEDULES_WITHOUT_WARMUP),
+        ("lr_scheduler_type", "optim"),
+        lambda values: (
+            _has_other_than("lr_scheduler_type", *SCHEDULES_WITHOUT_WARMUP)(values)
+            or _has("optim", *OPTIMIZERS_WITH_WARMUP)(values)
+        ),
         "choose a schedule with a warm-up, such as constant_with_warmup or linear",
     ),
     Condition(
@@ -503,7 +507,8 @@ def check_conditions(
 
     Returns: one line for each setting that is only reported.
 
-    Raises: SettingsError for a setting without an effect; a recipe's own default is only reported.
+    Raises: SettingsError for a setting without an effect, and for one that dpokit decides itself; a recipe's own
+        default without an effect is only reported.
     """
     complete = {**_find_defaults(kind), **values, "kind": kind}
     ranks = {layer: rank for rank, (layer, _) in enumerate(layers)}

@@ -131,6 +131,11 @@ def parse_columns(values: Sequence[str] | None) -> dict[str, str]:
     return columns
 
 
+def json_object(text: str) -> Any:
+    """Returns the value of a flag with options; argparse shows this function's name for a text that is no JSON."""
+    return json.loads(text)
+
+
 def _split_items(text: str, flag: str) -> list[str]:
     """Returns the items that commas separate. Raises: SettingsError for an empty item."""
     items = [item.strip() for item in text.split(",")] if text.strip() else []
@@ -198,7 +203,7 @@ class FlagParser(TrlParser):
             if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
                 action.nargs, action.const = "?", True  # --bf16 without a value means true, like every other switch
             if getattr(action.type, "__name__", "") == "dict":
-                action.type = json.loads  # TRL would call dict on the text
+                action.type = json_object  # TRL would call dict on the text
             if action.dest == "report_to":
                 action.nargs = "+"  # transformers accepts several trackers, but its parser only one
 

@@ -131,6 +131,7 @@ COUPLES = (
         if_changed=True,
     ),
     Couple(("dataset_streaming",), _is_on("dataset_streaming"), _set(precompute_ref_log_probs=False)),
+    Couple(("dataset_test_split",), lambda values: values.get("eval_fraction") is not None, _drop("eval_fraction")),
     Couple(("eval_fraction",), lambda values: values["eval_fraction"] is not None, _drop("dataset_test_split")),
 )
 

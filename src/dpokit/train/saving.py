@@ -34,7 +34,7 @@ from dpokit.distributed.placement import find_placement
 from dpokit.errors import DpokitError, ModelError
 from dpokit.model.check import ADAPTER_CONFIG
 from dpokit.model.gguf import find_model_folder
-from dpokit.model.tuned_folder import complete_folder, find_final_dtype, round_weights
+from dpokit.model.tuned_folder import complete_folder, find_final_dtype, round_weights, warn_of_rounding
 from dpokit.rundir import RunDir, new_folder, read_record, write_json
 from dpokit.settings.load import Settings
 from dpokit.train.metric_sums import Sums
@@ -329,6 +329,7 @@ class SavingTrainer(ProgressTrainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             with new_folder(folder) as part:
                 weights, dtype = round_weights(model, state, find_final_dtype(settings))
+                warn_of_rounding(model, settings, state, weights)
                 self._write_model(part, weights)
                 complete_folder(part, settings, Renderer(self.processing_class).ends, dtype=dtype)
         self.accelerator.wait_for_everyone()

@@ -74,6 +74,8 @@ def _find_ignored_options(training: Any, options: dict[str, Any]) -> list[str]:
     ignored = []
     for item in items if "params" not in options else ():  # GaLore and APOLLO keep options with their parameters
         name = item.partition("=")[0]
+        if name.startswith("beta") and "betas" in options:  # beta1 and others become one option
+            continue
         others = copy(training)
         others.optim_args = ",".join(other for other in items if other != item) or None
         if item and name not in options and Trainer.get_optimizer_cls_and_kwargs(others, nn.Linear(1, 1))[1] == options:
