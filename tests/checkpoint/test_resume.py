@@ -105,7 +105,7 @@ def test_a_run_keeps_the_date_that_its_template_writes(defaults, tiny_qwen2, tmp
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "empty")
     refused = {**changed, "output_dir": str(run.path), "template_date": "2020-02-03"}
     with pytest.raises(SettingsError, match=f"began with {date.today().isoformat()}"):
-        claim_folder(run, load_settings("dpo_test", refused, []), world_size=1, placement="one")
+        train("dpo_test", refused, [])
     train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
     check_same(run, whole)
     assert read_run_settings(run.read_run())["template_date"] == date.today().isoformat()

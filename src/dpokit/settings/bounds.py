@@ -88,7 +88,7 @@ def check_date(values: Mapping[str, Any]) -> None:
     try:
         if written is not None and date.fromisoformat(written).isoformat() != written:
             raise ValueError(written)  # another form of ISO 8601
-    except ValueError:
+    except (TypeError, ValueError):
         raise SettingsError(
             f"template_date is {written}", expected="a date such as 2026-11-29", do="correct --template_date"
         ) from None
