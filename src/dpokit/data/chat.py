@@ -415,11 +415,7 @@ class ChatTemplate:
         if rest.startswith(begin[1]):  # it differs only in what follows the tag
             return rest[len(begin[1]) :].removeprefix(opening[begin.end(1) :])
         close = f"</{begin['tag']}>" if begin["tag"] else "[/THINK]"
-        reasoning = str(answer.get("reasoning_content") or answer.get("reasoning") or "")
-        if not reasoning:
-            reasoning = (
-                _text_of(answer).partition(close)[0].rpartition(begin[1])[2] if close in _text_of(answer) else ""
-            )
+        reasoning = _reasoning_of(answer, begin[1], close)
         return reasoning.strip("\n") + CLOSE_REASONING.format(close=close) + rest.lstrip("\n")
 
     def _find_scored(
@@ -563,11 +559,11 @@ def _says_something(message: Mapping[str, Any]) -> bool:
     return bool(_text_of(message).strip()) or any(map(message.get, SAYINGS))
 
 
-def _reasoning_of(message: Mapping[str, Any]) -> str:
-    """Returns the reasoning of a message, from its own key or from its text."""
+def _reasoning_of(message: Mapping[str, Any], begin: str = OPEN, close: str = CLOSE) -> str:
+    """Returns the reasoning of a message, from its own key or from its text between `begin` and `close`."""
     apart = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), "")
     text = _text_of(message)
-    return str(apart) or (text.partition(CLOSE)[0].rpartition(OPEN)[2] if CLOSE in text else "")
+    return str(apart) or (text.partition(close)[0].rpartition(begin)[2] if close in text else "")
 
 
 def _check_written(message: Mapping[str, Any], text: str) -> set[str]:

@@ -64,16 +64,21 @@ def _find_folder(name: str) -> str:
         return name
 
 
+def _name_files(name: str, revision: str | None) -> list[str]:
+    """Returns the names of a model's files of weights, sorted. Raises: OSError, ValueError, KeyError."""
+    weights, index = (cached_file(name, file, revision=revision, **QUIET) for file in WEIGHTS)
+    if weights is not None:
+        return [WEIGHTS[0]]
+    return [] if index is None else sorted(set(read_record(Path(index))["weight_map"].values()))
+
+
 def read_stored_dtype(name: str, revision: str | None) -> str | None:
     """Returns the dtype of the first tensor in 16 or 32 bits of a model's first file; None without one."""
     try:
-        weights, index = (cached_file(name, file, revision=revision, **QUIET) for file in WEIGHTS)
-        if weights is None and index is not None:
-            first = min(read_record(Path(index))["weight_map"].values())
-            weights = cached_file(name, first, revision=revision, **QUIET)
-        if weights is None:
+        names = _name_files(name, revision)
+        if not names:
             return None
-        with safe_open(weights, framework="pt") as tensors:
+        with safe_open(str(cached_file(name, names[0], revision=revision, **QUIET)), framework="pt") as tensors:
             stored = (tensors.get_slice(tensor).get_dtype() for tensor in list(tensors.keys()))
             return next((HEADER_DTYPES[dtype] for dtype in stored if dtype in HEADER_DTYPES), None)
     except (OSError, ValueError, KeyError, SafetensorError):
@@ -93,8 +98,8 @@ def round_weights(
 ) -> tuple[dict[str, torch.Tensor], str | None]:
     """Returns a copy of the weights in `dtype` on the CPU, tied weights still tied; and the dtype of the result.
 
-    An adapter stays as it was trained, and so does a model whose dtype is the requested one. Weights that would no
-    longer be finite stay, too. A line says whether they were rounded.
+    An adapter stays as it was trained, and so do a model whose dtype is the requested one and weights that would no
+    longer be finite. A line says whether they were rounded.
     """
     whole = dict(state)
     if isinstance(model, PeftModel):
@@ -129,6 +134,8 @@ def warn_of_rounding(
 
     A base in bf16 has no finer values than bf16, so a change of less than half a step is rounded to no change.
     """
+    if all(value.dtype == rounded[name].dtype for name, value in trained.items()):
+        return  # nothing was rounded: the base need not be read
     prefix, changed, lost = getattr(model, "base_model_prefix", ""), 0.0, 0.0
     try:
         for name, base in _read_base(settings.model):
@@ -150,13 +157,8 @@ def warn_of_rounding(
 def _read_base(model: ModelConfig) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields each tensor of the base's files. Raises: OSError, ValueError, KeyError, SafetensorError."""
     name, revision = _name_base(model)
-    weights, index = (cached_file(name, file, revision=revision, **QUIET) for file in WEIGHTS)
-    files = [weights] if weights else []
-    if not files and index is not None:
-        parts = sorted(set(read_record(Path(index))["weight_map"].values()))
-        files = [cached_file(name, part, revision=revision, **QUIET) for part in parts]
-    for file in files:
-        with safe_open(str(file), framework="pt") as tensors:
+    for file in _name_files(name, revision):
+        with safe_open(str(cached_file(name, file, revision=revision, **QUIET)), framework="pt") as tensors:
             for tensor in list(tensors.keys()):
                 yield tensor, tensors.get_tensor(tensor)
 
