@@ -85,8 +85,21 @@ def test_the_process_table_shows_command_and_environment(popen):
 
 def test_a_variable_read_at_import_starts_a_cold_process():
     code = "import sys; print('trl' in sys.modules)"
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    environment = os.environ | {"MKL_NUM_THREADS": "2"}
     assert finish(warm.Popen([sys.executable, "-c", code], env=environment, **PIPES))[1] == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "code"),
+    [
+        ("OMP_NUM_THREADS", "2", "import torch; print(torch.get_num_threads())"),
+        ("TMPDIR", str(TESTS), "import tempfile; print(tempfile.gettempdir())"),
+        ("HF_DATASETS_CACHE", str(TESTS), "import datasets; print(datasets.config.HF_DATASETS_CACHE)"),
+    ],
+)
+def test_a_variable_that_torch_or_python_keeps_arrives(variable, value, code, popen):
+    environment = os.environ | {variable: value}
+    assert finish(popen([sys.executable, "-c", code], env=environment, **PIPES))[1] == f"{value}\n"
 
 
 def test_a_warm_process_uses_the_hub_of_its_environment():

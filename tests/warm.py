@@ -22,6 +22,7 @@ import runpy
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,10 +30,13 @@ from typing import Any, Never
 
 # Variables that a library, the C library or the interpreter reads at import or at its start.
 READ_EARLY = ("HF_", "HUGGING", "TRANSFORMERS_", "DATASETS_", "TRACKIO_", "OMP_", "MKL_", "OPENBLAS_", "MALLOC_", "LD_")
-READ_EARLY += ("CUDA_", "MPL", "HOME", "XDG_CACHE_HOME", "TMPDIR", "LANG", "LC_", "PYTHONHASHSEED", "PYTHONWARNINGS")
+READ_EARLY += ("CUDA_", "MPL", "HOME", "XDG_CACHE_HOME", "LANG", "LC_", "PYTHONHASHSEED", "PYTHONWARNINGS")
 READ_EARLY += ("PYTHONUTF8", "TORCH_EXTENSIONS_DIR", "CXX")
-# Variables that huggingface_hub.constants reads; a child reloads that module when they differ.
-READ_BY_HUB = ("HF_HUB_", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HF_XET_")
+# Exceptions: a child applies these itself.
+READ_BY_HUB = ("HF_HUB_", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HF_XET_")  # by huggingface_hub.constants
+READ_BY_DATASETS = ("HF_DATASETS_",)  # by datasets.config
+THREADS = "OMP_NUM_THREADS"
+SETTLED = (*READ_BY_HUB, *READ_BY_DATASETS, THREADS)
 PADDING_BYTES = 50_000  # space in /proc for a child's command, and as much for its environment
 PR_SET_CHILD_SUBREAPER = 36
 LIBC = ctypes.CDLL(None)
@@ -73,7 +77,7 @@ class ForkServer:
 
 def pick_early(environment: Mapping[str, str]) -> dict[str, str]:
     early = {name: value for name, value in environment.items() if name.startswith(READ_EARLY)}
-    return {name: value for name, value in early.items() if not name.startswith(READ_BY_HUB)}
+    return {name: value for name, value in early.items() if not name.startswith(SETTLED)}
 
 
 class Popen(COLD):
@@ -203,7 +207,7 @@ def become(request: Mapping[str, Any]) -> Never:
     before = dict(os.environ)
     os.environ.clear()
     os.environ.update(request["environment"])
-    settle_hub(before)
+    settle_libraries(before)
     show_in_proc(command=request["argv"], environment=request["environment"])
     start_nested_server(request["until_ready"])
     os.close(request["until_ready"])
@@ -244,14 +248,26 @@ def become(request: Mapping[str, Any]) -> Never:
     os._exit(int(code or 0) & 0xFF)
 
 
-def settle_hub(before: Mapping[str, str]) -> None:
-    """Makes the Hub's client read its variables again, because they differ from those at its import."""
-    names = {name for name in (*before, *os.environ) if name.startswith(READ_BY_HUB)}
-    if any(before.get(name) != os.environ.get(name) for name in names):
+def settle_libraries(before: Mapping[str, str]) -> None:
+    """Makes libraries read their variables again, where they differ from those at the import."""
+    if differs(before, READ_BY_HUB):
         from huggingface_hub import constants, hf_api
 
         importlib.reload(constants)
         hf_api.api.endpoint = constants.ENDPOINT
+    if differs(before, READ_BY_DATASETS):
+        importlib.reload(importlib.import_module("datasets.config"))
+    if differs(before, (THREADS,)):
+        import torch
+
+        threads = os.environ.get(THREADS, "")
+        torch.set_num_threads(int(threads) if threads.isdecimal() else len(os.sched_getaffinity(0)))
+    tempfile.tempdir = None  # found again when it is asked for
+
+
+def differs(before: Mapping[str, str], variables: tuple[str, ...]) -> bool:
+    names = {name for name in (*before, *os.environ) if name.startswith(variables)}
+    return any(before.get(name) != os.environ.get(name) for name in names)
 
 
 def settle_streams(*, at_once: bool) -> None:

@@ -141,12 +141,13 @@ def test_an_overfitting_run_alarms_once_and_keeps_its_best_model(tiny_gpt2, tmp_
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_published_run_of_200_rows_raises_an_alarm(shared, tmp_path, capfd):
-    """Its own settings on real rows, with a small random GPT-2 in place of the 124M one."""
+def test_a_published_run_of_200_rows_raises_an_alarm(shared, plain_tokenizer, tmp_path, capfd):
+    """Its own settings on real rows; the model and its vocabulary are small, in place of GPT-2 124M."""
     model = tmp_path / "model"
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=128, n_head=4)).save_pretrained(model)
-    AutoTokenizer.from_pretrained(shared / "data" / "gpt2-tokenizer").save_pretrained(model)
+    size = {"n_layer": 2, "n_embd": 128, "n_head": 4, "vocab_size": len(plain_tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**size)).save_pretrained(model)
+    plain_tokenizer.save_pretrained(model)
     preset = ROOT / "recipes" / "presets" / "gpt2_hh_200_rows.yaml"
     flags = ["--config", str(preset), "--model_name_or_path", str(model), "--output_dir", str(tmp_path / "run")]
     rows = ["--dataset_name", str(shared / "data" / "hh-rlhf" / "harmless-base")]
