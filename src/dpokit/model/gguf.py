@@ -35,11 +35,12 @@ from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_toke
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from dpokit.atomic_files import new_folder, read_record, sync_folder, write_json
+from dpokit.caches import find_caches
 from dpokit.console import say
 from dpokit.errors import DpokitError, MachineError, ModelError, find_disk_trouble
 from dpokit.file_hashes import hash_file
 from dpokit.model.check import check_config, is_gguf
-from dpokit.rundir import find_caches, new_folder, read_record, sync_folder, write_json
 
 RECORD_FILE = "gguf.json"
 FORMAT = 1  # part of a copy's name: another way of converting makes another copy
