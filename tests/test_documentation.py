@@ -13,7 +13,7 @@ from documentation import PAGES, README, list_anchors, list_commands, read_secti
 from test_imports import FLOORS, MODULES, SRC
 from trl import ScriptArguments
 
-from dpokit.data.formats import find_format
+from dpokit.data.layouts import find_format
 from dpokit.settings.flags import DataArguments
 from dpokit.verbs.app import app
 

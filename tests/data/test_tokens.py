@@ -8,9 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
-from dpokit.data.formats import FORMATS, Pair, find_format, parse_transcript
+from dpokit.data.formats import FORMATS, Pair
+from dpokit.data.layouts import find_format
 from dpokit.data.messages import UnusableError
 from dpokit.data.tokens import Encoder, LengthLimits, Renderer, cut
+from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError, ModelError
 
 QUESTION = "How do I bake bread?"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dpokit
-from dpokit.data.formats import find_format
+from dpokit.data.layouts import find_format
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError, SettingsError
 from dpokit.settings.flags import DataArguments, FlagParser, parse_columns

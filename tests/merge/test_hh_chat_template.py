@@ -7,8 +7,9 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from dpokit.data.formats import find_format, render_transcript
+from dpokit.data.layouts import find_format
 from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.data.transcripts import render_transcript
 from dpokit.merge.hh_chat_template import JINJA, SERVE, write_template
 
 QUESTION = {"role": "user", "content": "Why is the sky blue?"}

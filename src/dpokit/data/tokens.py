@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from dpokit.data.chat import ChatTemplate, RenderedAnswer, RenderedPair
 from dpokit.data.columns import FEATURES
 from dpokit.data.control_words import ControlWords
-from dpokit.data.formats import ASSISTANT, HUMAN, Layout, Pair, parse_transcript, render_transcript
+from dpokit.data.formats import Pair
+from dpokit.data.layouts import Layout
 from dpokit.data.messages import Messages, UnusableError, count_letters
 from dpokit.data.template_box import PROBES
+from dpokit.data.transcripts import ASSISTANT, HUMAN, parse_transcript, render_transcript
 from dpokit.errors import ModelError
 
 Ids = list[int]
