@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from dpokit.data.chat import ChatTemplate
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages, UnusableError
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.data.rendering import Renderer
+from dpokit.data.tokens import Encoder, LengthLimits
 from dpokit.errors import ModelError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

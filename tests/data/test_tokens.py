@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from dpokit.data.formats import FORMATS, Pair
 from dpokit.data.layouts import find_format
 from dpokit.data.messages import UnusableError
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer, cut
+from dpokit.data.rendering import Renderer
+from dpokit.data.tokens import Encoder, LengthLimits, cut
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError, ModelError
 

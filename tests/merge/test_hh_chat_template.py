@@ -8,7 +8,8 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from dpokit.data.layouts import find_format
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.data.rendering import Renderer
+from dpokit.data.tokens import Encoder, LengthLimits
 from dpokit.data.transcripts import render_transcript
 from dpokit.merge.hh_chat_template import JINJA, SERVE, write_template
 

@@ -16,9 +16,10 @@ from dpokit.console import has_bars, say
 from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
 from dpokit.data.layouts import Layout, find_format
 from dpokit.data.messages import Messages
+from dpokit.data.rendering import Renderer
 from dpokit.data.sources import Rows, get_split, load_splits
 from dpokit.data.tally import Tally, find_remedies
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.data.tokens import Encoder, LengthLimits
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, parse_columns

@@ -17,7 +17,7 @@ from peft import PeftConfig
 from dpokit.atomic_files import new_folder, read_record, sync_folder, write_json
 from dpokit.checkpoint.store import describe_files, find_checkpoints, list_files
 from dpokit.console import quiet_dependencies, say
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.errors import ModelError, RunFolderError, SettingsError, find_disk_trouble
 from dpokit.merge.drift import DriftCheck, check_drift
 from dpokit.merge.find_weights import find_weights, follow_base, gather_weights

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.atomic_files import write_json
 from dpokit.console import quiet_dependencies, say
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.distributed.processes import is_main_process
 from dpokit.model.generate import generate_answers
 from dpokit.quickstart.base_model import build_base

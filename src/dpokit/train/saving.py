@@ -30,7 +30,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from dpokit.atomic_files import new_folder, read_record, write_json
 from dpokit.checkpoint.store import describe_files, find_part, list_files, retire, seal
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.distributed.placement import find_placement
 from dpokit.errors import DpokitError, ModelError
 from dpokit.model.check import ADAPTER_CONFIG
