@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.chat import ChatTemplate, RenderedAnswer, RenderedPair
+from dpokit.data.chat_rendering import ChatRenderer, RenderedAnswer, RenderedPair
 from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages, UnusableError, count_letters
@@ -46,7 +46,7 @@ class Renderer:
         self.eos: str = tokenizer.eos_token
         self.adds_space = self._probe_spaces()
         self.fast = self._find_fast()
-        self.chat = ChatTemplate(tokenizer, self._is_boundary, template_date) if tokenizer.chat_template else None
+        self.chat = ChatRenderer(tokenizer, self._is_boundary, template_date) if tokenizer.chat_template else None
         self.end = self.eos if self.chat is None else self.chat.end
         self.ends = (int(tokenizer.eos_token_id),) if self.chat is None else self.chat.ends
         self.control_words = ControlWords(tokenizer)
@@ -99,7 +99,7 @@ class Renderer:
             raise UnusableError("equal_answers")
         return rendered
 
-    def _render_chat(self, chat: ChatTemplate, pair: Pair) -> RenderedPair:
+    def _render_chat(self, chat: ChatRenderer, pair: Pair) -> RenderedPair:
         if not isinstance(pair.prompt, str):
             return chat.render(pair, pair.prompt)
         if chat.is_rendered(pair.prompt):

@@ -9,7 +9,7 @@ from itertools import compress
 from pathlib import Path
 from typing import Any
 
-from dpokit.data.chat import RenderedAnswer, RenderedPair
+from dpokit.data.chat_rendering import RenderedAnswer, RenderedPair
 from dpokit.data.columns import FEATURES
 from dpokit.data.layouts import Layout
 from dpokit.data.messages import UnusableError
