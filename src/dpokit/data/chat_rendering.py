@@ -8,10 +8,8 @@ the template treats in a special way, then its answer stands between the same tw
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.chat_template import PROBE, ChatTemplate
 from dpokit.data.formats import Pair
@@ -70,43 +68,37 @@ class _Frame:
     notes: frozenset[str]
 
 
-class ChatRenderer(ChatTemplate):
-    """Renders the pairs of a tokenizer with a chat template.
+class ChatRenderer:
+    """Renders pairs with a chat template.
 
     Args:
-        tokenizer: with a chat template and an EOS token.
+        template: the tokenizer's chat template.
         is_boundary: returns whether two texts have the same token ids apart and joined.
-        template_date: for templates that write a date, as `2026-11-29`; None for the current date.
 
     Attributes:
         ends: token ids at which an answer ends, EOS first.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        is_boundary: Callable[[str, str], bool],
-        template_date: str | None = None,
-    ) -> None:
-        super().__init__(tokenizer, template_date)
+    def __init__(self, template: ChatTemplate, is_boundary: Callable[[str, str], bool]) -> None:
+        self.template = template
         self._is_boundary = is_boundary
         self._frames: dict[tuple[str, ...], _Frame | None] = {}
         self.ends = self._find_ends()
 
     def __getstate__(self) -> dict[str, Any]:
         # `datasets` recognises prepared data by the pickled renderer.
-        return super().__getstate__() | {"_frames": {}}
+        return self.__dict__ | {"_frames": {}}
 
     def _find_ends(self) -> tuple[int, ...]:
         """Returns EOS, the last token of `end`, and the token that ends a turn with a tool call."""
-        texts = [self.end]
+        texts = [self.template.end]
         call = {"type": "function", "id": "probe1234", "function": {"name": "probe_tool", "arguments": {}}}
         question: Messages = [{"role": "user", "content": "a question"}]
         answer: Messages = [{"role": "assistant", "content": "", "tool_calls": [call]}]
         with suppress(UnusableError):  # a template without tools
             texts.append(self._render(question, (answer, answer), None, {}).chosen.text)
-        ids = [int(self._tokenizer.eos_token_id)]
-        ids += [self._tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in texts]
+        ids = [int(self.template.tokenizer.eos_token_id)]
+        ids += [self.template.tokenizer(text, add_special_tokens=False)["input_ids"][-1] for text in texts]
         return tuple(dict.fromkeys(ids))
 
     def render(self, pair: Pair, prompt: Messages) -> RenderedPair:
@@ -133,19 +125,21 @@ class ChatRenderer(ChatTemplate):
         parts = (pair.prompt, pair.chosen, pair.rejected)
         if pair.tools or pair.template_kwargs or not all(isinstance(part, str) for part in parts):
             raise UnusableError("rendered_prompt")
-        prompt, *texts = (self._without_bos(str(part)) for part in parts)
-        for repeated in (prompt, self._generation):
+        prompt, *texts = (self.template.remove_bos(str(part)) for part in parts)
+        start = self.template.answer_start
+        for repeated in (prompt, start):
             if repeated and all(text.startswith(repeated) for text in texts):
                 texts = [text[len(repeated) :] for text in texts]
-                prompt = prompt.removesuffix(self._generation) + self._generation if repeated != prompt else prompt
-        texts = [self._strip_ends(text) for text in texts]
+                prompt = prompt.removesuffix(start) + start if repeated != prompt else prompt
+        texts = [self.template.strip_ends(text) for text in texts]
         if not all(text.strip() for text in texts):
             raise UnusableError("empty_answer")
-        if any(self.is_rendered(text) for text in texts):
+        if any(self.template.is_rendered(text) for text in texts):
             raise UnusableError("rendered_answer")
-        bos = str(self._tokenizer.bos_token) if self._begins_with_bos else ""
-        chosen, rejected = (RenderedAnswer(text + self.end) for text in texts)
-        return RenderedPair(bos + prompt, chosen, rejected, frozenset({"rendered_already"}), is_joined=True)
+        chosen, rejected = (RenderedAnswer(text + self.template.end) for text in texts)
+        return RenderedPair(
+            self.template.bos + prompt, chosen, rejected, frozenset({"rendered_already"}), is_joined=True
+        )
 
     def _is_plain(self, pair: Pair, prompt: Messages) -> bool:
         """Whether each message has only text, and none that the template searches for."""
@@ -154,7 +148,7 @@ class ChatRenderer(ChatTemplate):
         if any(message.keys() != {"role", "content"} for message in prompt):
             return False
         texts = [pair.chosen, pair.rejected, *(message["content"] for message in prompt)]
-        return all(isinstance(text, str) and not self._is_treated(text) for text in texts)
+        return all(isinstance(text, str) and not self.template.is_treated(text) for text in texts)
 
     def _find_frame(self, roles: tuple[str, ...]) -> _Frame | None:
         """Returns how plain answers are rendered after these roles, learned from probes; None if it depends."""
@@ -171,17 +165,19 @@ class ChatRenderer(ChatTemplate):
         rendered = self._render(prompt, (first, second), None, {})
         before, probe, after = rendered.chosen.text.partition(PROBE)
         begins = [before] if before else BEGINS
-        if not probe or after != self.end or not all(self._is_boundary(rendered.prompt, begin) for begin in begins):
+        if not probe or after != self.template.end:
+            return None
+        if not all(self._is_boundary(rendered.prompt, begin) for begin in begins):
             return None
         spaces = {rendered.chosen.text: "stripped", f"{before} \n{PROBE} \n{after}": "kept"}
-        options = next((o for text, o, _ in self._openings(prompt, {}) if text == rendered.prompt), {})
-        if self.open(prompt, **options) != rendered.prompt:
+        options = next((o for text, o, _ in self.template.openings(prompt, {}) if text == rendered.prompt), {})
+        if self.template.open(prompt, **options) != rendered.prompt:
             return None
         return _Frame(options, before, after, spaces.get(rendered.rejected.text, "unclear"), rendered.notes)
 
     def _render_in(self, frame: _Frame, prompt: Messages, answers: tuple[str, str]) -> RenderedPair | None:
         texts = [answer.strip() for answer in answers] if frame.spaces == "stripped" else list(answers)
-        text = self.open(prompt, **frame.options)
+        text = self.template.open(prompt, **frame.options)
         for answer in texts:
             if frame.spaces == "unclear" and answer != answer.strip():
                 return None
@@ -199,31 +195,30 @@ class ChatRenderer(ChatTemplate):
     ) -> RenderedPair:
         """Renders whole conversations, in the first form of their messages that the template writes."""
         options = dict(kwargs) | ({"tools": tools} if tools else {})
-        prompt = [self._clean(message) for message in prompt]
-        chosen, rejected = ([self._clean(message, is_answer=True) for message in answer] for answer in answers)
+        prompt = [self.template.clean(message) for message in prompt]
+        chosen, rejected = ([self.template.clean(message, is_answer=True) for message in answer] for answer in answers)
         if not all(map(says_something, (chosen[-1], rejected[-1]))):
             raise UnusableError("empty_answer")
         refusals = []
         for form in find_forms([*prompt, *chosen, *rejected]):
             try:
-                return self._render_as(
-                    [form(message) for message in prompt],
-                    [[form(message) for message in answer] for answer in (chosen, rejected)],
+                rendered = self._render_as(
+                    [form.write(message) for message in prompt],
+                    [[form.write(message) for message in answer] for answer in (chosen, rejected)],
                     options,
-                    frozenset({"other_role"}) if form.keywords["rename"] else frozenset(),
                 )
             except UnusableError as error:
                 refusals.append(error)
+            else:
+                return replace(rendered, notes=rendered.notes | {"other_role"}) if form.renames_roles else rendered
         raise refusals[0]
 
-    def _render_as(
-        self, prompt: Messages, answers: list[Messages], options: dict[str, Any], notes_of_form: frozenset[str]
-    ) -> RenderedPair:
-        wholes = [self.apply(_join(prompt, answer), **options) for answer in answers]
+    def _render_as(self, prompt: Messages, answers: list[Messages], options: dict[str, Any]) -> RenderedPair:
+        wholes = [self.template.apply(_join(prompt, answer), **options) for answer in answers]
         for answer in answers:
-            self._check_roles(_join(prompt, answer), options)
+            self.template.check_roles(_join(prompt, answer), options)
         is_open = all(answer[0]["role"] == "assistant" for answer in answers)
-        for opening, used, note in self._openings(prompt, options, is_open=is_open):  # noqa: B007, used after the loop
+        for opening, used, note in self.template.openings(prompt, options, is_open=is_open):  # noqa: B007, used after the loop
             if all(whole.startswith(opening) for whole in wholes):
                 texts = [whole[len(opening) :] for whole in wholes]
                 scored = [
@@ -234,19 +229,19 @@ class ChatRenderer(ChatTemplate):
                 ]
                 break
         else:
-            opening, note = self.open(prompt, **options), "reasoning_rebuilt"
+            opening, note = self.template.open(prompt, **options), "reasoning_rebuilt"
             if not is_open or any(len(answer) > 1 for answer in answers):
                 raise UnusableError("changed_by_template")
             texts = [self._rebuild(opening, whole, answer[0]) for answer, whole in zip(answers, wholes, strict=True)]
             scored = [None, None]
-        notes = {*notes_of_form, *([note] if note else [])}
-        if not all(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", self._text) for name in options if name != "tools"):
+        notes = {note} if note else set()
+        if not all(self.template.reads(name) for name in options if name != "tools"):
             notes.add("argument_left_out")
         if (tools := options.get("tools")) and not all(_name(tool) in wholes[0] for tool in tools):
             notes.add("tools_left_out")
         rendered = []
         for text, spans, answer in zip(texts, scored, answers, strict=True):
-            rendered.append(RenderedAnswer(self._end_turn(text), spans))
+            rendered.append(RenderedAnswer(self.template.end_turn(text), spans))
             if text.count(CLOSE) > sum(max(read_content(message).count(CLOSE), 1) for message in answer):
                 raise UnusableError("reasoning_doubled_by_template")
             for message in answer:
@@ -286,12 +281,13 @@ class ChatRenderer(ChatTemplate):
         for at in range(len(messages) - number, len(messages)):
             if messages[at]["role"] != "assistant":
                 continue
-            openings = [text for text, *_ in self._openings(messages[:at], options) if whole.startswith(text)]
+            openings = [text for text, *_ in self.template.openings(messages[:at], options) if whole.startswith(text)]
             if at == 0 or not openings:
                 raise UnusableError("changed_by_template")
-            until = len(whole) + len(self.end)  # the end may be added to what the template writes
+            until = len(whole) + len(self.template.end)  # the end may be added to what the template writes
             if at < len(messages) - 1:
-                until = self._find_end_of_turn(whole, len(openings[0]), self.apply(messages[: at + 1], **options))
+                turn = self.template.apply(messages[: at + 1], **options)
+                until = self.template.find_end_of_turn(whole, len(openings[0]), turn)
             spans.append((max(len(openings[0]), begin) - begin, until - begin))
         return tuple(spans)
 

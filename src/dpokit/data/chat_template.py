@@ -32,17 +32,15 @@ class ChatTemplate:
         template_date: for templates that write a date, as `2026-11-29`; None for the current date.
 
     Attributes:
+        bos: the BOS with which it begins a conversation, or an empty text.
+        answer_start: the control tokens that begin an answer, or an empty text.
         end: the token, or tokens, that end an assistant's turn; EOS if the template writes none.
 
     Raises: ModelError for a template that cannot render a conversation.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template_date: str | None = None,
-    ) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_date: str | None = None) -> None:
+        self.tokenizer = tokenizer
         templates = tokenizer.chat_template
         self._text = "\n".join(templates.values()) if isinstance(templates, dict) else str(templates)
         # Only of a template that writes a date: else prepared data would be of one day.
@@ -53,15 +51,15 @@ class ChatTemplate:
         check_template(tokenizer)
         self._special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._in_parts = False
-        self._begins_with_bos = False
+        self.bos = ""
         self._tail = self._probe()
         run = self._find_tokens(self._tail)
         self.end: str = run or str(tokenizer.eos_token)
-        self._begin, self._generation = self._find_turns()
+        self._begin, self.answer_start = self._find_turns()
         self._ends = tuple(dict.fromkeys((self.end.strip(), str(tokenizer.eos_token))))
         # The words for which a conversation is rendered whole.
         searched = (OPEN, CLOSE, *find_searched(self._text), *self._ends, tokenizer.bos_token, self._begin)
-        searched += (self._generation.strip(),)
+        searched += (self.answer_start.strip(),)
         self._searched = tuple(dict.fromkeys(word for word in searched if word))
         self._left_out: dict[str, str] = {}
 
@@ -76,7 +74,7 @@ class ChatTemplate:
         if self._today is not None:
             options["chat_template"] = self._with_date(options.get("chat_template"), options.get("tools"))
         try:
-            return render_in_bounds(self._tokenizer, messages, **options)
+            return render_in_bounds(self.tokenizer, messages, **options)
         except ModelError:
             raise
         except Exception as error:  # a template is a program, and may fail in any way
@@ -84,7 +82,7 @@ class ChatTemplate:
 
     def _with_date(self, template: str | None, tools: Any) -> str:
         """Returns a template, by default the tokenizer's, with the run's date in place of the current one."""
-        template = template or str(self._tokenizer.get_chat_template(tools=tools))
+        template = template or str(self.tokenizer.get_chat_template(tools=tools))
         return CALL_OF_DATE.sub(lambda call: json.dumps(self._today.strftime(call[2]) if self._today else ""), template)
 
     def open(self, messages: Messages, **options: Any) -> str:
@@ -108,9 +106,10 @@ class ChatTemplate:
                     continue
                 is_repeated = is_repeated or whole.count(PROBE) > 1
                 if whole.count(PROBE) == 1:
-                    self._begins_with_bos = whole.startswith(self._tokenizer.bos_token or "\0")
+                    bos = str(self.tokenizer.bos_token or "")
+                    self.bos = bos if whole.startswith(bos) else ""
                     return whole.partition(PROBE)[2]
-        raise refuse_template(self._tokenizer, f"{'repeats' if is_repeated else 'leaves out'} the assistant's answer")
+        raise refuse_template(self.tokenizer, f"{'repeats' if is_repeated else 'leaves out'} the assistant's answer")
 
     def _find_turns(self) -> tuple[str, str]:
         """Returns the word that begins a conversation, after a BOS, and the text that begins an answer.
@@ -122,7 +121,7 @@ class ChatTemplate:
             before, _, after = self.open(question).partition("a question")
         except UnusableError:
             return "", ""
-        bos, end = str(self._tokenizer.bos_token), self.end.strip()
+        bos, end = str(self.tokenizer.bos_token), self.end.strip()
         before = before.removeprefix(bos).lstrip()
         word = next((token for token in self._special if before.startswith(token)), before.split(" ")[0].split("\n")[0])
         generation = after.lstrip().removeprefix(end).lstrip()
@@ -135,7 +134,7 @@ class ChatTemplate:
         """Returns the added tokens that a text begins with, up to other text; empty if it begins with none."""
         begin = tail[: len(tail) - len(tail.lstrip())]
         rest, tokens = tail[len(begin) :], ""
-        longest_first = sorted(self._tokenizer.get_added_vocab(), key=len, reverse=True)
+        longest_first = sorted(self.tokenizer.get_added_vocab(), key=len, reverse=True)
         while token := next((token for token in longest_first if rest.startswith(token)), ""):
             tokens, rest = tokens + token, rest[len(token) :]
         return begin + tokens if tokens else ""
@@ -145,8 +144,8 @@ class ChatTemplate:
 
         Raises: UnusableError if it is rendered for another model.
         """
-        text = self._without_bos(prompt).lstrip()
-        generation = self._generation.strip()
+        text = self.remove_bos(prompt).lstrip()
+        generation = self.answer_start.strip()
         if (self._begin and text.startswith(self._begin)) or (generation and generation in text):
             return True
         foreign = FOREIGN.findall(text)
@@ -155,11 +154,15 @@ class ChatTemplate:
             raise UnusableError("rendered_for_other_model")
         return False
 
-    def _is_treated(self, text: str) -> bool:
-        """Whether a text has words that the template or `_clean` treats in a special way."""
+    def reads(self, name: str) -> bool:
+        """Whether the template has this word, such as the name of one of its arguments."""
+        return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", self._text) is not None
+
+    def is_treated(self, text: str) -> bool:
+        """Whether a text has words that the template or `clean` treats in a special way."""
         return any(word in text for word in self._searched) or FOREIGN.match(text) is not None
 
-    def _openings(
+    def openings(
         self, prompt: Messages, options: Mapping[str, Any], *, is_open: bool = True
     ) -> Iterator[tuple[str, dict[str, Any], str]]:
         """Yields the prompts that a server may be given: text, arguments, and a key of `tally.NOTES` or an empty text.
@@ -176,7 +179,7 @@ class ChatTemplate:
                     changed = {**options, switch: value}
                     yield self.open(prompt, **changed), changed, "other_thinking_mode"
 
-    def _end_turn(self, text: str) -> str:
+    def end_turn(self, text: str) -> str:
         """Returns an answer's text up to the token that ends its turn."""
         if text.endswith(self._tail):
             return text[: len(text) - len(self._tail)] + self.end
@@ -184,7 +187,7 @@ class ChatTemplate:
             return text.rstrip()
         return text + self.end
 
-    def _find_end_of_turn(self, whole: str, begin: int, turn: str) -> int:
+    def find_end_of_turn(self, whole: str, begin: int, turn: str) -> int:
         """Returns where an assistant's turn ends in a conversation, after the token that ends it.
 
         Args:
@@ -200,20 +203,20 @@ class ChatTemplate:
         end = next((token for token in (self.end, *self._special) if whole.startswith(token, len(body))), "")
         return len(body) + len(end)
 
-    def _strip_ends(self, text: str) -> str:
+    def strip_ends(self, text: str) -> str:
         """Returns a text without an end that its row has written, which the template writes."""
         while text.rstrip().endswith(self._ends):
             for end in self._ends:
                 text = text.rstrip().removesuffix(end) if text.rstrip().endswith(end) else text
         return text
 
-    def _without_bos(self, text: str) -> str:
-        bos = self._tokenizer.bos_token
+    def remove_bos(self, text: str) -> str:
+        bos = self.tokenizer.bos_token
         while bos and text.startswith(bos):
             text = text.removeprefix(bos)
         return text
 
-    def _clean(self, message: dict[str, Any], *, is_answer: bool = False) -> dict[str, Any]:
+    def clean(self, message: dict[str, Any], *, is_answer: bool = False) -> dict[str, Any]:
         """Returns a message without the BOS, the ends and, of an answer, the beginning that the template writes itself.
 
         Raises: UnusableError for a rendered conversation in a message.
@@ -221,14 +224,14 @@ class ChatTemplate:
         text = message.get("content")
         if not isinstance(text, str) or not self._has_control(text):
             return message
-        text = self._strip_ends(self._without_bos(text))
-        if is_answer and self._generation:
-            text = text.removeprefix(self._generation)
+        text = self.strip_ends(self.remove_bos(text))
+        if is_answer and self.answer_start:
+            text = text.removeprefix(self.answer_start)
         if message["role"] in ("user", "assistant") and self.is_rendered(text):
             raise UnusableError("rendered_answer" if is_answer else "rendered_prompt")
         return {**message, "content": text}
 
-    def _check_roles(self, messages: Messages, options: Mapping[str, Any]) -> None:
+    def check_roles(self, messages: Messages, options: Mapping[str, Any]) -> None:
         """Raises UnusableError if the template leaves out a message, or a tool call, in a conversation of this shape.
 
         A probe of the same shape shows it, once for each shape: its texts occur nowhere else.

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.chat_rendering import ChatRenderer, RenderedAnswer, RenderedPair
+from dpokit.data.chat_template import ChatTemplate
 from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages, UnusableError, count_letters
@@ -46,8 +47,10 @@ class Renderer:
         self.eos: str = tokenizer.eos_token
         self.adds_space = self._probe_spaces()
         self.fast = self._find_fast()
-        self.chat = ChatRenderer(tokenizer, self._is_boundary, template_date) if tokenizer.chat_template else None
-        self.end = self.eos if self.chat is None else self.chat.end
+        self.chat: ChatRenderer | None = None
+        if tokenizer.chat_template:
+            self.chat = ChatRenderer(ChatTemplate(tokenizer, template_date), self._is_boundary)
+        self.end = self.eos if self.chat is None else self.chat.template.end
         self.ends = (int(tokenizer.eos_token_id),) if self.chat is None else self.chat.ends
         self.control_words = ControlWords(tokenizer)
 
@@ -82,7 +85,7 @@ class Renderer:
         if not messages:
             raise UnusableError("empty_prompt")
         if self.chat is not None:
-            return self.chat.open(messages, **({} if template is None else {"chat_template": template}))
+            return self.chat.template.open(messages, **({} if template is None else {"chat_template": template}))
         return render_transcript(messages)
 
     def render(self, pair: Pair) -> RenderedPair:
@@ -102,7 +105,7 @@ class Renderer:
     def _render_chat(self, chat: ChatRenderer, pair: Pair) -> RenderedPair:
         if not isinstance(pair.prompt, str):
             return chat.render(pair, pair.prompt)
-        if chat.is_rendered(pair.prompt):
+        if chat.template.is_rendered(pair.prompt):
             return chat.render_after(pair)
         prompt = parse_transcript(pair.prompt)
         answers = (_strip_separator(answer, pair.prompt) for answer in (pair.chosen, pair.rejected))
