@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from dpokit.data.formats import FORMATS
-from dpokit.data.layouts import find_format
+from dpokit.data.layouts import match_layout
 from dpokit.data.messages import UnusableError
 from dpokit.data.tally import REASONS, REMEDIES
 
@@ -102,7 +102,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("name", "row", "expected"), ROWS)
 def test_a_row_is_recognised_and_becomes_this_pair(name, row, expected):
-    layout = find_format([row], "test")
+    layout = match_layout([row], "test")
     pair = layout.to_pair(row)
     assert layout.name == name
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
@@ -117,7 +117,7 @@ def test_the_rows_above_cover_every_layout():
 @pytest.mark.parametrize(("name", "row", "_"), ROWS)
 def test_the_order_of_columns_does_not_matter(name, row, _):
     for names in permutations(row) if len(row) < 6 else [tuple(row), tuple(reversed(row))]:
-        assert find_format([{column: row[column] for column in names}], "test").name == name
+        assert match_layout([{column: row[column] for column in names}], "test").name == name
 
 
 USABLE = {
@@ -162,7 +162,7 @@ UNUSABLE = [
 
 @pytest.mark.parametrize(("name", "changes", "reason"), UNUSABLE)
 def test_an_unusable_row_has_this_reason(name, changes, reason):
-    layout = find_format([USABLE[name]], "test")
+    layout = match_layout([USABLE[name]], "test")
     assert layout.name == name
     with pytest.raises(UnusableError) as error:
         layout.to_pair({**USABLE[name], **changes})
@@ -236,7 +236,7 @@ REPEATS = {
 def test_an_answer_that_repeats_the_prompt_has_it_once(case):
     prompt, chosen, rejected, expected = REPEATS[case]
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    layout = find_format([row], "test")
+    layout = match_layout([row], "test")
     if expected is None:
         with pytest.raises(UnusableError, match="different_prompts"):
             layout.to_pair(row)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dpokit.data.formats import PARTS
-from dpokit.data.layouts import CONTEXT, find_format
+from dpokit.data.layouts import CONTEXT, match_layout
 from dpokit.data.messages import UnusableError
 from dpokit.errors import DataError
 from dpokit.settings.flags import COLUMN_NAMES
@@ -21,14 +21,14 @@ TURNS = {
 
 def test_a_minority_of_broken_rows_does_not_hide_the_layout():
     usable = {"prompt": "Why?", **TEXTS}
-    assert find_format([{**usable, "chosen": None}, usable, usable], "test").name == "explicit, plain"
+    assert match_layout([{**usable, "chosen": None}, usable, usable], "test").name == "explicit, plain"
     with pytest.raises(DataError, match="no known form"):
-        find_format([{**usable, "chosen": None}, usable], "test")
+        match_layout([{**usable, "chosen": None}, usable], "test")
 
 
 def test_data_without_rows_has_no_known_form():
     with pytest.raises(DataError, match="no row at all"):
-        find_format([], "test")
+        match_layout([], "test")
 
 
 # the rows of a file that no layout fits, and the part of the error that names the value
@@ -44,7 +44,7 @@ WRONG_VALUES = [
 @pytest.mark.parametrize(("rows", "seen"), WRONG_VALUES)
 def test_a_value_that_fits_no_layout_is_named_with_its_row(rows, seen):
     with pytest.raises(DataError, match="no known form") as error:
-        find_format(rows, "my.jsonl")
+        match_layout(rows, "my.jsonl")
     assert seen in error.value.seen
     assert "my.jsonl" in error.value.seen
 
@@ -62,7 +62,7 @@ JSON_TEXTS = {
 def test_messages_as_text_are_read_as_messages(names, kind):
     row = {"prompt": ME, **TURNS}
     texts = row | {name: JSON_TEXTS[kind](row[name]) for name in names}
-    layout = find_format([texts], "test")
+    layout = match_layout([texts], "test")
     pair = layout.to_pair(texts)
     assert (pair.prompt, pair.chosen, pair.rejected) == (ME, "Yes.", "No.")
     with pytest.raises(UnusableError, match=r"^bad_json \(" + names[0]):
@@ -72,7 +72,7 @@ def test_messages_as_text_are_read_as_messages(names, kind):
 def test_a_few_answers_that_are_json_stay_texts():
     answer = json.dumps([WHY])
     rows = [{"prompt": "Why?", **TEXTS}] * 2 + [{"prompt": "Show a list of messages.", **TEXTS, "chosen": answer}]
-    assert find_format(rows, "test").to_pair(rows[2]).chosen == answer
+    assert match_layout(rows, "test").to_pair(rows[2]).chosen == answer
 
 
 def test_the_flag_has_the_names_that_layouts_use():

@@ -68,7 +68,7 @@ class Layout:
         return _add_context(pair, values) if self.has_context else pair
 
 
-def find_format(
+def match_layout(
     rows: Sequence[Row],
     source: str,
     columns: Mapping[str, str] | None = None,

@@ -1,20 +1,25 @@
 """Reads a model from a GGUF file: converted once into a folder of the cache, with tokenizer and generation config."""
 
 import fcntl
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpokit.atomic_files import new_folder, read_record
+from dpokit.atomic_files import new_folder, read_record, sync_folder, write_json
 from dpokit.caches import find_caches
 from dpokit.console import say
 from dpokit.errors import DpokitError, MachineError, find_disk_trouble
 from dpokit.file_hashes import hash_file
 from dpokit.model.check import is_gguf
-from dpokit.model.gguf_conversion import FORMAT, RECORD_FILE, convert
-from dpokit.model.gguf_metadata import file_errors, refuse
+from dpokit.model.gguf_conversion import convert_gguf
+from dpokit.model.gguf_metadata import file_errors, refuse_file
 
+RECORD_FILE = "gguf.json"
+FORMAT = 1  # part of a copy's name: another way of converting makes another copy
+PACKAGES = ("dpokit", "gguf", "transformers")
 _COPIES: dict[str, str] = {}  # the copies that this process has used, by the file's name
 
 
@@ -35,14 +40,14 @@ def find_model_folder(name: str) -> str:
         if not file.is_file() and name in _COPIES:  # it was moved while this process runs
             return _COPIES[name]
         if not file.is_file():
-            refuse(name, "there is no such file", do="correct the path; from the Hub: hf download ID FILE.gguf")
+            refuse_file(name, "there is no such file", do="correct the path; from the Hub: hf download ID FILE.gguf")
         sha256 = hash_file(file)
     folder = find_caches() / "gguf" / f"{sha256[:32]}-{FORMAT}"
     if not _is_whole(folder):
         with _disk_errors(), _lock(folder):
             if not _is_whole(folder):
                 with new_folder(folder) as part:
-                    convert(file, part, sha256)
+                    _write_record(part, sha256, convert_gguf(file, part))
                 made = read_record(folder / RECORD_FILE)
                 chat = "" if made["has_chat_template"] else "; it has no chat template"
                 say(
@@ -59,6 +64,18 @@ def describe_gguf(name: str) -> dict[str, Any] | None:
         return None
     made: dict[str, Any] = read_record(Path(find_model_folder(name)) / RECORD_FILE)
     return {"file": name} | {key: value for key, value in made.items() if key not in ("format", "files")}
+
+
+def _write_record(folder: Path, sha256: str, model: Mapping[str, Any]) -> None:
+    """Flushes a copy to disk, and writes its record last: the file's sha256, the model, and the copy's files."""
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    for name in files:
+        with (folder / name).open("rb") as written:
+            os.fsync(written.fileno())
+    versions = {name: version(name) for name in PACKAGES}
+    record = {"format": FORMAT, "sha256": sha256, **model, "versions": versions, "files": files}
+    write_json(folder / RECORD_FILE, record)
+    sync_folder(folder)
 
 
 def _is_whole(folder: Path) -> bool:

@@ -8,7 +8,6 @@ What a file says and dpokit does not know is an error: a key of the architecture
 transformers itself passes over them (5.23), so that such a model computes something else without a word.
 """
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -27,15 +26,11 @@ from transformers import (
 from transformers.integrations import GGUF_CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from dpokit.atomic_files import sync_folder, write_json
 from dpokit.errors import ModelError
 from dpokit.model.check import check_config
-from dpokit.model.gguf_metadata import file_errors, read_metadata, refuse, refuse_model
+from dpokit.model.gguf_metadata import file_errors, read_metadata, refuse_file, refuse_model
 from dpokit.model.gguf_tokenizer import build_tokenizer, check_splits, check_tokenizer
 
-RECORD_FILE = "gguf.json"
-FORMAT = 1  # part of a copy's name: another way of converting makes another copy
-PACKAGES = ("dpokit", "gguf", "transformers")
 # Keys of an architecture that `_build_config` compares with others.
 REPEATED_KEYS = {"attention.key_length", "attention.value_length"}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -43,8 +38,11 @@ ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-def convert(file: Path, part: Path, sha256: str) -> None:
-    """Fills a folder with the model of a GGUF file, and flushes it to disk. Raises: ModelError, OSError."""
+def convert_gguf(file: Path, folder: Path) -> dict[str, Any]:
+    """Fills a folder with the model of a GGUF file; returns its architecture, number of weights, types and dtype.
+
+    Raises: ModelError, OSError.
+    """
     try:
         import gguf
     except ImportError as error:
@@ -58,39 +56,30 @@ def convert(file: Path, part: Path, sha256: str) -> None:
         check_splits(file, metadata)
         reader = gguf.GGUFReader(file)
         config = _build_config(file, metadata, reader)
-        config.save_pretrained(part)
+        config.save_pretrained(folder)
         try:
-            check_config(str(part), None)
+            check_config(str(folder), None)
         except ModelError as error:
-            refuse(file, f"its metadata {error.seen.partition('config.json ')[2]}", error)
+            refuse_file(file, f"its metadata {error.seen.partition('config.json ')[2]}", error)
         with torch.device("meta"):
             model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
         weights = _read_weights(file, reader, model)
         tokenizer = build_tokenizer(file, metadata)
-        tokenizer.save_pretrained(part)
-        check_tokenizer(file, AutoTokenizer.from_pretrained(part), metadata)
+        tokenizer.save_pretrained(folder)
+        check_tokenizer(file, AutoTokenizer.from_pretrained(folder), metadata)
     dtype = torch.bfloat16 if all(torch.equal(w, w.bfloat16().float()) for w in weights.values()) else torch.float32
-    save_torch_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, part)
+    save_torch_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, folder)
     config.architectures, config.dtype = [type(model).__name__], dtype
-    config.save_pretrained(part)
-    _build_generation_config(metadata).save_pretrained(part)
+    config.save_pretrained(folder)
+    _build_generation_config(metadata).save_pretrained(folder)
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
-    record = {
-        "format": FORMAT,
-        "sha256": sha256,
+    return {
         "architecture": metadata["general.architecture"],
         "weights": sum(weight.numel() for weight in weights.values()),
         "tensor_types": dict(types.most_common()),
         "dtype": str(dtype).removeprefix("torch."),
         "has_chat_template": tokenizer.chat_template is not None,
-        "versions": {name: version(name) for name in PACKAGES},
-        "files": {path.name: path.stat().st_size for path in part.iterdir()},
     }
-    for path in part.iterdir():
-        with path.open("rb") as written:
-            os.fsync(written.fileno())
-    write_json(part / RECORD_FILE, record)
-    sync_folder(part)
 
 
 def _build_config(file: Path, metadata: Mapping[str, Any], reader: Any) -> Any:
@@ -167,7 +156,7 @@ def _read_weights(file: Path, reader: Any, model: PreTrainedModel) -> dict[str, 
         try:
             values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
         except NotImplementedError as error:
-            refuse(
+            refuse_file(
                 file,
                 f"its tensor {tensor.name} has the type {tensor.tensor_type.name}, which gguf {version('gguf')} cannot "
                 "decode",
@@ -176,7 +165,7 @@ def _read_weights(file: Path, reader: Any, model: PreTrainedModel) -> dict[str, 
                 do="take a file with another quantisation, or name a folder with the model's safetensors",
             )
         if values.shape != shapes[name]:
-            refuse(
+            refuse_file(
                 file,
                 f"its tensor {tensor.name} has the shape {tuple(values.shape)}, and its metadata describes "
                 f"{tuple(shapes[name])}",
@@ -186,7 +175,7 @@ def _read_weights(file: Path, reader: Any, model: PreTrainedModel) -> dict[str, 
             values = values.view(-1, config.head_dim // 2, 2, values.shape[1]).transpose(1, 2).reshape(values.shape)
         weights[name] = values
     if missing := sorted(shapes.keys() - weights.keys()):
-        refuse(file, f"it lacks {len(missing):,} of the model's {len(shapes):,} weights, such as {missing[0]}")
+        refuse_file(file, f"it lacks {len(missing):,} of the model's {len(shapes):,} weights, such as {missing[0]}")
     return weights
 
 

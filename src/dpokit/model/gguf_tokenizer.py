@@ -13,7 +13,7 @@ from transformers import (
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from dpokit.model.gguf_metadata import refuse
+from dpokit.model.gguf_metadata import refuse_file
 
 # `tokenizer.ggml.pre`: how a text is split before merges are applied. transformers knows the names of its own table,
 # and splits as GPT-2 for all others, although some split digits first.
@@ -36,7 +36,7 @@ def check_splits(file: Path, metadata: Mapping[str, Any]) -> None:
         problem = f"its tokenizer is of the kind {kind!r} (tokenizer.ggml.model)"
     else:
         return
-    refuse(
+    refuse_file(
         file,
         f"{problem}: its token ids would be wrong",
         expected=f"a SentencePiece tokenizer, or a byte-level one with one of the rules {', '.join(sorted(rules))}",
@@ -121,7 +121,7 @@ def check_tokenizer(file: Path, tokenizer: PreTrainedTokenizerBase, metadata: Ma
     if tokenizer("a")["input_ids"] != described and not problem:
         problem = f"makes {tokenizer('a')['input_ids']} of the text 'a', and the file describes {described}"
     if problem:
-        refuse(
+        refuse_file(
             file,
             f"the tokenizer that transformers makes of it {problem}",
             expected="the token ids that the model was trained with",
