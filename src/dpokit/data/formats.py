@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpokit.data.messages import SAYINGS, Messages, UnusableError, describe_value, is_plain, is_turns
-from dpokit.data.transcripts import ASSISTANT, HUMAN, parse_transcript
+from dpokit.data.transcripts import ASSISTANT, parse_transcript, split_transcript
 
 PARTS = ("prompt", "chosen", "rejected")
 VOTES = ("tie", "both_bad", "base", "tuned")  # the first two prefer no answer
@@ -84,18 +84,11 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _split_transcript(text: str) -> tuple[str, str]:
-    before, mark, answer = text.rpartition(ASSISTANT)
-    if not mark or HUMAN in answer:
-        raise UnusableError("no_answer_turn", "user")
-    return before + mark, answer
-
-
 def _pair_from_transcripts(row: Row) -> Pair:
     # Each transcript is split at its own last turn. TRL splits at the end of their common beginning: inside the answers
     # in the 19 % of HH rows whose answers begin alike.
-    prompt, chosen = _split_transcript(_text(row, "chosen"))
-    other_prompt, rejected = _split_transcript(_text(row, "rejected"))
+    prompt, chosen = split_transcript(_text(row, "chosen"))
+    other_prompt, rejected = split_transcript(_text(row, "rejected"))
     if prompt != other_prompt:
         raise UnusableError("different_prompts")
     return Pair(prompt, chosen, rejected)

@@ -1,13 +1,12 @@
 """Recognises the layout of a dataset by its first rows, and reads the columns of the layout. No torch."""
 
 import json
-import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from dpokit.data.formats import COMMON_BEGINNING, FORMATS, PARTS, SYSTEM_ROLES, Format, Pair, Row
+from dpokit.data.formats import FORMATS, PARTS, SYSTEM_ROLES, Format, Pair, Row
 from dpokit.data.messages import (
     UnusableError,
     describe_value,
@@ -19,7 +18,7 @@ from dpokit.data.messages import (
     read_turns_text,
 )
 from dpokit.data.transcripts import parse_transcript
-from dpokit.data.unused_columns import looks_like_content, suggest_columns
+from dpokit.data.unused_columns import find_unused_columns, find_value
 from dpokit.errors import DataError
 
 # Columns that any layout may have beside its own. A system column is used only if --columns names it.
@@ -61,7 +60,7 @@ class Layout:
         """Returns the pair of a row. Raises: UnusableError with the reason why the row has none."""
         if self.is_direct:
             return self.form.to_pair(row)
-        values = {name: row[path] if path in row else _find_value(row, path) for name, path in self.columns.items()}
+        values = {name: row[path] if path in row else find_value(row, path) for name, path in self.columns.items()}
         for name, read in self.readers.items():
             values[name] = read(values[name])
         pair = self.form.to_pair(values)
@@ -93,7 +92,7 @@ def match_layout(
     for form in FORMATS:
         layout = _fit(form, rows, columns, unpadded)
         if layout is not None:
-            return replace(layout, unused=_check_unused(layout, rows, source, ignored))
+            return replace(layout, unused=find_unused_columns(form, layout.columns, rows, source, ignored))
     raise _refuse_rows(rows, columns, source)
 
 
@@ -105,7 +104,7 @@ def _fit(form: Format, rows: Sequence[Row], mapping: Mapping[str, str], unpadded
     paths = {name: path for name, path in {**columns, **mapping}.items() if path is not None}
     if not paths.keys() <= form.columns.keys() | CONTEXT:
         return None  # --columns names a column that the format does not have
-    samples = [{name: _find_value(row, path) for name, path in paths.items()} for row in rows]
+    samples = [{name: find_value(row, path) for name, path in paths.items()} for row in rows]
     as_json = {name for name in paths.keys() & PARTS if _is_most(parse_turns(row[name]) is not None for row in samples)}
     for row in samples:
         row.update({name: parse_turns(row[name]) for name in as_json})
@@ -133,21 +132,11 @@ def _is_most(votes: Iterable[bool]) -> bool:
     return sum(values) * 2 > len(values)
 
 
-def _find_value(row: Row, path: str) -> Any:
-    """Returns the value of a column, or of a dotted path in one; None if it is missing."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
 def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str) -> None:
     """Raises DataError for a column of `--columns` that no sampled row has."""
     names = dict.fromkeys(name for row in rows for name in row)
     for name, path in columns.items():
-        if path in names or any(_find_value(row, path) is not None for row in rows):
+        if path in names or any(find_value(row, path) is not None for row in rows):
             continue
         values = [row[path.partition(".")[0]] for row in rows if path.partition(".")[0] in row]
         keys = dict.fromkeys(
@@ -158,51 +147,6 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str)
             expected="one of " + ", ".join(keys or names),
             do=f"correct --columns {name}=...",
         )
-
-
-def _check_unused(layout: Layout, rows: Sequence[Row], source: str, ignored: Collection[str]) -> tuple[str, ...]:
-    """Returns the columns, and the keys beside a dotted path, that the layout does not use.
-
-    Raises: DataError if one of them looks like content.
-    """
-    names = dict.fromkeys(name for row in rows for name in row)
-    objects = {path.rpartition(".")[0] for path in layout.columns.values() if path not in names}
-    used = {*layout.columns.values(), *(path.partition(".")[0] for path in objects), *ignored}
-    keys = {
-        f"{path}.{key}": None
-        for path in sorted(objects)
-        for value in (_find_value(row, path) for row in rows)
-        if isinstance(value, Mapping)
-        for key in value
-    }
-    unused = tuple(name for name in {**names, **keys} if name not in used and name not in objects)
-    parts = [layout.columns[name] for name in layout.columns if name in PARTS]
-    content = []
-    for name in unused:
-        repeats = all(_repeats(_find_value(row, name), [_find_value(row, path) for path in parts]) for row in rows)
-        values = [_find_value(row, name) for row in rows]
-        if not repeats and looks_like_content(name, values, any_text=layout.form.name == COMMON_BEGINNING):
-            content.append(name)
-    if not content:
-        return unused
-    columns = suggest_columns(content, layout.columns)
-    if not columns and layout.form.name == COMMON_BEGINNING:  # rather a column of prompts than no prompt at all
-        columns = {"prompt": content[0]}
-    use = ",".join(f"{part}={name}" for part, name in columns.items())
-    others = ",".join(name for name in content if name not in columns.values())
-    use = f"--columns {shlex.quote(use)}" + (f" --ignore_columns {shlex.quote(others)}" if others else "")
-    ignore = f"--ignore_columns {shlex.quote(','.join(content))}"
-    raise DataError(
-        f"{source} has columns that look like content and that the layout {layout.name!r} does not use: "
-        + ", ".join(content),
-        expected="columns that the layout uses, or that hold only ids, scores and other metadata",
-        do=f"to use them: {use}; to leave them out: {ignore}" if columns else f"to leave them out: {ignore}",
-    )
-
-
-def _repeats(value: Any, parts: Sequence[Any]) -> bool:
-    """Whether a value is one of the pair's own values, or a list of them."""
-    return value in parts or (isinstance(value, (list, tuple)) and len(value) > 0 and all(v in parts for v in value))
 
 
 def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str) -> DataError:

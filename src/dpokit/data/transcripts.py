@@ -30,3 +30,11 @@ def render_transcript(messages: Messages) -> str:
             raise UnusableError("needs_template", key)
     turns = [f"\n\n{ROLES.get(m['role'], m['role'].title())}: {m['content'].strip()}" for m in messages]
     return "".join(turns) + ASSISTANT
+
+
+def split_transcript(text: str) -> tuple[str, str]:
+    """Returns a transcript up to its last answer, and that answer. Raises: UnusableError if it ends with none."""
+    before, mark, answer = text.rpartition(ASSISTANT)
+    if not mark or HUMAN in answer:
+        raise UnusableError("no_answer_turn", "user")
+    return before + mark, answer
