@@ -1,4 +1,4 @@
-"""The run folder: files are written whole or not at all, and damaged ones are reported."""
+"""The run folder: its records and metrics survive interruptions, and damaged ones are reported."""
 
 import json
 

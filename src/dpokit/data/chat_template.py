@@ -211,6 +211,7 @@ class ChatTemplate:
         return text
 
     def remove_bos(self, text: str) -> str:
+        """Returns a text without the BOS, or several, at its beginning."""
         bos = self.tokenizer.bos_token
         while bos and text.startswith(bos):
             text = text.removeprefix(bos)
