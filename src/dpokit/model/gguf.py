@@ -47,12 +47,12 @@ def find_model_folder(name: str) -> str:
         with _disk_errors(), _lock(folder):
             if not _is_whole(folder):
                 with new_folder(folder) as part:
-                    _write_record(part, sha256, convert_gguf(file, part))
-                made = read_record(folder / RECORD_FILE)
-                chat = "" if made["has_chat_template"] else "; it has no chat template"
+                    model = convert_gguf(file, part)
+                    _write_record(part, sha256, model)
+                chat = "" if model["has_chat_template"] else "; it has no chat template"
                 say(
-                    f"{name}: {made['weights']:,} weights ({', '.join(made['tensor_types'])}) are converted once, to "
-                    f"{made['dtype']} in {folder}{chat}"
+                    f"{name}: {model['weights']:,} weights ({', '.join(model['tensor_types'])}) are converted once, to "
+                    f"{model['dtype']} in {folder}{chat}"
                 )
     _COPIES[name] = str(folder)
     return _COPIES[name]
