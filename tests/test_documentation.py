@@ -13,7 +13,7 @@ from documentation import PAGES, README, list_anchors, list_commands, read_secti
 from test_imports import FLOORS, MODULES, SRC
 from trl import ScriptArguments
 
-from dpokit.data.formats import find_format
+from dpokit.data.layouts import match_layout
 from dpokit.settings.flags import DataArguments
 from dpokit.verbs.app import app
 
@@ -84,7 +84,7 @@ def test_the_rows_of_the_readme_are_pairs_of_one_layout():
     text = re.search(r"```json\n(.*?)```", README.read_text(), re.S)
     assert text is not None
     rows = [json.loads(line) for line in text[1].splitlines()]
-    layout = find_format(rows, "README.md")
+    layout = match_layout(rows, "README.md")
     assert layout.name == "explicit, conversational"
     assert len([layout.to_pair(row) for row in rows]) == 3
 

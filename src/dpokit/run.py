@@ -12,6 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 from trl import DPOConfig, SFTConfig
 
 from dpokit.after_training import check_after_training, find_commands, run_commands
+from dpokit.atomic_files import write_json
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
 from dpokit.checkpoint.resume import MODEL, Start, claim_folder
 from dpokit.console import hide_progress, quiet_dependencies, say
@@ -34,7 +35,7 @@ from dpokit.model.load import (
 )
 from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
 from dpokit.run_state import find_kept_evaluation, keep_record, record_preemption
-from dpokit.rundir import RunDir, write_json
+from dpokit.rundir import RunDir
 from dpokit.settings.load import Settings, load_settings
 from dpokit.train.alarms import AlarmCallback
 from dpokit.train.callbacks import (

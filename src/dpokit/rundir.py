@@ -6,13 +6,13 @@ import os
 import secrets
 import shutil
 import socket
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dpokit.atomic_files import MOST_RECORD_BYTES, read_record, write_json, write_whole
 from dpokit.errors import RunFolderError
 
 # Types of the fields of run.json that are checked on reading; other fields are ignored.
@@ -23,7 +23,6 @@ RECORD: dict[str, tuple[type, ...]] = {
     "world_size": (int,),
     "best": (dict, type(None)),
 }
-MOST_RECORD_BYTES = 2**26
 # Limits for a file that is read into memory; a tokenizer has some 30 MB, the metrics of a million steps some 500 MB.
 MOST_FILE_BYTES = {".jsonl": 2**31}
 OTHER_FILE_BYTES = 2**28
@@ -305,72 +304,6 @@ def find_model(name: str) -> str:
         expected="a finished run, a model's folder or a Hub id",
         do="let that run finish" + (f", or {other}" if other else ""),
     )
-
-
-def find_caches() -> Path:
-    """The folder of dpokit's caches: `DPOKIT_CACHE`, else `dpokit` among the user's caches."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("DPOKIT_CACHE") or Path(caches) / "dpokit")
-
-
-def read_record(path: Path) -> Any:
-    """A file's JSON. Raises: OSError; ValueError if it is malformed or too large; RecursionError."""
-    with path.open("rb") as file:
-        content = file.read(MOST_RECORD_BYTES + 1)
-    if len(content) > MOST_RECORD_BYTES:
-        raise ValueError(f"it has more than {MOST_RECORD_BYTES:,} bytes")
-    return json.loads(content)
-
-
-def write_json(path: Path, record: Any) -> None:
-    """Writes JSON with `write_whole`."""
-    write_whole(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old or the new content whole, even after a power failure."""
-    part = path.with_name(f".{path.name}.part-{threading.get_native_id()}")
-    part.unlink(missing_ok=True)
-    try:
-        with part.open("xb") as file:  # x: does not write through a link of this name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        sync_folder(path.parent)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes a folder's list of names to disk."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which gets its name only when the block succeeds, so no half-filled one is visible."""
-    part = path.with_name(f".{path.name}.part")
-    remove_tree(part)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        remove_tree(path)
-        part.replace(path)
-    finally:
-        remove_tree(part)
-
-
-def remove_tree(path: Path) -> None:
-    """Deletes a folder, ignoring errors; of a link, only the link."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 class MetricsFile:

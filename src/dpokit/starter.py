@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from dpokit.atomic_files import write_whole
 from dpokit.errors import SettingsError
-from dpokit.rundir import write_whole
 
 # In a wheel they are below dpokit/starter_files/; in a checkout at its root (pyproject.toml, force-include).
 FOLDERS = ("recipes", "accelerate_configs", "launch")

@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+from dpokit.atomic_files import write_json
 from dpokit.checkpoint.store import write_manifest
-from dpokit.rundir import write_json
 
 DEFAULTS = {"output_dir": "runs/stand_in"}
 

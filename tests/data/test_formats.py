@@ -1,17 +1,15 @@
 """Rows of published layouts become pairs, split where the answers begin; each dropped row has a reason."""
 
 import ast
-import json
 from itertools import permutations
 
 import pytest
 from conftest import ROOT
 
-from dpokit.data.formats import CONTEXT, FORMATS, PARTS, find_format, parse_transcript, render_transcript
+from dpokit.data.formats import FORMATS
+from dpokit.data.layouts import match_layout
 from dpokit.data.messages import UnusableError
 from dpokit.data.tally import REASONS, REMEDIES
-from dpokit.errors import DataError
-from dpokit.settings.flags import COLUMN_NAMES
 
 HH = "\n\nHuman: Why?\n\nAssistant:"
 LONG_HH = "\n\nHuman: Why?\n\nAssistant: Who asks?\n\nHuman: Me.\n\nAssistant:"
@@ -104,7 +102,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("name", "row", "expected"), ROWS)
 def test_a_row_is_recognised_and_becomes_this_pair(name, row, expected):
-    layout = find_format([row], "test")
+    layout = match_layout([row], "test")
     pair = layout.to_pair(row)
     assert layout.name == name
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
@@ -119,19 +117,7 @@ def test_the_rows_above_cover_every_layout():
 @pytest.mark.parametrize(("name", "row", "_"), ROWS)
 def test_the_order_of_columns_does_not_matter(name, row, _):
     for names in permutations(row) if len(row) < 6 else [tuple(row), tuple(reversed(row))]:
-        assert find_format([{column: row[column] for column in names}], "test").name == name
-
-
-def test_a_minority_of_broken_rows_does_not_hide_the_layout():
-    usable = {"prompt": "Why?", **TEXTS}
-    assert find_format([{**usable, "chosen": None}, usable, usable], "test").name == "explicit, plain"
-    with pytest.raises(DataError, match="no known form"):
-        find_format([{**usable, "chosen": None}, usable], "test")
-
-
-def test_data_without_rows_has_no_known_form():
-    with pytest.raises(DataError, match="no row at all"):
-        find_format([], "test")
+        assert match_layout([{column: row[column] for column in names}], "test").name == name
 
 
 USABLE = {
@@ -176,55 +162,11 @@ UNUSABLE = [
 
 @pytest.mark.parametrize(("name", "changes", "reason"), UNUSABLE)
 def test_an_unusable_row_has_this_reason(name, changes, reason):
-    layout = find_format([USABLE[name]], "test")
+    layout = match_layout([USABLE[name]], "test")
     assert layout.name == name
     with pytest.raises(UnusableError) as error:
         layout.to_pair({**USABLE[name], **changes})
     assert str(error.value) == reason
-
-
-# the rows of a file that no layout fits, and the part of the error that names the value
-WRONG_VALUES = [
-    ([{**USABLE["explicit, plain"]}, {"prompt": "Why?", **TEXTS, "rejected": None}], "in row 2, rejected is null"),
-    ([{"prompt": "Why?", "chosen": 4, "rejected": 5}], "in row 1, chosen is a number"),
-    ([{"prompt": "Why?", "chosen": ["Yes.", "Yes!"], "rejected": ["No."]}], "in row 1, chosen is a list with text"),
-    ([{"prompt": None, **TEXTS}], "in row 1, prompt is null"),
-    ([{"prompt": {"text": "Why?"}, **TEXTS}], "in row 1, prompt is an object without a role"),
-]
-
-
-@pytest.mark.parametrize(("rows", "seen"), WRONG_VALUES)
-def test_a_value_that_fits_no_layout_is_named_with_its_row(rows, seen):
-    with pytest.raises(DataError, match="no known form") as error:
-        find_format(rows, "my.jsonl")
-    assert seen in error.value.seen
-    assert "my.jsonl" in error.value.seen
-
-
-# rows whose columns hold messages as text
-JSON_TEXTS = {
-    "JSON": json.dumps,
-    "Python's notation": str,
-    "JSON with spaces": lambda value: "\n " + json.dumps(value, indent=2),
-}
-
-
-@pytest.mark.parametrize("kind", JSON_TEXTS)
-@pytest.mark.parametrize("names", [PARTS, ("prompt",), ("chosen", "rejected")], ids=",".join)
-def test_messages_as_text_are_read_as_messages(names, kind):
-    row = {"prompt": ME, **TURNS}
-    texts = row | {name: JSON_TEXTS[kind](row[name]) for name in names}
-    layout = find_format([texts], "test")
-    pair = layout.to_pair(texts)
-    assert (pair.prompt, pair.chosen, pair.rejected) == (ME, "Yes.", "No.")
-    with pytest.raises(UnusableError, match=r"^bad_json \(" + names[0]):
-        layout.to_pair(texts | {names[0]: texts[names[0]][:-1]})
-
-
-def test_a_few_answers_that_are_json_stay_texts():
-    answer = json.dumps([WHY])
-    rows = [{"prompt": "Why?", **TEXTS}] * 2 + [{"prompt": "Show a list of messages.", **TEXTS, "chosen": answer}]
-    assert find_format(rows, "test").to_pair(rows[2]).chosen == answer
 
 
 @pytest.mark.parametrize(
@@ -248,35 +190,6 @@ def test_a_common_beginning_ends_before_a_whole_word(first, second):
     assert len(prompts) == 1, "the prompt is the same whichever answer is preferred"
 
 
-def test_a_transcript_survives_parsing_and_rendering():
-    assert parse_transcript(LONG_HH) == ME
-    assert render_transcript(parse_transcript(LONG_HH)) == LONG_HH
-
-
-def test_a_plain_text_is_one_stripped_user_message():
-    assert parse_transcript("  Why? ") == [WHY]
-
-
-def test_an_empty_answer_is_left_out_of_a_transcript():
-    assert parse_transcript("\n\nHuman: Why?\n\nAssistant:") == [WHY]
-
-
-def test_text_before_the_first_human_turn_is_kept():
-    messages = parse_transcript(f"Be brief.{HH}")
-    assert any("Be brief." in message["content"] for message in messages)
-    assert messages[-1]["content"].endswith("Why?")
-
-
-def test_a_conversation_as_a_transcript_names_its_speakers():
-    assert render_transcript([SYSTEM, *ME]) == f"\n\nSystem: Be brief.{LONG_HH}"
-
-
-@pytest.mark.parametrize("key", ["tool_calls", "reasoning_content"])
-def test_a_transcript_does_not_lose_what_a_message_says(key):
-    with pytest.raises(UnusableError, match=rf"^needs_template \({key}\)$"):
-        render_transcript([WHY, {**YES, key: CALL["tool_calls"]}])
-
-
 def test_every_reason_in_the_source_has_a_description():
     reasons = set()
     for path in (ROOT / "src" / "dpokit" / "data").glob("*.py"):
@@ -289,10 +202,6 @@ def test_every_reason_in_the_source_has_a_description():
 
 def test_every_reason_has_a_remedy():
     assert set(REMEDIES) == set(REASONS)
-
-
-def test_the_flag_has_the_names_that_layouts_use():
-    assert set(COLUMN_NAMES) == {*PARTS, *CONTEXT}
 
 
 Q = {"role": "user", "content": "Weather?"}
@@ -327,7 +236,7 @@ REPEATS = {
 def test_an_answer_that_repeats_the_prompt_has_it_once(case):
     prompt, chosen, rejected, expected = REPEATS[case]
     row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    layout = find_format([row], "test")
+    layout = match_layout([row], "test")
     if expected is None:
         with pytest.raises(UnusableError, match="different_prompts"):
             layout.to_pair(row)

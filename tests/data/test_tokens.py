@@ -8,9 +8,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
-from dpokit.data.formats import FORMATS, Pair, find_format, parse_transcript
+from dpokit.data.formats import FORMATS, Pair
+from dpokit.data.layouts import match_layout
 from dpokit.data.messages import UnusableError
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer, cut
+from dpokit.data.rendering import Renderer
+from dpokit.data.tokens import Encoder, LengthLimits, cut
+from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError, ModelError
 
 QUESTION = "How do I bake bread?"
@@ -92,7 +95,7 @@ EXPECTED = {
 
 
 def encode(tokenizer, row: dict, limits: LengthLimits = NO_LIMITS) -> dict:
-    encoder = Encoder(Renderer(tokenizer), find_format([row], "test"), limits)
+    encoder = Encoder(Renderer(tokenizer), match_layout([row], "test"), limits)
     columns = encoder({name: [value] for name, value in row.items()}, [0])
     return {name: values[0] for name, values in columns.items()}
 
@@ -106,7 +109,7 @@ def test_the_table_above_has_every_layout():
 def test_a_row_becomes_exactly_these_tokens(name, kind, plain_tokenizer, chat_tokenizer):
     row, plain, chat = EXPECTED[name]
     tokenizer, expected = (plain_tokenizer, plain) if kind == "plain" else (chat_tokenizer, chat)
-    assert find_format([row], "test").name == name
+    assert match_layout([row], "test").name == name
     ids = encode(tokenizer, row)
     assert ids["dropped"] == ""
     for column, text in zip(("prompt_ids", "chosen_ids", "rejected_ids"), expected, strict=True):
@@ -224,19 +227,19 @@ def test_an_unusable_row_is_dropped_with_its_reason(row, reason, plain_tokenizer
 def test_a_null_among_usable_rows_is_dropped_with_its_reason(plain_tokenizer):
     rows = [{"prompt": SKY, "chosen": " blue.", "rejected": " green."}] * 3
     rows.append({"prompt": SKY, "chosen": None, "rejected": " green."})
-    encoder = Encoder(Renderer(plain_tokenizer), find_format(rows, "test"), LengthLimits())
+    encoder = Encoder(Renderer(plain_tokenizer), match_layout(rows, "test"), LengthLimits())
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     assert encoder(columns, range(4))["dropped"] == ["", "", "", "missing_text (chosen is null)"]
 
 
 def test_an_unknown_layout_is_reported_with_the_known_ones():
     with pytest.raises(DataError, match='"question": "why"') as error:
-        find_format([{"question": "why", "answer": "because"}], "my.jsonl")
+        match_layout([{"question": "why", "answer": "because"}], "my.jsonl")
     assert all(layout.name in str(error.value) for layout in FORMATS)
 
 
 def encode_rows(tokenizer, rows: list[dict], limits: LengthLimits = NO_LIMITS) -> dict[str, list]:
-    encoder = Encoder(Renderer(tokenizer), find_format(rows, "test"), limits)
+    encoder = Encoder(Renderer(tokenizer), match_layout(rows, "test"), limits)
     return encoder({name: [row[name] for row in rows] for name in rows[0]}, range(len(rows)))
 
 
@@ -269,7 +272,7 @@ def test_a_row_has_these_tokens_at_its_boundaries(plain_tokenizer, chat_tokenize
 @pytest.mark.parametrize("name", EXPECTED)
 def test_prompt_and_answer_equal_the_rendered_conversation(name, chat_tokenizer):
     row = EXPECTED[name][0]
-    ids, pair = encode(chat_tokenizer, row), find_format([row], "test").to_pair(row)
+    ids, pair = encode(chat_tokenizer, row), match_layout([row], "test").to_pair(row)
     turns = pair.prompt if isinstance(pair.prompt, list) else parse_transcript(pair.prompt)
     for column, answer in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected)):
         whole = chat_tokenizer.apply_chat_template([*turns, assistant(answer.strip())], tokenize=False)

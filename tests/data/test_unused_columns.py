@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import dpokit
-from dpokit.data.formats import find_format
+from dpokit.data.layouts import match_layout
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError, SettingsError
 from dpokit.settings.flags import DataArguments, FlagParser, parse_columns
@@ -47,7 +47,7 @@ CONTENT = {
 def test_a_column_of_content_is_an_error_that_names_it(case):
     row, names = CONTENT[case]
     with pytest.raises(DataError) as error:
-        find_format([row] * 2, "my.jsonl")
+        match_layout([row] * 2, "my.jsonl")
     assert error.value.seen.startswith("my.jsonl has columns that look like content")
     assert error.value.seen.endswith(f": {names}")
     assert f"--ignore_columns {names.replace(', ', ',')}" in error.value.do
@@ -65,7 +65,7 @@ def test_a_column_of_content_is_an_error_that_names_it(case):
 )
 def test_the_error_names_the_flag_that_uses_the_column(row, flag):
     with pytest.raises(DataError) as error:
-        find_format([row], "my.jsonl")
+        match_layout([row], "my.jsonl")
     assert flag in str(error.value)
 
 
@@ -92,7 +92,7 @@ METADATA = (
 @pytest.mark.parametrize(("name", "value"), METADATA, ids=[name for name, _ in METADATA])
 @pytest.mark.parametrize("row", [PLAIN, CHAT], ids=["texts", "messages"])
 def test_metadata_is_no_error(row, name, value):
-    assert find_format([row | {name: value}], "my.jsonl").unused == (name,)
+    assert match_layout([row | {name: value}], "my.jsonl").unused == (name,)
 
 
 REPEATS = {
@@ -106,9 +106,9 @@ REPEATS = {
 @pytest.mark.parametrize("case", REPEATS)
 def test_a_column_that_repeats_the_pair_is_no_error(case):
     row = REPEATS[case]
-    assert find_format([row] * 2, "my.jsonl").unused == tuple(row)[3:]
+    assert match_layout([row] * 2, "my.jsonl").unused == tuple(row)[3:]
     with pytest.raises(DataError, match="look like content"):
-        find_format([row, row | {tuple(row)[3]: LONG}], "my.jsonl")
+        match_layout([row, row | {tuple(row)[3]: LONG}], "my.jsonl")
 
 
 # --columns, row, expected prompt, chosen, rejected
@@ -144,13 +144,13 @@ MAPPED = [
 
 @pytest.mark.parametrize(("columns", "row", "expected"), MAPPED)
 def test_named_columns_become_the_pair(columns, row, expected):
-    pair = find_format([row], "my.jsonl", columns).to_pair(row)
+    pair = match_layout([row], "my.jsonl", columns).to_pair(row)
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
 
 
 def test_tools_of_another_name_are_read():
     row = CHAT | {"functions": '[{"name": "f"}]'}
-    assert find_format([row], "my.jsonl", {"tools": "functions"}).to_pair(row).tools == [{"name": "f"}]
+    assert match_layout([row], "my.jsonl", {"tools": "functions"}).to_pair(row).tools == [{"name": "f"}]
 
 
 @pytest.mark.parametrize(
@@ -162,14 +162,14 @@ def test_tools_of_another_name_are_read():
 )
 def test_a_system_text_that_cannot_be_used_drops_the_row(changes, reason):
     row = CHAT | {"system": "Be brief."}
-    layout = find_format([row], "my.jsonl", {"system": "system"})
+    layout = match_layout([row], "my.jsonl", {"system": "system"})
     with pytest.raises(Exception, match=f"^{reason}$"):
         layout.to_pair(row | changes)
 
 
 def test_a_column_of_a_mapped_name_is_still_checked():
     with pytest.raises(DataError, match="does not use: prompt"):
-        find_format([PLAIN | {"question": "Capital?"}], "my.jsonl", {"prompt": "question"})
+        match_layout([PLAIN | {"question": "Capital?"}], "my.jsonl", {"prompt": "question"})
 
 
 @pytest.mark.parametrize(
@@ -178,14 +178,14 @@ def test_a_column_of_a_mapped_name_is_still_checked():
 )
 def test_a_named_column_that_is_missing_is_an_error(columns, listed):
     with pytest.raises(DataError, match="has no column") as error:
-        find_format([ORCA], "my.jsonl", columns)
+        match_layout([ORCA], "my.jsonl", columns)
     assert listed in error.value.expected
 
 
 def test_a_missing_key_of_an_object_lists_its_keys():
     row = {"question": {"text": "Why?", "id": 3}, "chosen": "Yes.", "rejected": "No."}
     with pytest.raises(DataError) as error:
-        find_format([row], "my.jsonl", {"prompt": "question.body"})
+        match_layout([row], "my.jsonl", {"prompt": "question.body"})
     assert error.value.expected == "one of question.text, question.id"
 
 
@@ -281,9 +281,9 @@ ANSWERS = {"chosen": "The dog sleeps.", "rejected": "The cat sleeps."}
 def test_a_question_of_any_name_beside_two_texts_is_an_error(name):
     """Else the common first words of the answers would become the prompt."""
     with pytest.raises(DataError, match="look like content") as error:
-        find_format([ANSWERS | {name: LONG_QUESTION}], "my.jsonl")
+        match_layout([ANSWERS | {name: LONG_QUESTION}], "my.jsonl")
     assert f"--columns prompt={name}" in error.value.do
-    mapped = find_format([ANSWERS | {name: LONG_QUESTION}], "my.jsonl", {"prompt": name})
+    mapped = match_layout([ANSWERS | {name: LONG_QUESTION}], "my.jsonl", {"prompt": name})
     assert mapped.to_pair(ANSWERS | {name: LONG_QUESTION}).prompt == LONG_QUESTION
 
 
@@ -293,10 +293,10 @@ NESTED = {"input": {"messages": CHAT["prompt"], "tools": [{"name": "f"}], "id": 
 def test_the_keys_beside_a_dotted_path_are_columns_too():
     columns = {"prompt": "input.messages", "chosen": "good", "rejected": "bad"}
     with pytest.raises(DataError, match=r"input\.tools") as error:
-        find_format([NESTED], "my.jsonl", columns)
+        match_layout([NESTED], "my.jsonl", columns)
     assert "--columns tools=input.tools" in error.value.do
-    assert find_format([NESTED], "my.jsonl", columns | {"tools": "input.tools"}).unused == ("input.id",)
-    assert find_format([NESTED], "my.jsonl", columns, ignored=["input.tools"]).unused == ("input.id",)
+    assert match_layout([NESTED], "my.jsonl", columns | {"tools": "input.tools"}).unused == ("input.id",)
+    assert match_layout([NESTED], "my.jsonl", columns, ignored=["input.tools"]).unused == ("input.id",)
 
 
 def test_a_key_of_an_object_can_be_ignored(tmp_path):

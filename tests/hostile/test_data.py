@@ -16,7 +16,7 @@ import pytest
 from datasets import Audio, Dataset, DatasetDict, Features, Image, List, Value, load_dataset_builder
 
 from dpokit.data import check_file as limits
-from dpokit.data import sources, tokens
+from dpokit.data import rendering, sources
 from dpokit.data.files import read_split_rows
 from dpokit.data.prepare import prepare_data
 from dpokit.data.sources import load_splits
@@ -141,7 +141,7 @@ def test_five_gigabytes_of_zeros_are_refused_in_seconds(tmp_path):
 
 @BOTH_WAYS
 def test_a_row_too_long_for_a_tokenizer_is_dropped_and_counted(streaming, tmp_path, plain_tokenizer, monkeypatch):
-    monkeypatch.setattr(tokens, "TEXT_LETTERS", 1_000)
+    monkeypatch.setattr(rendering, "TEXT_LETTERS", 1_000)
     long = [
         {"prompt": "a" * 1_001, "chosen": "b", "rejected": "c"},
         {"prompt": "a", "chosen": "b" * 1_001, "rejected": "c"},

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from run_folders import add_evaluation, make_run, make_steps
 
+from dpokit.atomic_files import new_folder, write_whole
 from dpokit.card.card import write_card
 from dpokit.checkpoint.store import (
     describe_files,
@@ -24,7 +25,7 @@ from dpokit.merge.merge import merge_run
 from dpokit.model.base_and_tuned import find_run
 from dpokit.push.bundle import build_bundle
 from dpokit.report.page import write_report
-from dpokit.rundir import MetricsFile, RunDir, new_folder, write_whole
+from dpokit.rundir import MetricsFile, RunDir
 
 FILES = (
     *("run.json", "metrics.jsonl", "data.json", "README.md", "votes.jsonl"),

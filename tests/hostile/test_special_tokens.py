@@ -11,7 +11,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from dpokit.apikey import ApiKey
 from dpokit.data.messages import Messages, UnusableError
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.evaluate.judge import judge_answers
 from dpokit.serve.models import LocalModels
 from dpokit.serve.request_limits import RefusedError

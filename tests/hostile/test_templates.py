@@ -7,7 +7,7 @@ import pytest
 
 from dpokit.data import template_box
 from dpokit.data.prepare import prepare_data
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.errors import DataError, ModelError
 from dpokit.settings.flags import DataArguments
 

@@ -7,8 +7,10 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer
 
-from dpokit.data.formats import find_format, render_transcript
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.data.layouts import match_layout
+from dpokit.data.rendering import Renderer
+from dpokit.data.tokens import Encoder, LengthLimits
+from dpokit.data.transcripts import render_transcript
 from dpokit.merge.hh_chat_template import JINJA, SERVE, write_template
 
 QUESTION = {"role": "user", "content": "Why is the sky blue?"}
@@ -73,7 +75,7 @@ def test_a_later_run_on_the_folder_renders_as_before(rows, tokenizer, tmp_path):
     assert again.chat_template is None
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     before, after = (
-        Encoder(Renderer(loaded), find_format(rows, "test"), LengthLimits())(columns, range(len(rows)))
+        Encoder(Renderer(loaded), match_layout(rows, "test"), LengthLimits())(columns, range(len(rows)))
         for loaded in (tokenizer, again)
     )
     assert before == after

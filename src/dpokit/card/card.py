@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dpokit.atomic_files import write_whole
 from dpokit.card.citations import list_citations
 from dpokit.card.escape import Mask, escape
 from dpokit.card.front_matter import check_front_matter, check_hub_id, check_languages, check_licence, is_hub_id
@@ -27,7 +28,7 @@ from dpokit.report.page import find_samples, list_alarms
 from dpokit.report.read import Run, load_run, mapping, read_object
 from dpokit.report.tables import Table, interval
 from dpokit.report.verdict import build_verdict, find_evaluation_verdict
-from dpokit.rundir import CARD_MARK, RunDir, is_card_file, write_whole
+from dpokit.rundir import CARD_MARK, RunDir, is_card_file
 
 FIRST_FIGURES = ("loss", "margins", "accuracies", "rewards", "logps", "grad_norm")
 FIRST_ROWS = ("accuracy", "margin", "loss", "kl_per_token")

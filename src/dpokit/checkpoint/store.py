@@ -18,10 +18,11 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dpokit.atomic_files import read_record, remove_tree, sync_folder, write_json
 from dpokit.checkpoint.origin import find_key_file, is_signed_here, sign_checkpoint
 from dpokit.checkpoint.pickles import find_pickle_problem, needs_trust
 from dpokit.errors import RunFolderError
-from dpokit.rundir import RunDir, read_record, remove_tree, sync_folder, write_json
+from dpokit.rundir import RunDir
 
 FORMAT = 1  # of the manifest; folders of a later format are neither read nor deleted
 NEWER_VERSION = "it was written by a newer version"

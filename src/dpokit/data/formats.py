@@ -1,33 +1,12 @@
-"""Turns rows of published layouts into `Pair`s. A layout is recognised by its rows, not by a name. No torch."""
+"""Turns rows of published layouts into `Pair`s. No torch."""
 
-import json
-import shlex
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from dpokit.data.messages import (
-    SAYINGS,
-    Messages,
-    UnusableError,
-    describe_value,
-    is_plain,
-    is_turns,
-    parse_turns,
-    read_template_kwargs,
-    read_tools,
-    read_turns,
-    read_turns_text,
-)
-from dpokit.data.unused_columns import looks_like_content, suggest_columns
-from dpokit.errors import DataError
+from dpokit.data.messages import SAYINGS, Messages, UnusableError, describe_value, is_plain, is_turns
+from dpokit.data.transcripts import ASSISTANT, parse_transcript, split_transcript
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-ROLES = {"user": "Human", "assistant": "Assistant", "system": "System"}  # other roles keep their names
-# Columns that any layout may have beside its own. A system column is used only if --columns names it.
-TOOLS, TEMPLATE_KWARGS, SYSTEM = "tools", "chat_template_kwargs", "system"
-CONTEXT = frozenset((TOOLS, TEMPLATE_KWARGS, SYSTEM))
 PARTS = ("prompt", "chosen", "rejected")
 VOTES = ("tie", "both_bad", "base", "tuned")  # the first two prefer no answer
 SYSTEM_ROLES = ("system", "developer")
@@ -86,258 +65,6 @@ class Format:
     to_pair: Callable[[Row], Pair]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A format, and the columns of a dataset that it reads.
-
-    Attributes:
-        form: the format.
-        columns: the column, or the dotted path in one, of each of the format's columns.
-        readers: the conversion of a column's values, for columns that are not read as they are.
-        unused: the columns that hold only ids, scores and other metadata.
-        is_direct: whether `form` reads the rows themselves: the columns have its own names, and no reader.
-        has_context: whether the rows have tools, arguments for the chat template, or a system column.
-    """
-
-    form: Format
-    columns: Mapping[str, str]
-    readers: Mapping[str, Callable[[Any], Any]]
-    unused: tuple[str, ...] = ()
-    is_direct: bool = field(init=False)
-    has_context: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        direct = not self.readers and all(name == path for name, path in self.columns.items())
-        object.__setattr__(self, "is_direct", direct)
-        object.__setattr__(self, "has_context", bool(self.columns.keys() & CONTEXT))
-
-    @property
-    def name(self) -> str:
-        """The format's name."""
-        return self.form.name
-
-    def to_pair(self, row: Row) -> Pair:
-        """Returns the pair of a row. Raises: UnusableError with the reason why the row has none."""
-        if self.is_direct:
-            return self.form.to_pair(row)
-        values = {name: row[path] if path in row else _find_value(row, path) for name, path in self.columns.items()}
-        for name, read in self.readers.items():
-            values[name] = read(values[name])
-        pair = self.form.to_pair(values)
-        return _add_context(pair, values) if self.has_context else pair
-
-
-def find_format(
-    rows: Sequence[Row],
-    source: str,
-    columns: Mapping[str, str] | None = None,
-    *,
-    unpadded: Collection[str] = (),
-    ignored: Collection[str] = (),
-) -> Layout:
-    """Returns the layout of more than half of the sampled rows, so that a few broken rows do not matter.
-
-    Args:
-        rows: the first rows.
-        source: the dataset's name, for errors.
-        columns: the value of `--columns`: the column, or the dotted path in one, by the name of a format's column.
-        unpadded: the columns whose objects have only the keys of their own row, so that a None in them is a value.
-        ignored: the value of `--ignore_columns`; of keys of an object, dotted paths.
-
-    Raises: DataError if no layout fits; it shows the first row and all layouts. Or if a column that the layout does not
-        use looks like content, or a column of `columns` is missing.
-    """
-    columns = columns or {}
-    _check_columns(columns, rows, source)
-    for form in FORMATS:
-        layout = _fit(form, rows, columns, unpadded)
-        if layout is not None:
-            return replace(layout, unused=_check_unused(layout, rows, source, ignored))
-    raise _refuse_rows(rows, columns, source)
-
-
-def _fit(form: Format, rows: Sequence[Row], mapping: Mapping[str, str], unpadded: Collection[str]) -> Layout | None:
-    """Returns the layout if more than half of the rows match the format, else None."""
-    present = {name for row in rows for name in row}
-    columns = {name: next((n for n in names if n in present), None) for name, names in form.columns.items()}
-    columns |= {name: name for name in (TOOLS, TEMPLATE_KWARGS) if name in present}
-    paths = {name: path for name, path in {**columns, **mapping}.items() if path is not None}
-    if not paths.keys() <= form.columns.keys() | CONTEXT:
-        return None  # --columns names a column that the format does not have
-    samples = [{name: _find_value(row, path) for name, path in paths.items()} for row in rows]
-    as_json = {name for name in paths.keys() & PARTS if _is_most(parse_turns(row[name]) is not None for row in samples)}
-    for row in samples:
-        row.update({name: parse_turns(row[name]) for name in as_json})
-    if not _is_most(form.matches(row) for row in samples):
-        return None
-    readers: dict[str, Callable[[Any], Any]] = {}
-    for name, path in paths.items():
-        padded = path.partition(".")[0] not in unpadded
-        if name in as_json:
-            readers[name] = partial(read_turns_text, column=name)
-        elif name in PARTS and form.of_messages:
-            readers[name] = partial(read_turns, column=name, padded=padded)
-        elif name == TOOLS:
-            readers[name] = partial(read_tools, column=name, padded=padded)
-        elif name == TEMPLATE_KWARGS:
-            readers[name] = partial(read_template_kwargs, column=name)
-        elif name == SYSTEM:
-            readers[name] = _read_system
-    return Layout(form, paths, readers)
-
-
-def _is_most(votes: Iterable[bool]) -> bool:
-    """Whether more than half of the values are true."""
-    values = list(votes)
-    return sum(values) * 2 > len(values)
-
-
-def _find_value(row: Row, path: str) -> Any:
-    """Returns the value of a column, or of a dotted path in one; None if it is missing."""
-    if path in row:
-        return row[path]
-    value: Any = row
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
-def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str) -> None:
-    """Raises DataError for a column of `--columns` that no sampled row has."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    for name, path in columns.items():
-        if path in names or any(_find_value(row, path) is not None for row in rows):
-            continue
-        values = [row[path.partition(".")[0]] for row in rows if path.partition(".")[0] in row]
-        keys = dict.fromkeys(
-            f"{path.partition('.')[0]}.{key}" for value in values if isinstance(value, Mapping) for key in value
-        )
-        raise DataError(
-            f"--columns {name}={path}: {source} has no column {path}",
-            expected="one of " + ", ".join(keys or names),
-            do=f"correct --columns {name}=...",
-        )
-
-
-def _check_unused(layout: Layout, rows: Sequence[Row], source: str, ignored: Collection[str]) -> tuple[str, ...]:
-    """Returns the columns, and the keys beside a dotted path, that the layout does not use.
-
-    Raises: DataError if one of them looks like content.
-    """
-    names = dict.fromkeys(name for row in rows for name in row)
-    objects = {path.rpartition(".")[0] for path in layout.columns.values() if path not in names}
-    used = {*layout.columns.values(), *(path.partition(".")[0] for path in objects), *ignored}
-    keys = {
-        f"{path}.{key}": None
-        for path in sorted(objects)
-        for value in (_find_value(row, path) for row in rows)
-        if isinstance(value, Mapping)
-        for key in value
-    }
-    unused = tuple(name for name in {**names, **keys} if name not in used and name not in objects)
-    parts = [layout.columns[name] for name in layout.columns if name in PARTS]
-    content = []
-    for name in unused:
-        repeats = all(_repeats(_find_value(row, name), [_find_value(row, path) for path in parts]) for row in rows)
-        values = [_find_value(row, name) for row in rows]
-        if not repeats and looks_like_content(name, values, any_text=layout.form.name == COMMON_BEGINNING):
-            content.append(name)
-    if not content:
-        return unused
-    columns = suggest_columns(content, layout.columns)
-    if not columns and layout.form.name == COMMON_BEGINNING:  # rather a column of prompts than no prompt at all
-        columns = {"prompt": content[0]}
-    use = ",".join(f"{part}={name}" for part, name in columns.items())
-    others = ",".join(name for name in content if name not in columns.values())
-    use = f"--columns {shlex.quote(use)}" + (f" --ignore_columns {shlex.quote(others)}" if others else "")
-    ignore = f"--ignore_columns {shlex.quote(','.join(content))}"
-    raise DataError(
-        f"{source} has columns that look like content and that the layout {layout.name!r} does not use: "
-        + ", ".join(content),
-        expected="columns that the layout uses, or that hold only ids, scores and other metadata",
-        do=f"to use them: {use}; to leave them out: {ignore}" if columns else f"to leave them out: {ignore}",
-    )
-
-
-def _repeats(value: Any, parts: Sequence[Any]) -> bool:
-    """Whether a value is one of the pair's own values, or a list of them."""
-    return value in parts or (isinstance(value, (list, tuple)) and len(value) > 0 and all(v in parts for v in value))
-
-
-def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str) -> DataError:
-    """Returns the error for rows of no known layout; it names the first value that is neither text nor messages."""
-    paths = {name: columns.get(name, name) for name in PARTS}
-    present = {name for row in rows for name in row}
-    values = ((number, path, row[path]) for number, row in enumerate(rows, 1) for path in paths.values() if path in row)
-    wrong = next((v for v in values if not isinstance(v[2], str) and not is_turns(v[2])), None)
-    shown = json.dumps(dict(rows[0]), default=str)[:400] if rows else "no row at all"
-    if wrong is not None and {paths["chosen"], paths["rejected"]} <= present:
-        return DataError(
-            f"{source} holds preference pairs of no known form: in row {wrong[0]}, {wrong[1]} is "
-            f"{describe_value(wrong[2])}; its first row is {shown}",
-            expected="texts or messages in more than half of the first rows",
-            do="write texts or messages, leave out rows without an answer, or name other columns: --columns "
-            f"{'chosen' if wrong[1] not in paths else wrong[1]}=NAME",
-        )
-    return DataError(
-        f"{source} holds preference pairs of no known form; its first row is {shown}",
-        expected="one of\n" + "\n".join(f"    {form.name}: {form.looks}" for form in FORMATS),
-        do="name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME; or build them in one of these forms "
-        "(prompt, chosen, rejected is the simplest)",
-    )
-
-
-def parse_transcript(text: str) -> Messages:
-    """Turns an HH transcript into chat messages; a plain text is one user message. Empty answers are left out."""
-    if HUMAN not in text:
-        return [{"role": "user", "content": text.strip()}]
-    before, *parts = text.split(HUMAN)
-    messages: Messages = [{"role": "system", "content": before.strip()}] if before.strip() else []
-    for part in parts:
-        question, *answers = part.split(ASSISTANT)
-        messages.append({"role": "user", "content": question.strip()})
-        messages += [{"role": "assistant", "content": answer.strip()} for answer in answers if answer.strip()]
-    return messages
-
-
-def render_transcript(messages: Messages) -> str:
-    """Returns chat messages as an HH transcript that ends where the assistant's answer begins.
-
-    Raises: UnusableError for a message that says more than its content, which a transcript cannot hold.
-    """
-    for message in messages:
-        key = next((key for key in SAYINGS if message.get(key)), "") if len(message) > 2 else ""
-        if key:
-            raise UnusableError("needs_template", key)
-    turns = [f"\n\n{ROLES.get(m['role'], m['role'].title())}: {m['content'].strip()}" for m in messages]
-    return "".join(turns) + ASSISTANT
-
-
-def _read_system(value: Any) -> str:
-    if value is not None and not isinstance(value, str):
-        raise UnusableError("missing_text", f"system is {describe_value(value)}")
-    return (value or "").strip()
-
-
-def _add_context(pair: Pair, row: Row) -> Pair:
-    """Returns the pair with the row's system turn, tools and arguments for the chat template.
-
-    With a system column, every prompt of the dataset becomes messages, also that of a row without a system text.
-    """
-    prompt = pair.prompt
-    if SYSTEM in row:
-        if isinstance(prompt, str):
-            if not prompt.strip():
-                raise UnusableError("empty_prompt")
-            prompt = parse_transcript(prompt)
-        turn = {"role": "system", "content": row[SYSTEM]}
-        if turn["content"] and prompt[:1] != [turn]:
-            if prompt and prompt[0]["role"] in SYSTEM_ROLES:
-                raise UnusableError("second_system_turn")
-            prompt = [turn, *prompt]
-    return replace(pair, prompt=prompt, tools=row.get(TOOLS), template_kwargs=row.get(TEMPLATE_KWARGS) or {})
-
-
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -357,18 +84,11 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _split_transcript(text: str) -> tuple[str, str]:
-    before, mark, answer = text.rpartition(ASSISTANT)
-    if not mark or HUMAN in answer:
-        raise UnusableError("no_answer_turn", "user")
-    return before + mark, answer
-
-
 def _pair_from_transcripts(row: Row) -> Pair:
     # Each transcript is split at its own last turn. TRL splits at the end of their common beginning: inside the answers
     # in the 19 % of HH rows whose answers begin alike.
-    prompt, chosen = _split_transcript(_text(row, "chosen"))
-    other_prompt, rejected = _split_transcript(_text(row, "rejected"))
+    prompt, chosen = split_transcript(_text(row, "chosen"))
+    other_prompt, rejected = split_transcript(_text(row, "rejected"))
     if prompt != other_prompt:
         raise UnusableError("different_prompts")
     return Pair(prompt, chosen, rejected)

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.console import has_bars, say
 from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
-from dpokit.data.formats import Layout, find_format, parse_transcript
+from dpokit.data.layouts import Layout, match_layout
 from dpokit.data.messages import Messages
+from dpokit.data.rendering import Renderer
 from dpokit.data.sources import Rows, get_split, load_splits
 from dpokit.data.tally import Tally, find_remedies
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.data.tokens import Encoder, LengthLimits
+from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, parse_columns
 
@@ -239,7 +241,7 @@ def find_layout(
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     features: Features = rows.features or {}
     unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
-    return find_format(sample, name, columns, unpadded=unpadded, ignored=ignored)
+    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored)
 
 
 def _has_structs(feature: Any) -> bool:

@@ -29,11 +29,11 @@ from datasets import (
 from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Json
 
+from dpokit.atomic_files import read_record
 from dpokit.data.check_file import check_file, is_list, unpack, write_lines
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
 from dpokit.file_hashes import hash_file
-from dpokit.rundir import read_record
 
 # Only an empty cell of a CSV is missing: "NA", "None" and "null" can be answers.
 OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}

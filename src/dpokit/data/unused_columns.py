@@ -1,10 +1,13 @@
-"""Decides whether a column that a layout does not use looks like content, by its name and its first values."""
+"""The columns that a layout does not use; an error if one looks like content, by its name and its first values."""
 
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from dpokit.data.formats import COMMON_BEGINNING, PARTS, Format, Row
 from dpokit.data.messages import is_turns
+from dpokit.errors import DataError
 
 # What content a column has by the nouns of its name, as the key of --columns; None if no layout can use it.
 CONTENT = {
@@ -30,7 +33,71 @@ MOST_LABEL_WORDS = 5  # a longer text is content rather than a label
 MOST_LABEL_LETTERS = 60
 
 
-def looks_like_content(name: str, values: Sequence[Any], *, any_text: bool = False) -> bool:
+def find_unused_columns(
+    form: Format, used: Mapping[str, str], rows: Sequence[Row], source: str, ignored: Collection[str]
+) -> tuple[str, ...]:
+    """Returns the columns, and the keys beside a dotted path, that a layout does not use.
+
+    Args:
+        form: the layout's format.
+        used: the columns that the layout uses, or dotted paths in them, by the names that the format has for them.
+        rows: the first rows.
+        source: the dataset's name, for errors.
+        ignored: the value of `--ignore_columns`.
+
+    Raises: DataError if one of them looks like content.
+    """
+    names = dict.fromkeys(name for row in rows for name in row)
+    objects = {path.rpartition(".")[0] for path in used.values() if path not in names}
+    used_names = {*used.values(), *(path.partition(".")[0] for path in objects), *ignored}
+    keys = {
+        f"{path}.{key}": None
+        for path in sorted(objects)
+        for value in (find_value(row, path) for row in rows)
+        if isinstance(value, Mapping)
+        for key in value
+    }
+    unused = tuple(name for name in {**names, **keys} if name not in used_names and name not in objects)
+    parts = [used[name] for name in used if name in PARTS]
+    content = []
+    for name in unused:
+        repeats = all(_repeats(find_value(row, name), [find_value(row, path) for path in parts]) for row in rows)
+        values = [find_value(row, name) for row in rows]
+        if not repeats and _looks_like_content(name, values, any_text=form.name == COMMON_BEGINNING):
+            content.append(name)
+    if not content:
+        return unused
+    columns = _suggest_columns(content, used)
+    if not columns and form.name == COMMON_BEGINNING:  # rather a column of prompts than no prompt at all
+        columns = {"prompt": content[0]}
+    use = ",".join(f"{part}={name}" for part, name in columns.items())
+    others = ",".join(name for name in content if name not in columns.values())
+    use = f"--columns {shlex.quote(use)}" + (f" --ignore_columns {shlex.quote(others)}" if others else "")
+    ignore = f"--ignore_columns {shlex.quote(','.join(content))}"
+    raise DataError(
+        f"{source} has columns that look like content and that the layout {form.name!r} does not use: "
+        + ", ".join(content),
+        expected="columns that the layout uses, or that hold only ids, scores and other metadata",
+        do=f"to use them: {use}; to leave them out: {ignore}" if columns else f"to leave them out: {ignore}",
+    )
+
+
+def _repeats(value: Any, parts: Sequence[Any]) -> bool:
+    """Whether a value is one of the pair's own values, or a list of them."""
+    return value in parts or (isinstance(value, (list, tuple)) and len(value) > 0 and all(v in parts for v in value))
+
+
+def find_value(row: Row, path: str) -> Any:
+    """Returns the value of a column, or of a dotted path in one; None if it is missing."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _looks_like_content(name: str, values: Sequence[Any], *, any_text: bool) -> bool:
     """Whether a column looks like content: a part of the conversation rather than an id, a score or other metadata.
 
     Numbers are metadata. Of other values, the last noun of the name decides (a `prompt_id` is an id), then any noun,
@@ -54,7 +121,7 @@ def looks_like_content(name: str, values: Sequence[Any], *, any_text: bool = Fal
     return any(_has_text(value, any_text=any_text or is_media) for value in values)
 
 
-def suggest_columns(names: Sequence[str], used: Mapping[str, str]) -> dict[str, str]:
+def _suggest_columns(names: Sequence[str], used: Mapping[str, str]) -> dict[str, str]:
     """Returns the columns that `--columns` could name, by the name that it would give to each."""
     columns: dict[str, str] = {}
     for name in names:

@@ -15,13 +15,13 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpokit.atomic_files import sync_folder, write_json
 from dpokit.console import track_progress
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.distributed.coordination import decide_on_main_process
 from dpokit.errors import DataError, ModelError, SettingsError, find_disk_trouble
 from dpokit.model.generate import Answer, count_answers, encode_prompt, generate_answers
 from dpokit.model.score import take_first_turn
-from dpokit.rundir import sync_folder, write_json
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from dpokit.apikey import check_url, read_api_key
+from dpokit.atomic_files import write_json
 from dpokit.console import quiet_dependencies, say
 from dpokit.distributed.coordination import decide_on_main_process, peer_errors
 from dpokit.errors import SettingsError, find_disk_trouble
@@ -16,7 +17,7 @@ from dpokit.evaluate.inputs import Subject, load_subject
 from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
 from dpokit.model.reference import find_cache_folder
-from dpokit.rundir import lost_folder_errors, write_json
+from dpokit.rundir import lost_folder_errors
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.apikey import ApiKey
+from dpokit.atomic_files import write_json
 from dpokit.console import track_progress
 from dpokit.errors import JudgeError, SettingsError, find_disk_trouble
 from dpokit.evaluate.endpoint import Endpoint, Reply
 from dpokit.report.votes import find_wilson
-from dpokit.rundir import write_json
 
 INSTRUCTION = (
     "You compare two answers of assistants to the last message of a conversation. You are given JSON with the "

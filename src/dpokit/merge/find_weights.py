@@ -12,6 +12,7 @@ from huggingface_hub import save_torch_state_dict
 from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
+from dpokit.atomic_files import read_record, write_json
 from dpokit.checkpoint.pickles import check_pickles
 from dpokit.checkpoint.store import check_checkpoint, check_origin, find_checkpoints
 from dpokit.console import say
@@ -21,7 +22,7 @@ from dpokit.model.check import ADAPTER_FILE
 from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import build_peft_config, find_base, load_tokenizer
 from dpokit.model.tuned_folder import read_stored_dtype
-from dpokit.rundir import RunDir, read_record, write_json
+from dpokit.rundir import RunDir
 from dpokit.settings.load import Settings
 
 FSDP_SHARDS = "pytorch_model_fsdp_0"  # accelerate's folder of a model saved as SHARDED_STATE_DICT

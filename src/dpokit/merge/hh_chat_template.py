@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.formats import ASSISTANT, ROLES
+from dpokit.data.transcripts import ASSISTANT, ROLES
 
 JINJA, SERVE = "chat_template_hh.jinja", "chat_template_hh.json"
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from peft import PeftConfig
 
+from dpokit.atomic_files import new_folder, read_record, sync_folder, write_json
 from dpokit.checkpoint.store import describe_files, find_checkpoints, list_files
 from dpokit.console import quiet_dependencies, say
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.errors import ModelError, RunFolderError, SettingsError, find_disk_trouble
 from dpokit.merge.drift import DriftCheck, check_drift
 from dpokit.merge.find_weights import find_weights, follow_base, gather_weights
@@ -26,7 +27,7 @@ from dpokit.merge.write import parse_size, read_whole_dtype, reload, write_model
 from dpokit.model.load import find_base, load_tokenizer, name_model
 from dpokit.model.reference import hash_weights
 from dpokit.model.tuned_folder import DTYPES, complete_folder
-from dpokit.rundir import RunDir, lost_folder_errors, new_folder, read_record, sync_folder, write_json
+from dpokit.rundir import RunDir, lost_folder_errors
 from dpokit.settings.load import Settings, load_settings, read_run_settings
 
 FORMAT = 1

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from dpokit.atomic_files import read_record
 from dpokit.errors import ModelError, SettingsError
 from dpokit.merge.layers import load_to_merge, merge_layers
 from dpokit.model.tuned_folder import DTYPES, find_final_dtype
-from dpokit.rundir import read_record
 from dpokit.settings.load import Settings
 
 WHOLE = ("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json")

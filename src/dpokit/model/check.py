@@ -16,8 +16,9 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from transformers.utils import cached_file
 
+from dpokit.atomic_files import read_record
 from dpokit.errors import ModelError
-from dpokit.rundir import OTHER_FILE_BYTES, read_record
+from dpokit.rundir import OTHER_FILE_BYTES
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")

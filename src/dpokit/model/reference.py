@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 from trl import DPOConfig, get_quantization_config
 
+from dpokit.caches import find_caches
 from dpokit.console import say
 from dpokit.distributed.placement import find_precompute_trouble
 from dpokit.errors import find_disk_trouble
 from dpokit.file_hashes import hash_file
 from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import find_base
-from dpokit.rundir import find_caches
 from dpokit.settings.load import Settings
 
 PART_PAIRS = 256  # an interruption loses at most one part

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from transformers.utils import cached_file
 from trl import ModelConfig
 
+from dpokit.atomic_files import read_record, write_json
 from dpokit.console import say
 from dpokit.errors import ModelError
 from dpokit.model.check import QUIET, WEIGHTS, is_gguf, read_config
 from dpokit.model.gguf import find_model_folder
 from dpokit.model.load import find_base, find_revision
-from dpokit.rundir import read_record, write_json
 from dpokit.settings.load import Settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

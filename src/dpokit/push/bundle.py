@@ -11,12 +11,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from dpokit.atomic_files import read_record
 from dpokit.card.front_matter import is_on_disk
 from dpokit.errors import HubError
 from dpokit.push.card_files import find_card_files
 from dpokit.push.choose_weights import WEIGHTS, ChosenWeights, check_base_model, choose_weights
 from dpokit.push.leak_scan import LeakFinder
-from dpokit.rundir import RunDir, read_record
+from dpokit.rundir import RunDir
 
 # Only files of these kinds are sent: weights, configurations, tokenizers.
 KINDS = (

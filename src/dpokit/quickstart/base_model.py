@@ -8,8 +8,8 @@ import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from dpokit.atomic_files import new_folder
 from dpokit.console import track_progress
-from dpokit.rundir import new_folder
 
 END = "<|endoftext|>"
 VOCABULARY = 1000

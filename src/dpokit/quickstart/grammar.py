@@ -14,7 +14,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from dpokit.data.formats import ASSISTANT, HUMAN
+from dpokit.data.transcripts import ASSISTANT, HUMAN
 
 TASKS = (  # verb, object, first step
     ("bake", "a lemon cake", "whisk three eggs"),

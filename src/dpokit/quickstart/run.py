@@ -9,14 +9,15 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpokit.atomic_files import write_json
 from dpokit.console import quiet_dependencies, say
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.distributed.processes import is_main_process
 from dpokit.model.generate import generate_answers
 from dpokit.quickstart.base_model import build_base
 from dpokit.quickstart.grammar import Verdict, judge_answer, write_corpus
 from dpokit.run import train as train_recipe
-from dpokit.rundir import RunDir, write_json
+from dpokit.rundir import RunDir
 from dpokit.safe_console import SafeConsole
 
 TRAIN_PAIRS, EVAL_PAIRS = 4200, 400

@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from dpokit.atomic_files import write_whole
 from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
 from dpokit.figures import Drawing, css, draw
 from dpokit.report import tables
@@ -24,7 +25,7 @@ from dpokit.report.verdict import (
     find_evaluation_verdict,
     sort_runs,
 )
-from dpokit.rundir import RunDir, write_whole
+from dpokit.rundir import RunDir
 from dpokit.terminal import escape_controls
 
 SIGNATURE = "dpokit report"  # in each file of a report, so that no other file is overwritten

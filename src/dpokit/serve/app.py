@@ -12,9 +12,9 @@ from typing import Any
 
 from dpokit.apikey import read_api_key
 from dpokit.console import say
-from dpokit.data.formats import parse_transcript
 from dpokit.data.messages import Messages, is_plain
 from dpokit.data.prepare import prepare_held_out
+from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.model.load import load_tokenizer, name_model
 from dpokit.rundir import RunDir

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dpokit.data.messages import Messages, UnusableError
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.model.base_and_tuned import Sides, find_names, find_run, load_sides, read_run_defaults
 from dpokit.model.check import ADAPTER_FILE, WEIGHTS, check_weights_file
 from dpokit.model.generate import stream_answer

@@ -9,8 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dpokit.atomic_files import sync_folder
 from dpokit.errors import RunFolderError, find_disk_trouble
-from dpokit.rundir import sync_folder
 
 CHOICES = ("left", "right", "tie", "both_bad")
 LINE_START = b'{"prompt": ['  # of every line that build_vote makes

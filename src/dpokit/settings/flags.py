@@ -92,7 +92,7 @@ class DataArguments(ScriptArguments):
         self.ignore_columns = _split_items(",".join(self.ignore_columns or ()), "ignore_columns") or None
 
 
-# The names that --columns gives to columns; data/formats.py reads them.
+# The names that --columns gives to columns; data/layouts.py reads them.
 COLUMN_NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs")
 
 

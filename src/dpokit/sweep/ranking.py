@@ -11,11 +11,12 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from dpokit.atomic_files import write_json, write_whole
 from dpokit.console import say
 from dpokit.errors import DpokitError
 from dpokit.metrics import is_lower_better
 from dpokit.report.page import write_report
-from dpokit.rundir import RunDir, write_json, write_whole
+from dpokit.rundir import RunDir
 from dpokit.sweep.space import Space
 from dpokit.sweep.study import SETTINGS, WHY, Search
 from dpokit.sweep.trial import find_best_value, name_runs

@@ -22,9 +22,9 @@ import psutil
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from dpokit.atomic_files import write_json
 from dpokit.errors import MachineError, SettingsError
 from dpokit.metrics import is_lower_better
-from dpokit.rundir import write_json
 from dpokit.sweep.space import Range, Space
 
 SPACE, SETTINGS, WORKER, WHY = "space", "settings", "worker", "why"

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import DPOConfig
 
 from dpokit.console import say
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.model.generate import count_answers, generate_answers
 from dpokit.model.score import take_first_turn
 from dpokit.rundir import RunDir

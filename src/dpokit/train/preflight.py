@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 from trl import ModelConfig
 
+from dpokit.atomic_files import read_record
 from dpokit.checkpoint.resume import Start, compare_settings, describe_identity
 from dpokit.distributed.processes import check_world_size
 from dpokit.errors import MachineError
 from dpokit.model.reference import hash_weights
-from dpokit.rundir import read_record
 from dpokit.settings.load import Settings
 from dpokit.train.gates import Gates, list_places
 

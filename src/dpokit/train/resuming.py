@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from dpokit.atomic_files import read_record
 from dpokit.checkpoint.preempt import EvaluationCut
 from dpokit.checkpoint.store import check_checkpoint
 from dpokit.console import say
 from dpokit.distributed.coordination import decide_on_main_process
-from dpokit.rundir import read_record
 from dpokit.train.saving import REFERENCE, SavingTrainer
 
 

@@ -28,14 +28,15 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from dpokit.atomic_files import new_folder, read_record, write_json
 from dpokit.checkpoint.store import describe_files, find_part, list_files, retire, seal
-from dpokit.data.tokens import Renderer
+from dpokit.data.rendering import Renderer
 from dpokit.distributed.placement import find_placement
 from dpokit.errors import DpokitError, ModelError
 from dpokit.model.check import ADAPTER_CONFIG
 from dpokit.model.gguf import find_model_folder
 from dpokit.model.tuned_folder import complete_folder, find_final_dtype, round_weights, warn_of_rounding
-from dpokit.rundir import RunDir, new_folder, read_record, write_json
+from dpokit.rundir import RunDir
 from dpokit.settings.load import Settings
 from dpokit.train.metric_sums import Sums
 

@@ -14,10 +14,11 @@ from test_chat_templates import QUESTION, RESULT, TOOLS, build_tokenizer, call, 
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpokit.data.chat import ChatTemplate
+from dpokit.data.chat_rendering import ChatRenderer
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages, UnusableError
-from dpokit.data.tokens import Encoder, LengthLimits, Renderer
+from dpokit.data.rendering import Renderer
+from dpokit.data.tokens import Encoder, LengthLimits
 from dpokit.errors import ModelError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -81,7 +82,7 @@ def test_plain_answers_are_rendered_as_by_the_long_way(name, monkeypatch):
             pair = Pair(prompt, *answers)
             short = encode(renderer, pair)
             with monkeypatch.context() as patched:
-                patched.setattr(ChatTemplate, "_find_frame", lambda *_: None)
+                patched.setattr(ChatRenderer, "_find_frame", lambda *_: None)
                 assert encode(renderer, pair) == short
 
 
