@@ -135,7 +135,7 @@ def test_a_truncated_base_is_one_message(own_base, tmp_path):
 def test_drift_beyond_the_bound_is_refused_unless_accepted(run, monkeypatch):
     from dpokit.merge import drift
 
-    monkeypatch.setitem(drift.BOUNDS, "float32", (1e-12, 1e-12))
+    monkeypatch.setattr(drift, "BOUND_FP32", (1e-12, 1e-12))
     with pytest.raises(ModelError, match="differs from the trained one") as error:
         merge_run(run)
     assert "--accept-drift" in error.value.do
@@ -243,12 +243,12 @@ def test_a_model_damaged_while_written_is_not_kept(run, monkeypatch):
     write = merge.write_model
 
     def write_and_damage(part, *rest, **more):
-        trained, written = write(part, *rest, **more)
+        written = write(part, *rest, **more)
         file = part / "model.safetensors"
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-        return trained, written
+        return written
 
     monkeypatch.setattr(merge, "write_model", write_and_damage)
     with pytest.raises(ModelError, match="the loaded model differs from the written one: changed tensors: "):

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from dpokit.model.score import find_mismatch, find_obstacle, score_batch, share_prefix
+from dpokit.model.score import Proof, find_obstacle, prove, score_batch, share_prefix
 from dpokit.model.shared_prefix import pack_pairs
 
 VOCABULARY = 120
@@ -211,7 +211,7 @@ def test_attention_that_ignores_the_layout_is_a_mismatch(monkeypatch):
 
     model, batch = build(FAMILIES["llama"]), make_batch()
     shared = share_prefix(model)
-    assert find_mismatch(model, shared, batch)[0] < 1e-5
+    assert prove(model, shared, batch) == Proof(None, 0.0)
 
     def plain(module, query, key, value, _, packed=None, **kwargs):
         if packed is not None:
@@ -219,7 +219,7 @@ def test_attention_that_ignores_the_layout_is_a_mismatch(monkeypatch):
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
     monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, plain)
-    assert find_mismatch(model, shared, batch)[0] > 1e-3
+    assert prove(model, shared, batch).mismatch.endswith("nats a token from those of padded rows, both in fp32")
 
 
 def test_a_kernel_error_is_a_mismatch_unless_memory_ran_out(monkeypatch):
@@ -236,10 +236,7 @@ def test_a_kernel_error_is_a_mismatch_unless_memory_ran_out(monkeypatch):
 
     monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, refuse)
     error = RuntimeError("FlashAttention only supports Ampere GPUs or newer.")
-    assert find_mismatch(model, shared, batch) == (
-        float("inf"),
-        f"its forward does not accept a packed batch ({error})",
-    )
+    assert prove(model, shared, batch).mismatch == f"its forward does not accept a packed batch ({error})"
     error = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        find_mismatch(model, shared, batch)
+        prove(model, shared, batch)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from dpokit.interrupts import Preempted
 from dpokit.model import reference
-from dpokit.model.reference import ReferenceCache
+from dpokit.model.reference import ReferenceCache, Scores
 from dpokit.run import prepare_run, train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.train.scoring import ScoringTrainer
@@ -92,7 +92,7 @@ def test_with_dropout_prompts_are_not_shared(run, capfd):
 
 
 def test_a_first_batch_that_differs_turns_sharing_off(run, capfd, monkeypatch):
-    monkeypatch.setattr("dpokit.train.scoring.TOLERANCE_FP32", -1.0)
+    monkeypatch.setattr("dpokit.model.score.LARGEST_IN_FP32", -1.0)
     made = run("--precompute_ref_log_probs", "false")
     assert "the first pairs' log-probs differ" in made.read_run()["shared_prefix"]
     assert len(find_lines(capfd.readouterr().err, "shared prefix: off")) == 1
@@ -141,8 +141,8 @@ def test_a_damaged_part_is_computed_again(damage, run, cache, capfd):
 def test_a_cache_of_other_weights_is_computed_again(run, cache, capfd):
     first = run()
     for part in cache.rglob("*.safetensors"):
-        values = load_file(part)["log_probs"] + 5
-        save_file({"log_probs": values}, part, metadata={"sha256": reference._hash(values)})
+        scores = Scores(**{name: values + 5 for name, values in load_file(part).items()})
+        save_file(scores._asdict(), part, metadata={"sha256": reference._hash(scores)})
     second = run()
     assert "the cache is of other weights" in capfd.readouterr().err
     check_same_numbers(second, first)
@@ -158,11 +158,12 @@ def test_a_cache_that_cannot_be_written_costs_one_line(run, monkeypatch, tmp_pat
 
 def test_two_writers_of_a_part_leave_one_complete_file(tmp_path):
     caches = [ReferenceCache(tmp_path, {"a": 1}, 8) for _ in range(2)]
-    values = torch.arange(16.0).view(2, 8)
+    scores = Scores(torch.arange(16.0).view(2, 8), torch.tensor([0.0, 8.0]))
     for cache in caches:
-        cache.write(range(8), values)
+        cache.write(range(8), scores)
     assert caches[0].is_complete()
-    assert torch.equal(caches[1].read(range(8)), values)
+    read = caches[1].read(range(8))
+    assert all(torch.equal(got, written) for got, written in zip(read, scores, strict=True))
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["00000000.safetensors"]
 
 

@@ -113,7 +113,7 @@ def _fill(
         if options.proof:
             in_stored_dtype = _load_as_stored(settings, folder)
             check = DriftCheck(in_stored_dtype, folder, tokenizer=tokenizer, limit=options.limit)
-        trained, written = write_model(
+        written = write_model(
             part,
             folder,
             settings,
@@ -146,7 +146,7 @@ def _fill(
         )
     drift = check.measure(merged)
     other_base = quantised and not dequantised
-    return made | drift | check_drift(drift, (trained, dtype), other_base=other_base, accept=options.accept_drift)
+    return made | drift | check_drift(drift, dtype, other_base=other_base, accept=options.accept_drift)
 
 
 def _load_as_stored(settings: Settings, folder: Path) -> Settings:

@@ -40,8 +40,8 @@ def write_model(
     dtype: str | None,
     max_shard_size: str,
     dequantised: bool,
-) -> tuple[str, dict[str, str] | None]:
-    """Writes config and weights; returns the dtype of the training, and `hash_tensors` of the written model.
+) -> dict[str, str] | None:
+    """Writes config and weights; returns `hash_tensors` of the written model.
 
     A whole model that needs no change is hard-linked instead of written, and not hashed (None).
 
@@ -62,7 +62,7 @@ def write_model(
         if linkable and all(path.stat().st_size <= parse_size(max_shard_size) for path in files):
             for path in files:
                 _link(path, part / path.name)
-            return stored, None
+            return None
         dtype = stored
     policy = load_to_merge(settings, folder, tokenizer, dequantised=dequantised)
     trained = str(settings.model.dtype) if settings.model.dtype in DTYPES else str(policy.config.dtype).split(".")[-1]
@@ -70,7 +70,7 @@ def write_model(
     del policy
     written = hash_tensors(merged)
     merged.save_pretrained(part, max_shard_size=max_shard_size)
-    return stored or trained, written
+    return written
 
 
 def read_whole_dtype(folder: Path) -> str | None:

@@ -3,6 +3,9 @@
 They depend on token ids and masks, the reference's weights, the precision and `ld_alpha`; not on learning rate, beta
 or output folder, so restarts and the trials of a sweep reuse them. Only rank 0 reads and writes the disk: a folder that
 only one node sees serves all ranks.
+
+The first pair of each part is also scored in fp32, so that a later run can compare its own model with the one that
+filled the cache: in 16 bits, rounding hides other weights.
 """
 
 import hashlib
@@ -12,6 +15,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +33,7 @@ from dpokit.model.load import find_base
 from dpokit.settings.load import Settings
 
 PART_PAIRS = 256  # an interruption loses at most one part
+FORMAT = 2  # of a part's file
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
 SPOT_CHECKS = 4
 
@@ -53,7 +58,8 @@ def find_identity(settings: Settings) -> dict[str, object]:
 def describe_scores(identity: dict[str, object], training: DPOConfig, token_ids: str) -> dict[str, object]:
     """Returns everything that the log-probs depend on; `token_ids` is the fingerprint of the scored rows."""
     autocast = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
-    return {**identity, "autocast": autocast, "ld_alpha": training.ld_alpha, "token_ids": token_ids}
+    scored = {"autocast": autocast, "ld_alpha": training.ld_alpha, "token_ids": token_ids}
+    return {**identity, **scored, "format": FORMAT}
 
 
 def is_kept(settings: Settings, token_ids: str, pairs: int) -> bool:
@@ -103,6 +109,18 @@ def hash_weights(name: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
+class Scores(NamedTuple):
+    """Log-probs of the pairs of a part.
+
+    Attributes:
+        log_probs: `(2, pairs)`, fp32: chosen, rejected; in the run's precision.
+        first_in_fp32: `(2,)`, fp32: those of the first pair, computed in fp32; NaN if the model cannot.
+    """
+
+    log_probs: torch.Tensor
+    first_in_fp32: torch.Tensor
+
+
 class ReferenceCache:
     """Cached log-probs of a list of pairs under one reference, in parts.
 
@@ -127,30 +145,31 @@ class ReferenceCache:
         """Returns whether every part exists; `read` checks the contents."""
         return self.pairs > 0 and all(self._path(part).is_file() for part in self.parts())
 
-    def read(self, part: range) -> torch.Tensor | None:
-        """Returns `(2, pairs of the part)`, fp32: chosen, rejected. None if the part is missing, torn or changed."""
+    def read(self, part: range) -> Scores | None:
+        """Returns the scores of a part; None if it is missing, torn or changed."""
         path = self._path(part)
         try:
             if not path.is_file():
                 return None
             with safe_open(path, framework="pt") as file:
-                values: torch.Tensor = file.get_tensor("log_probs")
+                scores = Scores(*(file.get_tensor(name) for name in Scores._fields))
                 checksum = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError, KeyError) as error:
             say(f"reference log-probs: {path} cannot be read ({str(error)[:80]}), so they are computed again")
             return None
-        if checksum != _hash(values) or values.shape != (2, len(part)):
+        if checksum != _hash(scores) or scores.log_probs.shape != (2, len(part)) or len(scores.first_in_fp32) != 2:
             say(f"reference log-probs: {path} has another checksum or shape, so they are computed again")
             return None
-        return values
+        return scores
 
-    def write(self, part: range, values: torch.Tensor) -> None:
+    def write(self, part: range, scores: Scores) -> None:
         """Writes a part, completely or not at all, also if two runs write it. A full disk prints one line, no error."""
         path = self._path(part)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file({"log_probs": values.contiguous()}, temporary, metadata={"sha256": _hash(values)})
+            tensors = {name: values.contiguous() for name, values in scores._asdict().items()}
+            save_file(tensors, temporary, metadata={"sha256": _hash(scores)})
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             if not self._has_failed:
@@ -171,11 +190,10 @@ class ReferenceCache:
         return self.folder / f"{part.start:08d}.safetensors"
 
 
-def choose_spot_checks(parts: Sequence[range]) -> list[int]:
-    """Returns the indices of up to `SPOT_CHECKS` pairs, spread over the parts that were read."""
-    rows = [row for part in parts for row in part]
-    return sorted({rows[len(rows) * i // SPOT_CHECKS] for i in range(SPOT_CHECKS)}) if rows else []
+def choose_spot_checks(starts: Sequence[int]) -> list[int]:
+    """Returns up to `SPOT_CHECKS` of the parts' first pairs, spread over the parts that were read."""
+    return sorted({starts[len(starts) * i // SPOT_CHECKS] for i in range(SPOT_CHECKS)}) if starts else []
 
 
-def _hash(values: torch.Tensor) -> str:
-    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+def _hash(scores: Scores) -> str:
+    return hashlib.sha256(b"".join(values.contiguous().numpy().tobytes() for values in scores)).hexdigest()

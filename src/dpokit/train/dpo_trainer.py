@@ -65,7 +65,7 @@ class PairTrainer(StepTrainer, ScoringTrainer):
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss, a mean over the pairs of the batch; `measure` scales it to the batch's share of the step."""
-        self.prove_shared_prefix(model, inputs)
+        self.prove_first_batch(model, inputs)
         score = super().compute_loss
         return self.measure(
             inputs, lambda batch: score(model, batch, return_outputs=return_outputs), return_outputs=return_outputs

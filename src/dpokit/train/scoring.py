@@ -3,7 +3,9 @@
 upstream.py lists the private names of TRL that it uses.
 """
 
+import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,8 +18,17 @@ from dpokit.checkpoint.preempt import Notice
 from dpokit.console import say, track_progress
 from dpokit.data.columns import fingerprint_ids
 from dpokit.interrupts import Preempted
-from dpokit.model.reference import ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
-from dpokit.model.score import TOLERANCE_16_BIT, TOLERANCE_FP32, find_mismatch, find_obstacle, share_prefix
+from dpokit.model.reference import ReferenceCache, Scores, choose_spot_checks, describe_scores, find_cache_folder
+from dpokit.model.rounding import in_fp32, is_refusal
+from dpokit.model.score import (
+    LARGEST_IN_16_BIT,
+    LARGEST_IN_FP32,
+    count_scored,
+    find_dropout,
+    find_obstacle,
+    prove,
+    share_prefix,
+)
 from dpokit.model.shared_prefix import SharedPrefix
 from dpokit.train.batches import OWN_KEYS, Batches
 
@@ -36,6 +47,7 @@ class ScoringTrainer(DPOTrainer):
 
     Attributes:
         shared_prefix: `on`, or `off: ` and the reason; `untried` before the first batch.
+        answer_rounding: the size of the rounding in an answer's log-prob, in nats; None if it is unknown.
     """
 
     _precompute_engine: Any
@@ -54,6 +66,8 @@ class ScoringTrainer(DPOTrainer):
         self._longest = longest
         self._reference = reference
         self._notice = notice
+        self._is_proved = False
+        self.answer_rounding: float | None = None
         super().__init__(**arguments)
         self._share_prefixes()
 
@@ -74,15 +88,29 @@ class ScoringTrainer(DPOTrainer):
         if why is not None:
             self._stop_sharing(why)
 
-    def prove_shared_prefix(self, model: Any, inputs: Batch) -> None:
-        """Scores the first batch packed and padded; if they differ on any rank, all use padded rows. Collective."""
-        if not self._shared or self.shared_prefix != "untried":
+    def prove_first_batch(self, model: Any, inputs: Batch) -> None:
+        """Compares packed and padded rows of the first batch, and measures its rounding. Collective.
+
+        If they differ on any rank, all ranks use padded rows.
+        """
+        if self._is_proved:
             return
-        gap, why = find_mismatch(model, self._shared[-1 if model is self.ref_model else 0], inputs)
-        worst = float(self.accelerator.gather(torch.tensor(gap, device=self.accelerator.device)).max())
+        self._is_proved = True
+        if not self._shared and (find_dropout(self.model) or not self._rounds()):
+            return
+        shared = self._shared[-1 if model is self.ref_model else 0] if self._shared else None
+        proof = prove(model, shared, inputs)
+        tokens = float(inputs["completion_mask"].sum()) / len(inputs["completion_mask"])
+        rounding = math.nan if proof.rounding is None else proof.rounding * math.sqrt(tokens)
+        found = torch.tensor([proof.mismatch is not None, rounding], device=self.accelerator.device)
+        mismatches, roundings = self.accelerator.gather(found).view(-1, 2).unbind(dim=1)
+        # Errors of rounding are about independent, so that of a sum grows with the root of the number of tokens.
+        self.answer_rounding = None if roundings.isnan().any() else float(roundings.mean())
+        if shared is None:
+            return
         self.shared_prefix = "on"
-        if not worst <= self._tolerance():
-            self._stop_sharing(f"on another rank log-probs differ by {worst:.1e}" if gap <= self._tolerance() else why)
+        if mismatches.any():
+            self._stop_sharing(proof.mismatch or "the first pairs' log-probs differ on another rank")
 
     def _stop_sharing(self, why: str) -> None:
         self.shared_prefix = f"off: {why}"
@@ -90,9 +118,9 @@ class ScoringTrainer(DPOTrainer):
             shared.on = False
         say(f"shared prefix: off, as {why}; each prompt is computed twice, in padded rows")
 
-    def _tolerance(self) -> float:
-        half = self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32
-        return TOLERANCE_16_BIT if half else TOLERANCE_FP32
+    def _rounds(self) -> bool:
+        """Whether log-probs are computed in less than fp32."""
+        return self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32 or bool(self.args.tf32)
 
     # -- precomputed reference --------------------------------------------------------------------------------------
 
@@ -101,7 +129,7 @@ class ScoringTrainer(DPOTrainer):
         for name in OWN_KEYS:
             inputs.pop(name, None)
         self._share_prefixes()
-        self.prove_shared_prefix(model, inputs)
+        self.prove_first_batch(model, inputs)
         return super().compute_ref_log_probs(model, inputs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -123,12 +151,14 @@ class ScoringTrainer(DPOTrainer):
             total=len(dataset), initial=len(dataset) - sum(map(len, missing)), desc=f"reference, {name}", unit="pair"
         ) as bar:
             for part in missing:
-                scores[part.start] = self._score_rows(model, dataset, list(part), batch_size)
+                log_probs = self._score_rows(model, dataset, list(part), batch_size)
+                first = self._score_in_fp32(model, dataset, [part.start], batch_size).flatten()
+                scores[part.start] = Scores(log_probs, first)
                 if self.accelerator.is_main_process and self._reference is not None:
                     cache.write(part, scores[part.start])
                 bar.update(len(part))
                 self._end_if_signalled()
-        chosen, rejected = torch.cat([scores[part.start] for part in cache.parts()], dim=1).tolist()
+        chosen, rejected = torch.cat([scores[part.start].log_probs for part in cache.parts()], dim=1).tolist()
         return dataset.add_column("ref_chosen_logps", chosen).add_column("ref_rejected_logps", rejected)
 
     def _end_if_signalled(self) -> None:
@@ -149,30 +179,53 @@ class ScoringTrainer(DPOTrainer):
             return self._precompute_engine
         return self.ref_model or self.model
 
-    def _read_parts(self, cache: ReferenceCache) -> dict[int, torch.Tensor]:
+    def _read_parts(self, cache: ReferenceCache) -> dict[int, Scores]:
         """The cached scores, by the first row of their part; read by rank 0, as other nodes may not see its disk."""
-        box: list[dict[int, torch.Tensor]] = [{}]
+        box: list[dict[int, Scores]] = [{}]
         if self.accelerator.is_main_process and self._reference is not None:
             read = {part.start: cache.read(part) for part in cache.parts()}
-            box = [{start: values for start, values in read.items() if values is not None}]
+            box = [{start: scores for start, scores in read.items() if scores is not None}]
         broadcast_object_list(box, from_process=0)
         return box[0]
 
-    def _spot_check(self, model: Any, dataset: Dataset, cached: dict[int, torch.Tensor], batch_size: int) -> bool:
+    def _spot_check(self, model: Any, dataset: Dataset, cached: dict[int, Scores], batch_size: int) -> bool:
         """Whether the cached log-probs of a few pairs equal those computed now. Collective."""
-        rows = choose_spot_checks([range(start, start + values.shape[1]) for start, values in sorted(cached.items())])
+        rows = choose_spot_checks(sorted(cached))
         if not rows:
             return True
-        starts = [max(start for start in cached if start <= row) for row in rows]
-        expected = torch.stack([cached[start][:, row - start] for row, start in zip(rows, starts, strict=True)], dim=1)
-        computed = self._score_rows(model, dataset, rows, batch_size)
-        difference = float(((computed - expected).abs() / expected.abs().clamp(min=1.0)).max())
-        if difference <= self._tolerance():
-            pairs = sum(scores.shape[1] for scores in cached.values())
+        tokens = torch.tensor([[count_scored(dataset[row], side) for row in rows] for side in ("chosen", "rejected")])
+        kept = torch.stack([cached[row].log_probs[:, 0] for row in rows], dim=1)
+        exact = torch.stack([cached[row].first_in_fp32 for row in rows], dim=1)
+        computed = self._score_in_fp32(model, dataset, rows, batch_size)
+        if (exact + computed).isnan().any():
+            exact = computed = self._score_rows(model, dataset, rows, batch_size)
+        weights, rounding = (float(((exact - other).abs() / tokens).mean()) for other in (computed, kept))
+        if weights <= LARGEST_IN_FP32 and rounding <= (LARGEST_IN_16_BIT if self._rounds() else LARGEST_IN_FP32):
+            pairs = sum(scores.log_probs.shape[1] for scores in cached.values())
             say(f"reference log-probs: {pairs:,} of {len(dataset):,} pairs were cached")
             return True
-        say(f"reference log-probs: the cache is of other weights (difference {difference:.1e}); all are computed again")
+        say(
+            "reference log-probs: the cache is of other weights (a difference of "
+            f"{max(weights, rounding):.1e} nats a token); all are computed again"
+        )
         return False
+
+    def _score_in_fp32(self, model: Any, dataset: Dataset, rows: list[int], batch_size: int) -> torch.Tensor:
+        """`_score_rows`, computed in fp32 and in padded rows; NaN if the model cannot. Collective."""
+        self._share_prefixes()
+        proved, self._is_proved = self._is_proved, True  # the proof is for the run's own precision
+        try:
+            with ExitStack() as stack:
+                for shared in self._shared or ():
+                    stack.enter_context(shared.switched_off())
+                stack.enter_context(in_fp32(self.accelerator.device))
+                return self._score_rows(model, dataset, rows, batch_size)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            return torch.full((2, len(rows)), math.nan)
+        finally:
+            self._is_proved = proved
 
     def _score_rows(self, model: Any, dataset: Dataset, rows: list[int], batch_size: int) -> torch.Tensor:
         """`(2, rows)`, fp32, on the CPU: chosen and rejected; the same on every rank. Collective."""

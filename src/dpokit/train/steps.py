@@ -31,10 +31,12 @@ class StepTrainer(ResumingTrainer):
     Attributes:
         columns: the columns of a row with the tokens that are trained on, by whose number a step's rows are balanced.
         shared_prefix: `on`, or `off: ` and the reason.
+        answer_rounding: the size of the rounding in an answer's log-prob, in nats; None if it is unknown.
     """
 
     columns: tuple[str, ...] = IDS
     shared_prefix: str
+    answer_rounding: float | None = None
     _metrics: dict[str, dict[str, list[float]]]
 
     def __init__(self, **arguments: Any) -> None:
