@@ -371,10 +371,10 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
     ),
     UpstreamName(
         "torch.utils._pytree.tree_map",
-        ("train/saving.py",),
+        ("model/rounding.py", "train/saving.py"),
         "call",
-        why="It copies every tensor in the nested state of model, optimizer and schedule that a checkpoint writes"
-        " in the background.",
+        why="It copies or casts every tensor in nested lists and dicts: the state that a checkpoint writes in the "
+        "background, and an operation's arguments.",
         upstream="torch/utils/_pytree.py",
         delete_when="torch exports tree_map under a public name.",
     ),

@@ -111,9 +111,10 @@ def main() -> None:
     print("| precision | training | rows | false alarms | faults found | smallest fault | rounding |")
     print("|---|---|---|---|---|---|---|")
     for line in product(PRECISIONS, ("full", "LoRA"), ("HH rows", "chat rows")):
-        found = measure(folder, *line, batches=options.batches, faulty=options.faulty)
-        least, most = found["rounding"]
-        cells = [*line, found["alarms"], found["faults"], f"{found['smallest']:.1e}", f"{least:.1e} to {most:.1e}"]
+        measured = measure(folder, *line, batches=options.batches, faulty=options.faulty)
+        least, most = measured["rounding"]
+        smallest, rounding = f"{measured['smallest']:.1e}", f"{least:.1e} to {most:.1e}"
+        cells = [*line, measured["alarms"], measured["faults"], smallest, rounding]
         print(f"| {' | '.join(cells)} |", flush=True)
     print(f"\n{date.today()}, {torch.get_num_threads()} threads, torch {torch.__version__}; nats a token")
 

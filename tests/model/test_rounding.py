@@ -110,7 +110,7 @@ def test_fp32_leaves_weights_and_settings_as_they_were():
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_a_model_that_refuses_fp32_is_compared_in_its_own_precision():
+def test_a_model_that_refuses_fp32_is_compared_in_16_bits():
     model = build("llama", "bf16", lora=False)
     shared, batch = share_prefix(model), make_batch(LONG)
 

@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from planted_faults import FAULTS, planted
 from smollm2 import fetch_smollm2
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl.trainer.utils import add_fused_lm_head
 
 import dpokit
 from dpokit.evaluate.inputs import load_subject
 from dpokit.model.generate import generate_answers
 from dpokit.model.gguf import find_model_folder
+from dpokit.model.score import LARGEST_IN_FP32, ScoredTokenCollator, prove, share_prefix
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 ANSWER = "The capital of France is Paris."
@@ -95,10 +98,11 @@ def test_smollm2_learns_from_real_pairs_and_still_answers(shared, tmp_path):
     settings |= {"max_steps": 20, "per_device_train_batch_size": 1, "max_length": 256, "learning_rate": 1e-4}
     settings |= {"use_peft": True, "lora_target_modules": ["all-linear"], "lora_r": 8, "logging_steps": 1, "beta": 0.1}
     settings |= {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "no"}
-    settings |= {"precompute_ref_log_probs": True}
+    settings |= {"precompute_ref_log_probs": True, "bf16": True}
     began = time.monotonic()
     run = dpokit.train_model(settings | {"output_dir": str(tmp_path / "run"), "use_cpu": True, "report_to": "none"})
     print(f"20 steps in {time.monotonic() - began:.0f} s, with the start")
+    assert run.read_run()["shared_prefix"] == "on", "rounding in bf16 is no error"
     losses = [step["loss"] for step in dpokit.read_metrics(run.metrics_jsonl) if "loss" in step]
     assert len(losses) == 20
     assert losses[0] == pytest.approx(0.6931, abs=1e-3), "policy and reference are the same model at first"
@@ -118,6 +122,34 @@ def test_smollm2_learns_from_real_pairs_and_still_answers(shared, tmp_path):
     assert (merged_logits - tuned_logits).abs().max() < 1e-3
     assert (base_logits - tuned_logits).abs().max() > 0.1, "the steps changed the model"
     check_answer(merged, AutoTokenizer.from_pretrained(run.merged))
+
+
+@pytest.mark.slow
+def test_in_bf16_each_fault_is_found_and_no_false_alarm_raised(shared, tmp_path):
+    """With the short answers of real pairs, whose log-probs are small beside their rounding."""
+    folder = find_model_folder(str(fetch_smollm2()))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="bfloat16").eval()
+    add_fused_lm_head(model)
+    packed, collate = share_prefix(model), ScoredTokenCollator(tokenizer.pad_token_id)
+    rows = [encode_pair(row, tokenizer) for row in write_chats(shared, tmp_path / "chats.jsonl", 8)]
+    for first in range(0, 8, 2):
+        proof = prove(model, packed, collate(rows[first : first + 2]))
+        assert proof.mismatch is None
+        assert 0.01 < proof.rounding < 0.1, "rounding is far above the limit of a comparison in fp32"
+        assert proof.rounding > 10 * LARGEST_IN_FP32
+    batch = collate(rows[:1])
+    for fault in FAULTS:
+        if fault != "another adapter":  # the model has none
+            with planted(fault, model):
+                assert prove(model, packed, batch).mismatch is not None, fault
+
+
+def encode_pair(row: dict, tokenizer) -> dict[str, list[int]]:
+    prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
+    wholes = {side: [*row["prompt"], *row[side]] for side in ("chosen", "rejected")}
+    ids = {side: tokenizer.apply_chat_template(whole)["input_ids"] for side, whole in wholes.items()}
+    return {"prompt_ids": prompt, **{f"{side}_ids": whole[len(prompt) :] for side, whole in ids.items()}}
 
 
 def check_rows(pairs, rows: list[dict], tokenizer) -> None:

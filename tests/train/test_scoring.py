@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import write_pairs
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpokit.interrupts import Preempted
 from dpokit.model import reference
-from dpokit.model.reference import ReferenceCache, Scores
+from dpokit.model.reference import PartScores, ReferenceCache
 from dpokit.run import prepare_run, train
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.train.scoring import ScoringTrainer
@@ -141,11 +142,45 @@ def test_a_damaged_part_is_computed_again(damage, run, cache, capfd):
 def test_a_cache_of_other_weights_is_computed_again(run, cache, capfd):
     first = run()
     for part in cache.rglob("*.safetensors"):
-        scores = Scores(**{name: values + 5 for name, values in load_file(part).items()})
-        save_file(scores._asdict(), part, metadata={"sha256": reference._hash(scores)})
+        scores = PartScores(**{name: values + 5 for name, values in load_file(part).items()})
+        save_file(scores.tensors(), part, metadata={"sha256": reference._hash(scores)})
     second = run()
     assert "the cache is of other weights" in capfd.readouterr().err
     check_same_numbers(second, first)
+
+
+@pytest.fixture
+def lively_gpt2(tiny_gpt2, tmp_path) -> Path:
+    """A random GPT-2 with weights so large that its log-probs depend on every token, as a pretrained model's do."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(tiny_gpt2, initializer_range=0.3)
+    folder = tmp_path / "lively"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_gpt2).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", [["--bf16", "false"], ["--bf16", "true"], ["--dtype", "bfloat16"]])
+@pytest.mark.parametrize("share", [0.0, 0.01])
+def test_a_cache_is_used_if_and_only_if_the_weights_are_the_same(
+    share, precision, lively_gpt2, run, monkeypatch, capfd
+):
+    """Weights that were changed by 1 % under the same name are found, in 16 bits too."""
+    monkeypatch.setattr("dpokit.model.reference.find_identity", lambda _: {})
+    flags = ["--model_name_or_path", str(lively_gpt2), "--gates", "warn", *precision]
+    run(*flags)
+    assert not find_lines(capfd.readouterr().err, "gate")
+    model = AutoModelForCausalLM.from_pretrained(lively_gpt2)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1 + share * torch.randn(weight.shape))
+    model.save_pretrained(lively_gpt2)
+    made = run(*flags, "--per_device_train_batch_size", "2")
+    screen = capfd.readouterr().err
+    assert screen.count("pairs were cached") == (0 if share else 2), "one for each split"
+    assert screen.count("the cache is of other weights") == (2 if share else 0)
+    assert made.read_run()["shared_prefix"] == "on"
 
 
 def test_a_cache_that_cannot_be_written_costs_one_line(run, monkeypatch, tmp_path, capfd):
@@ -158,12 +193,12 @@ def test_a_cache_that_cannot_be_written_costs_one_line(run, monkeypatch, tmp_pat
 
 def test_two_writers_of_a_part_leave_one_complete_file(tmp_path):
     caches = [ReferenceCache(tmp_path, {"a": 1}, 8) for _ in range(2)]
-    scores = Scores(torch.arange(16.0).view(2, 8), torch.tensor([0.0, 8.0]))
+    scores = PartScores(torch.arange(16.0).view(2, 8), torch.tensor([0.0, 8.0]))
     for cache in caches:
         cache.write(range(8), scores)
     assert caches[0].is_complete()
-    read = caches[1].read(range(8))
-    assert all(torch.equal(got, written) for got, written in zip(read, scores, strict=True))
+    read = caches[1].read(range(8)).tensors()
+    assert all(torch.equal(read[name], values) for name, values in scores.tensors().items())
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["00000000.safetensors"]
 
 

@@ -124,14 +124,14 @@ class DriftCheck:
         scores: list[list[torch.Tensor]] = [[]] * len(order)
         rounding, tokens = torch.zeros(()), 0
         for number, batch in enumerate(track_progress(batches, desc=f"scoring, {name}", unit="batch")):
-            found = self._score_in_fp32(scorer, batch)
-            if found is None or number < ROUNDING_BATCHES:
+            answers = self._score_in_fp32(scorer, batch)
+            if answers is None or number < ROUNDING_BATCHES:
                 rounded = self._take(scorer, batch)
-                found = rounded if found is None else found
-                distances = find_distances(found, rounded)
+                answers = rounded if answers is None else answers
+                distances = find_distances(answers, rounded)
                 rounding, tokens = rounding + distances.sum(), tokens + len(distances)
-            for row, answers in zip(batch, found, strict=True):
-                scores[row] = answers
+            for row, log_probs in zip(batch, answers, strict=True):
+                scores[row] = log_probs
         self._roundings.append(rounding / tokens)
         return scores
 

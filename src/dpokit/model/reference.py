@@ -14,8 +14,8 @@ import os
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -109,7 +109,8 @@ def hash_weights(name: str, revision: str | None) -> str:
     return digest.hexdigest()
 
 
-class Scores(NamedTuple):
+@dataclass(frozen=True)
+class PartScores:
     """Log-probs of the pairs of a part.
 
     Attributes:
@@ -119,6 +120,10 @@ class Scores(NamedTuple):
 
     log_probs: torch.Tensor
     first_in_fp32: torch.Tensor
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors of the part's file, by name."""
+        return {"log_probs": self.log_probs.contiguous(), "first_in_fp32": self.first_in_fp32.contiguous()}
 
 
 class ReferenceCache:
@@ -145,14 +150,14 @@ class ReferenceCache:
         """Returns whether every part exists; `read` checks the contents."""
         return self.pairs > 0 and all(self._path(part).is_file() for part in self.parts())
 
-    def read(self, part: range) -> Scores | None:
+    def read(self, part: range) -> PartScores | None:
         """Returns the scores of a part; None if it is missing, torn or changed."""
         path = self._path(part)
         try:
             if not path.is_file():
                 return None
             with safe_open(path, framework="pt") as file:
-                scores = Scores(*(file.get_tensor(name) for name in Scores._fields))
+                scores = PartScores(file.get_tensor("log_probs"), file.get_tensor("first_in_fp32"))
                 checksum = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError, KeyError) as error:
             say(f"reference log-probs: {path} cannot be read ({str(error)[:80]}), so they are computed again")
@@ -162,14 +167,13 @@ class ReferenceCache:
             return None
         return scores
 
-    def write(self, part: range, scores: Scores) -> None:
+    def write(self, part: range, scores: PartScores) -> None:
         """Writes a part, completely or not at all, also if two runs write it. A full disk prints one line, no error."""
         path = self._path(part)
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            tensors = {name: values.contiguous() for name, values in scores._asdict().items()}
-            save_file(tensors, temporary, metadata={"sha256": _hash(scores)})
+            save_file(scores.tensors(), temporary, metadata={"sha256": _hash(scores)})
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             if not self._has_failed:
@@ -195,5 +199,5 @@ def choose_spot_checks(starts: Sequence[int]) -> list[int]:
     return sorted({starts[len(starts) * i // SPOT_CHECKS] for i in range(SPOT_CHECKS)}) if starts else []
 
 
-def _hash(scores: Scores) -> str:
-    return hashlib.sha256(b"".join(values.contiguous().numpy().tobytes() for values in scores)).hexdigest()
+def _hash(scores: PartScores) -> str:
+    return hashlib.sha256(b"".join(values.numpy().tobytes() for values in scores.tensors().values())).hexdigest()

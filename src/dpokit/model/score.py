@@ -218,10 +218,10 @@ def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Ten
             (find_distance(exact_packed, exact, scored), LARGEST_IN_FP32, "padded rows, both in fp32"),
             (find_distance(packed, exact, scored), 3 * rounding + LARGEST_IN_FP32, "padded rows in fp32"),
         ]
-    for found, limit, other in comparisons:
-        if not found <= limit:
+    for distance, limit, other in comparisons:
+        if not distance <= limit:
             return Proof(
-                f"the first pairs' log-probs differ by {found:.1e} nats a token from those of {other}", rounding
+                f"the first pairs' log-probs differ by {distance:.1e} nats a token from those of {other}", rounding
             )
     return Proof(None, rounding)
 

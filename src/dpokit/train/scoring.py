@@ -1,4 +1,4 @@
-"""Scores pairs: a prompt once for both answers, and the reference once for all epochs and runs.
+"""PartScores pairs: a prompt once for both answers, and the reference once for all epochs and runs.
 
 upstream.py lists the private names of TRL that it uses.
 """
@@ -18,7 +18,7 @@ from dpokit.checkpoint.preempt import Notice
 from dpokit.console import say, track_progress
 from dpokit.data.columns import fingerprint_ids
 from dpokit.interrupts import Preempted
-from dpokit.model.reference import ReferenceCache, Scores, choose_spot_checks, describe_scores, find_cache_folder
+from dpokit.model.reference import PartScores, ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
 from dpokit.model.rounding import in_fp32, is_refusal
 from dpokit.model.score import (
     LARGEST_IN_16_BIT,
@@ -102,8 +102,8 @@ class ScoringTrainer(DPOTrainer):
         proof = prove(model, shared, inputs)
         tokens = float(inputs["completion_mask"].sum()) / len(inputs["completion_mask"])
         rounding = math.nan if proof.rounding is None else proof.rounding * math.sqrt(tokens)
-        found = torch.tensor([proof.mismatch is not None, rounding], device=self.accelerator.device)
-        mismatches, roundings = self.accelerator.gather(found).view(-1, 2).unbind(dim=1)
+        of_rank = torch.tensor([proof.mismatch is not None, rounding], device=self.accelerator.device)
+        mismatches, roundings = self.accelerator.gather(of_rank).view(-1, 2).unbind(dim=1)
         # Errors of rounding are about independent, so that of a sum grows with the root of the number of tokens.
         self.answer_rounding = None if roundings.isnan().any() else float(roundings.mean())
         if shared is None:
@@ -153,7 +153,7 @@ class ScoringTrainer(DPOTrainer):
             for part in missing:
                 log_probs = self._score_rows(model, dataset, list(part), batch_size)
                 first = self._score_in_fp32(model, dataset, [part.start], batch_size).flatten()
-                scores[part.start] = Scores(log_probs, first)
+                scores[part.start] = PartScores(log_probs, first)
                 if self.accelerator.is_main_process and self._reference is not None:
                     cache.write(part, scores[part.start])
                 bar.update(len(part))
@@ -179,16 +179,16 @@ class ScoringTrainer(DPOTrainer):
             return self._precompute_engine
         return self.ref_model or self.model
 
-    def _read_parts(self, cache: ReferenceCache) -> dict[int, Scores]:
+    def _read_parts(self, cache: ReferenceCache) -> dict[int, PartScores]:
         """The cached scores, by the first row of their part; read by rank 0, as other nodes may not see its disk."""
-        box: list[dict[int, Scores]] = [{}]
+        box: list[dict[int, PartScores]] = [{}]
         if self.accelerator.is_main_process and self._reference is not None:
             read = {part.start: cache.read(part) for part in cache.parts()}
             box = [{start: scores for start, scores in read.items() if scores is not None}]
         broadcast_object_list(box, from_process=0)
         return box[0]
 
-    def _spot_check(self, model: Any, dataset: Dataset, cached: dict[int, Scores], batch_size: int) -> bool:
+    def _spot_check(self, model: Any, dataset: Dataset, cached: dict[int, PartScores], batch_size: int) -> bool:
         """Whether the cached log-probs of a few pairs equal those computed now. Collective."""
         rows = choose_spot_checks(sorted(cached))
         if not rows:
