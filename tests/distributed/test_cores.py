@@ -136,30 +136,31 @@ SHARE = max(1, CORES // 2)
 
 
 @pytest.mark.cold
+@pytest.mark.skipif(CORES < 2, reason="on one core each number of threads is 1")
 @pytest.mark.parametrize(
     ("launcher", "environment", "threads", "line"),
     [
         pytest.param(ONE, {}, CORES, f"CPU: {CORES} thread", id="accelerate, one process"),
         pytest.param(TWO, {}, SHARE, f"CPU: {SHARE} thread", id="accelerate, two processes"),
         pytest.param(
-            ONE, {"OMP_NUM_THREADS": "3"}, 3, f"(OMP_NUM_THREADS is set; {CORES} would use all cores)", id="variable"
+            ONE, {"OMP_NUM_THREADS": "1"}, 1, f"(OMP_NUM_THREADS is set; {CORES} would use all cores)", id="variable"
         ),
         pytest.param([*TORCHRUN, "2"], {}, SHARE, " in each of 2 processes", id="torchrun, two processes"),
         pytest.param([], {}, CORES, f"CPU: {CORES} thread", id="no launcher", marks=pytest.mark.slow),
         pytest.param([*TORCHRUN, "1"], {}, CORES, f"CPU: {CORES} thread", id="torchrun, one", marks=pytest.mark.slow),
         pytest.param(
             [*TORCHRUN, "2"],
-            {"OMP_NUM_THREADS": "3"},
-            3,
-            "3 threads in each",
+            {"OMP_NUM_THREADS": str(CORES)},
+            CORES,
+            f"{CORES} threads in each of 2 processes (OMP_NUM_THREADS is set",
             id="torchrun, variable",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            [*TWO, "--num_cpu_threads_per_process=3"],
+            [*TWO, f"--num_cpu_threads_per_process={CORES}"],
             {},
-            3,
-            "(--num_cpu_threads_per_process is set",
+            CORES,
+            f"{CORES} threads in each of 2 processes (--num_cpu_threads_per_process is set",
             id="accelerate, flag",
             marks=pytest.mark.slow,
         ),

@@ -46,18 +46,18 @@ class CpuLimits:
     task_cpus: float = math.inf
 
 
-def share_cores(own: CpuLimits, processes: Sequence[CpuLimits]) -> int:
+def share_cores(limits: CpuLimits, processes: Sequence[CpuLimits]) -> int:
     """The number of threads for a process: at least 1.
 
     Args:
-        own: the limits of this process.
+        limits: those of this process.
         processes: the limits of all processes of the run, this one included; those on other machines do not count.
     """
-    neighbours = [limits for limits in processes if limits.machine == own.machine]
-    users = Counter(core for limits in neighbours for core in limits.cores)
-    cores = sum(Fraction(1, users[core]) for core in own.cores)
-    in_task = sum(limits.task == own.task for limits in neighbours)
-    return max(1, int(min(cores, own.cpus / len(neighbours), own.task_cpus / in_task)))
+    neighbours = [neighbour for neighbour in processes if neighbour.machine == limits.machine]
+    users = Counter(core for neighbour in neighbours for core in neighbour.cores)
+    cores = sum(Fraction(1, users[core]) for core in limits.cores)
+    in_task = sum(neighbour.task == limits.task for neighbour in neighbours)
+    return max(1, int(min(cores, limits.cpus / len(neighbours), limits.task_cpus / in_task)))
 
 
 def count_cores() -> int:
@@ -104,8 +104,8 @@ def _read_quota(root: Path) -> float:
         if controllers and "cpu" not in controllers.split(","):
             continue
         top = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
-        own = top / path.strip("/")
-        for folder in (own, *(parent for parent in own.parents if parent.is_relative_to(top))):
+        cgroup = top / path.strip("/")
+        for folder in (cgroup, *(parent for parent in cgroup.parents if parent.is_relative_to(top))):
             if controllers:
                 quota, period = (_read_text(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
             else:

@@ -84,6 +84,11 @@ class ScoringTrainer(DPOTrainer):
         if not worst <= self._tolerance():
             self._stop_sharing(f"on another rank log-probs differ by {worst:.1e}" if gap <= self._tolerance() else why)
 
+    def drop_unused_layout(self, inputs: Batch) -> None:
+        """Removes the packed layout from a batch whose model does not take it."""
+        if not self._shared:
+            inputs.pop("packed", None)
+
     def _stop_sharing(self, why: str) -> None:
         self.shared_prefix = f"off: {why}"
         for shared in self._shared or ():
@@ -102,6 +107,7 @@ class ScoringTrainer(DPOTrainer):
             inputs.pop(name, None)
         self._share_prefixes()
         self.prove_shared_prefix(model, inputs)
+        self.drop_unused_layout(inputs)
         return super().compute_ref_log_probs(model, inputs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
