@@ -2,8 +2,8 @@
 
     python tests/benchmarks/threads.py
 
-GPT-2 124M with random weights, real HH rows, 8 pairs a step, started by `accelerate launch`. Each round runs every case
-once; the median of the steps after the first counts.
+GPT-2 124M with random weights, real HH rows, started by `accelerate launch`. Each round runs every case once; the
+median of the steps after the first counts.
 """
 
 import argparse
@@ -23,7 +23,6 @@ from steps import KEEP_MEMORY, make_model
 
 from dpokit.distributed.cores import count_cores
 
-PAIRS_A_STEP = 8
 CORES = str(count_cores())
 # Processes and environment of each case.
 CASES = {
@@ -36,14 +35,16 @@ CASES = {
 }
 
 
-def measure_steps(folder: Path, name: str, steps: int, *, processes: int, environment: dict[str, str]) -> list[float]:
+def measure_steps(
+    folder: Path, name: str, steps: int, *, pairs: int, processes: int, environment: dict[str, str]
+) -> list[float]:
     """Trains one run; returns the seconds of each step after the first."""
     config = ROOT / "accelerate_configs" / ("single_gpu.yaml" if processes == 1 else "ddp_cpu.yaml")
     flags = {
         "model_name_or_path": folder / "model",
         "dataset_name": folder / "rows.jsonl",
         "output_dir": folder / name,
-        "per_device_train_batch_size": PAIRS_A_STEP // processes,
+        "per_device_train_batch_size": pairs // processes,
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": False,
         "precompute_ref_log_probs": False,
@@ -72,6 +73,7 @@ def measure_steps(folder: Path, name: str, steps: int, *, processes: int, enviro
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=8, help="of a step")
     parser.add_argument("--steps", type=int, default=4, help="after the first")
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
@@ -79,17 +81,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_model(folder / "model", "gpt2")
-        rows = read_pairs(PAIRS_A_STEP * (arguments.steps + 1))
+        rows = read_pairs(arguments.pairs * (arguments.steps + 1))
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         for number in range(arguments.rounds):
             for place, (case, (processes, environment)) in enumerate(CASES.items()):
                 run = f"run-{number}-{place}"
-                seconds[case] += measure_steps(
-                    folder, run, arguments.steps, processes=processes, environment=environment
+                case_seconds = measure_steps(
+                    folder, run, arguments.steps, pairs=arguments.pairs, processes=processes, environment=environment
                 )
+                print(f"{case}: {case_seconds}", file=sys.stderr, flush=True)
+                seconds[case] += case_seconds
     for case, measured in seconds.items():
         print(f"{case}: {statistics.median(measured):.2f} s a step ({min(measured):.2f} to {max(measured):.2f})")
-    print(f"{date.today()}, {CORES} CPU cores, {arguments.rounds} rounds of {arguments.steps} steps")
+    size = f"{arguments.rounds} rounds of {arguments.steps} steps of {arguments.pairs} pairs"
+    print(f"{date.today()}, {CORES} CPU cores, {size}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The threads of a run on CPU: each process takes its share of the cores, unless the user set a number.
 
 The launchers set OMP_NUM_THREADS to 1 where the user did not: torchrun for several processes, accelerate also for one
-process. The other cores would be idle. More threads than cores are slower, as the processes then wait for each other's
-threads at each operation (docs/benchmarks.md).
+process. The other cores would be idle. More threads than cores are slower: at the end of each operation a thread spins
+until the others have had their turn (docs/LOG.md, 2026-11-29).
 """
 
 import math
