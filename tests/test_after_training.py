@@ -119,6 +119,7 @@ def test_a_command_gets_the_token_but_no_launcher_variables(tmp_path, monkeypatc
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
     (tmp_path / "dpokit").mkdir()
     (tmp_path / "dpokit" / "__init__.py").write_text("")
     (tmp_path / "dpokit" / "cli.py").write_text(
@@ -130,6 +131,7 @@ def test_a_command_gets_the_token_but_no_launcher_variables(tmp_path, monkeypatc
     variables = json.loads((tmp_path / "e").read_text())
     assert variables["HF_TOKEN"] == "hf_secret"
     assert not {"RANK", "WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED"} & variables.keys()
+    assert variables["OMP_NUM_THREADS"] == "3", "no launcher set this number"
 
 
 def launch(hub, config: str, run: RunDir, model: Path, pairs: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dpokit.card.front_matter import check_licence, is_on_disk
 from dpokit.console import say
 from dpokit.data.sources import load_splits
+from dpokit.distributed.cores import find_users_number
 from dpokit.errors import DataError, ReleaseError, SettingsError
 from dpokit.interpreter import PYTHON
 from dpokit.interrupts import Interrupted
@@ -135,7 +136,10 @@ def run_commands(
         ReleaseError: a command failed; its own message is on the screen.
         Interrupted: a signal arrived; the running command has ended.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHER_PREFIXES)}
+    kept = find_users_number()
+    environment = {
+        name: value for name, value in os.environ.items() if name == kept or not name.startswith(LAUNCHER_PREFIXES)
+    }
     environment |= {"HF_TOKEN": token} if token else {}
     for place, arguments in enumerate(commands):
         rest = " && ".join(f"dpokit {shlex.join(command)}" for command in commands[place:])

@@ -20,6 +20,7 @@ from dpokit.data.columns import fingerprint_ids
 from dpokit.data.prepare import PreparedData, prepare_data
 from dpokit.data.tally import print_report
 from dpokit.distributed.coordination import build_on_each_machine_first, decide_on_main_process, peer_errors
+from dpokit.distributed.cores import set_threads
 from dpokit.distributed.placement import find_requested_placement
 from dpokit.distributed.processes import is_main_process
 from dpokit.errors import SettingsError
@@ -99,6 +100,8 @@ def _train(run: RunDir, settings: Settings) -> str | None:
     # error of their next collective. A single process has nothing to save before its first step.
     notice.checked_at_boundaries = PartialState().num_processes > 1
     with peer_errors(training.ddp_timeout):
+        if training.use_cpu:
+            say(set_threads())
         ended = decide_on_main_process(lambda: find_preempted_restart(run))
         if ended is not None:
             raise Preempted(ended)
@@ -162,6 +165,8 @@ def prepare_run(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -
         else:
             say("reference log-probs are not computed: with these settings a run computes them at each step")
     with TemporaryDirectory(prefix="dpokit-prepare-") as folder, peer_errors(settings.training.ddp_timeout):
+        if settings.training.use_cpu:
+            say(set_threads())
         settings = settings.with_training("dpokit prepare", output_dir=folder)
         _, data = build_trainer(RunDir(folder), settings, Gates(settings.data.gates))
     return data.record()

@@ -673,7 +673,7 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         "trl.DPOTrainer.compute_ref_log_probs",
         ("train/scoring.py",),
         "override",
-        why="The override removes the column counts from the batch and computes each prompt once.",
+        why="The override removes dpokit's own keys from the batch and computes each prompt once.",
         upstream="trl/trainer/dpo_trainer.py",
         delete_when="TRL computes a pair's prompt once and takes batches with other columns.",
     ),
@@ -756,9 +756,10 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         ("model/score.py",),
         "set",
         why="TRL's head scores only answer positions where Triton runs and every position elsewhere; the "
-        "replacement scores only answer positions on CPU, too.",
+        "replacement scores only answer positions on CPU, too. Packed rows have no others, so it selects none: a GPU "
+        "would wait for their number.",
         upstream="trl/trainer/utils.py",
-        delete_when="TRL selects answer positions on CPU.",
+        delete_when="TRL selects answer positions on CPU, and takes their indices.",
     ),
     UpstreamName(
         "trl.trainer.utils.add_fused_lm_head.fused_lm_head",

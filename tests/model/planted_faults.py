@@ -28,12 +28,15 @@ def shift_labels(packed: Packed) -> None:
 
 
 def score_the_token_itself(packed: Packed) -> None:
-    packed.labels = torch.where(packed.labels == shared_prefix.IGNORED, packed.labels, packed.input_ids)
+    packed.labels = packed.input_ids[:, packed.scored]
 
 
-def swap_answers(packed: Packed) -> None:
-    half = int(packed.places.max()) // 2 + 1
-    packed.places = (packed.places + half) % (2 * half)
+def score_the_token_before(packed: Packed) -> None:
+    packed.scored = (packed.scored - 1).clamp(min=0)
+
+
+def reverse_places(packed: Packed) -> None:
+    packed.places = packed.places.flip(0)
 
 
 def find_rejected(packed: Packed) -> Iterator[tuple[int, int]]:
@@ -102,7 +105,8 @@ OF_LAYOUT = {
     "positions that go on after the chosen answer": continue_positions,
     "labels shifted by one": shift_labels,
     "labels not shifted": score_the_token_itself,
-    "answers swapped": swap_answers,
+    "log-probs of the token before": score_the_token_before,
+    "log-probs written to other places": reverse_places,
 }
 OF_MASK = {  # diagonal of the mask, given the tokens of the shared part; hidden tokens
     "each token sees its whole answer": (lambda shared: shared + 10_000, 0),

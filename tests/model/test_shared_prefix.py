@@ -15,9 +15,11 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
+from waits import attend_plainly
 
+from dpokit.model import shared_prefix
 from dpokit.model.score import Proof, find_obstacle, prove, score_batch, share_prefix
-from dpokit.model.shared_prefix import pack_pairs
+from dpokit.model.shared_prefix import attend, pack_pairs
 
 VOCABULARY = 120
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -172,10 +174,46 @@ def test_offsets_for_flash_attention_give_each_branch_its_prompt():
             make_batch([(3, 2, 1), (2, 1, 2)])
         )
     )
-    queries_at, keys_at, order = packed.offsets()
-    assert queries_at.tolist() == [0, 4, 5, 7, 9]
-    assert keys_at.tolist() == [0, 4, 7, 9, 12]
-    assert order.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8]
+    assert packed.queries_at.tolist() == [0, 4, 5, 7, 9]
+    assert packed.keys_at.tolist() == [0, 4, 7, 9, 12]
+    assert packed.order.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8]
+
+
+def draw_states(packed, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
+    """Query of four heads, key and value of two, each `(1, heads, tokens, 16)`."""
+    torch.manual_seed(2)
+    tokens = packed.input_ids.shape[1]
+    return [torch.randn(1, heads, tokens, 16).to(device, dtype) for heads in (4, 2, 2)]
+
+
+def pack(batch) -> shared_prefix.Packed:
+    return pack_pairs(batch["input_ids"], batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100))
+
+
+@pytest.mark.parametrize("make", [make_batch, make_masked_batch])
+def test_offsets_give_flash_attention_what_each_pair_attends_to(make, monkeypatch):
+    packed = pack(make())
+    states = draw_states(packed, torch.float32, "cpu")
+    pair_by_pair, _ = attend(torch.nn.Module(), *states, None, packed=packed)
+    monkeypatch.setattr(shared_prefix, "_has_flash", lambda _: True)
+    monkeypatch.setattr(shared_prefix, "varlen_attn", attend_plainly)
+    at_once, _ = attend(torch.nn.Module(), *states, None, packed=packed)
+    torch.testing.assert_close(at_once, pair_by_pair, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flash_attention_ends_its_causal_mask_at_the_last_key(dtype, monkeypatch):
+    packed = pack(make_batch()).map(lambda tensor: tensor.cuda())
+    states = draw_states(packed, dtype, "cuda")
+    states = [tensor.requires_grad_() for tensor in states]
+    results = []
+    for kernel in (shared_prefix.varlen_attn, attend_plainly):
+        monkeypatch.setattr(shared_prefix, "varlen_attn", kernel)
+        result, _ = attend(torch.nn.Module(), *states, None, packed=packed)
+        results.append((result, *torch.autograd.grad(result.float().square().sum(), states)))
+    for fast, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=2e-2, atol=2e-2)
 
 
 def test_generation_does_not_change():

@@ -30,6 +30,7 @@ from dpokit.settings.conditions import (
     SMOOTHED_LOSSES,
 )
 from dpokit.settings.load import load_settings
+from dpokit.train.batches import OWN_KEYS
 from dpokit.train.gates import Gates
 from dpokit.train.value_checks import check_values
 
@@ -349,7 +350,8 @@ def find_loss(trainer: Any, loss_type: str, **changes: Any) -> float:
     tau = attributes.pop("discopop_tau", 0.05)
     rows = [trainer.train_dataset[i] for i in range(4)]
     batch = trainer.data_collator(rows)
-    batch.pop("counts")
+    for name in OWN_KEYS:
+        batch.pop(name)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in attributes.items():
             patch.setattr(trainer, name, value)

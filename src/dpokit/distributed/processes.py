@@ -15,6 +15,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from dpokit.errors import MachineError
 
+LAUNCHERS = ("accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
+
 
 def is_main_process() -> bool:
     """True on rank 0, which prints and writes files.
@@ -33,6 +35,12 @@ def find_requested_processes() -> tuple[int, str] | None:
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"]), "WORLD_SIZE, set by the launcher"
+    launcher = find_launcher()
+    return None if launcher is None else _read_accelerate_command(launcher[1])
+
+
+def find_launcher() -> tuple[psutil.Process, list[str]] | None:
+    """The launcher that started this process, accelerate's or torchrun, and its arguments; None without one."""
     for parent in psutil.Process().parents():
         try:
             argv = parent.cmdline()
@@ -40,10 +48,10 @@ def find_requested_processes() -> tuple[int, str] | None:
             continue
         for place, argument in enumerate(argv):
             name = Path(argument).name
-            if name in ("accelerate-launch", "accelerate.commands.launch"):
-                return _read_accelerate_command(argv[place + 1 :])
+            if name in LAUNCHERS:
+                return parent, argv[place + 1 :]
             if name == "accelerate" and argv[place + 1 : place + 2] == ["launch"]:
-                return _read_accelerate_command(argv[place + 2 :])
+                return parent, argv[place + 2 :]
     return None
 
 
@@ -82,11 +90,15 @@ def check_world_size() -> int:
 
 
 def find_machine(*, on_cpu: bool) -> dict[str, Any]:
-    """The hardware of a run, for run.json: the `device`'s product name and the number of `nodes`; no host name."""
+    """The hardware of a run, for run.json: the `device`'s product name and the number of `nodes`; no host name.
+
+    On CPU also the number of `threads` of this process.
+    """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     nodes = processes // int(os.environ.get("LOCAL_WORLD_SIZE", str(processes)))
     if on_cpu:
-        return {"device": f"CPU, {psutil.cpu_count()} cores{_find_processor()}", "nodes": nodes}
+        device = f"CPU, {psutil.cpu_count()} cores{_find_processor()}"
+        return {"device": device, "nodes": nodes, "threads": torch.get_num_threads()}
     name = getattr(torch.get_device_module(), "get_device_name", None)
     return {"device": str(torch.accelerator.current_accelerator() if name is None else name()), "nodes": nodes}
 

@@ -14,13 +14,14 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpokit.console import say
 from dpokit.model.rounding import in_fp32, is_refusal
-from dpokit.model.shared_prefix import NAME, SharedPrefix
+from dpokit.model.shared_prefix import NAME, ScoredOnly, SharedPrefix
 
 # With Triton kernels TRL's head scores answer positions only; without them it scores all, so that shapes stay the same
 # for compilers of other devices (trl/trainer/utils.py, `add_fused_lm_head`, 1.16). On a CPU nothing is compiled for a
-# shape, and most positions are prompts. Delete when TRL selects answer positions on CPU.
+# shape, and most positions are prompts. A packed batch has answer positions only, so that nothing is left to select.
+# Delete when TRL selects answer positions on CPU, and takes their indices.
 _uses_triton = trl_utils._use_triton
-trl_utils._use_triton = lambda device: device.type == "cpu" or _uses_triton(device)
+trl_utils._use_triton = lambda device: not ScoredOnly.now and (device.type == "cpu" or _uses_triton(device))
 
 # Mean distance of two forward passes in fp32, in nats a token. Measured on SmolLM2-135M and real pairs: at most 3e-6
 # for correct passes; 3e-2 to 7 for wrong positions, masks, labels or adapters, and for weights changed by 1 %.
@@ -137,7 +138,8 @@ def score_tokens(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
     Args:
         model: with TRL's fused head; packs the batch if its `SharedPrefix` is on.
-        batch: `input_ids`, `attention_mask`, `completion_mask`, each `(2 pairs, width)`.
+        batch: `input_ids`, `attention_mask`, `completion_mask`, each `(2 pairs, width)`; `packed`, the layout of the
+            batch, if a packing model need not compute it.
     """
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     outputs = model(
@@ -146,6 +148,7 @@ def score_tokens(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         labels=labels,
         fused_lm_head=True,
         use_cache=False,
+        **{name: batch[name] for name in ("packed",) if name in batch},
     )
     log_probs: torch.Tensor = outputs.log_probs.float()
     return log_probs

@@ -16,9 +16,9 @@ arXiv 2410.20305 derives and measures prefix sharing for DPO. The layout here di
 the prompt's last token, so that one forward pass of TRL's own head is enough.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import Any
 
@@ -38,24 +38,38 @@ PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 class Packed:
     """A batch of pairs, packed into one row of `tokens` tokens.
 
+    A pair is two sequences for kernels of variable lengths, one for each branch. The keys of a branch begin with the
+    shared part.
+
     Attributes:
-        input_ids, position_ids, labels: `(1, tokens)`, int64; labels are already shifted.
-        places: `(tokens,)`, int64: index of each token in TRL's flattened `(2 pairs, width - 1)`; of a shared token, in
-            the chosen row.
+        input_ids, position_ids: `(1, tokens)`, int64.
+        scored: `(scored,)`, int64: the tokens whose next token is scored.
+        labels: `(1, scored)`, int64: the next token of each scored one.
+        places: `(scored,)`, int64: index of each scored token in TRL's flattened `(2 pairs, width - 1)`.
+        queries_at, keys_at: `(2 pairs + 1,)`, int32: the start of each sequence, and the end of the last.
+        order: `(keys,)`, int64: the tokens whose keys and values each sequence attends to.
         lengths: tokens of the shared part, the chosen and the rejected branch of each pair.
         attended: ids of the layers that followed this layout; any other layer has mixed the answers.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
+    scored: torch.Tensor
     labels: torch.Tensor
     places: torch.Tensor
+    queries_at: torch.Tensor
+    keys_at: torch.Tensor
+    order: torch.Tensor
     lengths: list[tuple[int, int, int]]
     attended: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._masks: list[torch.Tensor] | None = None
-        self._offsets: tuple[torch.Tensor, ...] | None = None
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Packed":
+        """Returns the layout with every tensor changed, in the order of the attributes."""
+        changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **changed, attended=set())
 
     def masks(self) -> list[torch.Tensor]:
         """Returns each pair's mask of the rejected branch: `(rejected, shared + rejected)`, bool, True attends."""
@@ -67,30 +81,9 @@ class Packed:
             ]
         return self._masks
 
-    def offsets(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns offsets of queries and of keys, and the keys' token indices, for kernels of variable lengths.
-
-        A pair is two sequences, one for each branch. Offsets are `(2 pairs + 1,)` int32: the start of each sequence and
-        the end of the last. Token indices are `(keys,)` int64: the keys of each branch begin with the shared part.
-        """
-        if self._offsets is None:
-            queries, keys, order, start = [0], [0], [], 0
-            for shared, chosen, rejected in self.lengths:
-                queries += [queries[-1] + shared + chosen, queries[-1] + shared + chosen + rejected]
-                keys += [keys[-1] + shared + chosen, keys[-1] + 2 * shared + chosen + rejected]
-                second = start + shared + chosen
-                order += [*range(start, start + shared + chosen), *range(start, start + shared)]
-                order += range(second, second + rejected)
-                start = second + rejected
-            device = self.input_ids.device
-            as_int32 = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (queries, keys))
-            self._offsets = (*as_int32, torch.tensor(order, device=device))
-        queries_at, keys_at, order_at = self._offsets
-        return queries_at, keys_at, order_at
-
 
 def pack_pairs(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
-    """Packs TRL's batch.
+    """Packs TRL's batch, on the CPU: a GPU would have to be asked where the rows of each pair differ.
 
     Args:
         input_ids: `(2 pairs, width)`, int64: the chosen rows, then the rejected ones, in the same order.
@@ -101,7 +94,7 @@ def pack_pairs(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
     pairs, width = len(input_ids) // 2, input_ids.shape[1]
     scored, differ = labels != IGNORED, input_ids[:pairs] != input_ids[pairs:]
     differ[:, -1] = True  # equal rows branch at their first scored token
-    # Of each row the first and the last scored token, and of each pair the first difference: one copy from the device.
+    # Of each row the first and the last scored token, and of each pair the first difference.
     firsts = torch.cat([scored, scored.flip(1), differ]).int().argmax(1).tolist()
     begins, ends = firsts[: 2 * pairs], [width - last for last in firsts[2 * pairs : 4 * pairs]]
     tokens, positions, targets, places, lengths = [], [], [], [], []
@@ -118,14 +111,33 @@ def pack_pairs(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
             positions.append(torch.arange(first, last))
             places.append(positions[-1] + row * (width - 1))
         lengths.append((shared, ends[chosen] - begin, ends[rejected] - begin))
-    device = input_ids.device
+    target = torch.cat(targets)
+    is_scored = target != IGNORED
+    queries_at, keys_at, order = _order_keys(lengths)
     return Packed(
         input_ids=torch.cat(tokens)[None],
-        position_ids=torch.cat(positions)[None].to(device),
-        labels=torch.cat(targets)[None],
-        places=torch.cat(places).to(device),
+        position_ids=torch.cat(positions)[None],
+        scored=is_scored.nonzero()[:, 0],
+        labels=target[is_scored][None],
+        places=torch.cat(places)[is_scored],
+        queries_at=torch.tensor(queries_at, dtype=torch.int32),
+        keys_at=torch.tensor(keys_at, dtype=torch.int32),
+        order=torch.tensor(order),
         lengths=lengths,
     )
+
+
+def _order_keys(lengths: list[tuple[int, int, int]]) -> tuple[list[int], list[int], list[int]]:
+    """Returns `queries_at`, `keys_at` and `order` of a `Packed`."""
+    queries, keys, order, start = [0], [0], list[int](), 0
+    for shared, chosen, rejected in lengths:
+        queries += [queries[-1] + shared + chosen, queries[-1] + shared + chosen + rejected]
+        keys += [keys[-1] + shared + chosen, keys[-1] + 2 * shared + chosen + rejected]
+        second = start + shared + chosen
+        order += [*range(start, start + shared + chosen), *range(start, start + shared)]
+        order += range(second, second + rejected)
+        start = second + rejected
+    return queries, keys, order
 
 
 def attend(
@@ -152,7 +164,7 @@ def attend(
         )
         return result
     packed.attended.add(id(module))
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if _has_flash(query):
         return _attend_by_flash(query, key, value, scaling, packed), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -179,20 +191,24 @@ def attend(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _has_flash(query: torch.Tensor) -> bool:
+    """Whether flash attention takes the query: on a GPU, in 16 bit."""
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+
+
 def _attend_by_flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, packed: Packed
 ) -> torch.Tensor:
     """Attends all pairs in one kernel. Flash attention aligns a causal mask with the last key, which suits a branch."""
-    queries_at, keys_at, order = packed.offsets()
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     longest_query = max(max(shared + chosen, rejected) for shared, chosen, rejected in packed.lengths)
     longest_key = max(shared + max(chosen, rejected) for shared, chosen, rejected in packed.lengths)
     out = varlen_attn(
         query.contiguous(),
-        key[order],
-        value[order],
-        queries_at,
-        keys_at,
+        key[packed.order],
+        value[packed.order],
+        packed.queries_at,
+        packed.keys_at,
         longest_query,
         longest_key,
         scale=scaling,
@@ -203,9 +219,30 @@ def _attend_by_flash(
     return out[None]
 
 
+def _pack_on_cpu(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
+    return pack_pairs(input_ids.cpu(), labels.cpu()).map(lambda tensor: tensor.to(input_ids.device))
+
+
 # Excluded from torch.compile, which would recompile packing and attention for the new lengths of each step.
 AttentionInterface.register(NAME, torch.compiler.disable(attend))
 AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class ScoredOnly:
+    """Whether the backbone's hidden states are those of scored tokens alone; TRL's head then has none to select."""
+
+    now = False
+
+
+def _keep_scored(_: torch.nn.Module, __: Any, kwargs: dict[str, Any], outputs: Any) -> Any:
+    """Forward hook of a backbone: leaves the hidden states of scored tokens, `(1, scored, width)`.
+
+    TRL's head would choose them by a mask, and a GPU then has to be asked how many there are.
+    """
+    packed = kwargs.get("packed")
+    if packed is not None:
+        outputs.last_hidden_state = outputs.last_hidden_state.index_select(1, packed.scored)
+    return outputs
 
 
 class SharedPrefix:
@@ -213,7 +250,8 @@ class SharedPrefix:
 
     Args:
         model: a causal LM that already has TRL's fused head (`add_fused_lm_head`); only calls with `fused_lm_head=True`
-            are packed.
+            are packed. The argument `packed` of a call is the layout of its batch, on the model's device. Without it
+            the call packs the batch, and waits for the GPU.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -221,29 +259,43 @@ class SharedPrefix:
         self.attended = 0  # number of layers that followed the layout in the last forward pass
         original = model.forward
         model.set_attn_implementation(NAME)
+        model.base_model.register_forward_hook(torch.compiler.disable(_keep_scored), with_kwargs=True)
 
         @wraps(original)  # `generate` inspects the signature
-        def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        def forward(*args: Any, fused_lm_head: bool = False, packed: Packed | None = None, **kwargs: Any) -> Any:
             if fused_lm_head and self.on:
-                return self._forward(original, **kwargs)
+                return self._forward(original, packed=packed, **kwargs)
             return original(*args, fused_lm_head=fused_lm_head, **kwargs)
 
         model.forward = forward
 
     def _forward(
-        self, original: Any, *, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: Any = None, **kwargs: Any
+        self,
+        original: Any,
+        *,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        packed: Packed | None,
+        attention_mask: Any = None,
+        **kwargs: Any,
     ) -> Any:
-        packed = torch.compiler.disable(pack_pairs)(input_ids, labels)
-        outputs = original(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            # Four-dimensional, so that transformers treats it as a finished mask; `attend` ignores it.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
-            shift_labels=packed.labels,
-            fused_lm_head=True,
-            packed=packed,
-            **kwargs,
-        )
+        if packed is None:
+            packed = torch.compiler.disable(_pack_on_cpu)(input_ids, labels)
+        packed.attended.clear()
+        ScoredOnly.now = True
+        try:
+            outputs = original(
+                input_ids=packed.input_ids,
+                position_ids=packed.position_ids,
+                # Four-dimensional, so that transformers treats it as a finished mask; `attend` ignores it.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device),
+                shift_labels=packed.labels,
+                fused_lm_head=True,
+                packed=packed,
+                **kwargs,
+            )
+        finally:
+            ScoredOnly.now = False
         self.attended = len(packed.attended)
         shape = (len(input_ids), input_ids.shape[1] - 1)
         for name in PER_TOKEN:

@@ -246,7 +246,7 @@ class _Step:
             ids = torch.zeros(2 * shape.pairs, shape.row_tokens, dtype=torch.long)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         ids = torch.zeros(1, shape.positions, dtype=torch.long)
-        packed = Packed(ids, ids, ids, ids[0], shape.branches)
+        packed = Packed(ids, ids, ids[0], ids, ids[0], ids[0], ids[0], ids[0], shape.branches)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         return {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "packed": packed}
 

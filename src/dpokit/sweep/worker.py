@@ -12,6 +12,7 @@ from optuna.trial import TrialState
 
 from dpokit.cluster.status import is_user_error
 from dpokit.console import say
+from dpokit.distributed.cores import count_cores
 from dpokit.errors import DpokitError, SettingsError
 from dpokit.interrupts import SIGNALS
 from dpokit.report.read import finite
@@ -297,8 +298,7 @@ def share_devices(jobs: int) -> list[dict[str, str]]:
         return [{}]
     gpus = torch.cuda.device_count()
     if not gpus:
-        cores = len(os.sched_getaffinity(0))
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // jobs))
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, count_cores() // jobs))
         return [{"OMP_NUM_THREADS": threads}] * jobs
     if jobs > gpus:
         raise SettingsError(

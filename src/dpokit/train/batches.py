@@ -16,7 +16,9 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Sampler
 
-OWN_KEYS = ("counts", "needed_tokens")  # of a batch; the model does not take them
+# Numbers of a batch that the model does not take: real pairs or rows; tokens that are needed, with each prompt once;
+# tokens of all rows; scored tokens of the chosen and the rejected rows.
+OWN_KEYS = ("real", "needed_tokens", "row_tokens", "scored_tokens")
 
 
 class Batches(Sampler[list[int]]):

@@ -5,30 +5,36 @@ metrics), `resuming` and `saving` for each of TRL's trainers, `scoring` for DPO.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.columns import IDS
 from dpokit.model.score import ScoredTokenCollator
+from dpokit.model.shared_prefix import IGNORED, pack_pairs
 from dpokit.train.scoring import ScoringTrainer
 from dpokit.train.steps import Batch, StepTrainer
+from dpokit.train.transfer import HostBatch
 
 
 class PairCollator:
-    """TRL's collator, for rows that may have masks.
-
-    Adds `counts`: for each pair whether it is real or a dummy; and `needed_tokens`: the tokens with each prompt once.
-    """
+    """TRL's collator, for rows that may have masks; adds the numbers of `OWN_KEYS` and `packed`, the pairs' layout."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None) -> None:
         self._pad = ScoredTokenCollator(tokenizer.pad_token_id, pad_to_multiple_of)
 
     def __call__(self, rows: list[Batch]) -> Batch:
-        counts = torch.tensor([row.get("counts", True) for row in rows])
-        needed = sum(len(row[name]) for row in rows for name in IDS)
-        return {**self._pad(rows), "counts": counts, "needed_tokens": needed}
+        batch = HostBatch(self._pad(rows))
+        ids, mask = batch["input_ids"], batch["completion_mask"]
+        with suppress(ValueError):  # a pair without a layout, of which the first batch's check reports the reason
+            batch["packed"] = pack_pairs(ids, ids.masked_fill(mask == 0, IGNORED))
+        batch["real"] = sum(row.get("counts", True) for row in rows)
+        batch["needed_tokens"] = sum(len(row[name]) for row in rows for name in IDS)
+        batch["row_tokens"] = int(batch["attention_mask"].sum())
+        # The first token of a row is not predicted.
+        batch["scored_tokens"] = mask[:, 1:].sum(dim=1).reshape(2, -1).sum(dim=1).tolist()
+        return batch
 
 
 class PairTrainer(StepTrainer, ScoringTrainer):
@@ -43,12 +49,11 @@ class PairTrainer(StepTrainer, ScoringTrainer):
 
     def weigh(self, batch: Batch) -> float:
         """The number of pairs; 0 for a dummy."""
-        return float(batch["counts"].sum())
+        return float(batch["real"])
 
     def weigh_others(self, batch: Batch) -> Mapping[str, float]:
         """Numbers of scored tokens, for the metrics that are means over them."""
-        # The first token of a row is not predicted.
-        chosen, rejected = (float(side.sum()) for side in batch["completion_mask"][:, 1:].sum(dim=1).chunk(2))
+        chosen, rejected = map(float, batch["scored_tokens"])
         return {
             "entropy": chosen + rejected,
             "logits/chosen": chosen,
@@ -66,6 +71,7 @@ class PairTrainer(StepTrainer, ScoringTrainer):
     ) -> Any:
         """TRL's loss, a mean over the pairs of the batch; `measure` scales it to the batch's share of the step."""
         self.prove_first_batch(model, inputs)
+        self.drop_unused_layout(inputs)
         score = super().compute_loss
         return self.measure(
             inputs, lambda batch: score(model, batch, return_outputs=return_outputs), return_outputs=return_outputs

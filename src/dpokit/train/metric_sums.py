@@ -16,11 +16,20 @@ class Sums:
     def __init__(self) -> None:
         self._means: dict[str, list[float]] = {}  # name: sum, weight
         self._totals: dict[str, float] = {}
+        # Of each batch since the last count: names, means `(names,)` in float64 on their device, and weights.
+        self._waiting: list[tuple[list[str], torch.Tensor, list[float]]] = []
 
     def add(
-        self, means: Mapping[str, float], weight: float, *, others: Mapping[str, float] | None = None, real: bool = True
+        self,
+        means: Mapping[str, float | torch.Tensor],
+        weight: float,
+        *,
+        others: Mapping[str, float] | None = None,
+        real: bool = True,
     ) -> None:
         """Adds the means of a batch, each multiplied by its weight.
+
+        Tensors stay on their device until the sums are read, so that a step does not wait for them.
 
         Args:
             means: metrics of one batch.
@@ -28,11 +37,27 @@ class Sums:
             others: the weights of the other metrics, by name.
             real: False for a dummy, which adds the names only.
         """
+        weights = {name: (others or {}).get(name, weight) if real else 0.0 for name in means}
+        tensors = {name: mean for name, mean in means.items() if isinstance(mean, torch.Tensor)}
         for name, mean in means.items():
-            own_weight = (others or {}).get(name, weight) if real else 0.0
-            sums = self._means.setdefault(name, [0.0, 0.0])
-            sums[0] += mean * own_weight if real else 0.0
-            sums[1] += own_weight
+            self._add_one(name, 0.0 if name in tensors else float(mean), 0.0 if name in tensors else weights[name])
+        if tensors:
+            values = torch.stack([_widen(mean) for mean in tensors.values()])
+            self._waiting.append((list(tensors), values, [weights[name] for name in tensors]))
+
+    def _add_one(self, name: str, mean: float, weight: float) -> None:
+        sums = self._means.setdefault(name, [0.0, 0.0])
+        sums[0] += mean * weight if weight else 0.0
+        sums[1] += weight
+
+    def _count_waiting(self) -> None:
+        """Adds the means that are on a device: one wait."""
+        if self._waiting:
+            values = iter(torch.cat([values for _, values, _ in self._waiting]).tolist())
+            for names, _, weights in self._waiting:
+                for name, weight in zip(names, weights, strict=True):
+                    self._add_one(name, next(values), weight)
+            self._waiting = []
 
     def count(self, **totals: float) -> None:
         """Adds to the numbers that are logged as totals over all ranks."""
@@ -41,6 +66,7 @@ class Sums:
 
     def record(self) -> dict[str, Any]:
         """The sums so far, for JSON."""
+        self._count_waiting()
         return {"means": self._means, "totals": self._totals}
 
     def restore(self, record: Mapping[str, Any], *, counts: bool) -> None:
@@ -54,6 +80,7 @@ class Sums:
 
     def take(self, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, float]]:
         """Means and totals over all ranks, both empty if nothing was added; starts again from zero. Collective."""
+        self._count_waiting()
         means, totals = self._means, self._totals
         self._means, self._totals = {}, {}
         if not means:
@@ -66,3 +93,8 @@ class Sums:
         added: list[list[float]] = accelerator.reduce(table, reduction="sum").tolist()
         averages = {name: total / max(weight, 1.0) for name, (total, weight) in zip(means, added, strict=False)}
         return averages, {name: row[0] for name, row in zip(totals, added[len(means) :], strict=True)}
+
+
+def _widen(mean: torch.Tensor) -> torch.Tensor:
+    """The mean in float64, on its device; MPS has no float64."""
+    return (mean.cpu() if mean.device.type == "mps" else mean).detach().double()

@@ -61,8 +61,7 @@ class ProgressTrainer(Trainer):
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, *arguments: Any, learning_rate: float | None = None
     ) -> None:
-        norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
-        self._last_update = {"grad_norm": norm, "learning_rate": learning_rate}
+        self._last_update = {"grad_norm": grad_norm, "learning_rate": learning_rate}
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *arguments, learning_rate=learning_rate)
 
     def _read_progress(self) -> dict[str, Any]:
@@ -78,7 +77,10 @@ class ProgressTrainer(Trainer):
             "tokens": self._total_train_tokens,
             "sums": self._sums["train"].record(),
             "working_seconds": None if since is None else time.monotonic() - since,
-            "last_update": self._last_update,
+            "last_update": {
+                name: value.item() if isinstance(value, torch.Tensor) else value
+                for name, value in self._last_update.items()
+            },
             "log_due": ahead and args.logging_strategy == IntervalStrategy.EPOCH,
             "evaluation_due": self.evaluation_due or (ahead and evaluated),
         }
@@ -271,8 +273,10 @@ class SavingTrainer(ProgressTrainer):
             raise error
 
     def is_true_on_any_rank(self, value: bool) -> bool:
-        """Whether the value is true on at least one rank. Collective."""
-        count = torch.tensor(float(value), device=self.accelerator.device)
+        """Whether the value is true on at least one rank. Collective; the only wait for the GPU in a step."""
+        if self.accelerator.num_processes == 1:
+            return value
+        count = torch.full((), float(value), device=self.accelerator.device)
         return bool(self.accelerator.reduce(count, reduction="sum") > 0)
 
     def wait_for_checkpoint(self) -> None:

@@ -112,6 +112,11 @@ class ScoringTrainer(DPOTrainer):
         if mismatches.any():
             self._stop_sharing(proof.mismatch or "the first pairs' log-probs differ on another rank")
 
+    def drop_unused_layout(self, inputs: Batch) -> None:
+        """Removes the packed layout from a batch whose model does not take it."""
+        if not self._shared:
+            inputs.pop("packed", None)
+
     def _stop_sharing(self, why: str) -> None:
         self.shared_prefix = f"off: {why}"
         for shared in self._shared or ():
@@ -130,6 +135,7 @@ class ScoringTrainer(DPOTrainer):
             inputs.pop(name, None)
         self._share_prefixes()
         self.prove_first_batch(model, inputs)
+        self.drop_unused_layout(inputs)
         return super().compute_ref_log_probs(model, inputs)
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:

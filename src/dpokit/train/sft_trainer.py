@@ -5,7 +5,6 @@ Overrides its private methods.
 
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -13,10 +12,11 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from dpokit.model.score import find_mask
 from dpokit.model.shared_prefix import IGNORED
 from dpokit.train.steps import Batch, StepTrainer
+from dpokit.train.transfer import HostBatch
 
 
 class AnswerCollator:
-    """TRL's collator, with prompt and chosen answer in one row; and `counts`: whether each row is real or a dummy.
+    """TRL's collator, with prompt and chosen answer in one row; adds the numbers of `OWN_KEYS`.
 
     Args:
         tokenizer: for its padding token.
@@ -42,7 +42,12 @@ class AnswerCollator:
                 if mask := find_mask(row, "chosen"):
                     trained = [token if flag else IGNORED for token, flag in zip(answer, mask, strict=True)]
             examples.append({"input_ids": prompt + answer, "labels": before + trained})
-        return {**self._pad(examples), "counts": torch.tensor([row.get("counts", True) for row in rows])}
+        batch = HostBatch(self._pad(examples))
+        batch["real"] = sum(row.get("counts", True) for row in rows)
+        batch["needed_tokens"] = batch["row_tokens"] = int(batch["attention_mask"].sum())
+        # The first token of a row is not predicted.
+        batch["scored_tokens"] = int((batch["labels"][:, 1:] != IGNORED).sum())
+        return batch
 
 
 class AnswerTrainer(StepTrainer, SFTTrainer):
@@ -61,13 +66,12 @@ class AnswerTrainer(StepTrainer, SFTTrainer):
         super().__init__(data_collator=collator, **arguments)
 
     def weigh(self, batch: Batch) -> float:
-        """The number of predicted tokens (the first token of a row is not predicted); 0 for a dummy."""
-        return float((batch["labels"][:, 1:] != IGNORED).sum()) if batch["counts"].all() else 0.0
+        """The number of predicted tokens; 0 for a dummy."""
+        return float(batch["scored_tokens"]) if batch["real"] else 0.0
 
     def count_positions(self, batch: Batch) -> tuple[float, float]:
         """The tokens of the rows, and the positions that are computed."""
-        rows = batch["attention_mask"]
-        return float(rows.sum()), float(rows.numel())
+        return float(batch["needed_tokens"]), float(batch["attention_mask"].numel())
 
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None

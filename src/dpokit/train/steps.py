@@ -8,11 +8,13 @@
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
+from torch.distributed.tensor import DTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -23,6 +25,25 @@ from dpokit.train.metric_sums import Sums
 from dpokit.train.resuming import ResumingTrainer
 
 Batch = dict[str, Any]
+NEVER = torch.iinfo(torch.int64).max  # no step's number
+
+
+class Unread(TorchFunctionMode):
+    """Inside, TRL's metrics stay tensors on their device: reading one waits for the GPU.
+
+    - `item` returns a tensor, of float64 like Python's numbers.
+    - A tensor is true. TRL asks only whether a batch has tokens at all; if not, the weights of its metrics are 0.
+    - Selecting by a mask sets the other values to 0. TRL takes only the sum of the selection.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.item:
+            return args[0].double() if args[0].is_floating_point() else args[0]
+        if func is torch.Tensor.__bool__:
+            return True
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
+            return args[0].masked_fill(~args[1], 0)
+        return func(*args, **(kwargs or {}))
 
 
 class StepTrainer(ResumingTrainer):
@@ -49,9 +70,11 @@ class StepTrainer(ResumingTrainer):
             args.dataloader_drop_last = True
         # transformers would replace a loss that is NaN by the mean of the losses before it, and log that.
         args.logging_nan_inf_filter = False
-        self._non_finite_step: int | None = None
+        # A batch is copied from pinned memory while the GPU computes.
+        args.accelerator_config.non_blocking = args.dataloader_pin_memory and not args.use_cpu
+        self._non_finite_step: torch.Tensor | None = None  # int64, on the device; `NEVER` so far
         self._batches: Batches | None = None
-        self._step_weight = 0.0
+        self._step_weight: float | torch.Tensor = 0.0
         self._eval_loss = Sums()
         super().__init__(**arguments)
 
@@ -132,8 +155,11 @@ class StepTrainer(ResumingTrainer):
         if self._working_since is None:
             self._working_since = time.monotonic()
         samples, _ = super().get_batch_samples(*args, **kwargs)
-        weight = torch.tensor(float(sum(self.weigh(batch) for batch in samples)), device=self.accelerator.device)
-        self._step_weight = float(self.accelerator.reduce(weight, reduction="sum"))
+        weight = float(sum(self.weigh(batch) for batch in samples))
+        self._step_weight = weight
+        if self.accelerator.num_processes > 1:  # the sum stays on the device, so that no step waits for it
+            own_weight = torch.full((), weight, device=self.accelerator.device)
+            self._step_weight = self.accelerator.reduce(own_weight, reduction="sum").double()
         return samples, None
 
     # -- loss and metrics ------------------------------------------------------------------------------------------
@@ -143,60 +169,76 @@ class StepTrainer(ResumingTrainer):
         mode = "train" if self.model.training else "eval"
         weight, others = self.weigh(batch), self.weigh_others(batch)
         needed, computed = self.count_positions(batch)
+        tokens = batch["row_tokens"]
         for name in OWN_KEYS:
             batch.pop(name, None)
         self._metrics[mode] = defaultdict(list)
         tokens_before = self._total_train_tokens
-        with self._without_gathers():
+        with self._without_gathers(wait=return_outputs or self.accelerator.device.type == "mps"):
             result = compute(batch)
-        if not weight:
-            self._total_train_tokens = tokens_before
+        if mode == "train":
+            self._total_train_tokens = tokens_before + (tokens if weight else 0)
         loss = result[0] if return_outputs else result
         means = {name: values[-1] for name, values in self._metrics[mode].items() if name != "num_tokens"}
         self._sums[mode].add(means, weight, others=others, real=weight > 0)
         self._sums[mode].count(needed_tokens=needed if weight else 0.0, computed_tokens=computed)
         if mode == "eval":
-            self._eval_loss.add({"loss": loss.item()}, weight, real=weight > 0)
+            self._eval_loss.add({"loss": loss}, weight, real=weight > 0)
         else:
             self._note_finite(loss)
             # transformers divides by the number of micro-batches and DDP by the number of ranks, as if all were equal.
-            share = weight / self._step_weight
-            loss = loss * (share * self.accelerator.num_processes * self.current_gradient_accumulation_steps)
+            share = weight / self._step_weight * self.accelerator.num_processes
+            share = share * self.current_gradient_accumulation_steps
+            # The product of a loss and a number is rounded once, from fp32.
+            loss = (loss * (share.float() if isinstance(share, torch.Tensor) else share)).to(loss.dtype)
         return (loss, result[1]) if return_outputs else loss
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not self.args.fp16:  # in fp16, loss scaling skips a step whose gradients overflow
-            self._note_finite(torch.as_tensor(float(norm)))
+            self._note_finite(norm if isinstance(norm, torch.Tensor) else torch.tensor(float(norm)))
         return norm
 
     def _note_finite(self, value: torch.Tensor) -> None:
-        if self._non_finite_step is None and not torch.isfinite(value).all():
-            self._non_finite_step = self.state.global_step + 1
+        """Notes on the device whether this step is the first with a value that is not finite."""
+        value = value.full_tensor() if isinstance(value, DTensor) else value
+        if self._non_finite_step is None:
+            self._non_finite_step = torch.full((), NEVER, device=self.accelerator.device)
+        is_finite = torch.isfinite(value.detach()).all().to(self._non_finite_step.device)
+        step = torch.where(is_finite, NEVER, self.state.global_step + 1)
+        self._non_finite_step = torch.minimum(self._non_finite_step, step)
 
     def find_non_finite_step(self) -> int | None:
         """The first step with a loss or gradient that is not finite on any rank; None if all are. Collective."""
-        never = torch.iinfo(torch.int64).max
-        step = torch.tensor(self._non_finite_step or never, device=self.accelerator.device)
-        first = int(self.accelerator.gather(step).min())
-        return None if first == never else first
+        if self._non_finite_step is None:
+            self._non_finite_step = torch.full((), NEVER, device=self.accelerator.device)
+        first = int(self.accelerator.gather(self._non_finite_step).min())
+        return None if first == NEVER else first
 
     @contextmanager
-    def _without_gathers(self) -> Iterator[None]:
-        """Inside, each of TRL's metrics is the mean over this rank's batch.
+    def _without_gathers(self, *, wait: bool) -> Iterator[None]:
+        """Inside, each of TRL's metrics is the mean over this rank's batch; a tensor, or with `wait` a number.
 
-        TRL gathers each metric of each micro-batch from all ranks (some 15 waits); here they are added up when they are
-        logged. Delete when TRL keeps sums and counts.
+        TRL gathers each metric of each micro-batch from all ranks and reads it (some 15 waits); here they are added up
+        when they are logged. After its first gather, TRL computes nothing but metrics. Delete when TRL keeps sums and
+        counts.
         """
         accelerator = self.accelerator
         names = ("gather", "gather_for_metrics")
-        for name in names:
-            setattr(accelerator, name, _return_unchanged)
-        try:
-            yield
-        finally:
+        with ExitStack() as stack:
+            unread = None if wait else Unread()
+
+            def gather(tensor: Any) -> Any:
+                nonlocal unread
+                if unread is not None:
+                    stack.enter_context(unread)
+                    unread = None
+                return tensor
+
             for name in names:
-                delattr(accelerator, name)
+                setattr(accelerator, name, gather)
+                stack.callback(delattr, accelerator, name)
+            yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Calls TRL's method with exact means. Collective."""
@@ -227,7 +269,3 @@ class StepTrainer(ResumingTrainer):
         means, _ = self._eval_loss.take(self.accelerator)
         output.metrics[f"{metric_key_prefix}_loss"] = means["loss"]
         return output
-
-
-def _return_unchanged(tensor: Any) -> Any:
-    return tensor
