@@ -110,7 +110,8 @@ def shared() -> Path:
 
 def is_pinned(package: str) -> bool:
     """Whether the installed version of a package is that of constraints.txt, not an older or newer one."""
-    return f"{package}=={version(package)}" in (ROOT / "constraints.txt").read_text().splitlines()
+    installed = version(package).partition("+")[0]  # a CPU-only torch ends in +cpu
+    return f"{package}=={installed}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
 def find_free_port() -> int:

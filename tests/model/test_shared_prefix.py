@@ -17,7 +17,7 @@ from transformers.models.auto import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from dpokit.model.score import find_mismatch, find_obstacle, score_batch, share_prefix
-from dpokit.model.shared_prefix import pack_pairs
+from dpokit.model.shared_prefix import HAS_FLASH, pack_pairs
 
 VOCABULARY = 120
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -176,6 +176,11 @@ def test_offsets_for_flash_attention_give_each_branch_its_prompt():
     assert queries_at.tolist() == [0, 4, 5, 7, 9]
     assert keys_at.tolist() == [0, 4, 7, 9, 12]
     assert order.tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 5, 7, 8]
+
+
+@pytest.mark.pinned("torch")
+def test_the_pinned_torch_has_flash_attention_for_all_pairs():
+    assert HAS_FLASH
 
 
 def test_generation_does_not_change():
