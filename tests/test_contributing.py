@@ -28,7 +28,7 @@ def project(tmp_path) -> Path:
     copy = tmp_path / "project"
     for name in ("src", "tests", "docs", "recipes", "accelerate_configs", "launch"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("README.md", "pyproject.toml", "LICENSE", "constraints.txt"):
+    for name in ("README.md", "pyproject.toml", "LICENSE", "constraints.txt", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, copy)
     return copy
 

@@ -19,7 +19,7 @@ from waits import attend_plainly
 
 from dpokit.model import shared_prefix
 from dpokit.model.score import Proof, find_obstacle, prove, score_batch, share_prefix
-from dpokit.model.shared_prefix import attend, pack_pairs
+from dpokit.model.shared_prefix import HAS_FLASH, attend, pack_pairs
 
 VOCABULARY = 120
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -201,7 +201,7 @@ def test_offsets_give_flash_attention_what_each_pair_attends_to(make, monkeypatc
     torch.testing.assert_close(at_once, pair_by_pair, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash attention needs a GPU")
+@pytest.mark.skipif(not (HAS_FLASH and torch.cuda.is_available()), reason="flash attention needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_flash_attention_ends_its_causal_mask_at_the_last_key(dtype, monkeypatch):
     packed = pack(make_batch()).map(lambda tensor: tensor.cuda())
@@ -214,6 +214,11 @@ def test_flash_attention_ends_its_causal_mask_at_the_last_key(dtype, monkeypatch
         results.append((result, *torch.autograd.grad(result.float().square().sum(), states)))
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.pinned("torch")
+def test_the_pinned_torch_has_flash_attention_for_all_pairs():
+    assert HAS_FLASH
 
 
 def test_generation_does_not_change():

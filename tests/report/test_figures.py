@@ -84,7 +84,7 @@ def test_labels_are_escaped_text():
 def test_the_png_names_its_software_and_describes_the_figure():
     drawing = draw(Figure("loss", "Loss", [Line("a", [1], [0.7])]), software="made for a test")
     picture = Image.open(io.BytesIO(drawing.png))
-    assert picture.size == (920, 580)
+    assert picture.size == pytest.approx((920, 580), abs=1)  # matplotlib 3.10 rounds a width down
     assert picture.text["Software"] == "made for a test"
     assert picture.text["Description"] == drawing.alt
 

@@ -3,7 +3,6 @@
 from itertools import pairwise
 
 import pytest
-from conftest import is_pinned
 
 from dpokit.settings.flag_facts import FLAG_FACTS, Fact, flags_with, is_public
 from dpokit.settings.flags import KINDS, FlagParser
@@ -28,7 +27,7 @@ def test_every_recorded_setting_has_a_row(recorded):
     assert missing == []
 
 
-@pytest.mark.skipif(not is_pinned("transformers"), reason="an older transformers has fewer settings")
+@pytest.mark.pinned("transformers")  # an older one has fewer settings
 def test_every_row_is_a_setting(recorded):
     surplus = [f"{name}: delete its row in settings/flag_facts.py" for name in sorted(FLAG_FACTS.keys() - recorded)]
     assert surplus == []

@@ -563,12 +563,14 @@ def argument(walker: Walker, name: str, value: str) -> list[str]:
     return [f"--{name}", *values]
 
 
-SLOW = ("torch_compile_backend",)
+MARKS = {
+    "torch_compile_backend": pytest.mark.slow,
+    "activation_checkpointing": pytest.mark.pinned("transformers"),
+    "activation_checkpointing_kwargs": pytest.mark.pinned("transformers"),
+}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in CHANGES]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, ())) for name in CHANGES])
 def test_a_changed_flag_changes_the_run(name, walker, capfd):
     change = CHANGES[name]
     plain = walker.observe_plain(change)

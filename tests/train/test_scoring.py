@@ -166,7 +166,7 @@ def test_a_cache_is_used_if_and_only_if_the_weights_are_the_same(
     share, precision, lively_gpt2, run, monkeypatch, capfd
 ):
     """Weights that were changed by 1 % under the same name are found, in 16 bits too."""
-    monkeypatch.setattr("dpokit.model.reference.find_identity", lambda _: {})
+    monkeypatch.setattr("dpokit.run.find_identity", lambda _: {})
     flags = ["--model_name_or_path", str(lively_gpt2), "--gates", "warn", *precision]
     run(*flags)
     assert not find_lines(capfd.readouterr().err, "gate")

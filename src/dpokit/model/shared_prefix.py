@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "shared_prefix"  # the name of `attend` in transformers' registry of attention functions
 IGNORED = -100  # a position whose label is not scored
+# torch 2.10's varlen_attn takes neither a scale nor fewer heads of keys; attention then uses SDPA on GPUs too.
+HAS_FLASH = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
@@ -193,7 +196,7 @@ def attend(
 
 def _has_flash(query: torch.Tensor) -> bool:
     """Whether flash attention takes the query: on a GPU, in 16 bit."""
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return HAS_FLASH and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _attend_by_flash(

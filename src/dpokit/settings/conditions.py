@@ -99,8 +99,8 @@ def _begins_otherwise(flag: str, *beginnings: str) -> Callable[[Values], bool]:
 
 
 def _recomputes(values: Values) -> bool:
-    """Whether activations are recomputed: `activation_checkpointing` wins over its old name."""
-    new = values["activation_checkpointing"]
+    """Whether activations are recomputed: `activation_checkpointing` wins over its name before transformers 5.23."""
+    new = values.get("activation_checkpointing")
     return bool(values["gradient_checkpointing"] if new is None else new)
 
 
@@ -549,7 +549,7 @@ def _find_defaults(kind: str) -> dict[str, Any]:
 
 
 def _describe(condition: Condition, flags: Sequence[str], values: Values, origin: str) -> str:
-    shown = {name: _show(values, name) for name in (*condition.flags, *condition.depends_on)}
+    shown = {name: _show(values, name) for name in (*condition.flags, *condition.depends_on) if name in values}
     named = " and ".join(f"{name} {shown[name]}" for name in flags)
     if condition.why:
         return f"{origin} sets {named}: {condition.why.format(**shown)}"

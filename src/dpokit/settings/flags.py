@@ -223,7 +223,8 @@ class FlagParser(TrlParser):
         return any(action.dest == name and action.nargs in ("+", "*") for action in self._actions)
 
     def names(self) -> list[str]:
-        return [action.dest for action in self._actions if action.dest not in ("help", "config")]
+        names = dict.fromkeys(action.dest for action in self._actions)  # two actions may set one value
+        return [name for name in names if name not in ("help", "config")]
 
     def parse_layer(self, argv: Sequence[str], layer: str) -> dict[str, Any]:
         """The typed settings that these arguments set. Raises: SettingsError for unknown names and wrong types."""
