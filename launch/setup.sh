@@ -25,9 +25,12 @@ version="$(cat pyproject.toml "$constraints" | sha256sum | cut -d' ' -f1) $here 
 stamp="$VIRTUAL_ENV/.dpokit-installed"
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$version" ]; then
     echo "installing dpokit with pinned versions into $VIRTUAL_ENV ..." >&2
+    install=(python -m pip install --quiet --disable-pip-version-check --no-compile)
     # torch is installed first: an installed CPU-only build then satisfies all packages that need torch.
-    python -m pip install --quiet --disable-pip-version-check "$(grep '^torch==' "$constraints")"
+    "${install[@]}" "$(grep '^torch==' "$constraints")"
     # DeepSpeed compiles an operator when a run first needs it, and none now.
-    DS_BUILD_OPS=0 python -m pip install --quiet --disable-pip-version-check -c "$constraints" -e ".${extras:+[$extras]}"
+    DS_BUILD_OPS=0 "${install[@]}" -c "$constraints" -e ".${extras:+[$extras]}"
+    # On all cores, where pip uses one. Some packages hold files for other versions of Python, which do not compile.
+    python -m compileall -q -j 0 "$VIRTUAL_ENV/lib" > /dev/null 2>&1 || true
     echo "$version" > "$stamp"
 fi
