@@ -199,7 +199,7 @@ def run_on_device(settings: dict[str, Any], *, on_device: bool, planted: list[st
         return loss
 
     PairTrainer.compute_loss = compute_and_plant
-    shared_prefix._has_flash = lambda query: query.dtype == torch.bfloat16
+    shared_prefix._find_flash_dtype = lambda query: query.dtype if query.dtype == torch.bfloat16 else None
     shared_prefix.varlen_attn = attend_plainly
     score._uses_triton = lambda _: True  # as on a GPU
     if on_device:

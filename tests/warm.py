@@ -34,7 +34,7 @@ READ_EARLY += ("CUDA_", "MPL", "HOME", "XDG_CACHE_HOME", "LANG", "LC_", "PYTHONH
 READ_EARLY += ("PYTHONUTF8", "TORCH_EXTENSIONS_DIR", "CXX")
 # Exceptions: a child applies these itself.
 READ_BY_HUB = ("HF_HUB_", "HF_ENDPOINT", "HF_HOME", "HF_TOKEN", "HF_XET_")  # by huggingface_hub.constants
-READ_BY_DATASETS = ("HF_DATASETS_",)  # by datasets.config
+READ_BY_DATASETS = ("HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE")  # by datasets.config
 THREADS = "OMP_NUM_THREADS"
 SETTLED = (*READ_BY_HUB, *READ_BY_DATASETS, THREADS)
 PADDING_BYTES = 50_000  # space in /proc for a child's command, and as much for its environment
@@ -255,13 +255,15 @@ def settle_libraries(before: Mapping[str, str]) -> None:
 
         importlib.reload(constants)
         hf_api.api.endpoint = constants.ENDPOINT
-    if differs(before, READ_BY_DATASETS):
+    if differs(before, (*READ_BY_HUB, *READ_BY_DATASETS)):
         importlib.reload(importlib.import_module("datasets.config"))
     if differs(before, (THREADS,)):
         import torch
 
+        from dpokit.distributed.cores import count_cores
+
         threads = os.environ.get(THREADS, "")
-        torch.set_num_threads(int(threads) if threads.isdecimal() else len(os.sched_getaffinity(0)))
+        torch.set_num_threads(int(threads) if threads.isdecimal() else count_cores())
     tempfile.tempdir = None  # found again when it is asked for
 
 

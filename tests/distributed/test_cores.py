@@ -112,13 +112,20 @@ def test_two_threads_of_one_physical_core_count_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("text", "cpus"), [("4", 4), ("", math.inf), ("0", math.inf), ("four", math.inf)])
 def test_slurms_cpus_of_a_task_are_read(text, cpus, monkeypatch):
+    for variable in ("SLURM_STEP_ID", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", text)
+    assert read_limits().task_cpus == cpus, "in a batch script, which has the CPUs of all its tasks"
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "16")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", text)
-    assert read_limits().task_cpus == cpus
+    assert read_limits().task_cpus == cpus, "in a step of srun"
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
 def test_a_variable_without_a_launcher_is_the_users(name, monkeypatch):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)
     assert find_users_number() is None
     monkeypatch.setenv(name, "3")
     assert find_users_number() == name
@@ -168,7 +175,12 @@ SHARE = max(1, CORES // 2)
             ["-c", ON_ONE_CORE, sys.executable, *ONE], {}, 1, "CPU: 1 thread", id="one core", marks=pytest.mark.slow
         ),
         pytest.param(
-            ONE, {"SLURM_CPUS_PER_TASK": "1"}, 1, "CPU: 1 thread", id="Slurm, one CPU", marks=pytest.mark.slow
+            ONE,
+            {"SLURM_STEP_ID": "0", "SLURM_CPUS_PER_TASK": "1"},
+            1,
+            "CPU: 1 thread",
+            id="Slurm, one CPU",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -179,7 +191,7 @@ def test_a_run_uses_its_cores_under_every_launcher(
     flags += ["--output_dir", str(tmp_path / "run"), "--max_length", "96", "--max_steps", "1", "--use_cpu", "true"]
     flags += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--gradient_accumulation_steps", "1"]
     command = [sys.executable, *launcher, str(ROOT / "recipes" / "dpo_gpt2.py"), *flags]
-    unset = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SLURM_CPUS_PER_TASK")
+    unset = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "SLURM_STEP_ID")
     own = {name: value for name, value in os.environ.items() if name not in unset} | environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=420, env=own, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,6 +1,7 @@
 """Failed merges: one error message, no files left behind, and a clean second try."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,38 @@ def test_a_truncated_base_is_one_message(own_base, tmp_path):
     with pytest.raises(ModelError, match="no model could be loaded"):
         merge_run(run, QUICK)
     check_no_merge_is_left(run)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_merge_into_weights_changed_by_1_percent_is_refused(dtype, own_base, tmp_path, monkeypatch):
+    from dpokit.merge import write
+
+    run = build_run(tmp_path, own_base, lora("gpt2"), dtype=dtype)
+    merge = write.merge_layers
+
+    def merge_wrongly(*arguments):
+        merged = merge(*arguments)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for weight in merged.parameters():
+                weight.mul_(1 + 0.01 * torch.randn(weight.shape))
+        return merged
+
+    made = merge_run(run)
+    assert made["mean_drift"] < made["bound"]["mean_drift"] / 2, "a correct merge is far from the bound"
+    shutil.rmtree(run.merged)
+    monkeypatch.setattr(write, "merge_layers", merge_wrongly)
+    with pytest.raises(ModelError, match="differs from the trained one"):
+        merge_run(run)
+
+
+def test_a_model_that_cannot_compute_in_fp32_has_wider_bounds(run, monkeypatch):
+    from dpokit.merge import drift
+
+    monkeypatch.setattr(drift, "find_fp32_obstacle", lambda _: "8-bit layers")
+    made = merge_run(run)
+    assert made["mean_rounding"] is None
+    assert made["bound"] == {"mean_drift": 0.1, "largest_drift": 1.0}
 
 
 def test_drift_beyond_the_bound_is_refused_unless_accepted(run, monkeypatch):

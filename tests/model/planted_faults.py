@@ -58,7 +58,7 @@ def attend_all_before(
 ) -> Any:
     """Causal attention over the whole row: the rejected answer sees the chosen one, and each pair those before it."""
     if packed is not None:
-        packed.attended.add(id(module))
+        packed.attended.layers.add(id(module))
     return sdpa_attention_forward(module, query, key, value, None, **more)
 
 

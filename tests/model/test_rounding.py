@@ -9,8 +9,17 @@ from transformers import GPT2Config, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from dpokit.model.rounding import in_fp32, is_refusal
-from dpokit.model.score import LARGEST_IN_FP32, find_distance, prove, score_in_fp32, score_tokens, share_prefix
+from dpokit.model.rounding import find_fp32_obstacle, is_refusal
+from dpokit.model.score import (
+    LARGEST_IN_FP32,
+    ROUNDING_16_BIT,
+    Proof,
+    find_distance,
+    prove,
+    score_in_fp32,
+    score_tokens,
+    share_prefix,
+)
 
 LONG = [(9, 15, 18), (14, 12, 9), (3, 20, 4)]
 # Weights large enough that a pretrained model's log-probs are imitated: they depend on every token.
@@ -97,15 +106,22 @@ def test_fp32_equals_a_model_in_fp32(kind):
     torch.testing.assert_close(score_in_fp32(model, batch), wide, rtol=0, atol=1e-5)
 
 
-def test_fp32_leaves_weights_and_settings_as_they_were():
+@pytest.mark.parametrize("tf32", ["legacy", "for all"])
+def test_fp32_leaves_weights_and_settings_as_they_were(tf32):
     model = build("llama", "bf16", lora=False)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    torch.set_float32_matmul_precision("high")
+    product = torch.backends.cuda.matmul
+    earlier = torch.backends.fp32_precision, product.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
     try:
-        score_in_fp32(model, make_batch(LONG))
-        assert torch.get_float32_matmul_precision() == "high"
+        if tf32 == "legacy":
+            torch.set_float32_matmul_precision("high")
+        else:
+            torch.backends.fp32_precision = "tf32"  # as transformers sets it for --tf32
+        set_to = product.fp32_precision
+        assert score_in_fp32(model, make_batch(LONG)) is not None
+        assert product.fp32_precision == set_to
     finally:
-        torch.set_float32_matmul_precision("highest")
+        torch.backends.fp32_precision, product.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = earlier
     assert all(weight.dtype == torch.bfloat16 for weight in model.parameters())
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
@@ -120,8 +136,7 @@ def test_a_model_that_refuses_fp32_is_compared_in_16_bits():
 
     model.model.layers[0].mlp.register_forward_pre_hook(refuse)
     proof = prove(model, shared, batch)
-    assert proof.rounding is None
-    assert proof.mismatch is None
+    assert proof == Proof(None, ROUNDING_16_BIT)
     with planted("labels shifted by one", model):
         assert prove(model, shared, batch).mismatch.endswith("nats a token from those of padded rows")
 
@@ -133,6 +148,8 @@ def test_a_model_that_refuses_fp32_is_compared_in_16_bits():
         (AssertionError(), True),
         (torch.OutOfMemoryError(), False),
         (torch.distributed.DistBackendError(), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), False),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"), False),
         (KeyboardInterrupt(), False),
     ],
 )
@@ -151,5 +168,34 @@ def test_a_changed_rope_is_restored():
     before = score_tokens(model, batch)
     change_rope(model)()
     assert torch.equal(score_tokens(model, batch), before)
-    with in_fp32(torch.device("cpu")):
-        assert not torch.is_grad_enabled()
+
+
+class Linear8bitLt(torch.nn.Linear):
+    """Has the name of bitsandbytes' layer."""
+
+
+class Linear4bit(torch.nn.Linear):
+    """Has the name of bitsandbytes' layer."""
+
+
+def shard(model: torch.nn.Module) -> torch.nn.Module:
+    model.weight.ds_id = 0  # as DeepSpeed marks a parameter of ZeRO-3
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "obstacle"),
+    [
+        (torch.nn.Linear(2, 2), None),
+        (torch.nn.Linear(2, 2, dtype=torch.bfloat16), None),
+        (Linear8bitLt(2, 2), "8-bit layers"),
+        (Linear4bit(2, 2), None),
+        (Linear4bit(2, 2, dtype=torch.bfloat16), "stored as 16-bit numbers"),
+        (shard(torch.nn.Linear(2, 2)), None),
+        (shard(torch.nn.Linear(2, 2, dtype=torch.bfloat16)), "sharded weights"),
+    ],
+)
+def test_kernels_and_shards_of_16_bits_are_an_obstacle(model, obstacle):
+    reason = find_fp32_obstacle(torch.nn.Sequential(model))
+    assert (reason is None) == (obstacle is None)
+    assert obstacle is None or obstacle in reason

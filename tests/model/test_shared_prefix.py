@@ -195,7 +195,7 @@ def test_offsets_give_flash_attention_what_each_pair_attends_to(make, monkeypatc
     packed = pack(make())
     states = draw_states(packed, torch.float32, "cpu")
     pair_by_pair, _ = attend(torch.nn.Module(), *states, None, packed=packed)
-    monkeypatch.setattr(shared_prefix, "_has_flash", lambda _: True)
+    monkeypatch.setattr(shared_prefix, "_find_flash_dtype", lambda query: query.dtype)
     monkeypatch.setattr(shared_prefix, "varlen_attn", attend_plainly)
     at_once, _ = attend(torch.nn.Module(), *states, None, packed=packed)
     torch.testing.assert_close(at_once, pair_by_pair, rtol=1e-5, atol=1e-5)
@@ -258,7 +258,7 @@ def test_attention_that_ignores_the_layout_is_a_mismatch(monkeypatch):
 
     def plain(module, query, key, value, _, packed=None, **kwargs):
         if packed is not None:
-            packed.attended.add(id(module))
+            packed.attended.layers.add(id(module))
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
     monkeypatch.setitem(shared_prefix.AttentionInterface._global_mapping, shared_prefix.NAME, plain)

@@ -272,6 +272,28 @@ def test_two_processes_share_and_cache_as_one_does(config, tiny_gpt2, tmp_path, 
             assert line[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-6), (line["step"], name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["zero3_cpu", "fsdp2_cpu"])
+def test_two_processes_share_prompts_in_bf16(config, tiny_gpt2, pairs_file, tmp_path):
+    """Sharded weights in 16 bits are compared in 16 bits: a comparison in fp32 would break their gathering."""
+    from conftest import ROOT
+    from test_launch import launch
+
+    flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.2"]
+    flags += ["--max_length", "96", "--max_steps", "2", "--bf16", "true", "--precompute_ref_log_probs", "true"]
+    flags += ["--eval_strategy", "no", "--load_best_model_at_end", "false", "--use_cpu"]
+    flags += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"]
+    screens = []
+    for name in ("first", "second"):
+        launcher = ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+        done = launch(launcher, *flags, "--output_dir", str(tmp_path / name))
+        assert done.returncode == 0, done.stderr[-3000:]
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        assert (record["state"], record["shared_prefix"]) == ("finished", "on")
+        screens.append(done.stderr)
+    assert "pairs were cached" in screens[1]
+
+
 def test_a_run_goes_on_without_permission_to_read_the_cache(run, cache, monkeypatch):
     original = Path.is_file
 

@@ -68,7 +68,9 @@ def count_cores() -> int:
 
 def read_limits(root: Path = ROOT) -> CpuLimits:
     """The limits of this process: affinity, cgroups and Slurm. The root is that of /proc and /sys."""
-    task_cpus = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    # In a batch script without srun all processes are in the script's own task, which has the CPUs of all tasks.
+    is_in_task = "SLURM_STEP_ID" in os.environ
+    task_cpus = os.environ.get("SLURM_CPUS_PER_TASK" if is_in_task else "SLURM_CPUS_ON_NODE", "")
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # not on a Mac
     return CpuLimits(
         machine=_read_text(root / "proc/sys/kernel/random/boot_id") or socket.gethostname(),
@@ -127,7 +129,8 @@ def find_users_number() -> str | None:
         process, arguments = launcher
         with suppress(psutil.Error):
             environment = process.environ()
-    names = [name for name in NUMBERS if environment.get(name)]
+    numbers = NUMBERS if torch.backends.mkl.is_available() else NUMBERS[:1]
+    names = [name for name in numbers if environment.get(name)]
     flags = {argument.partition("=")[0].replace("-", "_") for argument in arguments}
     return next(iter(names), FLAG if FLAG.replace("-", "_") in flags else None)
 

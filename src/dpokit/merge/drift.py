@@ -21,7 +21,7 @@ from dpokit.data.prepare import prepare_held_out
 from dpokit.errors import DataError, ModelError
 from dpokit.merge.layers import load_trained
 from dpokit.model.load import find_base, find_max_length, load_frozen, name_model
-from dpokit.model.rounding import in_fp32, is_refusal
+from dpokit.model.rounding import find_fp32_obstacle, in_fp32, is_refusal
 from dpokit.model.score import PairScorer, keep_scored
 from dpokit.settings.load import Settings
 
@@ -33,8 +33,8 @@ BOUND_FP32 = (1e-5, 1e-4)
 # Of weights in 16 bits: a multiple of what rounding changes in a forward pass of these weights on these rows. Measured
 # on SmolLM2-135M in bf16: rounding 3.5e-2, a correct merge 1e-2 at most, weights changed by 1 % 7e-2 at least.
 ROUNDINGS = (1.0, 20.0)
-# Where a model cannot compute in fp32 (8-bit layers), with the rounding of both models; and for an adapter that was
-# trained on a quantised base and merged into the original one: measured 0.35 and 1.3 for 4 bits.
+# Where a model cannot compute in fp32 (`find_fp32_obstacle`), with the rounding of both models; and for an adapter that
+# was trained on a quantised base and merged into the original one: measured 0.35 and 1.3 for 4 bits.
 BOUND_16_BIT = (1e-1, 1.0)
 BOUND_OTHER_BASE = (1.0, 10.0)
 ROUNDING_BATCHES = 4  # to measure the rounding on
@@ -124,10 +124,11 @@ class DriftCheck:
         scores: list[list[torch.Tensor]] = [[]] * len(order)
         rounding, tokens = torch.zeros(()), 0
         for number, batch in enumerate(track_progress(batches, desc=f"scoring, {name}", unit="batch")):
-            answers = self._score_in_fp32(scorer, batch)
-            if answers is None or number < ROUNDING_BATCHES:
-                rounded = self._take(scorer, batch)
-                answers = rounded if answers is None else answers
+            # Not in fp32 first: the scorer proves its packed rows in the model's own precision.
+            is_rounded = not self._computes_in_fp32 or number % max(1, len(batches) // ROUNDING_BATCHES) == 0
+            rounded = self._take(scorer, batch) if is_rounded else None
+            answers = self._score_in_fp32(scorer, batch) or rounded or self._take(scorer, batch)
+            if rounded is not None:
                 distances = find_distances(answers, rounded)
                 rounding, tokens = rounding + distances.sum(), tokens + len(distances)
             for row, log_probs in zip(batch, answers, strict=True):
@@ -137,6 +138,7 @@ class DriftCheck:
 
     def _score_in_fp32(self, scorer: PairScorer, batch: Sequence[int]) -> list[list[torch.Tensor]] | None:
         """As `_take`; None if a model cannot compute in fp32."""
+        self._computes_in_fp32 = self._computes_in_fp32 and find_fp32_obstacle(scorer.model) is None
         if not self._computes_in_fp32:
             return None
         try:

@@ -142,7 +142,7 @@ def _fill(
     }
     if check is None:
         return made | dict.fromkeys(
-            ("pairs", "mean_drift", "largest_drift", "mean_shift", "accuracy_before", "accuracy_after")
+            ("pairs", "mean_drift", "largest_drift", "mean_rounding", "mean_shift", "accuracy_before", "accuracy_after")
         )
     drift = check.measure(merged)
     other_base = quantised and not dequantised

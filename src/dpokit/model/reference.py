@@ -4,8 +4,8 @@ They depend on token ids and masks, the reference's weights, the precision and `
 or output folder, so restarts and the trials of a sweep reuse them. Only rank 0 reads and writes the disk: a folder that
 only one node sees serves all ranks.
 
-The first pair of each part is also scored in fp32, so that a later run can compare its own model with the one that
-filled the cache: in 16 bits, rounding hides other weights.
+The first pair of every 16th part is also scored in fp32, so that a later run can compare its own model with the one
+that filled the cache: in 16 bits, rounding hides other weights.
 """
 
 import hashlib
@@ -35,6 +35,7 @@ from dpokit.settings.load import Settings
 PART_PAIRS = 256  # an interruption loses at most one part
 FORMAT = 2  # of a part's file
 WEIGHTS = ("*.safetensors", "*.bin", "config.json", "adapter_config.json")
+PARTS_PER_FP32 = 16  # fp32 is slow on a GPU, and one rank computes it while the others wait
 SPOT_CHECKS = 4
 
 
@@ -115,7 +116,7 @@ class PartScores:
 
     Attributes:
         log_probs: `(2, pairs)`, fp32: chosen, rejected; in the run's precision.
-        first_in_fp32: `(2,)`, fp32: those of the first pair, computed in fp32; NaN if the model cannot.
+        first_in_fp32: `(2,)`, fp32: those of the first pair, computed in fp32; NaN if they are not.
     """
 
     log_probs: torch.Tensor
@@ -145,6 +146,10 @@ class ReferenceCache:
     def parts(self) -> list[range]:
         """Returns the indices of each part's pairs."""
         return [range(at, min(at + PART_PAIRS, self.pairs)) for at in range(0, self.pairs, PART_PAIRS)]
+
+    def has_fp32(self, part: range) -> bool:
+        """Returns whether the first pair of a part is scored in fp32, too."""
+        return part.start // PART_PAIRS % PARTS_PER_FP32 == 0
 
     def is_complete(self) -> bool:
         """Returns whether every part exists; `read` checks the contents."""

@@ -10,17 +10,47 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 HALF = {torch.float16, torch.bfloat16}
+FATAL = ("allocate memory", "out of memory", "ALLOC_FAILED", "Connection closed", "Connection reset")
+
+
+def find_fp32_obstacle(model: nn.Module) -> str | None:
+    """Returns why a model cannot compute in fp32 beside its own precision; None if it can. Equal on all ranks."""
+    for module in model.modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}  # bitsandbytes may not be installed
+        if "Linear8bitLt" in kinds:
+            return "8-bit layers round activations themselves"
+        if "Linear4bit" in kinds:
+            if module.weight.dtype in HALF:
+                return "4-bit weights are stored as 16-bit numbers"
+            # In evaluation mode bitsandbytes then computes in bf16 inside its kernel.
+            if getattr(module, "support_avx512bf16_for_cpu", False) and not module.training:
+                return "4-bit layers compute in bf16 on this CPU"
+        if isinstance(module, FSDPModule) and AcceleratorState().mixed_precision != "no":
+            return "FSDP2 gathers weights in 16 bits"
+    for weight in model.parameters():
+        if weight.dtype in HALF and (hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")):
+            return "sharded weights in 16 bits are gathered while the model computes"
+    return None
 
 
 class Fp32Mode(TorchFunctionMode):
     """Widens 16-bit tensors before each operation, and turns each cast to 16 bits into one to fp32.
 
-    The weights themselves stay as they are: an operation gets a copy, which is freed after it.
+    The weights themselves stay as they are: an operation gets a copy, which is freed after it. So an operation in place
+    on a 16-bit tensor changes nothing.
+
+    Attributes:
+        is_on: whether a mode is on.
     """
+
+    is_on = False
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -45,20 +75,24 @@ def widen(value: Any) -> Any:
 def in_fp32(device: torch.device) -> Iterator[None]:
     """Computes without gradients, in fp32 on this device: no 16-bit products, no TF32, no compiled graphs.
 
-    A kernel that accepts 16-bit tensors alone raises its own error (8-bit layers of bitsandbytes): see `is_refusal`.
+    For a model without a `find_fp32_obstacle`.
     """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    stance = torch.compiler.set_stance("force_eager")
+    products: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
+    before, was_on = [product.fp32_precision for product in products], Fp32Mode.is_on
+    for product in products:
+        product.fp32_precision = "ieee"
+    Fp32Mode.is_on = True
     try:
-        with torch.no_grad(), stance, Fp32Mode(device):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), Fp32Mode(device):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        Fp32Mode.is_on = was_on
+        for product, precision in zip(products, before, strict=True):
+            product.fp32_precision = precision
 
 
 def is_refusal(error: Exception) -> bool:
     """Returns whether an error shows that a kernel does not accept its input; not out of memory, not communication."""
-    if isinstance(error, (torch.OutOfMemoryError, dist.DistError)):
+    if isinstance(error, (torch.OutOfMemoryError, dist.DistError)) or any(text in str(error) for text in FATAL):
         return False
     return isinstance(error, (TypeError, ValueError, RuntimeError, AssertionError))

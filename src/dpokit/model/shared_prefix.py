@@ -30,11 +30,20 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpokit.model.rounding import HALF, Fp32Mode
+
 NAME = "shared_prefix"  # the name of `attend` in transformers' registry of attention functions
 IGNORED = -100  # a position whose label is not scored
 # torch 2.10's varlen_attn takes neither a scale nor fewer heads of keys; attention then uses SDPA on GPUs too.
 HAS_FLASH = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
+
+
+class Attended:
+    """The ids of layers. An object of its own, as FSDP2 copies dataclasses and sets in a layer's arguments."""
+
+    def __init__(self) -> None:
+        self.layers: set[int] = set()
 
 
 @dataclass
@@ -52,7 +61,7 @@ class Packed:
         queries_at, keys_at: `(2 pairs + 1,)`, int32: the start of each sequence, and the end of the last.
         order: `(keys,)`, int64: the tokens whose keys and values each sequence attends to.
         lengths: tokens of the shared part, the chosen and the rejected branch of each pair.
-        attended: ids of the layers that followed this layout; any other layer has mixed the answers.
+        attended: the layers that followed this layout; any other layer has mixed the answers.
     """
 
     input_ids: torch.Tensor
@@ -64,7 +73,7 @@ class Packed:
     keys_at: torch.Tensor
     order: torch.Tensor
     lengths: list[tuple[int, int, int]]
-    attended: set[int] = field(default_factory=set)
+    attended: Attended = field(default_factory=Attended)
 
     def __post_init__(self) -> None:
         self._masks: list[torch.Tensor] | None = None
@@ -72,7 +81,7 @@ class Packed:
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Packed":
         """Returns the layout with every tensor changed, in the order of the attributes."""
         changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **changed, attended=set())
+        return replace(self, **changed, attended=Attended())
 
     def masks(self) -> list[torch.Tensor]:
         """Returns each pair's mask of the rejected branch: `(rejected, shared + rejected)`, bool, True attends."""
@@ -166,8 +175,10 @@ def attend(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return result
-    packed.attended.add(id(module))
-    if _has_flash(query):
+    packed.attended.layers.add(id(module))
+    flash = _find_flash_dtype(query)
+    if flash is not None:
+        query, key, value = (states.to(flash) for states in (query, key, value))
         return _attend_by_flash(query, key, value, scaling, packed), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -194,9 +205,16 @@ def attend(
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _has_flash(query: torch.Tensor) -> bool:
-    """Whether flash attention takes the query: on a GPU, in 16 bit."""
-    return HAS_FLASH and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+def _find_flash_dtype(query: torch.Tensor) -> torch.dtype | None:
+    """The 16-bit dtype in which flash attention computes on a GPU; None if it cannot.
+
+    Under autocast rotary embeddings make queries and keys fp32, and SDPA would cast them back.
+    """
+    if not HAS_FLASH or not query.is_cuda or Fp32Mode.is_on:
+        return None
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    return dtype if dtype in HALF else None
 
 
 def _attend_by_flash(
@@ -284,7 +302,7 @@ class SharedPrefix:
     ) -> Any:
         if packed is None:
             packed = torch.compiler.disable(_pack_on_cpu)(input_ids, labels)
-        packed.attended.clear()
+        packed.attended.layers.clear()
         ScoredOnly.now = True
         try:
             outputs = original(
@@ -299,7 +317,7 @@ class SharedPrefix:
             )
         finally:
             ScoredOnly.now = False
-        self.attended = len(packed.attended)
+        self.attended = len(packed.attended.layers)
         shape = (len(input_ids), input_ids.shape[1] - 1)
         for name in PER_TOKEN:
             values = getattr(outputs, name)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+MOST_WAITING = 1000  # batches whose means stay on the device, if nothing is logged for long
+
 
 class Sums:
     """The metrics of one mode, training or evaluation, since its last log."""
@@ -44,6 +46,8 @@ class Sums:
         if tensors:
             values = torch.stack([_widen(mean) for mean in tensors.values()])
             self._waiting.append((list(tensors), values, [weights[name] for name in tensors]))
+            if len(self._waiting) >= MOST_WAITING:
+                self._count_waiting()
 
     def _add_one(self, name: str, mean: float, weight: float) -> None:
         sums = self._means.setdefault(name, [0.0, 0.0])

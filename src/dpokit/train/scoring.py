@@ -1,4 +1,4 @@
-"""PartScores pairs: a prompt once for both answers, and the reference once for all epochs and runs.
+"""Scores pairs: a prompt once for both answers, and the reference once for all epochs and runs.
 
 upstream.py lists the private names of TRL that it uses.
 """
@@ -19,7 +19,7 @@ from dpokit.console import say, track_progress
 from dpokit.data.columns import fingerprint_ids
 from dpokit.interrupts import Preempted
 from dpokit.model.reference import PartScores, ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
-from dpokit.model.rounding import in_fp32, is_refusal
+from dpokit.model.rounding import find_fp32_obstacle, in_fp32, is_refusal
 from dpokit.model.score import (
     LARGEST_IN_16_BIT,
     LARGEST_IN_FP32,
@@ -79,6 +79,7 @@ class ScoringTrainer(DPOTrainer):
             return
         self._shared = []
         why = "a mixture's balancing loss counts both rows" if self.aux_loss_enabled else None
+        why = why or ("NEFTune adds noise to each row" if self.args.neftune_noise_alpha else None)
         why = why or find_obstacle(self.model, self._longest)
         models = [self.model] if self.ref_model is None else [self.model, self.accelerator.unwrap_model(self.ref_model)]
         try:
@@ -96,16 +97,17 @@ class ScoringTrainer(DPOTrainer):
         if self._is_proved:
             return
         self._is_proved = True
-        if not self._shared and (find_dropout(self.model) or not self._rounds()):
+        is_random = find_dropout(self.model) or self.args.neftune_noise_alpha
+        if not self._shared and (is_random or not self._rounds()):
             return
         shared = self._shared[-1 if model is self.ref_model else 0] if self._shared else None
         proof = prove(model, shared, inputs)
         tokens = float(inputs["completion_mask"].sum()) / len(inputs["completion_mask"])
-        rounding = math.nan if proof.rounding is None else proof.rounding * math.sqrt(tokens)
+        # Errors of rounding are about independent, so that of a sum grows with the root of the number of tokens.
+        rounding = proof.rounding * math.sqrt(tokens)
         of_rank = torch.tensor([proof.mismatch is not None, rounding], device=self.accelerator.device)
         mismatches, roundings = self.accelerator.gather(of_rank).view(-1, 2).unbind(dim=1)
-        # Errors of rounding are about independent, so that of a sum grows with the root of the number of tokens.
-        self.answer_rounding = None if roundings.isnan().any() else float(roundings.mean())
+        self.answer_rounding = float(roundings.mean())
         if shared is None:
             return
         self.shared_prefix = "on"
@@ -125,7 +127,9 @@ class ScoringTrainer(DPOTrainer):
 
     def _rounds(self) -> bool:
         """Whether log-probs are computed in less than fp32."""
-        return self.accelerator.mixed_precision != "no" or self.model.dtype != torch.float32 or bool(self.args.tf32)
+        is_quantised = getattr(self.model, "is_quantized", False)
+        is_wide = self.accelerator.mixed_precision == "no" and self.model.dtype == torch.float32
+        return is_quantised or not is_wide or bool(self.args.tf32)
 
     # -- precomputed reference --------------------------------------------------------------------------------------
 
@@ -158,7 +162,9 @@ class ScoringTrainer(DPOTrainer):
         ) as bar:
             for part in missing:
                 log_probs = self._score_rows(model, dataset, list(part), batch_size)
-                first = self._score_in_fp32(model, dataset, [part.start], batch_size).flatten()
+                first = torch.full((2,), math.nan)
+                if cache.has_fp32(part):
+                    first = self._score_in_fp32(model, dataset, [part.start], batch_size).flatten()
                 scores[part.start] = PartScores(log_probs, first)
                 if self.accelerator.is_main_process and self._reference is not None:
                     cache.write(part, scores[part.start])
@@ -196,7 +202,8 @@ class ScoringTrainer(DPOTrainer):
 
     def _spot_check(self, model: Any, dataset: Dataset, cached: dict[int, PartScores], batch_size: int) -> bool:
         """Whether the cached log-probs of a few pairs equal those computed now. Collective."""
-        rows = choose_spot_checks(sorted(cached))
+        exact_parts = [start for start in sorted(cached) if not cached[start].first_in_fp32.isnan().any()]
+        rows = choose_spot_checks(exact_parts or sorted(cached))
         if not rows:
             return True
         tokens = torch.tensor([[count_scored(dataset[row], side) for row in rows] for side in ("chosen", "rejected")])
@@ -205,19 +212,22 @@ class ScoringTrainer(DPOTrainer):
         computed = self._score_in_fp32(model, dataset, rows, batch_size)
         if (exact + computed).isnan().any():
             exact = computed = self._score_rows(model, dataset, rows, batch_size)
-        weights, rounding = (float(((exact - other).abs() / tokens).mean()) for other in (computed, kept))
+        # Errors of tokens are about independent, so that of their sum grows with the root of their number.
+        weights, rounding = (float(((exact - other).abs() / tokens.sqrt()).mean()) for other in (computed, kept))
         if weights <= LARGEST_IN_FP32 and rounding <= (LARGEST_IN_16_BIT if self._rounds() else LARGEST_IN_FP32):
             pairs = sum(scores.log_probs.shape[1] for scores in cached.values())
             say(f"reference log-probs: {pairs:,} of {len(dataset):,} pairs were cached")
             return True
         say(
             "reference log-probs: the cache is of other weights (a difference of "
-            f"{max(weights, rounding):.1e} nats a token); all are computed again"
+            f"{max(weights, rounding):.1e} nats, as a share of the root of an answer's tokens); all are computed again"
         )
         return False
 
     def _score_in_fp32(self, model: Any, dataset: Dataset, rows: list[int], batch_size: int) -> torch.Tensor:
         """`_score_rows`, computed in fp32 and in padded rows; NaN if the model cannot. Collective."""
+        if find_fp32_obstacle(model) is not None:
+            return torch.full((2, len(rows)), math.nan)
         self._share_prefixes()
         proved, self._is_proved = self._is_proved, True  # the proof is for the run's own precision
         try:

@@ -25,7 +25,7 @@ from dpokit.train.metric_sums import Sums
 from dpokit.train.resuming import ResumingTrainer
 
 Batch = dict[str, Any]
-NEVER = torch.iinfo(torch.int64).max  # no step's number
+NEVER = torch.iinfo(torch.int32).max  # no step's number
 
 
 class Unread(TorchFunctionMode):
@@ -38,7 +38,8 @@ class Unread(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.item:
-            return args[0].double() if args[0].is_floating_point() else args[0]
+            value = args[0].detach()
+            return value.double() if value.is_floating_point() else value
         if func is torch.Tensor.__bool__:
             return True
         if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype == torch.bool:
@@ -70,8 +71,6 @@ class StepTrainer(ResumingTrainer):
             args.dataloader_drop_last = True
         # transformers would replace a loss that is NaN by the mean of the losses before it, and log that.
         args.logging_nan_inf_filter = False
-        # A batch is copied from pinned memory while the GPU computes.
-        args.accelerator_config.non_blocking = args.dataloader_pin_memory and not args.use_cpu
         self._non_finite_step: torch.Tensor | None = None  # int64, on the device; `NEVER` so far
         self._batches: Batches | None = None
         self._step_weight: float | torch.Tensor = 0.0

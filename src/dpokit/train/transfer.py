@@ -29,11 +29,14 @@ class HostBatch(dict[str, Any]):
         return self
 
     def to(self, device: torch.device, non_blocking: bool = False) -> dict[str, Any]:
-        """Returns the batch on a device; its tensors are views of one buffer there."""
+        """Returns the batch on a device; its tensors are views of one buffer there, with one version counter.
+
+        accelerate's `non_blocking` does not count: a copy must wait if its memory is not pinned, and only then.
+        """
         if torch.device(device).type == "cpu":
             return dict(self)
         source = self._join() if self._pinned is None else self._pinned
-        buffer, start = source.to(device, non_blocking=non_blocking), 0
+        buffer, start = source.to(device, non_blocking=self._pinned is not None), 0
 
         def take(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal start
