@@ -115,6 +115,7 @@ def test_a_failed_command_names_the_commands_to_repeat(tmp_path, capfd):
     assert "there is no folder" in capfd.readouterr().err
 
 
+@pytest.mark.cold  # it needs another package of the name dpokit
 def test_a_command_gets_the_token_but_no_launcher_variables(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
