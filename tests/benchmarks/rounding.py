@@ -29,7 +29,6 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "model")]
 from planted_faults import FAULTS, planted  # noqa: E402
 from smollm2 import fetch_smollm2  # noqa: E402
 
-LONGEST = 256  # tokens of a prompt, and of an answer
 PRECISIONS = ("fp32", "autocast to bf16", "weights in bf16")
 
 
@@ -49,7 +48,7 @@ def at_precision(model: Any, precision: str) -> Iterator[None]:
         model.forward = forward
 
 
-def build_rows(tokenizer: Any, number: int, *, chat: bool) -> list[dict[str, list[int]]]:
+def build_rows(tokenizer: Any, number: int, longest: int, *, chat: bool) -> list[dict[str, list[int]]]:
     """Held-out HH pairs as token ids: as published, or each prompt as a user's turn of the chat template."""
     rows = []
     for pair in read_pairs(number, "test"):
@@ -58,12 +57,14 @@ def build_rows(tokenizer: Any, number: int, *, chat: bool) -> list[dict[str, lis
             turns = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
         encode = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, *answers.values())]
-        ends = [[*ids[: LONGEST - 1], tokenizer.eos_token_id] for ids in encode[1:]]
-        rows.append({"prompt_ids": encode[0][-LONGEST:], "chosen_ids": ends[0], "rejected_ids": ends[1]})
+        ends = [[*ids[: longest - 1], tokenizer.eos_token_id] for ids in encode[1:]]
+        rows.append({"prompt_ids": encode[0][-longest:], "chosen_ids": ends[0], "rejected_ids": ends[1]})
     return rows
 
 
-def measure(folder: str, precision: str, method: str, kind: str, *, batches: int, faulty: int) -> dict[str, Any]:
+def measure(
+    folder: str, precision: str, method: str, kind: str, *, batches: int, faulty: int, longest: int
+) -> dict[str, Any]:
     """Returns false alarms, found faults and the range of the rounding."""
     torch.manual_seed(0)
     dtype = torch.bfloat16 if precision == "weights in bf16" else torch.float32
@@ -77,7 +78,7 @@ def measure(folder: str, precision: str, method: str, kind: str, *, batches: int
             if "lora_B" in name:  # as after some training
                 torch.nn.init.normal_(weight, std=2e-3)
     shared, collate = share_prefix(model), ScoredTokenCollator(tokenizer.pad_token_id)
-    rows = build_rows(tokenizer, 2 * batches, chat=kind == "chat rows")
+    rows = build_rows(tokenizer, 2 * batches, longest, chat=kind == "chat rows")
     alarms, roundings, tried, smallest = 0, [], [], float("inf")
     with at_precision(model, precision):
         for number in range(batches):
@@ -106,12 +107,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=25, help="batches of two pairs, for each line")
     parser.add_argument("--faulty", type=int, default=2, help="batches in which each fault is planted, for each line")
+    parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, and of an answer")
     options = parser.parse_args()
     folder = find_model_folder(str(fetch_smollm2()))
     print("| precision | training | rows | false alarms | faults found | smallest fault | rounding |")
     print("|---|---|---|---|---|---|---|")
     for line in product(PRECISIONS, ("full", "LoRA"), ("HH rows", "chat rows")):
-        measured = measure(folder, *line, batches=options.batches, faulty=options.faulty)
+        measured = measure(folder, *line, **vars(options))
         least, most = measured["rounding"]
         smallest, rounding = f"{measured['smallest']:.1e}", f"{least:.1e} to {most:.1e}"
         cells = [*line, measured["alarms"], measured["faults"], smallest, rounding]

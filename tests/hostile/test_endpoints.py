@@ -249,7 +249,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(endpoint, "TRIES", TRIES)
     monkeypatch.setattr(remote, "ANSWER_SECONDS", remote.ANSWER_SECONDS)
     monkeypatch.setattr(remote, "MOST_ANSWER_BYTES", 2**21)
-    monkeypatch.setattr(bounded_http, "EXCERPT_SECONDS", 0.3)
+    monkeypatch.setattr(bounded_http, "EXCERPT_SECONDS", 1.0)
 
 
 @pytest.fixture(params=CLIENTS)
