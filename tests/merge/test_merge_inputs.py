@@ -157,9 +157,9 @@ def test_a_merge_into_weights_changed_by_1_percent_is_refused(dtype, own_base, t
 
 
 def test_a_model_that_cannot_compute_in_fp32_has_wider_bounds(run, monkeypatch):
-    from dpokit.merge import drift
+    from dpokit.model import rounding
 
-    monkeypatch.setattr(drift, "find_fp32_obstacle", lambda _: "8-bit layers")
+    monkeypatch.setattr(rounding, "find_fp32_obstacle", lambda _: "8-bit layers")
     made = merge_run(run)
     assert made["mean_rounding"] is None
     assert made["bound"] == {"mean_drift": 0.1, "largest_drift": 1.0}

@@ -1,4 +1,4 @@
-"""Rounding is told from error: correct packed rows pass in every precision, and each planted fault is found."""
+"""Correct packed rows pass in every precision, although they round, and each planted fault is found."""
 
 import pytest
 import torch

@@ -21,7 +21,7 @@ from dpokit.data.prepare import prepare_held_out
 from dpokit.errors import DataError, ModelError
 from dpokit.merge.layers import load_trained
 from dpokit.model.load import find_base, find_max_length, load_frozen, name_model
-from dpokit.model.rounding import find_fp32_obstacle, in_fp32, is_refusal
+from dpokit.model.rounding import try_in_fp32
 from dpokit.model.score import PairScorer, keep_scored
 from dpokit.settings.load import Settings
 
@@ -138,17 +138,11 @@ class DriftCheck:
 
     def _score_in_fp32(self, scorer: PairScorer, batch: Sequence[int]) -> list[list[torch.Tensor]] | None:
         """As `_take`; None if a model cannot compute in fp32."""
-        self._computes_in_fp32 = self._computes_in_fp32 and find_fp32_obstacle(scorer.model) is None
         if not self._computes_in_fp32:
             return None
-        try:
-            with in_fp32(scorer.model.device):
-                return self._take(scorer, batch)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            self._computes_in_fp32 = False
-            return None
+        answers = try_in_fp32(scorer.model, scorer.model.device, lambda: self._take(scorer, batch))
+        self._computes_in_fp32 = answers is not None
+        return answers
 
     def _take(self, scorer: PairScorer, batch: Sequence[int]) -> list[list[torch.Tensor]]:
         """The log-probs of both answers' scored tokens of these rows."""

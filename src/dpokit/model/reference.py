@@ -148,7 +148,7 @@ class ReferenceCache:
         return [range(at, min(at + PART_PAIRS, self.pairs)) for at in range(0, self.pairs, PART_PAIRS)]
 
     def has_fp32(self, part: range) -> bool:
-        """Returns whether the first pair of a part is scored in fp32, too."""
+        """Returns whether the first pair of a part is also scored in fp32."""
         return part.start // PART_PAIRS % PARTS_PER_FP32 == 0
 
     def is_complete(self) -> bool:

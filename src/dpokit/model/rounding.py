@@ -4,9 +4,9 @@ Two correct forward passes of a model in bf16 differ by some hundredths of a nat
 So does a pass with positions that are wrong by one. In fp32 correct passes differ by millionths of a nat.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+Result = TypeVar("Result")
 
 HALF = {torch.float16, torch.bfloat16}
 FATAL = ("allocate memory", "out of memory", "ALLOC_FAILED", "Connection closed", "Connection reset")
@@ -73,11 +75,9 @@ def widen(value: Any) -> Any:
 
 @contextmanager
 def in_fp32(device: torch.device) -> Iterator[None]:
-    """Computes without gradients, in fp32 on this device: no 16-bit products, no TF32, no compiled graphs.
-
-    For a model without a `find_fp32_obstacle`.
-    """
-    products: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul"))  # noqa: B009
+    """Computes without gradients, in fp32 on this device: no 16-bit products, no TF32, no compiled graphs."""
+    on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no types for it
+    products: tuple[Any, ...] = (torch.backends.cuda.matmul, on_cpu)
     before, was_on = [product.fp32_precision for product in products], Fp32Mode.is_on
     for product in products:
         product.fp32_precision = "ieee"
@@ -89,6 +89,27 @@ def in_fp32(device: torch.device) -> Iterator[None]:
         Fp32Mode.is_on = was_on
         for product, precision in zip(products, before, strict=True):
             product.fp32_precision = precision
+
+
+def try_in_fp32(model: nn.Module, device: torch.device, compute: Callable[[], Result]) -> Result | None:
+    """Returns the result of a computation with a model in fp32.
+
+    None if the model cannot compute in fp32, or if a single process has too little memory for it.
+    """
+    if find_fp32_obstacle(model) is not None:
+        return None
+    try:
+        with in_fp32(device):
+            return compute()
+    except torch.OutOfMemoryError:
+        if dist.is_initialized():  # the other ranks go on
+            raise
+        torch.cuda.empty_cache()
+        return None
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        return None
 
 
 def is_refusal(error: Exception) -> bool:

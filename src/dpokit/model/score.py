@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import trl.trainer.utils as trl_utils
 from peft import PeftModel
 from torch import nn
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpokit.console import say
-from dpokit.model.rounding import find_fp32_obstacle, in_fp32, is_refusal
+from dpokit.model.rounding import is_refusal, try_in_fp32
 from dpokit.model.shared_prefix import NAME, ScoredOnly, SharedPrefix
 
 # With Triton kernels TRL's head scores answer positions only; without them it scores all, so that shapes stay the same
@@ -157,23 +156,9 @@ def score_tokens(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return log_probs
 
 
-@torch.no_grad()
 def score_in_fp32(model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """Returns `score_tokens` computed in fp32; None if the model cannot, or a single process has too little memory."""
-    if find_fp32_obstacle(model) is not None:
-        return None
-    try:
-        with in_fp32(batch["input_ids"].device):
-            return score_tokens(model, batch)
-    except torch.OutOfMemoryError:
-        if dist.is_initialized():  # the other ranks go on
-            raise
-        torch.cuda.empty_cache()
-        return None
-    except Exception as error:
-        if not is_refusal(error):
-            raise
-        return None
+    """Returns `score_tokens` computed in fp32; None as `try_in_fp32`."""
+    return try_in_fp32(model, batch["input_ids"].device, lambda: score_tokens(model, batch))
 
 
 def find_distance(left: torch.Tensor, right: torch.Tensor, scored: torch.Tensor) -> float:

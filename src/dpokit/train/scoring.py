@@ -19,7 +19,7 @@ from dpokit.console import say, track_progress
 from dpokit.data.columns import fingerprint_ids
 from dpokit.interrupts import Preempted
 from dpokit.model.reference import PartScores, ReferenceCache, choose_spot_checks, describe_scores, find_cache_folder
-from dpokit.model.rounding import find_fp32_obstacle, in_fp32, is_refusal
+from dpokit.model.rounding import try_in_fp32
 from dpokit.model.score import (
     LARGEST_IN_16_BIT,
     LARGEST_IN_FP32,
@@ -226,22 +226,18 @@ class ScoringTrainer(DPOTrainer):
 
     def _score_in_fp32(self, model: Any, dataset: Dataset, rows: list[int], batch_size: int) -> torch.Tensor:
         """`_score_rows`, computed in fp32 and in padded rows; NaN if the model cannot. Collective."""
-        if find_fp32_obstacle(model) is not None:
-            return torch.full((2, len(rows)), math.nan)
         self._share_prefixes()
         proved, self._is_proved = self._is_proved, True  # the proof is for the run's own precision
         try:
             with ExitStack() as stack:
                 for shared in self._shared or ():
                     stack.enter_context(shared.switched_off())
-                stack.enter_context(in_fp32(self.accelerator.device))
-                return self._score_rows(model, dataset, rows, batch_size)
-        except Exception as error:
-            if not is_refusal(error):
-                raise
-            return torch.full((2, len(rows)), math.nan)
+                scores = try_in_fp32(
+                    model, self.accelerator.device, lambda: self._score_rows(model, dataset, rows, batch_size)
+                )
         finally:
             self._is_proved = proved
+        return torch.full((2, len(rows)), math.nan) if scores is None else scores
 
     def _score_rows(self, model: Any, dataset: Dataset, rows: list[int], batch_size: int) -> torch.Tensor:
         """`(2, rows)`, fp32, on the CPU: chosen and rejected; the same on every rank. Collective."""
