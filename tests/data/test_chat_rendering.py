@@ -18,7 +18,8 @@ from dpokit.data.chat_rendering import ChatRenderer
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages, UnusableError
 from dpokit.data.rendering import Renderer
-from dpokit.data.tokens import Encoder, LengthLimits
+from dpokit.data.shorten import LengthLimits
+from dpokit.data.tokens import Encoder
 from dpokit.errors import ModelError
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"

@@ -16,8 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages
 from dpokit.data.rendering import Renderer
+from dpokit.data.shorten import LengthLimits
 from dpokit.data.tally import NOTES, REASONS
-from dpokit.data.tokens import Encoder, LengthLimits
+from dpokit.data.tokens import Encoder
 
 FOLDER = Path(trl.__file__).parent / "chat_templates"
 TEMPLATES = sorted(path.stem for path in FOLDER.glob("*.jinja"))

@@ -1,7 +1,6 @@
 """Exact tokens of every published layout with a plain and a chat tokenizer; the rules of the length limits."""
 
 import copy
-import random
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -10,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from dpokit.data.formats import FORMATS, Pair
 from dpokit.data.layouts import match_layout
-from dpokit.data.messages import UnusableError
 from dpokit.data.rendering import Renderer
-from dpokit.data.tokens import Encoder, LengthLimits, cut
+from dpokit.data.shorten import LengthLimits
+from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError, ModelError
 
@@ -189,24 +188,6 @@ def test_a_tokenizer_without_eos_is_refused(plain_tokenizer):
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="no EOS"):
         Renderer(tokenizer)
-
-
-def test_the_cut_respects_the_limits_for_all_sizes():
-    draw = random.Random(0)
-    for _ in range(3000):
-        prompt, chosen, rejected = (list(range(draw.randint(1, 12))) for _ in range(3))
-        limits = LengthLimits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
-        try:
-            p, c, r = cut(prompt, chosen, rejected, limits)
-        except UnusableError as error:
-            assert str(error) == "no_room"
-            assert limits.total_tokens is not None and limits.total_tokens < 2
-            continue
-        assert p == prompt[-len(p) :] and c == chosen[: len(c)] and r == rejected[: len(r)]
-        assert len(p) <= (limits.prompt_tokens or 99) and max(len(c), len(r)) <= (limits.answer_tokens or 99)
-        assert len(p) + max(len(c), len(r)) <= (limits.total_tokens or 99)
-        if len(c) < min(len(chosen), limits.answer_tokens or 99):
-            assert len(p) == 1, "an answer is cut only if the prompt is cut to one token"
 
 
 @pytest.mark.parametrize(
@@ -395,32 +376,3 @@ def test_a_bos_is_not_kept_alone(limits, chat_tokenizer):
 def test_answers_that_differ_only_after_the_limit_are_dropped(plain_tokenizer):
     row = {"prompt": SKY, "chosen": " blue, of course!", "rejected": " blue, not green."}
     assert encode(plain_tokenizer, row, LengthLimits(None, 2, None))["dropped"] == "equal_after_cut"
-
-
-def test_the_cut_keeps_a_bos_and_the_limits_for_all_sizes():
-    draw = random.Random(1)
-    kept = 0
-    for _ in range(3000):
-        sizes = [draw.randint(1, 12) for _ in range(3)]
-        prompt, chosen, rejected = ([*range(100 * i, 100 * i + size)] for i, size in enumerate(sizes, start=1))
-        limits = LengthLimits(*(draw.choice([None, *range(1, 14)]) for _ in range(3)))
-        try:
-            p, c, r = cut(prompt, chosen, rejected, limits, keep_first=True)
-        except UnusableError as error:
-            assert str(error) == "no_room"
-            assert limits.prompt_tokens == 1 or (limits.total_tokens or 99) <= 2
-            continue
-        kept += 1
-        assert p[0] == prompt[0]
-        assert p[1:] == prompt[len(prompt) - len(p) + 1 :]
-        assert (c, r) == (chosen[: len(c)], rejected[: len(r)])
-        assert len(p) >= min(2, len(prompt))
-        assert len(p) <= (limits.prompt_tokens or 99)
-        assert max(len(c), len(r)) <= (limits.answer_tokens or 99)
-        assert len(p) + max(len(c), len(r)) <= (limits.total_tokens or 99)
-        shortened = max(len(c), len(r)) < min(max(len(chosen), len(rejected)), limits.answer_tokens or 99)
-        assert not shortened or len(p) == min(2, len(prompt)), "the prompt's start is cut first"
-        unlimited = min(len(prompt), limits.prompt_tokens or 99)
-        room = (limits.total_tokens or 99) - max(len(c), len(r))
-        assert len(p) == min(unlimited, max(room, len(p) if shortened else 0)), "no token is cut without need"
-    assert kept > 2000

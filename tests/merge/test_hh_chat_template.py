@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from dpokit.data.layouts import match_layout
 from dpokit.data.rendering import Renderer
-from dpokit.data.tokens import Encoder, LengthLimits
+from dpokit.data.shorten import LengthLimits
+from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import render_transcript
 from dpokit.merge.hh_chat_template import JINJA, SERVE, write_template
 

@@ -214,7 +214,7 @@ def test_settings_have_origins_and_dropped_rows_have_reasons(tmp_path):
     rows = [re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", row)).strip() for row in re.findall(r"<tr.*?</tr>", page, re.S)]
     assert "learning_ rate 5e-07 command line" in rows
     assert "train different_prompts 4" in rows
-    assert "train 1,500 1,495 5 538 140 HH transcript; Anthropic/hh-rlhf, split train" in rows
+    assert "train 1,500 1,495 5 0 538 140 HH transcript; Anthropic/hh-rlhf, split train" in rows
     assert "12 % of the evaluation&#39;s prompts are in the training split, too" in page
 
 

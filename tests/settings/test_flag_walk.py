@@ -267,6 +267,7 @@ CHANGES: dict[str, Change] = {
     "max_length": Change("40", logged("num_tokens")),
     "max_prompt_length": Change("5", logged("num_tokens"), given=WHOLE),
     "max_train_samples": Change("6", data("train", "rows")),
+    "prompt_share": Change("0.9", data("train", "shortened"), given={"max_length": 40}),
     "pad_to_multiple_of": Change("100", logged("wasted_positions"), given={"shared_prefix": False}),
     # Evaluation.
     "eval_answers": Change("2", lambda observed: bool(recorded("answers_of_base")(observed)), True, EVALUATES),

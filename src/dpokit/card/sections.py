@@ -14,6 +14,8 @@ from dpokit.report.read import Run, finite, mapping
 from dpokit.report.tables import Table, interval, number
 from dpokit.settings.flag_facts import is_public
 
+CUTS = {"turns": "whole turns of the prompt", "prompt": "the start of the prompt", "answer": "the end of an answer"}
+
 
 def list_training(run: Run) -> list[tuple[str, object]]:
     """(name, value) of each fact of the training: state, time, machine, versions."""
@@ -102,10 +104,11 @@ def _list_data_limits(run: Run) -> list[str]:
     cut = mapping(train.get("shortened"))
     sentences = [str(finding) + "." for finding in data.get("findings") or []]
     kept = train.get("kept")
-    if isinstance(kept, int) and (cut.get("prompt") or cut.get("answer")):
+    cuts = [f"{CUTS[part]} in {cut[part]:,}" for part in CUTS if cut.get(part)]
+    if isinstance(kept, int) and cuts:
+        listed = " and ".join(filter(None, [", ".join(cuts[:-1]), cuts[-1]]))
         sentences.append(
-            f"Of {kept:,} training pairs, the length limits cut the start of the prompt in {cut.get('prompt', 0):,} "
-            f"and the end of an answer in {cut.get('answer', 0):,}: the model was not trained on longer texts."
+            f"Of {kept:,} training pairs, the length limits cut {listed}: the model was not trained on longer texts."
         )
     if isinstance(kept, int) and kept < 1000:
         sentences.append(f"{kept:,} training pairs are few: the model may not generalise beyond them.")

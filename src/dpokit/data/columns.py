@@ -15,6 +15,8 @@ MASKS = ("chosen_mask", "rejected_mask")
 FEATURES = Features(
     {name: List(Value("int32")) for name in IDS}
     | {name: List(Value("int8")) for name in MASKS}
+    # Of the pair before it was cut: a hash of its prompt's ids, and the tokens of the prompt and the longer answer.
+    | {"prompt_key": Value("binary"), "whole_tokens": Value("int32")}
     | {"row": Value("int64"), "dropped": Value("string"), "cut": Value("string"), "notes": Value("string")}
 )
 BATCH_ROWS = 10_000
@@ -48,17 +50,28 @@ def fingerprint_ids(splits: Sequence[Dataset]) -> str:
     return whole.hexdigest()
 
 
+def hash_ids(ids: Sequence[int]) -> bytes:
+    """Returns 16 bytes that are equal for equal token ids."""
+    return _hash(np.asarray(ids, "<i4"))
+
+
 def hash_prompts(split: Dataset) -> list[bytes]:
-    """Returns a key for each pair's prompt; keys are equal if the prompts' token ids are."""
-    keys = []
+    """Returns a key for each pair's prompt; keys are equal if the prompts' token ids are, before they were cut.
+
+    Of a split without the column `prompt_key`, the ids are those of the prompts as they are.
+    """
+    keys: list[bytes] = []
+    if "prompt_key" in split.column_names:
+        return read_column(split, "prompt_key")
     for batch in _batches(split, "prompt_ids"):
         lengths, flat = _read_ids(batch["prompt_ids"])
         ends = np.cumsum(lengths)
-        keys += [
-            hashlib.blake2b(flat[end - size : end].tobytes(), digest_size=16).digest()
-            for end, size in zip(ends, lengths, strict=True)
-        ]
+        keys += [_hash(flat[end - size : end]) for end, size in zip(ends, lengths, strict=True)]
     return keys
+
+
+def _hash(ids: np.ndarray) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 
 
 def count_tokens(split: Dataset, columns: Sequence[str] = IDS) -> list[int]:

@@ -1,5 +1,6 @@
 """Prepares the data of a run: tokenised splits, counts and held-out pairs."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -17,15 +18,17 @@ from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_co
 from dpokit.data.layouts import Layout, match_layout
 from dpokit.data.messages import Messages
 from dpokit.data.rendering import Renderer
+from dpokit.data.shorten import LengthLimits
 from dpokit.data.sources import Rows, get_split, load_splits
 from dpokit.data.tally import Tally, find_remedies
-from dpokit.data.tokens import Encoder, LengthLimits
+from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, parse_columns
 
 SAMPLE_ROWS = 32
 STREAM_BUFFER_ROWS = 10_000
+MOST_CUT = 0.05  # of the pairs, without a warning
 
 
 @dataclass
@@ -97,7 +100,7 @@ def _prepare_splits(
     seed: int = 0,
 ) -> PreparedData:
     """Prepares splits that are already loaded; see `prepare_data`."""
-    limits = LengthLimits(data.max_prompt_length, data.max_completion_length, max_length)
+    limits = find_limits(data, max_length)
     train_rows = get_split(splits, data.dataset_train_split, "dataset_train_split")
     eval_rows = None
     if with_eval and data.eval_fraction is None:
@@ -125,7 +128,7 @@ def _prepare_splits(
         held_out = _encode(eval_rows, Encoder(renderer, eval_layout, limits), tallies["eval"], processes)
     elif isinstance(train, Dataset) and data.eval_fraction is not None:  # held out also if the run does not evaluate
         train, held_out = _hold_out(train, data.eval_fraction, data.max_eval_samples)
-        tallies["eval"] = Tally(f"{data.eval_fraction:.2%} of the training prompts", layout.name, rows=len(held_out))
+        tallies["eval"] = Tally(f"{data.eval_fraction:.2%} of the training pairs", layout.name, rows=len(held_out))
         tallies["train"].rows -= len(held_out)
         surplus = len(held_out) - (data.max_eval_samples or len(held_out))
         if surplus > 0:  # a single prompt has more pairs than max_eval_samples
@@ -142,7 +145,8 @@ def _prepare_splits(
         held_out = _count_changed(held_out, tallies["eval"])
     fingerprint = None
     if isinstance(train, Dataset):
-        train = _count_changed(train, tallies["train"])
+        findings += _describe_cuts(train, limits)
+        train = _count_changed(train, tallies["train"]).remove_columns("prompt_key")
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
     return PreparedData(train, held_out if with_eval else None, tallies, findings, fingerprint, list(layout.unused))
 
@@ -182,7 +186,7 @@ def prepare_held_out(
         name = f"{data.dataset_name}, split {data.dataset_test_split}"
         layout = _find_layout_for(data, raw, name)
         tally = Tally(name, layout.name)
-        limits = LengthLimits(data.max_prompt_length, data.max_completion_length, max_length)
+        limits = find_limits(data, max_length)
         pairs = _count_changed(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
     else:
         prepared = _prepare_splits(splits, data, renderer, max_length=max_length, with_eval=True, processes=processes)
@@ -195,6 +199,11 @@ def prepare_held_out(
     prompts = [layout.to_pair(row).prompt for row in rows]
     sources = [str(row.get("source") or "") for row in rows]
     return HeldOut(pairs, sources, prompts, [count_turns(prompt) for prompt in prompts], tally)
+
+
+def find_limits(data: DataArguments, max_length: int | None) -> LengthLimits:
+    """Returns the limits that the flags set; `max_length` is that of the model where the user set none."""
+    return LengthLimits(data.max_prompt_length, data.max_completion_length, max_length, data.prompt_share)
 
 
 def count_turns(prompt: str | Messages) -> int:
@@ -280,7 +289,21 @@ def _count_changed(split: Dataset, tally: Tally) -> Dataset:
     for column, counter in (("cut", tally.shortened), ("notes", tally.notes)):
         for keys in read_column(split, column):
             counter.update(keys.split())
-    return split.remove_columns(["cut", "notes"])
+    return split.remove_columns(["cut", "notes", "whole_tokens"])
+
+
+def _describe_cuts(split: Dataset, limits: LengthLimits) -> list[str]:
+    """Returns a warning if the limits cut many pairs; it names the `max_length` that would leave most of them whole."""
+    cuts = sum(map(bool, read_column(split, "cut")))
+    if cuts <= MOST_CUT * len(split):
+        return []
+    lengths = sorted(read_column(split, "whole_tokens"))
+    held = {share: lengths[math.ceil(share * len(lengths)) - 1] for share in (0.95, 0.99)}
+    advice = "raise --max_prompt_length or --max_completion_length"
+    if limits.total_tokens is not None and held[0.95] > limits.total_tokens:
+        advice = "; ".join(f"--max_length {tokens} leaves {share:.0%} whole" for share, tokens in held.items())
+    share = cuts / len(split)
+    return [f"{cuts:,} of {len(split):,} training pairs ({share:.0%}) are cut by the length limits: {advice}"]
 
 
 def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: int) -> IterableDataset:
@@ -291,6 +314,7 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
         # Every look at the first rows and every epoch starts the stream anew; each row counts once.
         for position, row in enumerate(_read(encoded, tally.source)):
             dropped, cut, notes = row.pop("dropped"), row.pop("cut"), row.pop("notes")
+            del row["prompt_key"], row["whole_tokens"]
             if tally.add(dropped, cut, notes) if position >= tally.rows else not dropped:
                 yield {**row, "row": position}
 
@@ -301,26 +325,31 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
 
 
 def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[Dataset, Dataset]:
-    """Splits by prompt into training and held-out pairs; the held-out prompts do not depend on a seed.
+    """Splits into training and held-out pairs; all pairs of a prompt are on one side, and no seed decides on which.
 
-    If `most_pairs` is reached, the remaining prompts stay in training.
+    The number of held-out pairs differs from the fraction by less than the pairs of one prompt. If `most_pairs` is
+    reached, the remaining prompts stay in training.
     """
     keys = hash_prompts(train)
-    unique = sorted(set(keys))
-    if len(unique) < 2:
+    pairs_of = Counter(keys)
+    if len(pairs_of) < 2:
         raise DataError(
             "all training pairs have one prompt, so none can be held out",
             expected="at least two different prompts",
             do="name a split with --dataset_test_split, or --eval_strategy no --load_best_model_at_end false",
         )
-    pairs_of = Counter(keys)
     chosen: set[bytes] = set()
-    taken = 0
-    for key in unique[: min(max(1, round(fraction * len(unique))), len(unique) - 1)]:
-        taken += pairs_of[key]
-        if chosen and most_pairs is not None and taken > most_pairs:
+    wanted, taken = fraction * len(keys), 0
+    for key in sorted(pairs_of):
+        if pairs_of[key] > 2 * (wanted - taken):  # without it, the number is nearer to the wanted one
+            continue
+        if chosen and most_pairs is not None and taken + pairs_of[key] > most_pairs:
             break
         chosen.add(key)
+        taken += pairs_of[key]
+    chosen = chosen or {min(sorted(pairs_of), key=pairs_of.__getitem__)}
+    if len(chosen) == len(pairs_of):
+        chosen.remove(max(chosen))
     held_out = [i for i, key in enumerate(keys) if key in chosen]
     rest = [i for i, key in enumerate(keys) if key not in chosen]
     return train.select(rest), train.select(held_out)

@@ -10,6 +10,7 @@ from rich.table import Table
 from dpokit.data.messages import ROLE_NAMES
 from dpokit.safe_console import SafeConsole
 
+CUT = ("turns", "prompt", "answer")  # what a pair can lose to the length limits: whole turns of its prompt, or tokens
 REASONS = {
     "missing_text": "a prompt or an answer is missing or is not text",
     "no_answer_turn": "the conversation does not end with the assistant's answer, but with the role in brackets",
@@ -137,7 +138,7 @@ class Tally:
             "rows": self.rows,
             "kept": self.kept,
             "dropped": dict(self.dropped.most_common()),
-            "shortened": {"prompt": self.shortened["prompt"], "answer": self.shortened["answer"]},
+            "shortened": {part: self.shortened[part] for part in CUT},
             "notes": dict(self.notes.most_common()),
         }
 
@@ -146,7 +147,7 @@ def print_report(report: Mapping[str, Any]) -> None:
     """Prints the table on stderr: a line for each split, then a line for each reason and finding."""
     console = SafeConsole(stderr=True, highlight=False)
     table = Table(title="data", title_justify="left", box=None, pad_edge=False)
-    for name in ("split", "format", "rows", "kept", "dropped", "prompt cut", "answer cut"):
+    for name in ("split", "format", "rows", "kept", "dropped", *(f"{part} cut" for part in CUT)):
         table.add_column(name, justify="left" if name in ("split", "format") else "right")
     splits = {name: report[name] for name in ("train", "eval") if report.get(name)}
     for name, split in splits.items():

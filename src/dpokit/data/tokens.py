@@ -1,5 +1,6 @@
-"""Turns pairs into token ids: the prompt as at inference, answers that end with EOS, both cut to the same limits."""
+"""Turns pairs into token ids: the prompt as at inference, answers that end with EOS, both within the length limits."""
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -10,53 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.data.chat_rendering import RenderedAnswer, RenderedPair
-from dpokit.data.columns import FEATURES
+from dpokit.data.columns import FEATURES, hash_ids
+from dpokit.data.formats import Pair
 from dpokit.data.layouts import Layout
 from dpokit.data.messages import UnusableError
 from dpokit.data.rendering import Ids, Renderer
+from dpokit.data.shorten import LengthLimits, count_common, cut, list_shorter, replace_first_question
 from dpokit.errors import ModelError
-
-
-@dataclass(frozen=True)
-class LengthLimits:
-    """The most tokens of a prompt, of an answer, and of both together; None for no limit."""
-
-    prompt_tokens: int | None = None
-    answer_tokens: int | None = None
-    total_tokens: int | None = None
-
-
-def cut(
-    prompt: Ids, chosen: Ids, rejected: Ids, limits: LengthLimits, *, keep_first: bool = False
-) -> tuple[Ids, Ids, Ids]:
-    """Cuts a pair to the limits: the prompt keeps its end, the answers keep their start, and both have one prompt.
-
-    If prompt and answer exceed `total_tokens`, the cut shortens the prompt's start first, down to the one token that
-    predicts the answer's first token, and then the answer's end.
-
-    Args:
-        prompt, chosen, rejected: token ids.
-        limits: the limits.
-        keep_first: whether the prompt's first token is a BOS, which stays.
-
-    Raises:
-        UnusableError: `no_room` if the limits leave no token of the prompt or of an answer.
-    """
-    chosen, rejected = chosen[: limits.answer_tokens], rejected[: limits.answer_tokens]
-    fixed = int(keep_first)
-    prompt_limit = len(prompt) if limits.prompt_tokens is None else limits.prompt_tokens
-    if limits.total_tokens is not None:
-        longest = max(len(chosen), len(rejected))
-        prompt_limit = min(prompt_limit, max(limits.total_tokens - longest, fixed + 1))
-        answer_limit = max(limits.total_tokens - min(prompt_limit, len(prompt)), 0)
-        chosen, rejected = chosen[:answer_limit], rejected[:answer_limit]
-    if len(prompt) > prompt_limit:
-        if prompt_limit <= fixed:
-            raise UnusableError("no_room")
-        prompt = prompt[:fixed] + prompt[len(prompt) - prompt_limit + fixed :]
-    if not chosen or not rejected:
-        raise UnusableError("no_room")
-    return prompt, chosen, rejected
 
 
 @cache
@@ -88,24 +49,27 @@ class Encoder:
         `dropped` is a reason or empty, `cut` names the shortened parts, `notes` has keys of `tally.NOTES`.
         """
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        rendered: list[RenderedPair | None] = []
+        pairs: list[Pair | None] = []
+        rendered: list[RenderedPair] = []
         reasons: list[str] = []
         for row, index in zip(rows, indices, strict=True):
             try:
-                rendered.append(self.renderer.render(self.layout.to_pair(row)))
+                pair = self.layout.to_pair(row)
+                rendered.append(self.renderer.render(pair))
+                pairs.append(pair)
                 reasons.append("")
             except ModelError as error:  # a template that does not end
                 raise ModelError(f"in row {index + 1}, {error.seen}", expected=error.expected, do=error.do) from error
             except UnusableError as error:
-                rendered.append(None)
+                pairs.append(None)
                 reasons.append(str(error))
-        encoded = self._encode([pair for pair in rendered if pair is not None])
+        encoded = self._encode(rendered)
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for pair, reason, index in zip(rendered, reasons, indices, strict=True):
+        for whole, reason, index in zip(pairs, reasons, indices, strict=True):
             values = _Encoded()
-            if pair is not None:
+            if whole is not None:
                 try:
-                    values = self._cut(next(encoded))
+                    values = self._shorten(whole, next(encoded))
                 except UnusableError as error:
                     reason = str(error)
             for name, value in {**vars(values), "row": index, "dropped": reason}.items():
@@ -148,19 +112,62 @@ class Encoder:
                 encoded[at] = replace(encoded[at], mask=renderer.find_mask(pairs[at].prompt, answer, encoded[at].ids))
         return encoded
 
-    def _cut(self, pair: "_Encoded") -> "_Encoded":
-        """Returns the pair cut to the limits. Raises: UnusableError if nothing is left, or the answers become equal."""
-        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        keep_first = ids[0][:1] == [self.renderer.tokenizer.bos_token_id]
-        short = cut(*ids, self.limits, keep_first=keep_first)
+    def _shorten(self, pair: Pair, whole: "_Encoded") -> "_Encoded":
+        """Returns the encoded pair within the limits. Raises: UnusableError if too little or no difference is left."""
+        fixed = head = int(whole.prompt_ids[:1] == [self.renderer.tokenizer.bos_token_id])
+        most = self._find_prompt_limit(whole, fixed)
+        parts, encoded = [], whole
+        if len(whole.prompt_ids) > most:
+            pair, encoded = self._drop_turns(pair, whole, most)
+            parts += ["turns"] if encoded is not whole else []
+            most = self._find_prompt_limit(encoded, fixed)
+            if len(encoded.prompt_ids) > most:
+                parts.append("prompt")
+                head = max(self._count_head(pair, encoded.prompt_ids, most), fixed)
+        ids = (encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids)
+        short = cut(*ids, self.limits, head=head, fixed=fixed)
         if short[1] == short[2]:
             raise UnusableError("equal_after_cut")
-        chosen_mask, rejected_mask = pair.chosen_mask[: len(short[1])], pair.rejected_mask[: len(short[2])]
+        chosen_mask, rejected_mask = encoded.chosen_mask[: len(short[1])], encoded.rejected_mask[: len(short[2])]
         if any(mask and not any(mask) for mask in (chosen_mask, rejected_mask)):
             raise UnusableError("no_room")  # the limit leaves none of the assistant's tokens
-        parts = ["prompt"] if len(short[0]) < len(ids[0]) else []
         parts += ["answer"] if len(short[1]) < len(ids[1]) or len(short[2]) < len(ids[2]) else []
-        return _Encoded(*short, chosen_mask, rejected_mask, " ".join(parts), pair.notes)
+        key, tokens = hash_ids(whole.prompt_ids), whole.count_tokens()
+        return _Encoded(*short, chosen_mask, rejected_mask, key, tokens, " ".join(parts), encoded.notes)
+
+    def _find_prompt_limit(self, pair: "_Encoded", fixed: int) -> int:
+        answer = max(len(pair.chosen_ids), len(pair.rejected_ids))
+        return self.limits.fit(len(pair.prompt_ids), answer, fixed=fixed)[0]
+
+    def _drop_turns(self, pair: Pair, whole: "_Encoded", most: int) -> tuple[Pair, "_Encoded"]:
+        """Returns the pair without the fewest whole turns of its prompt's start that leave at most `most` tokens.
+
+        If its last question is longer, this question is left, and if the template refuses what is left, the whole pair.
+        """
+        shorter = [replace(pair, prompt=prompt) for prompt in list_shorter(pair.prompt)]
+
+        def fits(candidate: Pair) -> bool:
+            return len(self.renderer.encode_prompts([self.renderer.render(candidate).prompt])[0]) <= most
+
+        if not shorter:
+            return pair, whole
+        try:
+            chosen = shorter[min(bisect_left(shorter, True, key=fits), len(shorter) - 1)]
+            return chosen, next(self._encode([self.renderer.render(chosen)]))
+        except UnusableError:
+            return pair, whole
+
+    def _count_head(self, pair: Pair, prompt_ids: Ids, most: int) -> int:
+        """Counts the tokens before the first question: a system turn and a header. 0 if `most` tokens have no room."""
+        other = replace_first_question(pair.prompt)
+        if other is None:
+            return 0
+        try:
+            ids = self.renderer.encode_prompts([self.renderer.render(replace(pair, prompt=other)).prompt])[0]
+        except UnusableError:
+            return 0
+        head, tail = count_common(ids, prompt_ids), count_common(ids[::-1], prompt_ids[::-1])
+        return head if head + tail < most else 0
 
 
 @dataclass(frozen=True)
@@ -179,5 +186,11 @@ class _Encoded:
     rejected_ids: Ids = field(default_factory=list)
     chosen_mask: list[int] = field(default_factory=list)
     rejected_mask: list[int] = field(default_factory=list)
+    prompt_key: bytes = b""
+    whole_tokens: int = 0
     cut: str = ""
     notes: str = ""
+
+    def count_tokens(self) -> int:
+        """Counts the prompt and the longer answer."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))

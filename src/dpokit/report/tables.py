@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpokit.data.tally import CUT
 from dpokit.metrics import is_lower_better, list_report_columns
 from dpokit.report.curves import letter
 from dpokit.report.read import EVAL_LOSS, Run, finite, mapping
@@ -137,10 +138,10 @@ def list_data(run: Run) -> list[Table]:
     for name, split in splits:
         cut = mapping(split.get("shortened"))
         count, kept = split.get("rows") or 0, split.get("kept") or 0
-        counts = [number(v) for v in (count, kept, count - kept, cut.get("prompt", 0), cut.get("answer", 0))]
+        counts = [number(v) for v in (count, kept, count - kept, *(cut.get(part, 0) for part in CUT))]
         rows.append([name, *counts, f"{split.get('format', MISSING)}; {split.get('source', MISSING)}"])
         reasons += [[name, reason, number(n)] for reason, n in mapping(split.get("dropped")).items()]
-    head = ["split", "rows", "kept", "dropped", "prompt cut", "answer cut", "format and source"]
+    head = ["split", "rows", "kept", "dropped", *(f"{part} cut" for part in CUT), "format and source"]
     tables = [Table("Data", head, rows)]
     return tables + ([Table("Dropped rows", ["split", "reason", "rows"], reasons)] if reasons else [])
 

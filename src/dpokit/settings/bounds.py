@@ -73,7 +73,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("save_before_seconds", "neftune_noise_alpha", "router_aux_loss_coef"), ZERO_OR_MORE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "label_smoothing_factor"), SHARE_BELOW_1),
     "label_smoothing": Bound(0, 0.5, without_most=True, why="the share of pairs whose labels are wrong"),
-    **dict.fromkeys(("ld_alpha", "ref_model_mixup_alpha"), SHARE),
+    **dict.fromkeys(("ld_alpha", "ref_model_mixup_alpha", "prompt_share"), SHARE),
     **dict.fromkeys(("seed", "data_seed"), SEED),
     "dataset_num_proc": PROCESSES,
     "dataloader_num_workers": Bound(0, MOST_PROCESSES),

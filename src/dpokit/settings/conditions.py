@@ -425,7 +425,7 @@ CONDITIONS = (
         ("dataset_test_split",),
         ("eval_fraction",),
         lambda values: values["eval_fraction"] is None,
-        "choose one: a split of the data, or a share of the training prompts",
+        "choose one: a split of the data, or a share of the training pairs",
     ),
     Condition(
         ("dataset_config",),

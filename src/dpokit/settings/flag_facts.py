@@ -193,6 +193,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "prediction_loss_only": SUMS,
     "preempt_signal": NONE,
     "project": PRIVATE,
+    "prompt_share": FROM_RUN,
     "push_to_hub": NONE,
     "ref_model_mixup_alpha": EXACT,
     "ref_model_sync_steps": EXACT,

@@ -18,7 +18,7 @@ class DataArguments(ScriptArguments):
 
     eval_fraction: float | None = dataclasses.field(
         default=None,
-        metadata={"help": "Hold out this share of the training prompts for evaluation, instead of a test split."},
+        metadata={"help": "Hold out this share of the training pairs, by prompt, instead of a test split."},
     )
     columns: list[str] | None = dataclasses.field(
         default=None,
@@ -36,10 +36,14 @@ class DataArguments(ScriptArguments):
         default=None, metadata={"help": "Use only the first N rows of the evaluation split."}
     )
     max_prompt_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Keep at most this many tokens of a prompt, from its end."}
+        default=None, metadata={"help": "Keep at most this many tokens of a prompt: whole turns of its end."}
     )
     max_completion_length: int | None = dataclasses.field(
         default=None, metadata={"help": "Keep at most this many tokens of an answer, from its start."}
+    )
+    prompt_share: float = dataclasses.field(
+        default=0.5,
+        metadata={"help": "The share of max_length that a long prompt keeps when long answers are cut."},
     )
     template_date: str | None = dataclasses.field(
         default=None,
