@@ -287,6 +287,7 @@ def test_the_command_prints_two_lines_or_the_record(tiny_gpt2, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == json.loads(run.merge_json.read_text())
     assert str(run.merged) in done.stderr
+    assert "shared prefix: off" not in done.stderr
     again = build_run(tmp_path / "again", tiny_gpt2, lora("gpt2"))
     done = dpokit("merge", str(again.path), "--limit", "4")
     assert "adapter (LoRA) of tiny_gpt20, float32" in done.stdout

@@ -221,6 +221,13 @@ def test_the_pinned_torch_has_flash_attention_for_all_pairs():
     assert HAS_FLASH
 
 
+def test_a_model_cannot_pack_its_batches_twice():
+    model = build(FAMILIES["llama"])
+    share_prefix(model)
+    with pytest.raises(ValueError, match="packs batches already"):
+        share_prefix(model)
+
+
 def test_generation_does_not_change():
     model = build(FAMILIES["llama"]).eval()
     prompt = torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(0))

@@ -76,16 +76,18 @@ class DriftCheck:
         self._data = {"name": source, "fingerprint": fingerprint_ids([pairs])}
         self._computes_in_fp32 = True
         self._roundings: list[torch.Tensor] = []
-        self._before = self._score(policy, "trained")
+        scorer = self._make_scorer(policy)
+        self._before = self._score(scorer, "trained")
         reference = str(settings.model.model_name_or_path)
         has_reference = isinstance(policy, PeftModel) and find_base(name_model(settings, str(folder))) == reference
         if not has_reference:
-            del policy
+            del policy, scorer
             gc.collect()  # frees the policy, whose patched forward refers to itself, before the next model is loaded
             policy = load_frozen(settings, reference, tokenizer)
+            scorer = self._make_scorer(policy)
         with policy.disable_adapter() if has_reference else nullcontext():
-            self._reference = self._score(policy, "reference")
-        del policy
+            self._reference = self._score(scorer, "reference")
+        del policy, scorer
         gc.collect()
 
     def measure(self, merged: PreTrainedModel) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class DriftCheck:
 
         Raises: ModelError: a log-prob is not finite.
         """
-        after = self._score(merged.to(self._settings.training.device), "merged")
+        after = self._score(self._make_scorer(merged.to(self._settings.training.device)), "merged")
         drift = find_distances(after, self._before)
         if not torch.isfinite(drift).all():
             raise ModelError(
@@ -116,9 +118,11 @@ class DriftCheck:
             "accuracy_after": self._find_accuracy(after),
         }
 
-    def _score(self, model: PreTrainedModel | PeftModel, name: str) -> list[list[torch.Tensor]]:
+    def _make_scorer(self, model: PreTrainedModel | PeftModel) -> PairScorer:
+        return PairScorer(model, pad_id=self._pad_id, longest=self._longest)
+
+    def _score(self, scorer: PairScorer, name: str) -> list[list[torch.Tensor]]:
         """For each pair the log-probs of the chosen and of the rejected answer's scored tokens, fp32."""
-        scorer = PairScorer(model, pad_id=self._pad_id, longest=self._longest)
         order = sorted(range(len(self._rows)), key=lambda row: -sum(len(self._rows[row][name]) for name in IDS))
         batches = [order[start : start + BATCH_PAIRS] for start in range(0, len(order), BATCH_PAIRS)]
         scores: list[list[torch.Tensor]] = [[]] * len(order)

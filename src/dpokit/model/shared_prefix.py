@@ -273,9 +273,13 @@ class SharedPrefix:
         model: a causal LM that already has TRL's fused head (`add_fused_lm_head`); only calls with `fused_lm_head=True`
             are packed. The argument `packed` of a call is the layout of its batch, on the model's device. Without it
             the call packs the batch, and waits for the GPU.
+
+    Raises: ValueError for a model whose forward is already replaced: its batches would be packed twice.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if hasattr(model.forward, "packs_batches"):
+            raise ValueError("the model packs batches already")
         self.on = True
         self.attended = 0  # number of layers that followed the layout in the last forward pass
         original = model.forward
@@ -288,6 +292,7 @@ class SharedPrefix:
                 return self._forward(original, packed=packed, **kwargs)
             return original(*args, fused_lm_head=fused_lm_head, **kwargs)
 
+        forward.packs_batches = True  # type: ignore[attr-defined]
         model.forward = forward
 
     def _forward(
