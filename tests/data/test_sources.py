@@ -135,6 +135,7 @@ def test_a_tilde_is_expanded_to_the_home_folder(tmp_path, monkeypatch):
     assert read("~/rows.jsonl", streaming=False) == ROWS
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
 PARQUET_HEAD = b"PAR1 and no more"
 # name, bytes, pattern of the message
 BROKEN = [
@@ -144,7 +145,7 @@ BROKEN = [
     ("cut_list.json", json.dumps(ROWS)[:-9].encode(), "cut_list.json"),
     ("cut.jsonl.gz", gzip.compress(LINES.encode() * 500)[:-20], "gzip data is cut off or broken after line"),
     ("cut.csv.gz", gzip.compress(b"prompt,chosen,rejected\n" + b"a,b,c\n" * 500)[:-12], "gzip data is cut off"),
-    ("not_gzip.jsonl.gz", LINES.encode(), "gzip data is cut off or broken after line 0"),
+    ("not_gzip.jsonl.gz", LINES.encode(), "not packed with gzip"),
     ("empty.jsonl", b"", "the file is empty"),
     ("empty.json", b"", "the file is empty"),
     ("empty.csv", b"", "the file is empty"),
@@ -154,9 +155,36 @@ BROKEN = [
     ("latin.jsonl", LINES.encode("latin-1"), "line 1 is not UTF-8"),
     ("latin.csv", "prompt,chosen,rejected\na,é,b\n".encode("latin-1"), "line 2 is not UTF-8"),
     ("late_latin.jsonl", LINES.encode() + LINES.encode("latin-1"), "line 6 is not UTF-8"),
-    ("windows.csv", "prompt,chosen,rejected\na,b,c\n".encode("utf-16"), "line 1 is not UTF-8"),
-    ("ragged.csv", b"prompt,chosen,rejected\na,b,c\nd,e,f,g,h\n", "Expected 3 fields in line 3, saw 5"),
+    ("windows.csv", "prompt,chosen,rejected\na,b,c\n".encode("utf-16"), "text in UTF-16"),
+    ("ragged.csv", b"prompt,chosen,rejected\na,b,c\nd,e,f,g,h\n", "line 3 has 5 cells, and there are 3 columns"),
     ("broken.parquet", PARQUET_HEAD, "magic bytes"),
+    ("pointer.jsonl", LFS_POINTER, "a Git LFS pointer"),
+    ("pointer.csv", LFS_POINTER, "a Git LFS pointer"),
+    ("pointer.parquet", LFS_POINTER, "a Git LFS pointer"),
+    ("packed.jsonl", gzip.compress(LINES.encode(), mtime=0), "packed with gzip"),
+    ("packed.parquet", gzip.compress(b"PAR1", mtime=0), "packed with gzip"),
+    ("archive.jsonl", b"PK\x03\x04 and more", "a zip archive"),
+    ("zstd.jsonl", b"(\xb5/\xfd and more", "packed with zstd"),
+    ("page.jsonl", b"<!DOCTYPE html><html>", "a web page"),
+    ("text.parquet", LINES.encode(), "not a Parquet file"),
+    ("parquet.csv", PARQUET_HEAD, "a Parquet file"),
+    (
+        "three.jsonl",
+        (LINES + "{\n" + LINES + "5\nx\n").encode(),
+        r"3 of 13 rows cannot be read: line 6 .*; line 12 .*; line 13 ",
+    ),
+    ("many.jsonl", ("x\n" * 9 + LINES).encode(), "9 of 14 rows cannot be read: .*line 5 .*and 4 more"),
+    ("deep.jsonl", (LINES + '{"x": ' + "[" * 60 + "]" * 60 + "}\n").encode(), "line 6 is nested too deeply"),
+    ("deep_list.json", ('[{"x": ' + "[" * 60 + "]" * 60 + "}]").encode(), "line 1 is nested too deeply"),
+    (
+        "twice.jsonl",
+        (LINES + '{"prompt": "a", "chosen": "b", "chosen": "c"}\n').encode(),
+        "line 6 .* chosen stands twice",
+    ),
+    ("half.jsonl", (LINES + '{"prompt": "\\ud800", "chosen": "b"}\n').encode(), "line 6 .* half of a surrogate pair"),
+    ("objects.jsonl", b"{}\n{}\n", "no rows"),
+    ("twice.csv", b"prompt,chosen,chosen,rejected\na,b,x,c\n", "names the column chosen twice"),
+    ("marks.csv", b"prompt;chosen;rejected\na;b;c\n", "separates columns with ';'"),
     ("pairs.txt", LINES.encode(), "file of an unknown kind"),
     ("pairs", LINES.encode(), "file of an unknown kind"),
     ("pairs.txt.gz", gzip.compress(LINES.encode(), mtime=0), "file of an unknown kind"),
@@ -253,6 +281,16 @@ def test_a_missing_split_is_reported_with_the_flag(flag, tmp_path):
         get_split(splits, "validation", flag)
     assert f"--{flag}" in error.value.do
     assert ("--eval_fraction" in error.value.do) == (flag == "dataset_test_split")
+
+
+@pytest.mark.parametrize(
+    ("names", "advised"),
+    [(["test_prefs"], "NAME"), (["test", "train_prefs"], "train_prefs"), (["validation", "data"], "data")],
+)
+def test_nobody_is_advised_to_train_on_a_test_split(names, advised):
+    with pytest.raises(DataError) as error:
+        get_split(dict.fromkeys(names), "train", "dataset_train_split")
+    assert error.value.do.endswith(f"--dataset_train_split {advised}")
 
 
 @BOTH_WAYS

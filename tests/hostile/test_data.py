@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, Dataset, DatasetDict, Features, Image, List, Value, load_dataset_builder
 
-from dpokit.data import check_file as limits
-from dpokit.data import rendering, sources
+from dpokit.data import check_file, rendering, sources
+from dpokit.data import check_lines as limits
 from dpokit.data.files import read_split_rows
 from dpokit.data.prepare import prepare_data
 from dpokit.data.sources import load_splits
@@ -35,8 +35,9 @@ MOST_SECONDS = 30.0
 def small(monkeypatch):
     """Makes the limits a thousand times smaller, so that a test creates a bomb quickly."""
     monkeypatch.setattr(limits, "FREE_BYTES", MIB)
-    monkeypatch.setattr(limits, "LINE_BYTES", MIB // 4)
-    monkeypatch.setattr(limits, "LIST_BYTES", MIB // 2)
+    for module in (limits, check_file):
+        monkeypatch.setattr(module, "LINE_BYTES", MIB // 4)
+    monkeypatch.setattr(check_file, "LIST_BYTES", MIB // 2)
 
 
 def repeat(text: str, times: int) -> pa.DictionaryArray:

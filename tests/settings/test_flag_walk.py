@@ -339,6 +339,10 @@ ELSEWHERE = {
         "a column that is an error without it",
         "tests/data/test_unused_columns.py::test_a_run_uses_and_ignores_the_named_columns",
     ),
+    "skip_bad_rows": (
+        "a row that is an error without it",
+        "tests/data/test_bad_rows.py::test_bad_rows_are_dropped_counted_and_keep_their_numbers",
+    ),
     "template_date": (
         "a template with a date",
         "tests/checkpoint/test_resume.py::test_a_run_keeps_the_date_that_its_template_writes",

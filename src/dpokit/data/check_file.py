@@ -5,36 +5,44 @@ import gzip
 import json
 import re
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
-from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from dpokit.data.check_lines import (
+    LINE_BYTES,
+    Findings,
+    build_object,
+    check_lines,
+    check_row,
+    find_limit,
+    open_file,
+    refuse,
+    too_large,
+)
+from dpokit.data.file_kinds import check_kind
 from dpokit.errors import DataError
 
-LINE_BYTES = 64 << 20  # the longest context of any model, 10 million tokens, has about 40 MB
 LIST_BYTES = 1 << 30  # `datasets` reads a list of the Hub in one piece, which takes several times its size
-# A packed file may expand to FREE_BYTES, and a large one to MOST_EXPANSION times its size: text rarely packs to 1/50.
-FREE_BYTES = 1 << 30
-MOST_EXPANSION = 100
 BATCH_ROWS = 1_000
 BLOCK_BYTES = 1 << 20
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 
 
-def check_file(path: Path, builder: str) -> None:
-    """Checks a file by reading it once.
+def check_file(path: Path, builder: str, *, skip_bad: bool = False) -> Findings:
+    """Checks a file by reading it once; returns what was seen of rows that stand in lines.
 
     Args:
         builder: the builder of `datasets` that reads it next: json, csv or parquet. A packed Parquet file is checked
             after it is unpacked.
+        skip_bad: whether bad rows of JSONL and CSV are allowed.
 
     Raises:
-        DataError: the file is empty, cut off, not UTF-8 or too large. The error names the line if it has one.
+        DataError: the file is empty, cut off, not UTF-8 or too large. The error names the lines if it has some.
     """
+    check_kind(path, builder)
     if builder == "parquet":
         _check_parquet(path)
     elif builder == "json" and is_list(path):
@@ -43,7 +51,8 @@ def check_file(path: Path, builder: str) -> None:
     elif builder == "json" and _first_bytes(path) in (b"{\n", b"{\r"):
         _check_object(path)
     else:
-        _check_lines(path, as_json=builder == "json")
+        return check_lines(path, builder, skip_bad=skip_bad)
+    return Findings()
 
 
 def is_list(path: Path) -> bool:
@@ -80,11 +89,6 @@ def write_lines(path: Path, target: Path) -> None:
             file.write("\n")  # an empty list becomes an empty line: the file is not empty
 
 
-def find_limit(path: Path) -> int:
-    """Returns the most bytes that a packed file may expand to."""
-    return max(FREE_BYTES, MOST_EXPANSION * path.stat().st_size)
-
-
 def unpack(path: Path, target: Path) -> None:
     """Unpacks a gzip file. Raises: DataError if it expands beyond its limit or is broken."""
     try:
@@ -92,42 +96,20 @@ def unpack(path: Path, target: Path) -> None:
             limit = find_limit(path)
             while block := packed.read(1 << 20):
                 if plain.tell() + len(block) > limit:
-                    raise _too_large(path, limit)
+                    raise too_large(path, limit)
                 plain.write(block)
     except (EOFError, gzip.BadGzipFile) as error:
-        raise _refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]  # reads bytes
+        raise refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
 
 
 def _first_bytes(path: Path) -> bytes:
     """Returns the first character of a text; after `{`, also the next one."""
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     except (EOFError, gzip.BadGzipFile):
         return b""  # the check of the lines reports it
     return start[:1] if start[:1] != b"{" else start[:2]
-
-
-def _check_lines(path: Path, *, as_json: bool) -> None:
-    number = 0
-    try:
-        for number, line in _numbered_lines(path):
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # Windows writes a byte order mark
-            if as_json and text.strip() and not isinstance(json.loads(text), dict):
-                raise _refuse(path, f"line {number} is not an object of columns", "write one JSON object a line")
-    except UnicodeDecodeError as error:
-        raise _refuse(path, f"line {number} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
-    except (EOFError, gzip.BadGzipFile) as error:
-        problem = f"the gzip data is cut off or broken after line {number}"
-        raise _refuse(path, problem, "download or pack it again") from error
-    except (ValueError, RecursionError) as error:
-        raise _broken_json(path, number, error) from error
-    if number == 0:
-        raise _refuse(path, "the file is empty", "name another file")
 
 
 class _ListText:
@@ -142,6 +124,7 @@ class _ListText:
         self._path = path
         self._blocks = _read_blocks(path)
         self._text = ""
+        self._decoder = json.JSONDecoder(object_pairs_hook=build_object)
         self._line = 1  # line of the first character in memory
 
     def skip_space(self) -> str:
@@ -159,7 +142,8 @@ class _ListText:
         self.skip_space()
         while True:
             try:
-                row, end = json.JSONDecoder().raw_decode(self._text, self.place)
+                row, end = self._decoder.raw_decode(self._text, self.place)
+                check_row(row, self._text[self.place : end])
             except json.JSONDecodeError as error:
                 # A row that continues in the next block also fails to parse.
                 if len(self._text) - self.place > LINE_BYTES:
@@ -172,10 +156,10 @@ class _ListText:
                 raise _broken_json(self._path, self._find_line(self.place), error) from error
             if not isinstance(row, dict):
                 problem = f"line {self._find_line(self.place)} has a row that is not an object of columns"
-                raise _refuse(self._path, problem, "write each row as a JSON object")
+                raise refuse(self._path, problem, "write each row as a JSON object")
             if end - self.place > LINE_BYTES:
                 problem = f"the row that ends in line {self._find_line(end)} is longer than {LINE_BYTES >> 20} MiB"
-                raise _refuse(self._path, problem, "leave the row out")
+                raise refuse(self._path, problem, "leave the row out")
             line = self._text[self.place : end].replace("\n", " ").replace("\r", " ")
             self.place = end
             return line
@@ -183,7 +167,7 @@ class _ListText:
     def refuse(self, place: int, problem: str) -> DataError:
         """Returns the error for broken JSON at a position of the text in memory."""
         line = self._find_line(place)
-        return _refuse(self._path, f"line {line} is broken JSON: {problem}", f"correct line {line}, or delete it")
+        return refuse(self._path, f"line {line} is broken JSON: {problem}", f"correct line {line}, or delete it")
 
     def _find_line(self, place: int) -> int:
         return self._line + self._text.count("\n", 0, place)
@@ -207,11 +191,11 @@ def _read_blocks(path: Path) -> Iterator[str]:
     limit = min(LIST_BYTES, find_limit(path))
     line, size = 1, 0
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             while block := file.read(BLOCK_BYTES):
                 size += len(block)
                 if size > limit:
-                    raise _too_large(path, limit, "write one JSON object a line (JSONL)")
+                    raise too_large(path, limit, "write one JSON object a line (JSONL)")
                 text = decoder.decode(block)
                 line += text.count("\n")
                 if text:  # a block may hold only a part of a character
@@ -219,9 +203,9 @@ def _read_blocks(path: Path) -> Iterator[str]:
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         line += error.object.count(b"\n", 0, error.start)
-        raise _refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+        raise refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
     except (EOFError, gzip.BadGzipFile) as error:
-        raise _refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
+        raise refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
 
 
 def _check_object(path: Path) -> None:
@@ -229,34 +213,18 @@ def _check_object(path: Path) -> None:
     content = b""
     try:
         limit = min(LIST_BYTES, find_limit(path))
-        with _open(path) as file:
+        with open_file(path) as file:
             content = file.read(limit + 1)
         if len(content) > limit:
-            raise _too_large(path, limit, "write one JSON object a line (JSONL)")
+            raise too_large(path, limit, "write one JSON object a line (JSONL)")
         json.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise _refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
+        raise refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
     except (EOFError, gzip.BadGzipFile) as error:
-        raise _refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
+        raise refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
     except (ValueError, RecursionError) as error:
         raise _broken_json(path, getattr(error, "lineno", 1), error) from error
-
-
-def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    # Bytes, because Python decodes a text file in blocks, and an error in a block names no line.
-    limit = find_limit(path) if path.suffix == ".gz" else None
-    with _open(path) as file:
-        for number in count(1):
-            line = file.readline(LINE_BYTES + 1)
-            if not line:
-                return
-            if len(line) > LINE_BYTES:
-                problem = f"line {number} is longer than {LINE_BYTES >> 20} MiB"
-                raise _refuse(path, problem, f"correct line {number}, or delete it")
-            if limit is not None and file.tell() > limit:
-                raise _too_large(path, limit)
-            yield number, line
 
 
 def _check_parquet(path: Path) -> None:
@@ -276,7 +244,7 @@ def _check_parquet(path: Path) -> None:
                     each = max(each, chunk.total_uncompressed_size)
                 size += max(chunk.total_uncompressed_size, chunk.num_values * each)
     if size > limit:
-        raise _too_large(path, limit)
+        raise too_large(path, limit)
     # Read as a dictionary, a repeated text is in memory only once, as in the file.
     size = 0
     with pq.ParquetFile(path, read_dictionary=texts) as file:
@@ -284,7 +252,7 @@ def _check_parquet(path: Path) -> None:
             for part in batch.columns:
                 size += _count_text(path, part)
             if size > limit:
-                raise _too_large(path, limit)
+                raise too_large(path, limit)
 
 
 def _count_text(path: Path, array: pa.Array) -> int:
@@ -294,7 +262,7 @@ def _count_text(path: Path, array: pa.Array) -> int:
         longest = pc.max(lengths).as_py() or 0
         if longest > LINE_BYTES:
             problem = f"a row has a text of {longest:,} bytes"
-            raise _refuse(path, problem, f"leave out rows of more than {LINE_BYTES >> 20} MiB")
+            raise refuse(path, problem, f"leave out rows of more than {LINE_BYTES >> 20} MiB")
         return pc.sum(pc.cast(lengths.take(array.indices), pa.int64())).as_py() or 0
     if isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         return _count_text(path, array.flatten())
@@ -305,12 +273,4 @@ def _count_text(path: Path, array: pa.Array) -> int:
 
 def _broken_json(path: Path, line: int, error: Exception) -> DataError:
     problem = "is nested too deeply" if isinstance(error, RecursionError) else f"is broken JSON: {error}"
-    return _refuse(path, f"line {line} {problem}", f"correct line {line}, or delete it")
-
-
-def _too_large(path: Path, limit: int, do: str = "if you trust it, unpack it first") -> DataError:
-    return _refuse(path, f"its {path.stat().st_size:,} bytes expand to more than {limit:,}", do)
-
-
-def _refuse(path: Path, problem: str, do: str) -> DataError:
-    return DataError(f"{path}: {problem}", expected="a complete file with one row per line, or in Parquet", do=do)
+    return refuse(path, f"line {line} {problem}", f"correct line {line}, or delete it")

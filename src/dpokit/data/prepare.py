@@ -115,6 +115,7 @@ def _prepare_splits(
     encoder = Encoder(renderer, layout, limits)
     tallies = {"train": Tally(name, layout.name)}
     if isinstance(train_rows, IterableDataset):
+        tallies["train"].is_stream = True
         train: Rows = _encode_stream(train_rows, encoder, tallies["train"], seed)
     else:
         train = _encode(train_rows, encoder, tallies["train"], processes)
@@ -231,7 +232,8 @@ def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
 
 def _load(data: DataArguments, *, streaming: bool) -> dict[str, Rows]:
     ignore = data.ignore_columns or ()
-    return load_splits(data.dataset_name, data.dataset_config, streaming=streaming, ignore=ignore)
+    skip_bad = data.skip_bad_rows
+    return load_splits(data.dataset_name, data.dataset_config, streaming=streaming, ignore=ignore, skip_bad=skip_bad)
 
 
 def _find_layout_for(data: DataArguments, rows: Rows, name: str) -> Layout:

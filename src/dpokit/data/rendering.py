@@ -54,6 +54,10 @@ class Renderer:
         self.ends = (int(tokenizer.eos_token_id),) if self.chat is None else self.chat.ends
         self.control_words = ControlWords(tokenizer)
 
+    def count_ends(self) -> int:
+        """Counts the tokens in `end` that end an answer; 1 for most templates."""
+        return sum(number in self.ends for number in self.encode_continued([self.end])[0])
+
     def _probe_spaces(self) -> bool:
         """Whether the tokenizer adds a space before every text, as SentencePiece does."""
         alone = self.tokenizer(" yes", add_special_tokens=False)["input_ids"]

@@ -4,8 +4,9 @@ import errno
 import glob
 import hashlib
 import os
+import re
 import shlex
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -30,7 +31,10 @@ from datasets.exceptions import DatasetNotFoundError
 from datasets.features import Json
 
 from dpokit.atomic_files import read_record
+from dpokit.console import say
 from dpokit.data.check_file import check_file, is_list, unpack, write_lines
+from dpokit.data.check_lines import Findings, check_lines, write_good_rows
+from dpokit.data.file_kinds import check_kind
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
 from dpokit.file_hashes import hash_file
@@ -42,11 +46,19 @@ HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "cache")
 # Errors of reading the data; the others (ENOSPC, EROFS, ...) come from writing the cache.
 READ_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
+SHOWN_LINES = 20
+HELD_OUT = re.compile(r"test|val|dev|eval|held")  # names of splits that nobody should train on
+
 Rows: TypeAlias = Dataset | IterableDataset
 
 
 def load_splits(
-    name: str | None, config_name: str | None, *, streaming: bool, ignore: Collection[str] = ()
+    name: str | None,
+    config_name: str | None,
+    *,
+    streaming: bool,
+    ignore: Collection[str] = (),
+    skip_bad: bool = False,
 ) -> dict[str, Rows]:
     """Loads every split of a dataset, by name.
 
@@ -55,6 +67,7 @@ def load_splits(
         config_name: the dataset's configuration, if it has several.
         streaming: read rows as they are needed.
         ignore: columns that are left out unread.
+        skip_bad: read a row of JSONL or CSV that cannot be read as an empty row, in place of an error.
 
     Raises:
         DataError: missing, unreadable, broken, empty or too large data; the error names file and line. Or a column
@@ -64,9 +77,9 @@ def load_splits(
         raise DataError("no dataset was named", expected="a Hub id, a file or a folder", do="--dataset_name ID|PATH")
     path = Path(name).expanduser()
     if path.is_file():
-        return _load_file(path, streaming=streaming, ignore=ignore)
+        return _load_file(path, streaming=streaming, ignore=ignore, skip_bad=skip_bad)
     if path.is_dir():
-        return _load_folder(path, config_name, streaming=streaming, ignore=ignore)
+        return _load_folder(path, config_name, streaming=streaming, ignore=ignore, skip_bad=skip_bad)
     if path.exists():
         raise DataError(
             f"--dataset_name {name} is a pipe or a device",
@@ -91,19 +104,21 @@ def find_disk_trouble_or(error: BaseException, problem: str, expected: str, do: 
 def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
     """Returns one split. Raises: DataError with the names of the splits."""
     if split not in splits:
-        remedy = f"--{flag} {next(iter(splits))}"
         if flag == "dataset_test_split":
             remedy = "name one with --dataset_test_split, hold out a part of the training rows with "
             remedy += (
                 "--eval_fraction 0.05, or train without evaluation: --eval_strategy no --load_best_model_at_end false"
             )
+        else:
+            training = next((name for name in splits if not HELD_OUT.search(name)), "NAME")
+            remedy = f"name the split to train on: --{flag} {training}"
         raise DataError(
             f"there is no split {split!r}; there is {', '.join(splits)}", expected="a split of the dataset", do=remedy
         )
     return splits[split]
 
 
-def _load_file(path: Path, *, streaming: bool, ignore: Collection[str]) -> dict[str, Rows]:
+def _load_file(path: Path, *, streaming: bool, ignore: Collection[str], skip_bad: bool) -> dict[str, Rows]:
     builder = find_builder(path)
     if builder is None:
         raise DataError(
@@ -112,7 +127,7 @@ def _load_file(path: Path, *, streaming: bool, ignore: Collection[str]) -> dict[
             do="convert the file, or give it the right ending",
         )
     try:
-        return _load_files(path, builder, {"train": [path]}, streaming=streaming, ignore=ignore)
+        return _load_files(path, builder, {"train": [path]}, streaming=streaming, ignore=ignore, skip_bad=skip_bad)
     except DataError:
         raise
     except Exception as error:
@@ -125,11 +140,14 @@ def _load_file(path: Path, *, streaming: bool, ignore: Collection[str]) -> dict[
         ) from error
 
 
-def _load_folder(path: Path, config_name: str | None, *, streaming: bool, ignore: Collection[str]) -> dict[str, Rows]:
+def _load_folder(
+    path: Path, config_name: str | None, *, streaming: bool, ignore: Collection[str], skip_bad: bool
+) -> dict[str, Rows]:
     try:
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return _load_saved(path, streaming=streaming, ignore=ignore)
-        return _load_files(path, *find_files(path, config_name), streaming=streaming, ignore=ignore)
+        builder, splits = find_files(path, config_name)
+        return _load_files(path, builder, splits, streaming=streaming, ignore=ignore, skip_bad=skip_bad)
     except DataError:
         raise
     except Exception as error:
@@ -143,17 +161,22 @@ def _load_folder(path: Path, config_name: str | None, *, streaming: bool, ignore
 
 
 def _load_files(
-    path: Path, builder: str, splits: Splits, *, streaming: bool, ignore: Collection[str]
+    path: Path, builder: str, splits: Splits, *, streaming: bool, ignore: Collection[str], skip_bad: bool
 ) -> dict[str, Rows]:
     content = hashlib.sha256()
     readable: dict[str, list[Path]] = {}
+    mixed: list[dict[str, Any]] = []
     for split, files in splits.items():
-        readable[split] = [_make_readable(file, builder) for file in files]
-        for file, copy in zip(files, readable[split], strict=True):
-            if copy == file or builder == "parquet":  # copying a list has checked its rows
-                check_file(copy, builder)
+        readable[split] = []
+        for file in files:
+            copy, findings = _make_readable(file, builder, skip_bad=skip_bad)
+            readable[split].append(copy)
             content.update(hash_file(copy).encode())
+            mixed += findings.mixed
     options = dict(OPTIONS.get(builder, {}))
+    if mixed:
+        # `datasets` finds a column's type in the first megabytes, and turns later values of other types into text.
+        options["features"] = Dataset.from_list(mixed, on_mixed_types="use_json").features
     if builder == "parquet":
         first = next(file for files in readable.values() for file in files)
         features = Features.from_arrow_schema(pq.read_schema(first))
@@ -166,17 +189,32 @@ def _load_files(
     return dict(loaded) if builder == "parquet" else _leave_out(str(path), loaded, ignore)
 
 
-def _make_readable(file: Path, builder: str) -> Path:
-    """Returns the file, or a copy in the cache of `datasets`: Parquet unpacked, or a JSON list as one row per line.
+def _make_readable(file: Path, builder: str, *, skip_bad: bool) -> tuple[Path, Findings]:
+    """Returns the checked file, or a copy in the cache of `datasets`: unpacked, row by row, or without bad rows.
 
     `datasets` unpacks text files, but not Parquet files, and it reads a whole JSON list into memory.
     """
+    check_kind(file, builder)
     if file.name.endswith(".parquet.gz"):
-        write, ending = unpack, ".parquet"
+        copy = _copy(file, ".parquet", unpack)
     elif builder == "json" and is_list(file):
-        write, ending = write_lines, ".jsonl"
+        copy = _copy(file, ".jsonl", write_lines)
+        return copy, check_lines(copy, builder, name=file)
     else:
-        return file
+        copy = file
+    findings = check_file(copy, builder, skip_bad=skip_bad)
+    if findings.bad:
+        numbers = ", ".join(f"{number:,}" for number in list(findings.bad)[:SHOWN_LINES])
+        more = ", ..." if len(findings.bad) > SHOWN_LINES else ""
+        lines = f"lines {numbers}{more}"
+        say(f"{file}: {len(findings.bad):,} of {findings.rows:,} rows cannot be read and are skipped: {lines}")
+        ending = ".csv" if builder == "csv" else ".jsonl"
+        copy = _copy(file, f".good{ending}", lambda source, target: write_good_rows(source, builder, target))
+    return copy, findings
+
+
+def _copy(file: Path, ending: str, write: Callable[[Path, Path], None]) -> Path:
+    """Returns the copy of a file in the cache, by its content, and writes it if it is not there."""
     folder = Path(config.EXTRACTED_DATASETS_PATH)
     whole = folder / f"{hash_file(file)}{ending}"
     if not whole.exists():

@@ -12,6 +12,7 @@ from dpokit.safe_console import SafeConsole
 
 CUT = ("turns", "prompt", "answer")  # what a pair can lose to the length limits: whole turns of its prompt, or tokens
 REASONS = {
+    "empty_row": "the row has no value, or it cannot be read and --skip_bad_rows is set",
     "missing_text": "a prompt or an answer is missing or is not text",
     "no_answer_turn": "the conversation does not end with the assistant's answer, but with the role in brackets",
     "unknown_role": "a message has a role that no chat template knows",
@@ -33,6 +34,7 @@ REASONS = {
     "needs_template": "the model has no chat template, which the message's key in brackets needs",
     "control_word": "a message has a character that is a control token of the model",
     "empty_answer": "an answer has no word",
+    "end_inside_answer": "an answer has the text of a token that ends a turn, such as <|im_end|>, before its end",
     "tie": "the vote calls both answers equally good",
     "both_bad": "the vote calls both answers bad",
     "equal_answers": "chosen and rejected are the same",
@@ -56,6 +58,7 @@ _LENGTHS = "raise --max_length, --max_prompt_length or --max_completion_length"
 _OTHER_COLUMNS = "name the columns of prompt and answers: --columns prompt=NAME,chosen=NAME,rejected=NAME"
 _ROLES = f"write one of the roles {', '.join(ROLE_NAMES)}"
 REMEDIES = {
+    "empty_row": "write a prompt and two answers in each row",
     "missing_text": f"write the text of each message as a string, or {_OTHER_COLUMNS}",
     "no_answer_turn": f"end each conversation with the assistant's message, and {_ROLES}",
     "unknown_role": _ROLES,
@@ -77,6 +80,7 @@ REMEDIES = {
     "needs_template": "use a model with a chat template",
     "control_word": "remove the character, or use another model",
     "empty_answer": "write an answer, or leave out such rows",
+    "end_inside_answer": "remove this text from the answers",
     "tie": "vote for one of the answers",
     "both_bad": "vote for one of the answers",
     "equal_answers": "give each row two different answers",
@@ -112,6 +116,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     shortened: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    is_stream: bool = False  # the counts grow while the split is read
 
     def add(self, dropped: str, cut: str = "", notes: str = "") -> bool:
         """Counts one encoded row; returns whether it is kept."""
@@ -132,7 +137,7 @@ class Tally:
 
     def record(self) -> dict[str, Any]:
         """Returns the split's part of data.json."""
-        return {
+        return ({"streamed": True} if self.is_stream else {}) | {
             "source": self.source,
             "format": self.layout,
             "rows": self.rows,
@@ -152,9 +157,12 @@ def print_report(report: Mapping[str, Any]) -> None:
     splits = {name: report[name] for name in ("train", "eval") if report.get(name)}
     for name, split in splits.items():
         counts = [split["rows"], split["kept"], split["rows"] - split["kept"], *split["shortened"].values()]
-        table.add_row(name, split["format"], *(f"{count:,}" for count in counts))
+        table.add_row(name, split["format"], *("-" if split.get("streamed") else f"{count:,}" for count in counts))
     console.print(table)
     for name, split in splits.items():
+        if split.get("streamed"):
+            console.print(f"  {name}: a stream; its rows are counted while they are read")
+            continue
         for reason, count in split["dropped"].items():
             console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
         for note, count in split["notes"].items():

@@ -54,6 +54,8 @@ class Encoder:
         reasons: list[str] = []
         for row, index in zip(rows, indices, strict=True):
             try:
+                if all(value is None for value in row.values()):
+                    raise UnusableError("empty_row")
                 pair = self.layout.to_pair(row)
                 rendered.append(self.renderer.render(pair))
                 pairs.append(pair)
@@ -112,8 +114,16 @@ class Encoder:
                 encoded[at] = replace(encoded[at], mask=renderer.find_mask(pairs[at].prompt, answer, encoded[at].ids))
         return encoded
 
+    def _check_ends(self, pair: "_Encoded") -> None:
+        """Raises UnusableError if an answer of one turn has a token that ends a turn before its end."""
+        ends = self.renderer.ends
+        for ids, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
+            if not mask and sum(map(ids.count, ends)) > self.renderer.count_ends():
+                raise UnusableError("end_inside_answer")
+
     def _shorten(self, pair: Pair, whole: "_Encoded") -> "_Encoded":
         """Returns the encoded pair within the limits. Raises: UnusableError if too little or no difference is left."""
+        self._check_ends(whole)
         fixed = head = int(whole.prompt_ids[:1] == [self.renderer.tokenizer.bos_token_id])
         most = self._find_prompt_limit(whole, fixed)
         parts, encoded = [], whole

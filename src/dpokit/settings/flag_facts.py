@@ -214,6 +214,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "seed": EXACT | FROM_RUN | SAME_TOKENS,
     "shared_prefix": FROM_RUN,
     "shuffle_dataset": ORDER,
+    "skip_bad_rows": FROM_RUN,
     "skip_memory_metrics": NONE,
     "sync_ref_model": EXACT,
     "template_date": FROM_RUN | HELD_OUT,

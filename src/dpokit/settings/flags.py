@@ -29,6 +29,10 @@ class DataArguments(ScriptArguments):
     ignore_columns: list[str] | None = dataclasses.field(
         default=None, metadata={"help": "Columns that are left out, separated by commas."}
     )
+    skip_bad_rows: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Drop rows of JSONL and CSV files that cannot be read, instead of stopping."},
+    )
     max_train_samples: int | None = dataclasses.field(
         default=None, metadata={"help": "Use only the first N rows of the training split."}
     )
@@ -233,6 +237,12 @@ class FlagParser(TrlParser):
     def parse_layer(self, argv: Sequence[str], layer: str) -> dict[str, Any]:
         """The typed settings that these arguments set. Raises: SettingsError for unknown names and wrong types."""
         self.layer = layer
+        if sum(argument.partition("=")[0] == "--dataset_name" for argument in argv) > 1:
+            raise SettingsError(
+                f"{layer}: --dataset_name is given twice",
+                expected="one dataset: argparse would take the last one alone",
+                do="put the files into one folder, and name the folder",
+            )
         for action in self._actions:
             action.default = argparse.SUPPRESS
         settings, unknown = self.parse_known_args(list(argv))
