@@ -179,7 +179,7 @@ BROKEN = [
     (
         "twice.jsonl",
         (LINES + '{"prompt": "a", "chosen": "b", "chosen": "c"}\n').encode(),
-        "line 6 .* chosen stands twice",
+        "line 6 .* chosen is there twice",
     ),
     ("half.jsonl", (LINES + '{"prompt": "\\ud800", "chosen": "b"}\n').encode(), "line 6 .* half of a surrogate pair"),
     ("objects.jsonl", b"{}\n{}\n", "no rows"),

@@ -32,7 +32,7 @@ SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 
 
 def check_file(path: Path, builder: str, *, skip_bad: bool = False) -> Findings:
-    """Checks a file by reading it once; returns what was seen of rows that stand in lines.
+    """Checks a file by reading it once; returns the findings about rows in lines.
 
     Args:
         builder: the builder of `datasets` that reads it next: json, csv or parquet. A packed Parquet file is checked

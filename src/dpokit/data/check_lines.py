@@ -77,7 +77,6 @@ def check_lines(path: Path, builder: str, *, skip_bad: bool = False, name: Path 
         raise _refuse_rows(path, findings)
     if len(findings.bad) == findings.rows or (builder == "json" and not values):
         raise refuse(name or path, "the file has no rows", "name another file")
-    # Any kind may stand beside a null.
     kinds = Counter(name for name, _ in {(name, KINDS.get(kind)) for name, kind in values if kind is not type(None)})
     if any(number > 1 for number in kinds.values()):
         findings.mixed = list({id(row): row for row in values.values()}.values())
@@ -132,11 +131,11 @@ def check_row(row: Any, text: str) -> None:
 
 
 def build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The hook of `json` for an object. Raises: ValueError if a name stands twice, of which Python keeps the last."""
+    """The hook of `json` for an object. Raises: ValueError if a name is there twice, of which Python keeps the last."""
     row = dict(pairs)
     if len(row) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {name} stands twice")
+        raise ValueError(f"the name {name} is there twice")
     return row
 
 

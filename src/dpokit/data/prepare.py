@@ -341,9 +341,9 @@ def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[
             do="name a split with --dataset_test_split, or --eval_strategy no --load_best_model_at_end false",
         )
     chosen: set[bytes] = set()
-    wanted, taken = fraction * len(keys), 0
+    target, taken = fraction * len(keys), 0
     for key in sorted(pairs_of):
-        if pairs_of[key] > 2 * (wanted - taken):  # without it, the number is nearer to the wanted one
+        if pairs_of[key] > 2 * (target - taken):  # without it, the number is nearer to the target
             continue
         if chosen and most_pairs is not None and taken + pairs_of[key] > most_pairs:
             break

@@ -85,7 +85,7 @@ def list_shorter(prompt: str | Messages) -> list[str | Messages]:
 
 
 def replace_first_question(prompt: str | Messages) -> str | Messages | None:
-    """Returns the prompt with another first question, to find what stands before a question; None if it has none."""
+    """Returns the prompt with another first question, to find what precedes a question; None if it has none."""
     if isinstance(prompt, str):
         before, mark, rest = prompt.partition(HUMAN)
         if not mark:
@@ -98,9 +98,10 @@ def replace_first_question(prompt: str | Messages) -> str | Messages | None:
     return [*prompt[:first], {**prompt[first], "content": PROBE}, *prompt[first + 1 :]]
 
 
-def count_common(one: Sequence[int], other: Sequence[int]) -> int:
+def count_common(first: Sequence[int], second: Sequence[int]) -> int:
     """Returns the number of equal ids at the start."""
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _count_system(prompt: Messages) -> int:
