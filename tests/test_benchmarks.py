@@ -1,0 +1,123 @@
+"""tests/benchmarks: every benchmark runs in its quick form, and docs/benchmarks.md is what its records give."""
+
+import json
+import re
+import shlex
+from datetime import date
+
+import pytest
+from benchmarks import benchmark, run
+from benchmarks.benchmark import Benchmark, build_page, build_table, compare, read_record, take_medians, write_record
+from chromium import skip_without_chromium
+from documentation import list_commands
+
+RECORDED = [name for name in run.NAMES if read_record(name)]
+
+
+def check_steps(rows):
+    losses = {row["case"]: row["numbers"] for row in rows}
+    assert all(len(values) == 2 for values in losses.values())
+    assert losses["TRL, live reference"][0] == pytest.approx(0.693, abs=1e-3)  # ln 2
+    assert all(row["difference"] < (1e-2 if "bf16" in row["case"] else 1e-4) for row in rows[1:])
+
+
+def check_evaluation(rows):
+    assert [row["pairs"] for row in rows] == [12, 12]
+    assert rows[1]["difference"] < 1e-4
+
+
+def check_merge(rows):
+    drift = {row["case"]: row.get("mean_drift") for row in rows}
+    assert 0 < drift["LoRA, fp32"] < 1e-4
+    assert drift["LoRA, bf16, not scored"] is None
+
+
+def check_serve(rows):
+    page, token, users = rows
+    assert 0 < page["median"] == page["worst"]
+    assert 0 < token["median"] < 60
+    assert users["answers"] > 0 and users["errors"] == 0
+
+
+def check_sweep(rows):
+    assert [row["runs"] for row in rows] == [2, 2]
+    assert rows[0]["computed"] == 1
+
+
+def check_rounding(rows):
+    for row in rows:
+        assert row["alarms"] == "0 of 1"
+        faults, tried = row["faults"].split(" of ")
+        assert int(faults) > 0 and int(tried) >= 14
+
+
+CHECKS = {
+    "balance": lambda rows: rows[0]["tokens"] == pytest.approx(rows[1]["tokens"], rel=0.1),
+    "preparation": lambda rows: len({row["kept"] for row in rows}) == 1,
+    "recover": lambda rows: rows[0]["skip_seconds"] > 0,
+    "stall": lambda rows: all(row["gib"] > 0 for row in rows),
+    "startup": lambda rows: all(row["seconds"] > 0 for row in rows),
+    "threads": lambda rows: all(row["seconds"] > 0 for row in rows),
+    "steps": check_steps,
+    "evaluate": check_evaluation,
+    "merge": check_merge,
+    "serve": check_serve,
+    "sweep": check_sweep,
+    "rounding": check_rounding,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", run.MEASURED)
+def test_a_benchmark_runs_in_its_quick_form(name, tmp_path, shared, capsys):
+    if name == "serve":
+        skip_without_chromium()
+    file = tmp_path / "measured.json"
+    assert run.main([name, "--quick", "--json", str(file)]) == 0, capsys.readouterr().err
+    measurement = json.loads(file.read_text())[name]
+    declared = run.load_benchmark(name)
+    assert measurement["failed"] == {}
+    assert {row["case"] for row in measurement["rows"]} <= set(declared.cases.values())
+    assert len(build_table(declared, measurement["rows"]).splitlines()[0].split("|")) >= 3
+    assert CHECKS[name](measurement["rows"]) in (None, True)
+
+
+@pytest.mark.slow
+def test_a_case_that_fails_is_named_and_others_go_on(tmp_path, shared, capsys):
+    file = tmp_path / "measured.json"
+    short = ["--steps", "1", "--pairs", "2", "--cases", "live"]
+    assert run.main(["steps", "--quick", *short, "--max_length", "-1", "512", "--json", str(file)]) == 1
+    measurement = json.loads(file.read_text())["steps"]
+    assert [row["max_length"] for row in measurement["rows"]] == [512]
+    assert list(measurement["failed"]) == ["dpokit, live reference, tiny, -1"]
+    assert "failed: steps: dpokit, live reference, tiny, -1" in capsys.readouterr().err
+
+
+def test_the_page_is_written_from_the_records():
+    page = build_page({name: run.load_benchmark(name) for name in run.NAMES})
+    assert page == benchmark.PAGE.read_text(), "python tests/benchmarks/run.py --write-page"
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_record_has_date_machine_command_and_versions(name):
+    declared = run.load_benchmark(name)
+    for measurement in read_record(name):
+        assert date.fromisoformat(measurement["date"])
+        assert re.search(r"GPU", measurement["machine"])
+        assert "torch" in measurement["versions"]
+        assert measurement["command"].startswith(("python tests/", "dpokit ", "bash "))
+        assert measurement["rows"]
+        titles = {row["case"] for row in measurement["rows"]}
+        assert not declared.cases or titles <= set(declared.cases.values())
+        keys = {key for row in measurement["rows"] for key in row}
+        assert keys - {"case", "numbers"} <= declared.columns.keys()
+
+
+def test_every_record_belongs_to_a_benchmark():
+    assert {path.stem for path in benchmark.RECORDS.glob("*")} <= set(run.NAMES)
+
+
+@pytest.mark.parametrize("command", list_commands("python tests/benchmarks/run.py"))
+def test_a_documented_command_of_a_benchmark_is_valid(command):
+    argv = shlex.split(command, comments=True)[2:]
+    run.build_parser(argv[0]).parse_args(argv)
