@@ -33,15 +33,13 @@ def check_merge(rows):
 
 
 def check_serve(rows):
-    page, token, users = rows
-    assert 0 < page["median"] == page["worst"]
-    assert 0 < token["median"] < 60
+    token, users = rows
+    assert 0 < token["median"] == token["worst"]
     assert users["answers"] > 0 and users["errors"] == 0
 
 
 def check_sweep(rows):
-    assert [row["runs"] for row in rows] == [2, 2]
-    assert rows[0]["computed"] == 1
+    assert [(row["runs"], row["computed"]) for row in rows] == [(2, 1)]
 
 
 def check_rounding(rows):
@@ -95,7 +93,7 @@ def test_a_case_that_fails_is_named_and_others_go_on(tmp_path, shared, capsys):
 
 def test_the_page_is_written_from_the_records():
     page = build_page({name: run.load_benchmark(name) for name in run.NAMES})
-    assert page == benchmark.PAGE.read_text(), "python tests/benchmarks/run.py --write-page"
+    assert page == benchmark.PAGE.read_text(), "run: python tests/benchmarks/run.py page"
 
 
 @pytest.mark.parametrize("name", RECORDED)

@@ -37,7 +37,6 @@ def measure(options: SimpleNamespace) -> dict[str, Any]:
         per_device_train_batch_size=options.pairs // 2,
         max_length=options.max_length,
         max_steps=options.steps + 1,
-        eval_fraction=0,
         precompute_ref_log_probs=False,
     )
     steps = read_steps(options, process)

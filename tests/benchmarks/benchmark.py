@@ -228,7 +228,9 @@ def write_record(name: str, benchmark: Benchmark, measurement: Row) -> None:
 
 
 def build_table(benchmark: Benchmark, rows: Sequence[Row]) -> str:
-    """The rows in Markdown."""
+    """The rows in Markdown; nothing without rows."""
+    if not rows:
+        return ""
     columns = {
         key: column for key, column in benchmark.columns.items() if any(row.get(key) is not None for row in rows)
     }

@@ -52,12 +52,13 @@ def flip_last_bit(path: Path) -> None:
 
 def measure(options: SimpleNamespace) -> dict[str, Any]:
     flags = build_flags(
-        **TRAINING,
+        **TRAINING | {"save_strategy": "steps"},
         model_name_or_path=options.folder / options.model,
         dataset_name=options.folder / "data",
         max_length=options.max_length,
         per_device_train_batch_size=2,
         max_steps=1000,
+        save_steps=1000,
         load_best_model_at_end=False,
         save_total_limit=2,
     )

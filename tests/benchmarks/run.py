@@ -3,6 +3,7 @@
     python tests/benchmarks/run.py all --quick
     python tests/benchmarks/run.py steps --model gpt2 smollm2 --max_length 512 1024 --write-docs
     python tests/benchmarks/run.py steps --help
+    python tests/benchmarks/run.py page       # writes docs/benchmarks.md from the records again
 
 NAME has a module in this folder, which declares its cases and options. A full benchmark takes minutes to hours and
 wants an idle machine; --quick takes seconds, with numbers that mean nothing.
@@ -61,7 +62,8 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("name", metavar="NAME", choices=[*MEASURED, "all"], help=", ".join([*MEASURED, "all"]))
+    names = [*MEASURED, "all", "page"]
+    parser.add_argument("name", metavar="NAME", choices=names, help=f"{', '.join(MEASURED)}, or all, or page")
     parser.add_argument("--quick", action="store_true", help="small shapes, in seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all measurements to this file")
     parser.add_argument("--write-docs", action="store_true", help="write docs/benchmarks/NAME.json and the page")
@@ -76,10 +78,17 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def write_page() -> None:
+    PAGE.write_text(build_page({name: load_benchmark(name) for name in NAMES}))
+
+
 def main(argv: list[str]) -> int:
     """Returns 1 if a case failed."""
     if argv[:1] == ["--child"]:
         become_child(load_benchmark(argv[1]), argv[2])
+        return 0
+    if argv == ["page"]:
+        write_page()
         return 0
     parser = build_parser(argv[0] if argv else "")
     flags = vars(parser.parse_args(argv))
@@ -96,7 +105,7 @@ def main(argv: list[str]) -> int:
             flags["json"].write_text(json.dumps(measurements, indent=2) + "\n")
         if flags["write_docs"] and measurements[name]["rows"]:
             write_record(name, benchmark, measurements[name])
-            PAGE.write_text(build_page({name: load_benchmark(name) for name in NAMES}))
+            write_page()
     failed = [f"{name}: {case}" for name, measured in measurements.items() for case in measured["failed"]]
     for title in failed:
         print(f"failed: {title}", file=sys.stderr)

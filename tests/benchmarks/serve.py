@@ -158,5 +158,5 @@ some time after the model generates it. 20 users ask without a pause for 90 s; t
     measure=measure,
     prepare=prepare,
     options={"run": "runs/quickstart", "pages": 3, "questions": 20, "users": 20, "seconds": 90.0},
-    quick={"run": "", "pages": 1, "questions": 1, "users": 2, "seconds": 1.0},
+    quick={"run": "", "pages": 1, "questions": 1, "users": 2, "seconds": 1.0, "cases": ["token", "users"]},
 )

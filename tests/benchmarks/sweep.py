@@ -80,7 +80,7 @@ two runs includes the end of their processes.
     measure=measure,
     prepare=prepare,
     options={"model": "tiny", "trials": 8, "epochs": 3, "pairs": 600},
-    quick={"trials": 2, "epochs": 1, "pairs": 40},
+    quick={"trials": 2, "epochs": 1, "pairs": 20, "cases": ["one"]},
     baseline="one",
     speed=False,
 )

@@ -178,7 +178,7 @@ def read_steps(options: SimpleNamespace, process: subprocess.Popen[str]) -> list
     """Waits for the recipe; returns the records of its steps."""
     _, log = process.communicate()
     if process.returncode:
-        sys.exit(log[-3000:])
+        sys.exit(log.rpartition("Traceback (most recent call last)")[0] or log)  # without the launcher's traceback
     lines = (options.output / "run" / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "loss" in record]
 
