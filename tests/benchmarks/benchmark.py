@@ -7,6 +7,7 @@ measurements, each with date, machine, command, versions and rows. docs/benchmar
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -121,6 +122,8 @@ def run_benchmark(name: str, benchmark: Benchmark, settings: Row, *, quick: bool
             axis = dict(zip(axes, values, strict=True))
             request = {"case": case, "folder": folder, "output": str(output), "cache": str(cache), **options, **axis}
             result = try_child(title, request)
+            if case not in benchmark.cached.values():
+                shutil.rmtree(output)
             if result is not None:
                 rows.setdefault((case, *values), []).append({"case": benchmark.cases[case], **axis, **result})
     measured = [take_medians(rounds) for rounds in rows.values()]
