@@ -61,7 +61,7 @@ of the steps after the first counts.
     measure=measure,
     prepare=prepare,
     options={"model": "gpt2", "steps": 8, "pairs": 8, "max_length": 512},
-    quick={"model": "tiny", "steps": 2, "pairs": 4, "max_length": 64},
+    quick={"model": "tiny", "steps": 1, "pairs": 4, "max_length": 64},
     baseline="equal",
     speed=False,
 )
