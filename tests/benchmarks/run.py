@@ -20,6 +20,7 @@ TESTS = Path(__file__).parents[1]
 sys.path[:] = [str(TESTS), *(place for place in sys.path if place != str(TESTS / "benchmarks"))]
 
 from benchmarks.benchmark import (  # noqa: E402
+    MODELS,
     PAGE,
     Benchmark,
     become_child,
@@ -71,10 +72,11 @@ def build_parser(name: str) -> argparse.ArgumentParser:
     if name in MEASURED:
         benchmark = load_benchmark(name)
         parser.add_argument("--cases", nargs="+", choices=benchmark.cases)
-        for key, default in benchmark.options.items():
-            parser.add_argument(f"--{key}", type=type(default), help=f"default: {default}")
-        for key, values in benchmark.axes.items():
-            parser.add_argument(f"--{key}", type=type(values[0]), nargs="+", help=f"default: {values}")
+        for key, default in {**benchmark.options, **benchmark.axes}.items():
+            several = {"nargs": "+"} if key in benchmark.axes else {}
+            choices = MODELS if key == "model" else None
+            kind = type(default[0] if several else default)
+            parser.add_argument(f"--{key}", type=kind, choices=choices, help=f"default: {default}", **several)
     return parser
 
 

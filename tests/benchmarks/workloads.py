@@ -103,7 +103,8 @@ def make_model(folder: Path, name: str) -> Path:
         from dpokit.model.gguf import find_model_folder
 
         source = find_model_folder(str(fetch_smollm2()))
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
     else:
         torch.manual_seed(0)
         model, tokenizer = AutoModelForCausalLM.from_config(CONFIGS[name]), AutoTokenizer.from_pretrained(TOKENIZER)
