@@ -30,8 +30,9 @@ PACKAGES = ("torch", "transformers", "trl", "dpokit")
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 HEAD = """# Benchmarks
 
-{hardware}Each section names its command, date and machine. `python tests/benchmarks/run.py NAME --write-docs`
-measures one again and writes its record in `docs/benchmarks/` and this page.
+{hardware}Each section names its command, date and machine.
+`python tests/benchmarks/run.py NAME --write-docs` measures one again, and writes its record in `docs/benchmarks/` and this
+page.
 """
 MODELS = {
     "gpt2": "GPT-2 124M",
@@ -263,7 +264,7 @@ def build_page(benchmarks: Mapping[str, Benchmark]) -> str:
     records = {name: read_record(name) for name in benchmarks}
     machines = {measurement["machine"] for record in records.values() for measurement in record}
     only_cpus = all(machine.endswith("no GPU") for machine in machines)
-    sections = [HEAD.format(hardware="All numbers are from CPUs. No GPU has run this version.\n" if only_cpus else "")]
+    sections = [HEAD.format(hardware="All numbers are from CPUs. No GPU has run this version. " if only_cpus else "")]
     sections += [build_section(benchmarks[name], record) for name, record in records.items() if record]
     if waiting := [benchmarks[name] for name, record in records.items() if not record]:
         lines = [f"- {benchmark.title}: `{benchmark.command}`" for benchmark in waiting]

@@ -43,12 +43,14 @@ def launch(options: SimpleNamespace) -> dict[str, float]:
     )
     assert process.stderr is not None
     seconds: dict[str, float] = {}
+    log = []
     for line in process.stderr:
+        log.append(line)
         seconds.setdefault("line", time.monotonic() - began)
         if line.startswith("training: step 1"):
             seconds["step"] = time.monotonic() - began
     if process.wait():
-        sys.exit(line)
+        sys.exit("".join(log))
     return seconds
 
 

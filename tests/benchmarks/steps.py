@@ -111,14 +111,14 @@ def count_flops(options: SimpleNamespace, model: Any) -> float:
 BENCHMARK = Benchmark(
     title="Steps",
     about="""
-Real HH rows; GPT-2 and Qwen2 have random weights, SmolLM2 is pretrained. The median of 5 steps after the
-first counts. On a CPU a step has 8 pairs, and glibc is set to keep freed memory on both sides. On a GPU it has
+Real HH rows; GPT-2 and Qwen2 have random weights, SmolLM2 is pretrained. The median of 5 steps after the first
+counts. On a CPU a step has 8 pairs, and glibc is set to keep freed memory on both sides. On a GPU it has
 64 pairs in bf16, and Qwen2 0.5B is measured, too.
 
 - "GiB beyond the model" is peak memory less weights, gradients, optimizer states and a live reference.
 - "Start" includes the time to compute the reference without a cache.
 - "Difference" is the largest relative difference of a logged loss from that of TRL with a live reference.
-- "Useful work" is the share of this processor's peak in matrix products (fp32 on a CPU) that useful FLOPs have.
+- "Useful work" is the useful FLOPs, as a share of what the machine reaches in matrix products (fp32 on a CPU).
 """,
     columns={
         "case": ("case", ""),
