@@ -31,8 +31,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": s
 HEAD = """# Benchmarks
 
 {hardware}Each section names its command, date and machine.
-`python tests/benchmarks/run.py NAME --write-docs` measures one again, and writes its record in `docs/benchmarks/` and this
-page.
+`python tests/benchmarks/run.py NAME --write-docs` measures one again, and writes its record in `docs/benchmarks/` and
+this page.
 """
 MODELS = {
     "gpt2": "GPT-2 124M",
