@@ -54,7 +54,7 @@ def build_rows(tokenizer: Any, options: SimpleNamespace) -> list[dict[str, list[
 
 
 def prepare(options: SimpleNamespace) -> None:
-    make_model(options.folder, options.model)
+    make_model(options.folder, options.model, chat=True)
 
 
 def measure(options: SimpleNamespace) -> dict[str, Any]:

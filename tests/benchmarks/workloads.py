@@ -94,8 +94,11 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     return path
 
 
-def make_model(folder: Path, name: str) -> Path:
-    """Saves a model with its tokenizer below `folder`: the pretrained `smollm2`, or random weights of a CONFIG."""
+def make_model(folder: Path, name: str, *, chat: bool = False) -> Path:
+    """Saves a model with its tokenizer below `folder`: the pretrained `smollm2`, or random weights of a CONFIG.
+
+    Without `chat` the tokenizer has no chat template: with one dpokit writes HH rows in it, and TRL does not.
+    """
     path = folder / name
     if name == "smollm2":
         from smollm2 import fetch_smollm2
@@ -108,6 +111,8 @@ def make_model(folder: Path, name: str) -> Path:
     else:
         torch.manual_seed(0)
         model, tokenizer = AutoModelForCausalLM.from_config(CONFIGS[name]), AutoTokenizer.from_pretrained(TOKENIZER)
+    if not chat:
+        tokenizer.chat_template = None
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
