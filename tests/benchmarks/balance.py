@@ -1,113 +1,67 @@
-"""What pairs of unequal length cost two processes, which wait for each other at every step.
+"""The time that two processes lose by pairs of unequal length, as they wait for each other at every step."""
 
-    python tests/benchmarks/balance.py
-
-GPT-2 124M under DDP on two CPU processes, 8 pairs a step: pairs with the lengths of real HH rows, against pairs that
-all have their mean length, so that both have the same tokens in all. The mean of the steps after the first counts.
-"""
-
-import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from datetime import date
-from pathlib import Path
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
-from hh import ROOT, TOKENIZER, Clock, read_pairs
-from steps import make_model
+from benchmarks.benchmark import Benchmark
+from benchmarks.workloads import TOKENIZER, launch_recipe, make_model, read_pairs, read_steps, write_rows
 from transformers import AutoTokenizer
 
-STEPS, PAIRS_A_STEP, MOST_TOKENS = 8, 8, 512
-FILLERS = (" the", " house")  # of the answers, one token each
 
-
-def find_lengths(number: int) -> list[list[int]]:
-    """Tokens of prompt, chosen and rejected of HH rows, cut as `max_length` cuts them; EOS is left out."""
+def prepare(options: SimpleNamespace) -> None:
+    """The model, and rows with the lengths of HH rows: of each word, GPT-2's tokenizer makes one token."""
+    make_model(options.folder, options.model)
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    found = []
-    for row in read_pairs(number):
+    lengths = []
+    for row in read_pairs(options.pairs * (options.steps + 1)):
         prompt, *answers = (len(tokenizer(row[name]).input_ids) for name in ("prompt", "chosen", "rejected"))
-        found.append([max(1, min(prompt, MOST_TOKENS - 1 - max(answers))), *answers])
-    return found
+        answers = [min(answer, options.max_length // 2) for answer in answers]
+        lengths.append([max(1, min(prompt, options.max_length - 1 - max(answers))), *answers])
+    mean = [round(statistics.mean(column)) for column in zip(*lengths, strict=True)]
+    for case, of_rows in {"unequal": lengths, "equal": [mean] * len(lengths)}.items():
+        rows = [
+            {"prompt": " a" * prompt, "chosen": " the" * chosen, "rejected": " house" * rejected}
+            for prompt, chosen, rejected in of_rows
+        ]
+        write_rows(options.folder / f"{case}.jsonl", rows)
 
 
-def write_rows(path: Path, lengths: list[list[int]]) -> None:
-    rows = [
-        {"prompt": " a" * prompt, "chosen": FILLERS[0] * chosen, "rejected": FILLERS[1] * rejected}
-        for prompt, chosen, rejected in lengths
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def measure(options: SimpleNamespace) -> dict[str, Any]:
+    process = launch_recipe(
+        options,
+        processes=2,
+        environment={"OMP_NUM_THREADS": "1"},
+        dataset_name=options.folder / f"{options.case}.jsonl",
+        per_device_train_batch_size=options.pairs // 2,
+        max_length=options.max_length,
+        max_steps=options.steps + 1,
+        precompute_ref_log_probs=False,
+    )
+    steps = read_steps(options, process)
+    seconds = statistics.mean(after["seconds"] - before["seconds"] for before, after in pairwise(steps))
+    return {"seconds": seconds, "tokens": steps[-1]["num_tokens"]}
 
 
-def run_case(folder: Path, case: str) -> None:
-    """One process of two."""
-    from dpokit.distributed.processes import is_main_process
-    from dpokit.run import build_trainer
-    from dpokit.rundir import RunDir
-    from dpokit.settings.load import load_settings
-    from dpokit.train.gates import Gates
-
-    defaults = {
-        "model_name_or_path": str(folder / "model"),
-        "dataset_name": str(folder / f"{case}.jsonl"),
-        "output_dir": str(folder / f"run-{case}"),
-        "per_device_train_batch_size": PAIRS_A_STEP // 2,
-        "gradient_accumulation_steps": 1,
-        "gradient_checkpointing": False,
-        "max_steps": STEPS + 1,
-        "max_length": MOST_TOKENS,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-    }
-    run = RunDir(defaults["output_dir"])
-    run.path.mkdir(exist_ok=True)
-    trainer, _ = build_trainer(run, load_settings("benchmark", defaults, []), Gates("stop"))
-    clock = Clock()
-    trainer.add_callback(clock)
-    trainer.train()
-    if is_main_process():
-        history = [record for record in trainer.state.log_history if "num_tokens" in record]
-        print("RESULT " + json.dumps({"seconds": clock.seconds[1:], "tokens": history[-1]["num_tokens"]}))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.case:
-        run_case(asked.folder, asked.case)
-        return
-    results = {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder / "model", "gpt2")
-        lengths = find_lengths(PAIRS_A_STEP * (STEPS + 1))
-        mean = [round(statistics.mean(column)) for column in zip(*lengths, strict=True)]
-        write_rows(folder / "unequal.jsonl", lengths)
-        write_rows(folder / "equal.jsonl", [mean] * len(lengths))
-        for case in ("equal", "unequal"):
-            config = str(ROOT / "accelerate_configs" / "ddp_cpu.yaml")
-            words = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, __file__]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(
-                [*words, "--case", case, "--folder", name], capture_output=True, text=True, env=environment, check=False
-            )
-            found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if not found:
-                sys.exit(done.stderr[-3000:])
-            results[case] = json.loads(found[0].removeprefix("RESULT "))
-    seconds = {case: statistics.mean(result["seconds"]) for case, result in results.items()}
-    for case, result in results.items():
-        print(f"{case}: {seconds[case]:.2f} s a step, {result['tokens']:,.0f} tokens in all")
-    print(f"unequal / equal: {seconds['unequal'] / seconds['equal']:.2f}")
-    print(f"{date.today()}, {os.cpu_count()} CPU cores, 2 processes, {PAIRS_A_STEP} pairs a step, {STEPS} steps")
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    title="Balance between processes",
+    about="""
+GPT-2 124M, two CPU processes with one thread each, 8 pairs a step. In one case pairs have the lengths of real HH
+rows, cut at 512 tokens; in the other all have the mean length, so that both have the same number of tokens. The mean
+of the steps after the first counts.
+""",
+    columns={
+        "case": ("pairs", ""),
+        "seconds": ("s per step", ".2f"),
+        "tokens": ("tokens", ",.0f"),
+        "relative": ("relative time", ".2f"),
+    },
+    cases={"equal": "all of the mean length", "unequal": "with real, unequal lengths"},
+    measure=measure,
+    prepare=prepare,
+    options={"model": "gpt2", "steps": 8, "pairs": 8, "max_length": 512},
+    quick={"model": "tiny", "steps": 1, "pairs": 4, "max_length": 64},
+    baseline="equal",
+    speed=False,
+)

@@ -1,32 +1,17 @@
-"""The held-out HH pairs evaluated with GPT-2 124M: TRL's own DPOTrainer.evaluate and `dpokit evaluate`, in one run.
+"""Held-out HH pairs evaluated: TRL's own DPOTrainer.evaluate and `dpokit evaluate`."""
 
-    python tests/benchmarks/evaluate.py
-    python tests/benchmarks/evaluate.py --pairs 40
-
-Each side is a process of its own; loading and tokenising are not counted. Ours also has ranking accuracies, drift,
-groups and intervals in its time.
-"""
-
-import argparse
-import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
-from datetime import date
 from itertools import islice
-from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-from hh import TOKENIZER, read_pairs
+from benchmarks.benchmark import Benchmark
+from benchmarks.workloads import build_stock, load_rows, make_model, read_pairs, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-MAX_LENGTH = 512
-TOKENS = AutoTokenizer.from_pretrained(TOKENIZER)
-# On CPU much of a step is memory given back to the system and taken again: glibc is told to keep it, on both sides.
-MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
-SAME = {
+# dpokit's names of the numbers that both have, and TRL's.
+METRICS = {
     "loss": "eval_loss",
     "accuracy": "eval_rewards/accuracies",
     "margin": "eval_rewards/margins",
@@ -35,87 +20,86 @@ SAME = {
 }
 
 
-def run_stock(folder: Path) -> dict[str, float]:
-    """TRL as it comes."""
-    from datasets import load_dataset
-    from trl import DPOConfig, DPOTrainer
+def prepare(options: SimpleNamespace) -> None:
+    """Each model, its tuned twin, and pairs that neither side cuts: TRL and dpokit cut other ends."""
+    for name in options.model:
+        folder = make_model(options.folder, name)
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += 0.002 * torch.randn_like(weight)
+        tuned = folder.with_name(f"{name}-tuned")
+        model.save_pretrained(tuned)
+        tokenizer.save_pretrained(tuned)
+        pairs = (
+            pair
+            for pair in read_pairs(10_000, "test")
+            if max(len(tokenizer(pair["prompt"] + pair[side]).input_ids) for side in ("chosen", "rejected"))
+            < options.max_length
+        )
+        write_rows(options.folder / f"{name}-data" / "test.jsonl", islice(pairs, options.pairs))
 
-    pairs = load_dataset("json", data_files=str(folder / "data" / "test.jsonl"), split="train")
-    trainer = DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder / "tuned"),
-        ref_model=AutoModelForCausalLM.from_pretrained(folder / "base"),
-        args=DPOConfig(
-            output_dir=str(folder / "stock"),
-            max_length=MAX_LENGTH,
-            per_device_eval_batch_size=10,  # divides the pairs: TRL averages the averages of batches
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            bf16=False,
-        ),
-        train_dataset=pairs.select(range(8)),
-        eval_dataset=pairs,
-        processing_class=AutoTokenizer.from_pretrained(folder / "tuned"),
+
+def measure(options: SimpleNamespace) -> dict[str, Any]:
+    return measure_stock(options) if options.case == "stock" else measure_dpokit(options)
+
+
+def measure_stock(options: SimpleNamespace) -> dict[str, Any]:
+    """TRL as it comes."""
+    base = options.folder / options.model
+    pairs = load_rows(options.folder / f"{options.model}-data" / "test.jsonl")
+    trainer = build_stock(
+        options.folder / f"{options.model}-tuned",
+        pairs,
+        reference=base,
+        output_dir=str(options.output / "run"),
+        max_length=options.max_length,
+        # TRL averages the averages of batches, which therefore divide the pairs.
+        per_device_eval_batch_size=next(size for size in range(10, 0, -1) if len(pairs) % size == 0),
     )
     began = time.perf_counter()
-    found = trainer.evaluate()
-    return {"seconds": time.perf_counter() - began} | {ours: found[theirs] for ours, theirs in SAME.items()}
+    metrics = trainer.evaluate()
+    seconds = time.perf_counter() - began
+    return {"pairs": len(pairs), "seconds": seconds, "numbers": [metrics[name] for name in METRICS.values()]}
 
 
-def run_ours(folder: Path) -> dict[str, float]:
+def measure_dpokit(options: SimpleNamespace) -> dict[str, Any]:
     """`dpokit evaluate`, from loaded models on."""
     from dpokit.evaluate.inputs import load_subject
     from dpokit.evaluate.pairs import evaluate_pairs
 
-    argv = ["--max_length", str(MAX_LENGTH)]
+    base = str(options.folder / options.model)
     subject = load_subject(
-        str(folder / "tuned"), base=str(folder / "base"), data=str(folder / "data"), split="test", argv=argv
+        f"{base}-tuned", base=base, data=f"{base}-data", split="test", argv=["--max_length", str(options.max_length)]
     )
     began = time.perf_counter()
-    found = evaluate_pairs(subject)
-    return {"seconds": time.perf_counter() - began} | {name: found["tuned"][name]["value"] for name in SAME}
+    evaluation = evaluate_pairs(subject)
+    seconds = time.perf_counter() - began
+    numbers = [evaluation["tuned"][name]["value"] for name in METRICS]
+    return {"pairs": evaluation["data"]["pairs"], "seconds": seconds, "numbers": numbers}
 
 
-def fits(pair: dict[str, str]) -> bool:
-    """Whether neither side cuts it: TRL and we cut other ends."""
-    return max(len(TOKENS(pair["prompt"] + pair[side])["input_ids"]) for side in ("chosen", "rejected")) < MAX_LENGTH
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=300)
-    parser.add_argument("--side", choices=["stock", "ours"], help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.side:
-        side = run_stock if asked.side == "stock" else run_ours
-        print(json.dumps(side(asked.folder)))
-        return
-    from steps import make_model
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_model(folder / "base", "gpt2")
-        make_model(folder / "tuned", "gpt2")
-        tuned = AutoModelForCausalLM.from_pretrained(folder / "tuned")
-        torch.manual_seed(1)
-        with torch.no_grad():  # another model, so that no number is trivially alike
-            for weight in tuned.parameters():
-                weight += 0.002 * torch.randn_like(weight)
-        tuned.save_pretrained(folder / "tuned")
-        (folder / "data").mkdir()
-        pairs = list(islice(filter(fits, read_pairs(10_000, "test")), asked.pairs))
-        (folder / "data" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-        found = {}
-        for side in ("stock", "ours"):
-            words = [sys.executable, __file__, "--side", side, "--folder", name]
-            done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | MALLOC)
-            found[side] = json.loads(done.stdout.splitlines()[-1])
-    print(f"{len(pairs)} pairs: TRL {found['stock']['seconds']:.1f} s, dpokit {found['ours']['seconds']:.1f} s")
-    print(f"ratio: {found['stock']['seconds'] / found['ours']['seconds']:.1f}")
-    for metric in SAME:
-        print(f"{metric:<16}{found['stock'][metric]:>12.6f}{found['ours'][metric]:>12.6f}")
-    print(f"{date.today()}, {os.cpu_count()} CPU cores")
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    title="Evaluation",
+    about="""
+Held-out HH pairs of at most 512 tokens. Models are loaded and pairs are tokenised before. `dpokit evaluate` also
+computes the base's numbers, intervals and groups in its time. "Difference" is the largest relative difference of
+loss, accuracy, margin and log-probs.
+""",
+    columns={
+        "case": ("case", ""),
+        "model": ("model", ""),
+        "pairs": ("pairs", ",.0f"),
+        "seconds": ("seconds", ".0f"),
+        "relative": ("relative to TRL", ".1f"),
+        "difference": ("difference", ".0e"),
+    },
+    cases={"stock": "`DPOTrainer.evaluate` of TRL", "dpokit": "`dpokit evaluate`"},
+    measure=measure,
+    prepare=prepare,
+    options={"pairs": 300, "max_length": 512},
+    axes={"model": ["gpt2"]},
+    quick={"pairs": 12, "max_length": 128, "model": ["tiny"]},
+    baseline="stock",
+)

@@ -1,97 +1,102 @@
-"""GPT-2 124M: from a signal to a whole checkpoint, and how long a damaged one holds up a start.
-
-    python tests/benchmarks/recover.py
-
-A real process is signalled in the middle of a step; then one bit of the newest checkpoint's largest file is flipped.
-"""
+"""From a signal in the middle of a step to a complete checkpoint, and the time to skip a damaged checkpoint."""
 
 import hashlib
-import json
 import os
 import random
 import signal
 import statistics
-import sys
-import tempfile
 import time
-from datetime import date
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from hh import read_pairs
+from benchmarks.benchmark import Benchmark
+from benchmarks.workloads import TRAINING, build_flags, prepare_training
 from soak.lives import Lives
-from steps import make_model
 
 from dpokit.checkpoint.store import check_checkpoint
 from dpokit.rundir import RunDir, read_metrics
 
-SIGNALS = 3
 
-
-def signal_once(lives: Lives, chance: random.Random) -> tuple[float, float, float]:
-    """Seconds from a signal to the end of its step, from there to the checkpoint's rename, and of a step before."""
+def send_signal(lives: Lives, chance: random.Random) -> tuple[float, float]:
+    """Seconds from a signal to the end of its step, and from there to the checkpoint's rename."""
     before = lives.last_step()
     with lives.living() as process:
         while lives.last_step() < before + 4:
             assert process.poll() is None, lives.last_log()[-2000:]
             time.sleep(0.05)
         seconds = [record["seconds"] for record in read_metrics(lives.run.metrics_jsonl) if "loss" in record][-3:]
-        step = statistics.median(after - one for one, after in pairwise(seconds))
-        time.sleep(chance.random() * step)
-        there, at = set(lives.run.checkpoints()), lives.last_step()
+        time.sleep(chance.random() * statistics.median(later - earlier for earlier, later in pairwise(seconds)))
+        checkpoints, step = set(lives.run.checkpoints()), lives.last_step()
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
-        while lives.last_step() == at:
+        while lives.last_step() == step:
             time.sleep(0.005)
-        stepped = time.monotonic()
-        while set(lives.run.checkpoints()) <= there:
+        ended = time.monotonic()
+        while set(lives.run.checkpoints()) <= checkpoints:
             time.sleep(0.005)
         saved = time.monotonic()
         assert process.wait(timeout=60) == 75
     assert check_checkpoint(lives.run.checkpoints()[-1], deep=True).resume_problem is None
-    return stepped - began, saved - stepped, step
+    return ended - began, saved - ended
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder, chance = Path(name), random.Random(0)
-        make_model(folder / "model", "gpt2")
-        (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_pairs(64)))
-        flags = [
-            *("--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "pairs.jsonl")),
-            *("--max_length", "256", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"),
-            *("--max_steps", "1000", "--save_steps", "1000", "--logging_steps", "1", "--eval_strategy", "no"),
-            *("--load_best_model_at_end", "false", "--report_to", "none", "--save_total_limit", "2"),
-        ]
-        lives = Lives(RunDir(folder / "run"), flags, None, folder / "cache")
-        for _ in range(SIGNALS):
-            rest, save, step = signal_once(lives, chance)
-            told = f"{rest:.2f} s to the end of the step (a step: {step:.2f} s), {save:.2f} s to a whole checkpoint"
-            print(f"from the signal: {told}", flush=True)
-        before, newest = lives.run.checkpoints()[-2:]
-        files = [path for path in newest.rglob("*") if path.is_file()]
-        size = sum(path.stat().st_size for path in files)
-        began = time.monotonic()
-        for path in files:
-            with path.open("rb") as file:
-                hashlib.file_digest(file, "sha256")
-        hashing = time.monotonic() - began
-        largest = max(files, key=lambda path: path.stat().st_size)
-        with largest.open("r+b") as file:
-            last = file.seek(-1, os.SEEK_END)
-            (byte,) = file.read(1)
-            file.seek(last)
-            file.write(bytes([byte ^ 1]))
-        began = time.monotonic()
-        assert check_checkpoint(newest, deep=True).resume_problem is not None
-        passed = time.monotonic() - began
-        assert check_checkpoint(before, deep=True).resume_problem is None
-        print(f"passing over a damaged checkpoint: {passed:.2f} s")
-        print(f"sha256 of one checkpoint of {size / 2**30:.2f} GiB, nothing else: {hashing:.2f} s")
-    print(f"{date.today()}, {os.cpu_count()} CPU cores, 124M, fp32")
+def flip_last_bit(path: Path) -> None:
+    with path.open("r+b") as file:
+        last = file.seek(-1, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(last)
+        file.write(bytes([byte ^ 1]))
 
 
-if __name__ == "__main__":
-    main()
+def measure(options: SimpleNamespace) -> dict[str, Any]:
+    flags = build_flags(
+        **TRAINING | {"save_strategy": "steps"},
+        model_name_or_path=options.folder / options.model,
+        dataset_name=options.folder / "data",
+        max_length=options.max_length,
+        per_device_train_batch_size=2,
+        max_steps=1000,
+        save_steps=1000,
+        load_best_model_at_end=False,
+        save_total_limit=2,
+    )
+    lives, chance = Lives(RunDir(options.output / "run"), flags, None, options.output / "cache"), random.Random(0)
+    rests, saves = zip(*(send_signal(lives, chance) for _ in range(options.signals)), strict=True)
+    newest = lives.run.checkpoints()[-1]
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    began = time.monotonic()
+    for path in files:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, "sha256")
+    hashed = time.monotonic()
+    flip_last_bit(max(files, key=lambda path: path.stat().st_size))
+    damaged = time.monotonic()
+    assert check_checkpoint(newest, deep=True).resume_problem is not None
+    return {
+        "step_rest": f"{min(rests):.2g} to {max(rests):.2g}",
+        "save": f"{min(saves):.2g} to {max(saves):.2g}",
+        "skip_seconds": time.monotonic() - damaged,
+        "sha256_seconds": hashed - began,
+    }
+
+
+BENCHMARK = Benchmark(
+    title="Signals and damaged checkpoints",
+    about="""
+GPT-2 124M on one core gets signals in the middle of steps. Then one bit of its newest checkpoint is changed, and a
+start skips it.
+""",
+    columns={
+        "step_rest": ("from the signal to the end of the step, s", ""),
+        "save": ("from there to a complete checkpoint, s", ""),
+        "skip_seconds": ("a damaged checkpoint is skipped, s", ".2f"),
+        "sha256_seconds": ("its sha256 alone, s", ".2f"),
+    },
+    cases={"signals": "signals"},
+    measure=measure,
+    prepare=prepare_training,
+    options={"model": "gpt2", "signals": 3, "max_length": 256, "pairs": 64, "steps": 0},
+    quick={"model": "tiny", "signals": 1, "max_length": 64},
+)

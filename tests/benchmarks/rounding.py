@@ -1,35 +1,26 @@
-"""False alarms and planted faults of the proof of packed rows, on the pretrained SmolLM2-135M and real HH pairs.
+"""False alarms and planted faults of the proof of packed rows, on the pretrained SmolLM2-135M and real HH pairs."""
 
-    python tests/benchmarks/rounding.py                       # 200 batches of two pairs, 25 for each line of the table
-    python tests/benchmarks/rounding.py --batches 2 --faulty 1
-
-Each line is a precision, a kind of training and a kind of rows. Correct packed rows must pass in every batch, and each
-planted fault must be found in every batch that it is tried in.
-"""
-
-import argparse
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import date
-from itertools import product
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from hh import ROOT, read_pairs
+from benchmarks.benchmark import Benchmark
+from benchmarks.workloads import make_model, read_pairs
+from model.planted_faults import FAULTS, planted
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.utils import add_fused_lm_head
 
-from dpokit.model.gguf import find_model_folder
 from dpokit.model.score import ScoredTokenCollator, prove, share_prefix
 
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "model")]
-from planted_faults import FAULTS, planted  # noqa: E402
-from smollm2 import fetch_smollm2  # noqa: E402
-
-PRECISIONS = ("fp32", "autocast to bf16", "weights in bf16")
+ALL_AXES = {
+    "precision": ["fp32", "autocast to bf16", "weights in bf16"],
+    "training": ["full", "LoRA"],
+    "rows": ["HH rows", "chat rows"],
+}
 
 
 @contextmanager
@@ -48,78 +39,79 @@ def at_precision(model: Any, precision: str) -> Iterator[None]:
         model.forward = forward
 
 
-def build_rows(tokenizer: Any, number: int, longest: int, *, chat: bool) -> list[dict[str, list[int]]]:
+def build_rows(tokenizer: Any, options: SimpleNamespace) -> list[dict[str, list[int]]]:
     """Held-out HH pairs as token ids: as published, or each prompt as a user's turn of the chat template."""
     rows = []
-    for pair in read_pairs(number, "test"):
+    for pair in read_pairs(2 * options.batches, "test"):
         prompt, answers = pair["prompt"], {side: pair[side] for side in ("chosen", "rejected")}
-        if chat:
+        if options.rows == "chat rows":
             turns = [{"role": "user", "content": prompt}]
             prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        encode = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, *answers.values())]
-        ends = [[*ids[: longest - 1], tokenizer.eos_token_id] for ids in encode[1:]]
-        rows.append({"prompt_ids": encode[0][-longest:], "chosen_ids": ends[0], "rejected_ids": ends[1]})
+        encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, *answers.values())]
+        chosen, rejected = ([*ids[: options.longest - 1], tokenizer.eos_token_id] for ids in encoded[1:])
+        rows.append({"prompt_ids": encoded[0][-options.longest :], "chosen_ids": chosen, "rejected_ids": rejected})
     return rows
 
 
-def measure(
-    folder: str, precision: str, method: str, kind: str, *, batches: int, faulty: int, longest: int
-) -> dict[str, Any]:
-    """Returns false alarms, found faults and the range of the rounding."""
+def prepare(options: SimpleNamespace) -> None:
+    make_model(options.folder, options.model, chat=True)
+
+
+def measure(options: SimpleNamespace) -> dict[str, Any]:
+    """False alarms, found faults and the range of the rounding, in batches of two pairs."""
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if precision == "weights in bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    dtype = torch.bfloat16 if options.precision == "weights in bf16" else torch.float32
+    folder = options.folder / options.model
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     add_fused_lm_head(model)
-    if method == "LoRA":
+    if options.training == "LoRA":
         lora = LoraConfig(r=8, target_modules="all-linear", init_lora_weights="gaussian")
         model = get_peft_model(model, lora).eval()
         for name, weight in model.named_parameters():
             if "lora_B" in name:  # as after some training
                 torch.nn.init.normal_(weight, std=2e-3)
-    shared, collate = share_prefix(model), ScoredTokenCollator(tokenizer.pad_token_id)
-    rows = build_rows(tokenizer, 2 * batches, longest, chat=kind == "chat rows")
-    alarms, roundings, tried, smallest = 0, [], [], float("inf")
-    with at_precision(model, precision):
-        for number in range(batches):
+    shared, collate = share_prefix(model), ScoredTokenCollator(tokenizer.pad_token_id or tokenizer.eos_token_id)
+    rows = build_rows(tokenizer, options)
+    proofs, planted_faults = [], []
+    with at_precision(model, options.precision):
+        for number in range(options.batches):
             batch = collate(rows[2 * number : 2 * number + 2])
-            proof = prove(model, shared, batch)
-            alarms += proof.mismatch is not None
-            roundings.append(proof.rounding)
-            faults = FAULTS if number < faulty else ()
-            for fault in faults:
-                if fault == "another adapter" and method == "full":
+            proofs.append(prove(model, shared, batch))
+            for fault in FAULTS if number < options.faulty else ():
+                if fault == "another adapter" and options.training == "full":
                     continue
                 with planted(fault, model):
-                    mismatch = prove(model, shared, batch).mismatch
-                tried.append(mismatch is not None)
-                if mismatch:
-                    smallest = min(smallest, float(re.search(r"differ by (\S+)", mismatch)[1]))
+                    planted_faults.append(prove(model, shared, batch).mismatch)
+    sizes = [float(re.search(r"differ by (\S+)", mismatch)[1]) for mismatch in planted_faults if mismatch]
+    roundings = [proof.rounding for proof in proofs]
     return {
-        "alarms": f"{alarms} of {len(roundings)}",
-        "faults": f"{sum(tried)} of {len(tried)}",
-        "smallest": smallest,
-        "rounding": (min(roundings), max(roundings)),
+        "alarms": f"{sum(proof.mismatch is not None for proof in proofs)} of {len(proofs)}",
+        "faults": f"{len(sizes)} of {len(planted_faults)}",
+        "smallest": min(sizes, default=None),
+        "rounding": f"{min(roundings):.1e} to {max(roundings):.1e}".replace("e-0", "e-"),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", type=int, default=25, help="batches of two pairs, for each line")
-    parser.add_argument("--faulty", type=int, default=2, help="batches in which each fault is planted, for each line")
-    parser.add_argument("--longest", type=int, default=256, help="tokens of a prompt, and of an answer")
-    options = parser.parse_args()
-    folder = find_model_folder(str(fetch_smollm2()))
-    print("| precision | training | rows | false alarms | faults found | smallest fault | rounding |")
-    print("|---|---|---|---|---|---|---|")
-    for line in product(PRECISIONS, ("full", "LoRA"), ("HH rows", "chat rows")):
-        measured = measure(folder, *line, **vars(options))
-        least, most = measured["rounding"]
-        smallest, rounding = f"{measured['smallest']:.1e}", f"{least:.1e} to {most:.1e}"
-        cells = [*line, measured["alarms"], measured["faults"], smallest, rounding]
-        print(f"| {' | '.join(cells)} |", flush=True)
-    print(f"\n{date.today()}, {torch.get_num_threads()} threads, torch {torch.__version__}; nats a token")
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    title="Rounding and faults",
+    about="""
+The proof of packed rows on the pretrained SmolLM2-135M and real HH pairs, two in a batch. Correct packed rows must
+pass in every batch, and each planted fault must be found in every batch in which it is tried. In nats per token.
+""",
+    columns={
+        **{name: (name, "") for name in ALL_AXES},
+        "alarms": ("false alarms", ""),
+        "faults": ("faults found", ""),
+        "smallest": ("smallest fault", ".1e"),
+        "rounding": ("rounding", ""),
+    },
+    cases={"proof": "proof"},
+    measure=measure,
+    prepare=prepare,
+    options={"model": "smollm2", "batches": 25, "faulty": 2, "longest": 256},
+    axes=ALL_AXES,
+    quick={"model": "tiny", "batches": 1, "faulty": 1, "longest": 32, "precision": ["fp32"], "rows": ["HH rows"]},
+)

@@ -1,92 +1,86 @@
-"""What a search costs beyond its trials, how often these compute the reference, and what two side by side take.
+"""The time of a search beyond its runs, how often these compute the reference, and two runs at a time."""
 
-    python tests/benchmarks/sweep.py [--trials 8] [--jobs 1 2]
-
-A tiny GPT-2 on made-up pairs: its runs are short, so that the search's share is larger than it would be elsewhere.
-"""
-
-import argparse
 import json
-import os
 import re
+import statistics
 import subprocess
 import sys
-import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
-import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
-from conftest import build_tokenizer, write_pairs  # noqa: E402  (a folder of its own)
+from benchmarks.benchmark import Benchmark
+from benchmarks.workloads import RECIPE, make_model, read_pairs, write_rows
 
 
-def build(folder: Path, *, trials: int, epochs: int) -> Path:
-    """Model, pairs and a space of learning rates and betas; returns the space."""
-    end = "<|endoftext|>"
-    tokenizer = build_tokenizer([end], bos_token=end, eos_token=end, pad_token=end)
-    torch.manual_seed(0)
-    size = {"n_layer": 2, "n_embd": 64, "n_head": 2, "n_positions": 256, "vocab_size": len(tokenizer)}
-    GPT2LMHeadModel(GPT2Config(**size, bos_token_id=0, eos_token_id=0)).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    write_pairs(folder / "pairs.jsonl", 600)
+def prepare(options: SimpleNamespace) -> None:
+    """Model, pairs, and a space of learning rates and betas."""
     space = {
-        "recipe": str(ROOT / "recipes" / "dpo_gpt2.py"),
+        "recipe": RECIPE,
         "settings": {
-            "model_name_or_path": str(folder / "model"),
-            "dataset_name": str(folder / "pairs.jsonl"),
+            "model_name_or_path": str(make_model(options.folder, options.model)),
+            "dataset_name": str(write_rows(options.folder / "pairs.jsonl", read_pairs(options.pairs))),
             "max_length": 96,
             "eval_fraction": 0.1,
-            "num_train_epochs": epochs,
+            "num_train_epochs": options.epochs,
             "report_to": "none",
         },
-        "parameters": {"learning_rate": [1e-5 * 2**i for i in range(trials // 2)], "beta": [0.1, 0.5]},
+        "parameters": {"learning_rate": [1e-5 * 2**i for i in range(options.trials // 2)], "beta": [0.1, 0.5]},
     }
-    (folder / "space.yaml").write_text(yaml.safe_dump(space))
-    return folder / "space.yaml"
+    (options.folder / "space.yaml").write_text(yaml.safe_dump(space))
 
 
-def search(*, trials: int, epochs: int, jobs: int) -> float:
-    """Trains a whole search in a new folder, prints what it cost; seconds of all of it."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        space, output = build(folder, trials=trials, epochs=epochs), folder / "sweep"
-        caches = {"DPOKIT_CACHE": str(folder / "cache"), "HF_DATASETS_CACHE": str(folder / "datasets")}
-        words = [sys.executable, "-m", "dpokit.cli", "sweep", str(space), "--output-dir", str(output), "--json"]
-        began = time.time()
-        done = subprocess.run(
-            [*words, "--jobs", str(jobs)], env=os.environ | caches, capture_output=True, text=True, check=False
-        )
-        wall = time.time() - began
-        if done.returncode:
-            sys.exit(done.stderr[-3000:])
-        found = json.loads(done.stdout)["trials"]
-        spans, computed = [], 0
-        for trial in found:
-            run = Path(trial["runs"][0])
-            # From the writing of its settings, before its processes begin, to its own last word.
-            spans.append((run.with_suffix(".yaml").stat().st_mtime, (run / "run.json").stat().st_mtime))
-            computed += not re.search(r"of \d+ pairs were cached", run.with_suffix(".log").read_text())
-    inside = sum(end - start for start, end in spans) / jobs
-    print(f"{len(found)} trials, {jobs} at a time: {wall:.1f} s, of which {inside:.1f} s in trials")
-    print(f"  beyond the trials themselves: {(wall - inside) / wall:.1%}")
-    print(f"  reference log-probs computed by {computed} of {len(found)} trials", flush=True)
-    return wall
+def measure(options: SimpleNamespace) -> dict[str, Any]:
+    """A whole search."""
+    jobs = {"one": 1, "two": 2}[options.case]
+    command = [sys.executable, "-m", "dpokit.cli", "sweep", str(options.folder / "space.yaml"), "--json"]
+    command += ["--output-dir", str(options.output / "sweep"), "--jobs", str(jobs)]
+    began = time.time()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = time.time()
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    runs = [Path(trial["runs"][0]) for trial in json.loads(done.stdout)["trials"]]
+    # From the writing of a run's settings, before its processes start, to its last record.
+    spans = sorted((run.with_suffix(".yaml").stat().st_mtime, (run / "run.json").stat().st_mtime) for run in runs)
+    row = {
+        "seconds": ended - began,
+        "runs": len(runs),
+        "computed": sum(
+            not re.search(r"of \d+ pairs were cached", run.with_suffix(".log").read_text()) for run in runs
+        ),
+        "run_seconds": statistics.median(end - start for start, end in spans),
+        "ends_seconds": spans[0][0] - began + ended - max(end for _, end in spans),
+    }
+    if jobs == 1:
+        row["between_seconds"] = statistics.median(later - end for (_, end), (later, _) in pairwise(spans))
+    return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2])
-    asked = parser.parse_args()
-    walls = [search(trials=asked.trials, epochs=asked.epochs, jobs=jobs) for jobs in asked.jobs]
-    for jobs, wall in zip(asked.jobs[1:], walls[1:], strict=True):
-        print(f"{jobs} at a time take {wall / walls[0]:.2f} times as long as {asked.jobs[0]} at a time")
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    title="Sweep",
+    about="""
+Runs of a tiny model: they are short, so that the search takes a larger share of the time than usual. The time between
+two runs includes the end of their processes.
+""",
+    columns={
+        "case": ("case", ""),
+        "runs": ("runs", ".0f"),
+        "computed": ("computed the reference", ".0f"),
+        "seconds": ("seconds", ".0f"),
+        "run_seconds": ("s of a run", ".0f"),
+        "ends_seconds": ("s of start and end", ".0f"),
+        "between_seconds": ("s between runs", ".1f"),
+        "relative": ("relative time", ".2f"),
+    },
+    cases={"one": "one run at a time", "two": "two runs at a time"},
+    measure=measure,
+    prepare=prepare,
+    options={"model": "tiny", "trials": 8, "epochs": 3, "pairs": 600},
+    quick={"trials": 2, "epochs": 1, "pairs": 20, "cases": ["one"]},
+    baseline="one",
+    speed=False,
+)
