@@ -122,7 +122,8 @@ def check_same_run(folder: Path, one: Path, kind: str, placement: str) -> None:
     assert record["placement"] == placement.removesuffix(" + CPU offload")
     assert record["answers_of_base"]["mean_tokens"] > 0
     lines = list(zip(records(folder), records(one), strict=True))
-    assert [line["step"] for line, _ in lines] == [1, 2, 3, 4, 5, 6]
+    assert len(lines) >= 2
+    assert [line["step"] for line, _ in lines] == list(range(1, len(lines) + 1))
     for line, expected in lines:
         assert line.keys() == expected.keys()
         for name in SHOWN & expected.keys():

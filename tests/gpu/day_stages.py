@@ -194,7 +194,6 @@ def compare_rows(context: Context, config: Any) -> Values:
     values: Values = {}
     with count_flash(shared_prefix) as calls:
         values["fp32"] = find_distances(score(), exact, batch)
-        calls["fp32"] = calls.pop("flash", 0)
         for name, cast in (("autocast", False), ("bf16", True)):
             if cast:
                 model.bfloat16()
@@ -413,8 +412,9 @@ def measure_steps(context: Context, shape: Shape, side: str) -> Values:
     ready = time.perf_counter() - began
     trainer.train()
     seconds = clock.read()[WARM_STEPS - 1 :]
-    losses = [record["loss"] for record in trainer.state.log_history if "rewards/chosen" in record]
-    values = {"pairs": shape.pairs, "seconds": seconds, "ready_seconds": ready, "losses": losses}
+    logs = [record for record in trainer.state.log_history if "rewards/chosen" in record]
+    values = {"pairs": shape.pairs, "seconds": seconds, "ready_seconds": ready}
+    values |= {name: statistics.mean(log[name] for log in logs) for name in ("loss", "logps/chosen", "logps/rejected")}
     values |= {"shared_prefix": getattr(trainer, "shared_prefix", "-")}
     values |= count_work(shape, rows, trainer.model, is_live="kept" not in side)
     if not context.dry_run:
@@ -445,7 +445,7 @@ def build_side(context: Context, shape: Shape, side: str, rows: list[dict[str, A
         "max_steps": WARM_STEPS + shape.steps,
         "max_length": shape.tokens,
         "learning_rate": 1e-6,
-        "logging_steps": 1 if context.dry_run else WARM_STEPS + shape.steps,  # each log waits for the GPU
+        "logging_steps": WARM_STEPS + shape.steps,  # each log waits for the GPU
         "save_strategy": "no",
         "eval_strategy": "no",
         "report_to": "none",
@@ -581,13 +581,15 @@ def train_on_hh(context: Context, model: Path) -> Values:
     flags |= {"loss_weights": 1.0, "report_to": "none", **(small if context.dry_run else large)}
     done = start_recipe(context, "dpo_gpt2", flags)
     values = read_run(context.work / "run", done)
-    if "error" not in values and not context.dry_run:
-        command = ["-m", "dpokit.cli", "evaluate", str(context.work / "run"), "--json"]
-        evaluated = subprocess.run([*PYTHON, *command], capture_output=True, text=True, check=False)
-        print(evaluated.stderr[-2000:])
-        pairs_json = context.work / "run" / "eval" / "pairs.json"
-        values["evaluation"] = json.loads(pairs_json.read_text()) if pairs_json.is_file() else evaluated.stderr[-300:]
-    return values
+    if "error" in values:
+        return values
+    command = ["-m", "dpokit.cli", "evaluate", str(context.work / "run")]
+    evaluated = subprocess.run([*PYTHON, *command], capture_output=True, text=True, check=False)
+    print(evaluated.stderr[-2000:])
+    file = context.work / "run" / "eval" / "pairs.json"
+    if not file.is_file():
+        return values | {"error": f"dpokit evaluate ended with {evaluated.returncode}: {evaluated.stderr[-300:]}"}
+    return values | {"evaluation": json.loads(file.read_text())}
 
 
 def run_quickstart(context: Context) -> Values:
@@ -682,7 +684,7 @@ def run_placements(context: Context) -> Cases:
         flags = [*placements.find_optimizer(config, kind), *(["--use_cpu"] if context.dry_run else [])]
         launcher = () if config == "single_gpu" else ("--main_process_port", "0", "--num_processes", "1")
         run = folder / f"{config}_{kind}"
-        placements.train_placement(run, model, data, config, kind, 2, *flags, launcher=launcher)
+        placements.train_placement(run, model, data, config, kind, 4, *flags, launcher=launcher)
         return run
 
     def compare(config: str, kind: str) -> Values:

@@ -123,10 +123,10 @@ def write_steps(cases: Cases, peak: float | None, sheet: float | None) -> str:
     head = ["case", "s a step", "pairs/s", "tokens/s", "against TRL", "against TRL, live", "% of the measured peak"]
     head += ["% of the data sheet", "peak GiB", "reserved GiB", "start, s"]
     notes = ["Tokens are those of both rows of a pair, without padding. A share counts each prompt once."]
-    losses = {case: values["losses"] for case, values in cases.items() if values.get("losses")}
-    if len(losses) > 1:
-        last = [values[-1] for values in losses.values()]
-        notes.append(f"Mean losses of the cases differ by at most {max(last) - min(last):.1e}.")
+    sums = [values["logps/chosen"] for values in cases.values() if "logps/chosen" in values]
+    if len(sums) > 1:
+        share = (max(sums) - min(sums)) / abs(sums[0])
+        notes.append(f"The chosen answers' mean log-probs are equal to {100 * share:.2g} %.")
     return table(head, rows) + "\n\n" + " ".join(notes)
 
 
