@@ -168,18 +168,20 @@ class Day:
 
     def run_stage(self, stage: Stage) -> dict[str, Any]:
         """Runs one stage; returns its state and the reason of it."""
-        left = self.ends - time.monotonic() - MARGIN_SECONDS
-        if left < (0 if self.dry_run else stage.least):
-            return {"state": "not run", "reason": f"{max(left, 0):.0f} s were left, and it needs {stage.least}"}
         gib = DRY_GIB if self.dry_run else stage.gib
         lack = find_lack(self.machine, packages=stage.packages, gib=gib, dry_run=self.dry_run)
         if lack is not None:
             return {"state": "lacked", "reason": lack}
+        left = self.ends - time.monotonic() - MARGIN_SECONDS
+        if left < (0 if self.dry_run else stage.least):
+            return {"state": "not run", "reason": f"{max(left, 0):.0f} s were left, and it needs {stage.least}"}
         self.records.append(stage=stage.name, state="running")
         limit = left if self.dry_run else min(stage.limit, left)
-        with tempfile.TemporaryDirectory(prefix="dpokit-gpu-day-", ignore_cleanup_errors=True) as work:
-            with Sampler(dry_run=self.dry_run) as sampler:
-                code = self.wait(stage, Path(work), limit)
+        with (
+            tempfile.TemporaryDirectory(prefix="dpokit-gpu-day-", ignore_cleanup_errors=True) as work,
+            Sampler(dry_run=self.dry_run) as sampler,
+        ):
+            code = self.wait(stage, Path(work), limit)
         cases = summarise(self.records)["stages"][stage.name]["cases"].values()
         end: dict[str, Any] = {"gpu": sampler.take()} if sampler.readings else {}
         if code is None:

@@ -16,7 +16,7 @@ BF16_CAPABILITY = 8.0
 GIB = 2**30
 
 
-class Lack(Exception):
+class LackError(Exception):
     """The machine lacks something that a stage or a case needs; the message says what, and what to do."""
 
 
@@ -57,16 +57,16 @@ class Machine:
 
 
 class Gpu:
-    """The first visible GPU, by NVML. Raises: Lack if there is none, or no driver, or no NVML."""
+    """The first visible GPU, by NVML. Raises: LackError if there is none, or no driver, or no NVML."""
 
     def __init__(self) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         if visible is not None and visible.partition(",")[0].strip() in ("", "-1"):
-            raise Lack(f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU: unset it")
+            raise LackError(f"CUDA_VISIBLE_DEVICES={visible!r} hides every GPU: unset it")
         try:
             import pynvml
         except ImportError as error:
-            raise Lack("nvidia-ml-py is not installed: pip install nvidia-ml-py") from error
+            raise LackError("nvidia-ml-py is not installed: pip install nvidia-ml-py") from error
         self.nvml = pynvml
         try:
             pynvml.nvmlInit()
@@ -75,7 +75,7 @@ class Gpu:
             find = pynvml.nvmlDeviceGetHandleByIndex if by_index else pynvml.nvmlDeviceGetHandleByUUID
             self.handle = find(int(first) if by_index else first)
         except pynvml.NVMLError as error:
-            raise Lack(f"no NVIDIA GPU or no driver ({error}): nvidia-smi must list a GPU") from error
+            raise LackError(f"no NVIDIA GPU or no driver ({error}): nvidia-smi must list a GPU") from error
 
     def describe(self) -> dict[str, Any]:
         memory = self.nvml.nvmlDeviceGetMemoryInfo(self.handle)
@@ -118,7 +118,7 @@ def read_machine(*, dry_run: bool = False, memory_gib: float | None = None) -> M
     else:
         try:
             facts |= Gpu().describe()
-        except Lack as lack:
+        except LackError as lack:
             facts["trouble"] = str(lack)
     if memory_gib is not None:
         facts["free_gib"] = min(facts["free_gib"], memory_gib)
@@ -136,7 +136,7 @@ def read_versions() -> dict[str, str]:
 
 
 def read_torch_cuda() -> str:
-    """The CUDA that torch is built for, without its import, which takes seconds; empty without torch or without CUDA."""
+    """The CUDA that torch is built for, read without the import of torch; empty without torch or without CUDA."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         return ""

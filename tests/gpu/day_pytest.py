@@ -37,9 +37,7 @@ def find_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("test_*.py")) if "mark.gpu" in path.read_text()]
 
 
-def run_pytest(
-    files: Iterable[Path], marks: str, record: Callable[..., None], done: set[str], basetemp: Path
-) -> None:
+def run_pytest(files: Iterable[Path], marks: str, record: Callable[..., None], done: set[str], basetemp: Path) -> None:
     """Runs the tests of these files with these marks, except those that are done."""
 
     class Deselect:

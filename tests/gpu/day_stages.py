@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from day import Records, is_done, summarise
-from day_machine import GIB, ROOT, Lack, read_versions
+from day_machine import GIB, ROOT, LackError, read_versions
 
 TESTS = ROOT / "tests"
 sys.path[1:1] = [str(TESTS), str(TESTS / "model"), str(TESTS / "benchmarks")]
@@ -71,7 +71,7 @@ class Context:
         began = time.monotonic()
         try:
             values = compute()
-        except Lack as lack:
+        except LackError as lack:
             values = {"lacked": str(lack)}
         except torch.OutOfMemoryError as error:
             values = {"lacked": f"memory: {' '.join(str(error).split())[:200]}"}
@@ -82,11 +82,11 @@ class Context:
 
 
 def import_rows() -> tuple[Path, Callable[[int], list[dict[str, str]]]]:
-    """The tokenizer's folder and the reader of HH pairs that the benchmarks use. Raises: Lack without the data."""
+    """The tokenizer's folder and the reader of HH pairs that the benchmarks use. Raises: LackError without the data."""
     from hh import TOKENIZER, read_pairs
 
     if not TOKENIZER.is_dir():
-        raise Lack(f"HH rows and GPT-2's tokenizer: {TOKENIZER} does not exist; set DPOKIT_SHARED")
+        raise LackError(f"HH rows and GPT-2's tokenizer: {TOKENIZER} does not exist; set DPOKIT_SHARED")
     return TOKENIZER, read_pairs
 
 
@@ -236,9 +236,7 @@ def score_without_gradient(model: Any, batch: dict[str, torch.Tensor]) -> torch.
     return score_tokens(model, batch)
 
 
-def score_with_gradient(
-    model: Any, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def score_with_gradient(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probs, and the gradients of a weighted sum of the answers' log-probs."""
     model.zero_grad()
     scores = score_without_gradient(model, batch)
@@ -311,7 +309,7 @@ SHAPES = {
     "steps-gpt2-512": Shape("gpt2", 512, 64, 10),
     "steps-0.5b-512": Shape("0.5b", 512, 32, 10),
     "steps-7b-2048": Shape("7b", 2048, 4, 6, whole=False),
-    "steps-gpt2-2048": Shape("gpt2", 2048, 16, 6),
+    "steps-gpt2-2048": Shape("gpt2", 2048, 12, 6),
     "steps-0.5b-2048": Shape("0.5b", 2048, 8, 6),
     "steps-1.5b-2048": Shape("1.5b", 2048, 8, 6, whole=False),
 }
@@ -368,28 +366,38 @@ def make_rows(shape: Shape) -> list[dict[str, Any]]:
 
     folder, read_pairs = import_rows()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    number, rows, parts = shape.pairs * (WARM_STEPS + shape.steps), [], []
-    for pair in read_pairs(100_000 if not shape.model == "tiny" else 200):
-        target = 0 if shape.tokens <= 512 else shape.tokens // 2 + 97 * len(rows) % (shape.tokens // 2)
-        longer = join_pairs([*parts, pair], tokenizer)
-        if find_longest(longer) > shape.tokens:
-            parts = []
-            continue
-        parts.append(pair)
-        if find_longest(longer) >= target:
-            rows.append(longer)
-            parts = []
-        if len(rows) == number:
-            return rows
-    raise Lack(f"{number} HH pairs of {shape.tokens} tokens: there are {len(rows)}")
+    pairs = add_ids(read_pairs(200 if shape.model == "tiny" else 100_000), tokenizer)
+    number = shape.pairs * (WARM_STEPS + shape.steps)
+    joined = pairs if shape.tokens <= 512 else add_ids(join_pairs(pairs, shape.tokens), tokenizer)
+    rows = [row for row in joined if find_longest(row) <= shape.tokens][:number]
+    if len(rows) < number:
+        raise LackError(f"{number} HH pairs of {shape.tokens} tokens: there are {len(rows)}")
+    return rows
 
 
-def join_pairs(pairs: list[dict[str, str]], tokenizer: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {name: "".join(pair[name] for pair in pairs) for name in ("prompt", "chosen", "rejected")}
-    row["prompt_ids"] = tokenizer(row["prompt"])["input_ids"]
-    for answer in ("chosen", "rejected"):
-        row[f"{answer}_ids"] = [*tokenizer(row[answer])["input_ids"], tokenizer.eos_token_id]
-    return row
+def add_ids(rows: list[dict[str, str]], tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows with token ids; an answer ends with the EOS."""
+    sides = {name: tokenizer([row[name] for row in rows])["input_ids"] for name in ("prompt", "chosen", "rejected")}
+    end = {"prompt": [], "chosen": [tokenizer.eos_token_id], "rejected": [tokenizer.eos_token_id]}
+    return [
+        {**row, **{f"{name}_ids": [*ids[place], *end[name]] for name, ids in sides.items()}}
+        for place, row in enumerate(rows)
+    ]
+
+
+def join_pairs(pairs: list[dict[str, Any]], tokens: int) -> list[dict[str, str]]:
+    """Pairs of the texts of consecutive pairs: their prompts, their chosen and their rejected answers."""
+    groups: list[list[dict[str, Any]]] = [[]]
+    length = 0
+    for pair in pairs:
+        most = tokens // 2 + 97 * len(groups) % (tokens // 2)  # between half of the tokens and all of them
+        if groups[-1] and length + find_longest(pair) > most:
+            groups.append([])
+            length = 0
+        groups[-1].append(pair)
+        length += find_longest(pair)
+    names = ("prompt", "chosen", "rejected")
+    return [{name: "".join(pair[name] for pair in group) for name in names} for group in groups[:-1]]
 
 
 def find_longest(row: dict[str, Any]) -> int:
@@ -656,6 +664,8 @@ def check_memory(context: Context, model: str, flags: dict[str, Any]) -> Values:
     parts = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     command = ["-m", "dpokit.cli", "plan", str(ROOT / "recipes" / "dpo_gpt2.py"), *parts, "--check", "--json"]
     done = subprocess.run([*PYTHON, *command], capture_output=True, text=True, check=False, cwd=context.work)
+    if "out of memory" in done.stderr:
+        raise LackError(f"memory: {' '.join(done.stderr.split())[-300:]}")
     if done.returncode != 0:
         return {"error": f"dpokit plan ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
     return {name: value for name, value in json.loads(done.stdout)["check"].items() if name != "placement"}
@@ -750,7 +760,7 @@ def main() -> int:
             torch.cuda.set_per_process_memory_fraction(min(1.0, options.memory_gib * GIB / total))
     try:
         cases = STAGES[options.stage](context)
-    except Lack as lack:
+    except LackError as lack:
         context.record(options.stage, lacked=str(lack))
         return 0
     for name, compute in sorted(cases.items(), key=lambda case: case[0] in begun):  # one that hung comes last

@@ -25,12 +25,16 @@ def render(day: dict[str, Any]) -> str:
             parts += [f"## {name}", write_steps(cases, peak, sheet)]
         elif name in WRITERS:
             parts += [f"## {name}", WRITERS[name](cases)]
+    return "\n\n".join([*parts, describe(day)])
+
+
+def describe(day: dict[str, Any]) -> str:
+    """The date, the machine, the versions and the command of the numbers."""
+    machine = day.get("machine", {})
+    gpu, driver, commit = (machine.get(name) or "none" for name in ("gpu", "driver", "commit"))
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
-    parts.append(
-        f"{day.get('at', '')[:10]}, {machine.get('gpu') or 'no GPU'}, driver {machine.get('driver') or '-'}; {versions}; "
-        f"commit {machine.get('commit') or '-'}. Command: `bash tests/gpu/day.sh --minutes {day.get('minutes', 12):g}`."
-    )
-    return "\n\n".join(parts)
+    command = f"`bash tests/gpu/day.sh --minutes {day.get('minutes', 12):g}`"
+    return f"{day.get('at', '')[:10]}; GPU: {gpu}, driver {driver}; {versions}; commit {commit}. Command: {command}."
 
 
 def is_shown(values: dict[str, Any]) -> bool:
