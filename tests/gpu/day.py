@@ -62,7 +62,7 @@ STAGES = [
     Stage("steps-gpt2-512", 75, 35, 12, TRAINING, "steps beside TRL's: GPT-2 124M, HH pairs of up to 512 tokens"),
     Stage("steps-0.5b-512", 75, 40, 20, TRAINING, "the same with the shape of Qwen2-0.5B"),
     Stage("steps-7b-2048", 110, 60, 70, TRAINING, "the same with the shape of Qwen2-7B, pairs of up to 2,048 tokens"),
-    Stage("run", 75, 40, 4, TRAINING, "a whole run with its evaluation, and the GPU's numbers in its log"),
+    Stage("run", 100, 40, 4, TRAINING, "a whole run with its evaluation, and the GPU's numbers in its log"),
     Stage("placements", 120, 40, 4, (*TRAINING, "pytest", "deepspeed", "bitsandbytes"), "each placement on one GPU"),
     Stage("memory", 75, 30, 8, TRAINING, "the peak that `dpokit plan` predicts, and the measured one"),
     Stage("steps-gpt2-2048", 60, 35, 12, TRAINING, "steps: GPT-2 124M, pairs of up to 2,048 tokens"),

@@ -33,7 +33,8 @@ def describe(day: dict[str, Any]) -> str:
     machine = day.get("machine", {})
     gpu, driver, commit = (machine.get(name) or "none" for name in ("gpu", "driver", "commit"))
     versions = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
-    command = f"`bash tests/gpu/day.sh --minutes {day.get('minutes', 12):g}`"
+    option = " --dry-run" if day.get("identity", {}).get("dry run") else ""
+    command = f"`bash tests/gpu/day.sh{option} --minutes {day.get('minutes', 12):g}`"
     return f"{day.get('at', '')[:10]}; GPU: {gpu}, driver {driver}; {versions}; commit {commit}. Command: {command}."
 
 
