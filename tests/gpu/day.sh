@@ -6,7 +6,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 site=
 if [ -f .gpu/site.tar.xz ]; then
-    site="${TMPDIR:-/tmp}/dpokit-site-$(id -u)-$(cksum < .gpu/site.tar.xz | tr ' ' -)"
+    # dill, which hashes functions for datasets, knows an installed package by this name in its path.
+    site="${TMPDIR:-/tmp}/dpokit-$(id -u)-$(cksum < .gpu/site.tar.xz | tr ' ' -)/site-packages"
     if [ ! -d "$site" ]; then
         rm -rf "$site.part"
         mkdir -p "$site.part"

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -593,7 +594,9 @@ def train_on_hh(context: Context, model: Path) -> Values:
     print(evaluated.stderr[-2000:])
     file = context.work / "run" / "eval" / "pairs.json"
     if not file.is_file():
-        return values | {"error": f"dpokit evaluate ended with {evaluated.returncode}: {evaluated.stderr[-300:]}"}
+        return values | {
+            "error": f"dpokit evaluate ended with {evaluated.returncode}: {find_message(evaluated.stderr)}"
+        }
     return values | {"evaluation": json.loads(file.read_text())}
 
 
@@ -613,10 +616,18 @@ def start_recipe(context: Context, recipe: str, flags: dict[str, Any]) -> "subpr
     return done
 
 
+def find_message(text: str) -> str:
+    """The last line with an error of the program itself, not of its launcher; else the last line."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|NotFound)\b", line)]
+    own = [line for line in errors if "CalledProcessError" not in line and "ChildFailedError" not in line]
+    return (own or lines or ["no output"])[-1][:300]
+
+
 def read_run(folder: Path, done: "subprocess.CompletedProcess[str]") -> Values:
     """What a run's log says: state, losses, whether prompts were shared, and dpokit's own numbers of the GPU."""
     if not (folder / "metrics.jsonl").is_file():
-        return {"error": f"the recipe ended with {done.returncode}: {done.stderr.strip()[-300:]}"}
+        return {"error": f"the recipe ended with {done.returncode}: {find_message(done.stderr)}"}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     record = json.loads((folder / "run.json").read_text())
     losses = [line["loss"] for line in lines if "loss" in line]
@@ -664,7 +675,7 @@ def check_memory(context: Context, model: str, flags: dict[str, Any]) -> Values:
     if "out of memory" in done.stderr:
         raise LackError(f"memory: {' '.join(done.stderr.split())[-300:]}")
     if done.returncode != 0:
-        return {"error": f"dpokit plan ended with {done.returncode}: {' '.join(done.stderr.split())[-300:]}"}
+        return {"error": f"dpokit plan ended with {done.returncode}: {find_message(done.stderr)}"}
     return {name: value for name, value in json.loads(done.stdout)["check"].items() if name != "placement"}
 
 

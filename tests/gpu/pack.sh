@@ -21,7 +21,8 @@ trap 'rm -rf "$work"' EXIT
 mkdir -p "$work/site" .gpu
 
 packages=(trl transformers datasets peft accelerate bitsandbytes pyarrow dill multiprocess xxhash rich markdown-it-py mdurl)
-packages+=(huggingface_hub hf-xet httpx2 httpcore2 truststore tokenizers safetensors nvidia-ml-py gguf typer)
+packages+=(huggingface_hub hf-xet httpx httpcore h11 anyio httpx2 httpcore2 truststore tokenizers safetensors)
+packages+=(nvidia-ml-py gguf typer annotated-doc)
 packages+=(einops hjson msgpack py-cpuinfo pydantic pydantic_core annotated-types typing-inspection typing_extensions)
 pin() { grep -ixE "$1==.*" constraints.txt || echo "$1"; }
 wanted=()
@@ -33,12 +34,17 @@ for tag in _2_28 _2_27 _2_24 _2_17 2014 1; do platforms+=(--platform "manylinux$
 # DeepSpeed is published as source; its kernels are compiled where they are used.
 DS_BUILD_OPS=0 "$python" -m pip wheel -q --no-deps --no-build-isolation --wheel-dir "$work/wheels" "$(pin deepspeed)"
 for wheel in "$work"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$work/site"; done
+# dpokit runs from the checkout; its version is read from the metadata of an installed package.
+own=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
+mkdir "$work/site/dpokit-$own.dist-info"
+printf 'Metadata-Version: 2.1\nName: dpokit\nVersion: %s\n' "$own" > "$work/site/dpokit-$own.dist-info/METADATA"
 
 # Parts that are large and that no run loads: kernels for other versions of CUDA, headers, sources, tests, Flight.
 find "$work/site/bitsandbytes" -name 'libbitsandbytes_*.so' ! -name "*cuda$cuda*" ! -name '*_cpu*' -delete
 rm -rf "$work"/site/pyarrow/{include,includes,src,tests} "$work"/site/pyarrow/*_flight*
 find "$work/site" \( -name '*.pyc' -o -name '*.pyx' \) -delete
-tar cf - -C "$work/site" . | xz -T0 -6 > .gpu/site.tar.xz
+tar cf - -C "$work/site" . | xz -T0 -6 > "$work/site.tar.xz"
+mv "$work/site.tar.xz" .gpu/site.tar.xz
 
 shared="${DPOKIT_SHARED:-../shared}"
 if [ -d "$shared/data" ]; then
