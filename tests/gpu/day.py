@@ -132,6 +132,7 @@ class Day:
         at = datetime.now(UTC).isoformat(timespec="seconds")
         identity = self.machine.find_identity(dry_run=dry_run)
         self.records.append(machine=self.machine.record(), identity=identity, minutes=minutes, at=at)
+        self.write()
 
     def keep_other_results(self) -> None:
         """Renames the records of another machine, of other versions, or of a dry run: they belong to another day."""

@@ -62,6 +62,10 @@ def wait_for(holds: Any) -> None:
         time.sleep(0.05)
 
 
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
 def read_results(out: Path, stage: str) -> list[str]:
     """The cases of a stage that have a result, once for each time."""
     of_stage = [record for record in Records(out / "records.jsonl").read() if record.get("stage") == stage]
@@ -75,8 +79,7 @@ def test_a_killed_day_continues_where_it_was_cut(tmp_path):
     (child,) = [p for p in psutil.Process(killed.pid).children() if "equality" in p.cmdline()]
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    psutil.wait_procs([child], timeout=30)
-    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    wait_for(lambda: has_ended(child))
     before = read_results(tmp_path, "equality")
     assert summarise(Records(tmp_path / "records.jsonl"))["stages"]["equality"]["state"] == "cut"
     with (tmp_path / "records.jsonl").open("a") as file:
@@ -91,6 +94,17 @@ def test_a_killed_day_continues_where_it_was_cut(tmp_path):
     assert sorted(after) == sorted(set(after)), "no case is computed twice"
     assert set(before) < set(after) == day["stages"]["equality"]["cases"].keys()
     assert len(after) == 7
+
+
+def test_a_day_that_is_told_to_end_writes_its_tables(tmp_path):
+    ended = start(tmp_path, "--dry-run", "--only", "equality")
+    wait_for(lambda: read_results(tmp_path, "equality"))
+    children = psutil.Process(ended.pid).children(recursive=True)
+    ended.terminate()
+    text, _ = ended.communicate(timeout=60)
+    assert ended.returncode == 128 + signal.SIGTERM, text
+    assert "| equality | cut |" in (tmp_path / "tables.md").read_text()
+    wait_for(lambda: all(map(has_ended, children)))
 
 
 def test_a_stage_is_cut_at_the_end_and_the_next_not_run(tmp_path):
@@ -191,6 +205,22 @@ def test_torch_says_why_it_cannot_use_a_gpu():
     from day_stages import find_gpu_trouble
 
     assert str(find_gpu_trouble()).startswith(f"torch {torch.__version__} cannot use the GPU: ")
+
+
+MESSAGES = {
+    "of a launcher's child": ("x\nDataError: no rows\nsubprocess.CalledProcessError: Command\n", "DataError: no rows"),
+    "with a module": ("importlib.metadata.PackageNotFoundError: x\nmore", "importlib.metadata.PackageNotFoundError: x"),
+    "no error": ("Killed\n\n", "Killed"),
+    "nothing": ("", "no output"),
+}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_the_error_of_a_program_is_found_in_its_output(case):
+    from day_stages import find_message
+
+    text, expected = MESSAGES[case]
+    assert find_message(text) == expected
 
 
 @pytest.mark.cold
