@@ -292,6 +292,7 @@ class Shape:
         tokens: most tokens of a row.
         pairs: of a step.
         steps: measured ones; `WARM_STEPS` come before.
+        joined: each pair is made of several HH pairs, which alone have some 170 tokens.
         whole: weights in fp32, computed in bf16 (autocast); else weights, gradients and AdamW's states are bf16 too.
     """
 
@@ -299,6 +300,7 @@ class Shape:
     tokens: int
     pairs: int
     steps: int
+    joined: bool = False
     whole: bool = True
 
 
@@ -306,10 +308,10 @@ WARM_STEPS = 2
 SHAPES = {
     "steps-gpt2-512": Shape("gpt2", 512, 64, 10),
     "steps-0.5b-512": Shape("0.5b", 512, 32, 10),
-    "steps-7b-2048": Shape("7b", 2048, 4, 6, whole=False),
-    "steps-gpt2-2048": Shape("gpt2", 2048, 12, 6),
-    "steps-0.5b-2048": Shape("0.5b", 2048, 8, 6),
-    "steps-1.5b-2048": Shape("1.5b", 2048, 8, 6, whole=False),
+    "steps-7b-2048": Shape("7b", 2048, 4, 6, joined=True, whole=False),
+    "steps-gpt2-2048": Shape("gpt2", 2048, 12, 6, joined=True),
+    "steps-0.5b-2048": Shape("0.5b", 2048, 8, 6, joined=True),
+    "steps-1.5b-2048": Shape("1.5b", 2048, 8, 6, joined=True, whole=False),
 }
 SIDES = {
     "stock": "TRL, live reference",
@@ -344,21 +346,20 @@ def build_config(model: str, tokens: int) -> Any:
 
 
 def run_steps(context: Context) -> Cases:
-    """TRL's side comes first, before dpokit is imported; where memory is short, the kept reference comes first."""
+    """TRL's live reference comes first, before dpokit is imported; where memory is short, the kept reference does."""
     shape = SHAPES[context.stage]
-    if context.dry_run:
-        shape = replace(shape, model="tiny", tokens=96 if shape.tokens == 512 else 192, pairs=2, steps=1)
     sides = list(SIDES) if shape.whole else ["kept", "stock-kept", "packed", "stock"]
-    if context.dry_run:  # two sides a shape; the shapes together have all four
-        sides = sides[:2] if shape.tokens == 96 else sides[2:] if shape.whole else sides[:1]
+    if context.dry_run:  # two sides of a shape at most; the shapes together have all four
+        sides = (sides[2:] if shape.joined else sides[:2]) if shape.whole else sides[:1]
+        shape = replace(shape, model="tiny", tokens=192 if shape.joined else 96, pairs=2, steps=1)
     return {SIDES[side]: partial(measure_steps, context, shape, side) for side in sides}
 
 
 @cache
 def make_rows(shape: Shape) -> list[dict[str, Any]]:
-    """HH pairs for all steps, with their ids, none longer than `tokens`; for 2,048 tokens several joined to one.
+    """HH pairs for all steps, with their ids, none longer than `tokens`.
 
-    Joined pairs have between half of the tokens and all of them, and HH's shares of prompt and answers.
+    Joined pairs have from a quarter of the tokens to nearly all, and HH's shares of prompt and answers.
     """
     from transformers import AutoTokenizer
 
@@ -366,8 +367,8 @@ def make_rows(shape: Shape) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pairs = add_ids(read_pairs(200 if shape.model == "tiny" else 100_000), tokenizer)
     number = shape.pairs * (WARM_STEPS + shape.steps)
-    joined = pairs if shape.tokens <= 512 else add_ids(join_pairs(pairs, shape.tokens), tokenizer)
-    rows = [row for row in joined if find_longest(row) <= shape.tokens][:number]
+    longer = add_ids(join_pairs(pairs, shape.tokens), tokenizer) if shape.joined else pairs
+    rows = [row for row in longer if find_longest(row) <= shape.tokens][:number]
     if len(rows) < number:
         raise LackError(f"{number} HH pairs of {shape.tokens} tokens: there are {len(rows)}")
     return rows
@@ -388,7 +389,7 @@ def join_pairs(pairs: list[dict[str, Any]], tokens: int) -> list[dict[str, str]]
     groups: list[list[dict[str, Any]]] = [[]]
     length = 0
     for pair in pairs:
-        most = tokens // 2 + 97 * len(groups) % (tokens // 2)  # between half of the tokens and all of them
+        most = tokens // 2 + 97 * len(groups) % (tokens // 2)  # lengths vary, as in real data
         if groups[-1] and length + find_longest(pair) > most:
             groups.append([])
             length = 0
@@ -408,6 +409,7 @@ def measure_steps(context: Context, shape: Shape, side: str) -> Values:
     gc.collect()
     if not context.dry_run:
         torch.cuda.empty_cache()
+        held_gib = torch.cuda.memory_allocated() / GIB  # what an earlier case has left; near 0
     began = time.perf_counter()
     trainer = build_side(context, shape, side, rows)
     clock = build_clock(context.device)
@@ -424,6 +426,7 @@ def measure_steps(context: Context, shape: Shape, side: str) -> Values:
     values |= {"shared_prefix": getattr(trainer, "shared_prefix", "-")}
     values |= count_work(shape, rows, trainer.model, is_live="kept" not in side)
     if not context.dry_run:
+        values["held_gib"] = held_gib
         values["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
         values["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
     if not side.startswith("stock") and trainer.shared_prefix != "on":
