@@ -70,6 +70,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark in item.iter_markers("pinned"):
             if not is_pinned(*mark.args):
                 item.add_marker(pytest.mark.skip(reason=f"tests the {mark.args[0]} of constraints.txt"))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not has_gpu():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:
@@ -106,6 +110,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED} (set DPOKIT_SHARED)")
     return SHARED
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def is_pinned(package: str) -> bool:

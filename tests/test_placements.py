@@ -44,28 +44,60 @@ SHOWN = {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chose
 GPUS = torch.cuda.device_count()
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory, plain_tokenizer) -> Path:
+def build_tiny_llama(folder: Path, tokenizer) -> Path:
     """A random Llama of 2 layers; its head is not tied to its embedding."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny_llama")
     torch.manual_seed(0)
-    size = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": len(plain_tokenizer)}
+    size = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "vocab_size": len(tokenizer)}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-    end = {"bos_token_id": plain_tokenizer.eos_token_id, "eos_token_id": plain_tokenizer.eos_token_id}
+    end = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     LlamaForCausalLM(LlamaConfig(**size, **heads, **end)).save_pretrained(folder)
-    plain_tokenizer.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_data(folder: Path) -> Path:
+    """17 and 7 pairs: in an epoch's last step and in the evaluation, one rank has no pair."""
+    folder.mkdir()
+    write_pairs(folder / "train.jsonl", 17)
+    write_pairs(folder / "test.jsonl", 7)
+    return folder
+
+
+def train_placement(
+    folder: Path,
+    model: Path,
+    data: Path,
+    config: str,
+    kind: str,
+    per_device: int,
+    *flags: str,
+    launcher: tuple[str, ...] = (),
+) -> None:
+    """Trains with a config, a kind and a number of pairs per device."""
+    recipe, kind_flags = KINDS[kind]
+    result = launch(
+        ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), *launcher],
+        *("--model_name_or_path", str(model), "--dataset_name", str(data), *kind_flags, *flags),
+        *("--output_dir", str(folder), "--num_train_epochs", "2", "--max_length", "96"),
+        *("--learning_rate", "1e-3", "--warmup_steps", "0", "--logging_steps", "1"),
+        *("--loss_type", "sigmoid", "--loss_weights", "1.0", "--eval_steps", "2", "--save_steps", "2"),
+        *("--per_device_train_batch_size", str(per_device), "--per_device_eval_batch_size", "2"),
+        *("--gradient_accumulation_steps", "2", "--bf16", "false"),
+        recipe=recipe,
+    )
+    print(result.stderr[-5000:])
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory, plain_tokenizer) -> Path:
+    return build_tiny_llama(tmp_path_factory.mktemp("models") / "tiny_llama", plain_tokenizer)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """17 and 7 pairs: in an epoch's last step and in the evaluation, one rank has no pair."""
-    folder = tmp_path_factory.mktemp("data")
-    write_pairs(folder / "train.jsonl", 17)
-    write_pairs(folder / "test.jsonl", 7)
-    return folder
+    return write_data(tmp_path_factory.mktemp("pairs") / "data")
 
 
 @pytest.fixture(scope="module")
@@ -77,18 +109,7 @@ def run(tmp_path_factory, tiny_llama, data):
         name = "_".join([config, kind, str(per_device), *flags])
         if name not in done:
             done[name] = folder / name
-            recipe, kind_flags = KINDS[kind]
-            result = launch(
-                ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml"), *launcher],
-                *("--model_name_or_path", str(tiny_llama), "--dataset_name", str(data), *kind_flags, *flags),
-                *("--output_dir", str(folder / name), "--num_train_epochs", "2", "--max_length", "96"),
-                *("--learning_rate", "1e-3", "--warmup_steps", "0", "--logging_steps", "1"),
-                *("--loss_type", "sigmoid", "--loss_weights", "1.0", "--eval_steps", "2", "--save_steps", "2"),
-                *("--per_device_train_batch_size", str(per_device), "--per_device_eval_batch_size", "2"),
-                *("--gradient_accumulation_steps", "2", "--bf16", "false"),
-                recipe=recipe,
-            )
-            print(result.stderr[-5000:])
+            train_placement(done[name], tiny_llama, data, config, kind, per_device, *flags, launcher=launcher)
         return done[name]
 
     return train
@@ -101,7 +122,8 @@ def check_same_run(folder: Path, one: Path, kind: str, placement: str) -> None:
     assert record["placement"] == placement.removesuffix(" + CPU offload")
     assert record["answers_of_base"]["mean_tokens"] > 0
     lines = list(zip(records(folder), records(one), strict=True))
-    assert [line["step"] for line, _ in lines] == [1, 2, 3, 4, 5, 6]
+    assert len(lines) >= 2
+    assert [line["step"] for line, _ in lines] == list(range(1, len(lines) + 1))
     for line, expected in lines:
         assert line.keys() == expected.keys()
         for name in SHOWN & expected.keys():
@@ -175,10 +197,12 @@ def test_a_config_for_several_processes_runs_with_one(config, run):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not GPUS, reason="no GPU on this machine")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("config", PLACEMENTS)
 def test_all_visible_gpus_train_as_one_does(config, kind, run, record_property):
+    if config == "ddp" and GPUS == 1:
+        pytest.skip("DDP needs two GPUs")
     record_property("placement", ("GPU", in_words(config), kind))
     flags = find_optimizer(config, kind)
     one = run("single_gpu", kind, 2 * GPUS, *flags)

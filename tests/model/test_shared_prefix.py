@@ -201,7 +201,8 @@ def test_offsets_give_flash_attention_what_each_pair_attends_to(make, monkeypatc
     torch.testing.assert_close(at_once, pair_by_pair, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not (HAS_FLASH and torch.cuda.is_available()), reason="flash attention needs a GPU")
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_FLASH, reason="this torch has no flash attention for rows of several pairs")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_flash_attention_ends_its_causal_mask_at_the_last_key(dtype, monkeypatch):
     packed = pack(make_batch()).map(lambda tensor: tensor.cuda())
@@ -214,6 +215,25 @@ def test_flash_attention_ends_its_causal_mask_at_the_last_key(dtype, monkeypatch
         results.append((result, *torch.autograd.grad(result.float().square().sum(), states)))
     for fast, plain in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_FLASH, reason="this torch has no flash attention for rows of several pairs")
+@pytest.mark.parametrize("make", [make_batch, make_masked_batch])
+def test_under_autocast_flash_attention_equals_sdpa_in_fp32(make, monkeypatch):
+    packed = pack(make()).map(lambda tensor: tensor.cuda())
+    states = [tensor.requires_grad_() for tensor in draw_states(packed, torch.float32, "cuda")]
+    calls = []
+    kernel = shared_prefix.varlen_attn
+    monkeypatch.setattr(shared_prefix, "varlen_attn", lambda *a, **n: calls.append(a[0].dtype) or kernel(*a, **n))
+    results = []
+    for autocast in (True, False):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            result, _ = attend(torch.nn.Module(), *states, None, packed=packed)
+        results.append((result.float(), *torch.autograd.grad(result.float().square().sum(), states)))
+    assert calls == [torch.bfloat16], "autocast alone uses flash attention"
+    for fast, exact in zip(*results, strict=True):
+        assert (fast - exact).norm() < 3e-2 * exact.norm()
 
 
 @pytest.mark.pinned("torch")

@@ -43,7 +43,7 @@ def test_without_a_gpu_reading_raises_an_error():
         read_gpu(torch.device("cuda:0"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_draws_power_and_holds_memory():
     held = torch.zeros(2**28, device="cuda")
     reading = read_gpu(torch.device("cuda:0"))

@@ -63,7 +63,7 @@ def test_a_step_waits_for_nothing_and_copies_each_batch_once(case, tiny_qwen2, p
     assert there["log"][-1]["train_loss"] == pytest.approx(here["log"][-1]["train_loss"], rel=1e-6)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", ["live reference", "kept reference", "LoRA"])
 def test_torch_reports_no_wait_for_a_real_gpu(case, tiny_qwen2, pairs_file, tmp_path, monkeypatch):
     class Marks(run.ScreenCallback):

@@ -65,9 +65,9 @@ def check_lines(path: Path, builder: str, *, skip_bad: bool = False, name: Path 
             if problem is not None:
                 findings.bad[number] = problem
             elif isinstance(row, dict):
-                for name, value in row.items():
-                    if (name, type(value)) not in values:
-                        values[name, type(value)] = row
+                for column, value in row.items():
+                    if (column, type(value)) not in values:
+                        values[column, type(value)] = row
     except (EOFError, gzip.BadGzipFile) as error:
         problem = f"the gzip data is cut off or broken after line {number}"
         raise refuse(path, problem, "download or pack it again") from error
