@@ -27,6 +27,7 @@ def load_pairs(
     max_samples: int | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Sequence[str] = (),
+    format: str | None = None,
 ) -> "Dataset":
     """Reads the preference pairs of a dataset in any layout that training knows.
 
@@ -37,6 +38,7 @@ def load_pairs(
         max_samples: reads only the first rows of the split.
         columns: columns of another name, as `--columns`: `{"prompt": "question", "chosen": "answers.best"}`.
         ignore_columns: columns that are left out, as `--ignore_columns`.
+        format: the layout's name, as `--format`.
 
     Returns:
         A `datasets.Dataset` with the columns `prompt`, `chosen` and `rejected`: texts, or lists of `{role, content}` if
@@ -61,7 +63,7 @@ def load_pairs(
     rows = get_split(splits, split, "split")
     rows = rows if max_samples is None else rows.take(max_samples)
     name = f"{dataset_name}, split {split}"
-    layout = find_layout(rows, name, names, ignore_columns)
+    layout = find_layout(rows, name, names, ignore_columns, format)
     pairs: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
     for row in rows:

@@ -24,10 +24,6 @@ CONTENT = {
     "a system text": (PLAIN | {"system": "Be brief."}, "system"),
     "a system text beside messages": (CHAT | {"system": "Be brief."}, "system"),
     "a system prompt": (PLAIN | {"system_prompt": ""}, "system_prompt"),
-    "a question and a system text": (TEXTS | {"system": "Be brief.", "question": "Capital?"}, "system, question"),
-    "an instruction": (TEXTS | {"instruction": "Name the capital."}, "instruction"),
-    "a query": (TEXTS | {"query": "Capital?"}, "query"),
-    "a column of one word beside answers": (TEXTS | {"q": "Norway"}, "q"),
     "an input": (PLAIN | {"input": ""}, "input"),
     "images": (CHAT | {"images": ["cat.png"]}, "images"),
     "an image's file": (PLAIN | {"imageFile": "cat.png"}, "imageFile"),
@@ -57,8 +53,6 @@ def test_a_column_of_content_is_an_error_that_names_it(case):
     ("row", "flag"),
     [
         (PLAIN | {"system": "Be brief."}, "--columns system=system;"),
-        (TEXTS | {"system": "Be brief.", "question": "Capital?"}, "--columns system=system,prompt=question;"),
-        (TEXTS | {"instruction": "Name it.", "input": ""}, "--columns prompt=instruction --ignore_columns input;"),
         (CHAT | {"functions": "[]"}, "--columns tools=functions;"),
         (CHAT | {"images": ["cat.png"]}, "do this:   to leave them out: --ignore_columns images"),
     ],
@@ -130,6 +124,17 @@ MAPPED = [
         ("Why?", "Yes.", "No."),
     ),
     (
+        {"prompt": "question+context.text"},
+        TEXTS | {"question": "Capital?", "context": {"text": "Norway."}},
+        ("Capital?\n\nNorway.", *TEXTS.values()),
+    ),
+    (
+        {"prompt": "question+context"},
+        TEXTS | {"question": "Capital?", "context": ""},
+        ("Capital?", *TEXTS.values()),
+    ),
+    ({"prompt": "a+b"}, TEXTS | {"a+b": "Capital?", "c": 1}, ("Capital?", *TEXTS.values())),
+    (
         {"prompt": "input.messages", "chosen": "good", "rejected": "bad"},
         {"input": {"messages": [WHY]}, "good": [YES], "bad": [NO]},
         ([WHY], "Yes.", "No."),
@@ -174,7 +179,11 @@ def test_a_column_of_a_mapped_name_is_still_checked():
 
 @pytest.mark.parametrize(
     ("columns", "listed"),
-    [({"prompt": "questoin"}, "system, question, chosen, rejected"), ({"prompt": "system.text"}, "system, question")],
+    [
+        ({"prompt": "questoin"}, "system, question, chosen, rejected"),
+        ({"prompt": "question+contxt"}, "system, question, chosen, rejected"),
+        ({"prompt": "system.text"}, "system, question"),
+    ],
 )
 def test_a_named_column_that_is_missing_is_an_error(columns, listed):
     with pytest.raises(DataError, match="has no column") as error:
@@ -279,8 +288,7 @@ ANSWERS = {"chosen": "The dog sleeps.", "rejected": "The cat sleeps."}
 
 @pytest.mark.parametrize("name", ["source", "user", "task", "topic", "info", "comment", "title", "text", "sentence"])
 def test_a_question_of_any_name_beside_two_texts_is_an_error(name):
-    """Else the common first words of the answers would become the prompt."""
-    with pytest.raises(DataError, match="look like content") as error:
+    with pytest.raises(DataError, match="but no prompt") as error:
         match_layout([ANSWERS | {name: LONG_QUESTION}], "my.jsonl")
     assert f"--columns prompt={name}" in error.value.do
     mapped = match_layout([ANSWERS | {name: LONG_QUESTION}], "my.jsonl", {"prompt": name})

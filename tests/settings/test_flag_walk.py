@@ -338,6 +338,10 @@ ELSEWHERE = {
         "a column that is an error without it",
         "tests/data/test_unused_columns.py::test_a_run_uses_and_ignores_the_named_columns",
     ),
+    "format": (
+        "rows that are an error without it",
+        "tests/data/test_prepare.py::test_every_layout_in_a_file_has_the_ids_of_a_single_row",
+    ),
     "template_date": (
         "a template with a date",
         "tests/checkpoint/test_resume.py::test_a_run_keeps_the_date_that_its_template_writes",

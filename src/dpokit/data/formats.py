@@ -55,6 +55,7 @@ class Format:
         of_messages: whether columns hold messages; `to_pair` then gets them as `read_turns` returns them.
         matches: a test for a row.
         to_pair: the conversion of a row to a pair. Raises: UnusableError.
+        by_name: whether rows have this layout only if `--format` names it.
     """
 
     name: str
@@ -63,6 +64,12 @@ class Format:
     of_messages: bool
     matches: Callable[[Row], bool]
     to_pair: Callable[[Row], Pair]
+    by_name: bool = False
+
+    @property
+    def flag(self) -> str:
+        """The value of `--format` that names it."""
+        return self.name.lower().replace(",", "").replace(" ", "_")
 
 
 def _is_text(value: Any) -> bool:
@@ -278,5 +285,6 @@ FORMATS = (
         False,
         lambda row: "prompt" not in row and _has(row, _is_text, "chosen", "rejected"),
         _pair_from_common_beginning,
+        by_name=True,
     ),
 )

@@ -18,7 +18,7 @@ from dpokit.data.messages import (
     read_turns_text,
 )
 from dpokit.data.transcripts import parse_transcript
-from dpokit.data.unused_columns import find_unused_columns, find_value
+from dpokit.data.unused_columns import find_unused_columns, find_value, split_path
 from dpokit.errors import DataError
 
 # Columns that any layout may have beside its own. A system column is used only if --columns names it.
@@ -74,6 +74,7 @@ def match_layout(
     *,
     unpadded: Collection[str] = (),
     ignored: Collection[str] = (),
+    form: str | None = None,
 ) -> Layout:
     """Returns the layout of more than half of the sampled rows, so that a few broken rows do not matter.
 
@@ -83,17 +84,31 @@ def match_layout(
         columns: the value of `--columns`: the column, or the dotted path in one, by the name of a format's column.
         unpadded: the columns whose objects have only the keys of their own row, so that a None in them is a value.
         ignored: the value of `--ignore_columns`; of keys of an object, dotted paths.
+        form: the value of `--format`: no other layout is tried.
 
     Raises: DataError if no layout fits; it shows the first row and all layouts. Or if a column that the layout does not
         use looks like content, or a column of `columns` is missing.
     """
     columns = columns or {}
     _check_columns(columns, rows, source)
-    for form in FORMATS:
-        layout = _fit(form, rows, columns, unpadded)
+    for candidate in _find_formats(form):
+        layout = _fit(candidate, rows, columns, unpadded)
         if layout is not None:
-            return replace(layout, unused=find_unused_columns(form, layout.columns, rows, source, ignored))
-    raise _refuse_rows(rows, columns, source)
+            return replace(layout, unused=find_unused_columns(candidate, layout.columns, rows, source, ignored))
+    raise _refuse_rows(rows, columns, source, form)
+
+
+def _find_formats(name: str | None) -> list[Format]:
+    """Returns the formats to try, or the one that `--format` names. Raises: DataError for an unknown name."""
+    if name is None:
+        return [form for form in FORMATS if not form.by_name]
+    if formats := [form for form in FORMATS if form.flag == name]:
+        return formats
+    raise DataError(
+        f"--format {name}: there is no layout of this name",
+        expected="one of " + ", ".join(form.flag for form in FORMATS),
+        do="correct --format, or leave it out",
+    )
 
 
 def _fit(form: Format, rows: Sequence[Row], mapping: Mapping[str, str], unpadded: Collection[str]) -> Layout | None:
@@ -135,7 +150,8 @@ def _is_most(votes: Iterable[bool]) -> bool:
 def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str) -> None:
     """Raises DataError for a column of `--columns` that no sampled row has."""
     names = dict.fromkeys(name for row in rows for name in row)
-    for name, path in columns.items():
+    paths = [(name, part) for name, path in columns.items() for part in split_path(path, names)]
+    for name, path in paths:
         if path in names or any(find_value(row, path) is not None for row in rows):
             continue
         values = [row[path.partition(".")[0]] for row in rows if path.partition(".")[0] in row]
@@ -149,7 +165,7 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str)
         )
 
 
-def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str) -> DataError:
+def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str, form: str | None) -> DataError:
     """Returns the error for rows of no known layout; it names the first value that is neither text nor messages."""
     paths = {name: columns.get(name, name) for name in PARTS}
     present = {name for row in rows for name in row}
@@ -163,6 +179,21 @@ def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str) -
             expected="texts or messages in more than half of the first rows",
             do="write texts or messages, leave out rows without an answer, or name other columns: --columns "
             f"{'chosen' if wrong[1] not in paths else wrong[1]}=NAME",
+        )
+    if form is not None:
+        return DataError(
+            f"--format {form} does not fit {source}; its first row is {shown}",
+            expected="".join(f"{known.name}: {known.looks}" for known in FORMATS if known.flag == form),
+            do="leave --format out, or name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME",
+        )
+    if paths["prompt"] not in present and {paths["chosen"], paths["rejected"]} <= present:
+        others = [name for name in present - {*paths.values()} if any(isinstance(row.get(name), str) for row in rows)]
+        prompt = "|".join(sorted(others)) or "NAME"
+        return DataError(
+            f"{source} has {paths['chosen']} and {paths['rejected']} as texts, but no prompt; its first row is {shown}",
+            expected='a column with the prompt, or HH transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:" turns',
+            do=f"name the prompt's column: --columns prompt={prompt}; or, if both texts begin with the prompt: "
+            "--format implicit_plain",
         )
     return DataError(
         f"{source} holds preference pairs of no known form; its first row is {shown}",

@@ -226,11 +226,15 @@ def _load(data: DataArguments, *, streaming: bool) -> dict[str, Rows]:
 
 
 def _find_layout_for(data: DataArguments, rows: Rows, name: str) -> Layout:
-    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or ())
+    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or (), data.format)
 
 
 def find_layout(
-    rows: Rows, name: str, columns: Mapping[str, str] | None = None, ignored: Collection[str] = ()
+    rows: Rows,
+    name: str,
+    columns: Mapping[str, str] | None = None,
+    ignored: Collection[str] = (),
+    form: str | None = None,
 ) -> Layout:
     """Returns the layout of the first rows, with the columns of `--columns` in place of its own.
 
@@ -241,7 +245,7 @@ def find_layout(
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     features: Features = rows.features or {}
     unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
-    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored)
+    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored, form=form)
 
 
 def _has_structs(feature: Any) -> bool:

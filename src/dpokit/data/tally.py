@@ -158,5 +158,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
         for note, count in split["notes"].items():
             console.print(f"  {name}: {count:,} with {note}: {NOTES[note]}")
+    if report.get("unused_columns"):
+        console.print(f"  columns that no pair depends on: {', '.join(report['unused_columns'])}", markup=False)
     for finding in report["findings"]:
         console.print(f"  note: {finding}")

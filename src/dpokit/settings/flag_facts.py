@@ -109,6 +109,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "eval_use_gather_object": SUMS,
     "f_alpha_divergence_coef": EXACT | FROM_RUN,
     "f_divergence_type": EXACT | FROM_RUN | SAME_TOKENS,
+    "format": FROM_RUN | HELD_OUT,
     "fp16": EXACT | MACHINE,
     "fp16_full_eval": IN_TRAINING,
     "fsdp": NONE,

@@ -23,11 +23,15 @@ class DataArguments(ScriptArguments):
     columns: list[str] | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Columns of another name: prompt=question,chosen=answers.best (prompt, chosen, rejected, ...)."
+            "help": "Columns of another name: prompt=question+context,chosen=answers.best (prompt, chosen, ...)."
         },
     )
     ignore_columns: list[str] | None = dataclasses.field(
         default=None, metadata={"help": "Columns that are left out, separated by commas."}
+    )
+    format: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "The layout of the rows, for rows that fit several, such as implicit_plain."},
     )
     max_train_samples: int | None = dataclasses.field(
         default=None, metadata={"help": "Use only the first N rows of the training split."}

@@ -127,7 +127,7 @@ COUPLES = (
     Couple(
         ("dataset_name",),
         _always,
-        _drop("dataset_config", "dataset_train_split", "dataset_test_split", "columns", "ignore_columns"),
+        _drop("dataset_config", "dataset_train_split", "dataset_test_split", "columns", "ignore_columns", "format"),
         if_changed=True,
     ),
     Couple(("dataset_streaming",), _is_on("dataset_streaming"), _set(precompute_ref_log_probs=False)),
