@@ -53,6 +53,7 @@ def run_case(folder: Path, case: str) -> None:
     defaults = {
         "model_name_or_path": str(folder / "model"),
         "dataset_name": str(folder / f"{case}.jsonl"),
+        "prompt_format": "raw",  # the lengths of the rows as they are
         "output_dir": str(folder / f"run-{case}"),
         "per_device_train_batch_size": PAIRS_A_STEP // 2,
         "gradient_accumulation_steps": 1,

@@ -169,7 +169,7 @@ def test_columns_with_the_names_of_prepared_ones_are_ignored(streaming, tmp_path
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
     rows = list(prepare(tmp_path / "rows.jsonl", plain_tokenizer, dataset_streaming=streaming).train)
     assert sorted(row["row"] for row in rows) == [0, 1]
-    assert plain_tokenizer.decode(rows[0]["prompt_ids"]) == "The sky is"
+    assert plain_tokenizer.decode(rows[0]["prompt_ids"]) == "\n\nHuman: The sky is\n\nAssistant:"
     assert set(rows[0]) == {*IDS, *MASKS, "row"}
 
 

@@ -45,7 +45,7 @@ EXPECTED = {
     ),
     "explicit, plain": (
         {"prompt": SKY, "chosen": " blue.", "rejected": " green."},
-        (SKY, " blue.", " green."),
+        (HH.replace(QUESTION, SKY), " blue.", " green."),
         (CHAT.replace(QUESTION, SKY), "blue.", "green."),
     ),
     "explicit, conversational": (
@@ -88,7 +88,7 @@ EXPECTED = {
     ),
     "implicit, plain": (
         {"chosen": "The sky is blue.", "rejected": "The sky is black."},
-        (SKY, " blue.", " black."),
+        (HH.replace(QUESTION, SKY), " blue.", " black."),
         (CHAT.replace(QUESTION, SKY), "blue.", "black."),
     ),
 }
@@ -98,8 +98,16 @@ FLAGS = {layout.name: layout.flag for layout in FORMATS}
 IMPLICIT = "implicit_plain"
 
 
-def encode(tokenizer, row: dict, limits: LengthLimits = NO_LIMITS, form: str | None = None) -> dict:
-    encoder = Encoder(Renderer(tokenizer), match_layout([row], "test", form=form), limits)
+def encode(
+    tokenizer,
+    row: dict,
+    limits: LengthLimits = NO_LIMITS,
+    *,
+    form: str | None = None,
+    prompt_format: str = "transcript",
+) -> dict:
+    renderer = Renderer(tokenizer, prompt_format=prompt_format)
+    encoder = Encoder(renderer, match_layout([row], "test", form=form), limits)
     columns = encoder({name: [value] for name, value in row.items()}, [0])
     return {name: values[0] for name, values in columns.items()}
 
@@ -261,7 +269,7 @@ def test_a_row_has_these_tokens_at_its_boundaries(plain_tokenizer, chat_tokenize
     row = EXPECTED["implicit, plain"][0]
     plain, chat = (encode(tokenizer, row, form=IMPLICIT) for tokenizer in (plain_tokenizer, chat_tokenizer))
     names = plain_tokenizer.convert_ids_to_tokens
-    assert names(plain["prompt_ids"])[0][0] == "T"
+    assert names(plain["prompt_ids"])[-1] == ":"
     assert names(plain["chosen_ids"])[0].startswith("Ġb")
     assert names(plain["chosen_ids"])[-1] == "<|endoftext|>"
     names = chat_tokenizer.convert_ids_to_tokens
@@ -283,10 +291,12 @@ def test_prompt_and_answer_equal_the_rendered_conversation(name, chat_tokenizer)
         assert chat_tokenizer.decode(ids["prompt_ids"] + ids[column]) == whole.removesuffix("\n")
 
 
-@pytest.mark.parametrize("name", ["HH transcript", "implicit, plain"])
-def test_prompt_and_answer_of_a_plain_model_are_text_and_eos(name, plain_tokenizer):
+@pytest.mark.parametrize(
+    ("name", "prompt_format"), [("HH transcript", "transcript"), ("HH transcript", "raw"), ("implicit, plain", "raw")]
+)
+def test_prompt_and_answer_of_a_plain_model_are_text_and_eos(name, prompt_format, plain_tokenizer):
     row = EXPECTED[name][0]
-    ids = encode(plain_tokenizer, row, form=FLAGS[name])
+    ids = encode(plain_tokenizer, row, form=FLAGS[name], prompt_format=prompt_format)
     for side in ("chosen", "rejected"):
         text = plain_tokenizer.decode(ids["prompt_ids"] + ids[f"{side}_ids"])
         assert text == row[side] + plain_tokenizer.eos_token
@@ -299,7 +309,7 @@ def test_a_prompt_does_not_depend_on_the_batch_s_first_row(plain_tokenizer):
     dropped = {**usable, "rejected": " blue."}
     batch = encode_rows(tokenizer, [dropped, usable])
     assert batch["dropped"] == ["equal_answers", ""]
-    assert batch["prompt_ids"][1] == tokenizer(SKY)["input_ids"]
+    assert batch["prompt_ids"][1] == tokenizer(HH.replace(QUESTION, SKY))["input_ids"]
     assert batch["prompt_ids"][1] == encode(tokenizer, usable)["prompt_ids"]
 
 
@@ -311,7 +321,7 @@ def test_no_prompt_of_a_batch_ends_with_an_added_eos(plain_tokenizer):
     )
     usable = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
     batch = encode_rows(tokenizer, [{**usable, "prompt": f"{SKY}{end[0]}"}, usable, {**usable, "rejected": " blue."}])
-    assert tokenizer.decode(batch["prompt_ids"][1]) == SKY
+    assert tokenizer.decode(batch["prompt_ids"][1]) == HH.replace(QUESTION, SKY)
     assert batch["chosen_ids"][1].count(end[1]) == 1
 
 

@@ -342,6 +342,10 @@ ELSEWHERE = {
         "rows that are an error without it",
         "tests/data/test_prepare.py::test_every_layout_in_a_file_has_the_ids_of_a_single_row",
     ),
+    "prompt_format": (
+        "prompts that are no transcripts",
+        "tests/data/test_plain_prompts.py::test_the_flag_changes_the_data_and_is_recorded",
+    ),
     "template_date": (
         "a template with a date",
         "tests/checkpoint/test_resume.py::test_a_run_keeps_the_date_that_its_template_writes",

@@ -24,6 +24,13 @@ FOREIGN = re.compile(
 CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # transformers offers this function to templates
 
 
+def find_control_tokens(prompt: str) -> list[str]:
+    """Returns the control tokens of chat templates in a rendered conversation; none for a text that mentions them."""
+    tokens = FOREIGN.findall(prompt)
+    begins = FOREIGN.match(re.sub(r"^(<s>|<bos>)\s*", "", prompt.lstrip())) is not None
+    return tokens if begins and len(tokens) > 1 else []
+
+
 class ChatTemplate:
     """A tokenizer's chat template.
 
@@ -148,9 +155,8 @@ class ChatTemplate:
         generation = self.answer_start.strip()
         if (self._begin and text.startswith(self._begin)) or (generation and generation in text):
             return True
-        foreign = FOREIGN.findall(text)
-        begins = FOREIGN.match(re.sub(r"^(<s>|<bos>)\s*", "", text)) is not None
-        if begins and len(foreign) > 1 and not any(word in self._text for word in foreign):
+        foreign = find_control_tokens(text)
+        if foreign and not any(word in self._text for word in foreign):
             raise UnusableError("rendered_for_other_model")
         return False
 

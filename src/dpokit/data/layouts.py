@@ -183,7 +183,7 @@ def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str, f
     if form is not None:
         return DataError(
             f"--format {form} does not fit {source}; its first row is {shown}",
-            expected="".join(f"{known.name}: {known.looks}" for known in FORMATS if known.flag == form),
+            expected="".join(f"{layout.name}: {layout.looks}" for layout in FORMATS if layout.flag == form),
             do="leave --format out, or name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME",
         )
     if paths["prompt"] not in present and {paths["chosen"], paths["rejected"]} <= present:

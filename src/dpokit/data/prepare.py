@@ -39,6 +39,7 @@ class PreparedData:
         findings: warnings for the screen and data.json.
         fingerprint: sha256 of the token ids of both splits; None for a stream.
         unused_columns: columns of ids, scores and other metadata, which no pair depends on.
+        prompt_form: "chat template", "HH transcript" or "raw".
     """
 
     train: Rows
@@ -47,11 +48,12 @@ class PreparedData:
     findings: list[str]
     fingerprint: str | None
     unused_columns: list[str]
+    prompt_form: str
 
     def record(self) -> dict[str, Any]:
         """Returns the content of data.json."""
         splits = {name: tally.record() for name, tally in self.tallies.items()}
-        facts = {name: getattr(self, name) for name in ("findings", "fingerprint", "unused_columns")}
+        facts = {name: getattr(self, name) for name in ("findings", "fingerprint", "unused_columns", "prompt_form")}
         return {"train": None, "eval": None} | splits | facts
 
 
@@ -79,7 +81,7 @@ def prepare_data(
         ModelError: the tokenizer has no EOS token.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    renderer = Renderer(tokenizer, data.template_date)
+    renderer = Renderer(tokenizer, data.template_date, data.prompt_format)
     splits = _load(data, streaming=data.dataset_streaming)
     return _prepare_splits(
         splits, data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed
@@ -144,7 +146,20 @@ def _prepare_splits(
     if isinstance(train, Dataset):
         train = _count_changed(train, tallies["train"])
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
-    return PreparedData(train, held_out if with_eval else None, tallies, findings, fingerprint, list(layout.unused))
+    findings += [line for name, tally in tallies.items() if (line := _describe_glued(name, tally))]
+    held_out = held_out if with_eval else None
+    return PreparedData(train, held_out, tallies, findings, fingerprint, list(layout.unused), renderer.prompt_form)
+
+
+def _describe_glued(name: str, tally: Tally) -> str:
+    """Returns a finding if most prompts end, and most answers begin, without white space between the two; else ""."""
+    number = tally.notes["no_separator"]
+    if number * 2 <= tally.kept:
+        return ""
+    return (
+        f"{number:,} of {tally.kept:,} {name} pairs have no white space between prompt and answer: add it to the rows, "
+        "or leave --prompt_format raw out, and they become HH transcripts"
+    )
 
 
 @dataclass
@@ -174,7 +189,7 @@ def prepare_held_out(
     Raises: DataError as `prepare_data`.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    renderer = Renderer(tokenizer, data.template_date)
+    renderer = Renderer(tokenizer, data.template_date, data.prompt_format)
     splits = _load(data, streaming=False)
     if data.eval_fraction is None:
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")

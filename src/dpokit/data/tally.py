@@ -43,6 +43,7 @@ REASONS = {
 NOTES = {
     "other_thinking_mode": "the prompt is that of the template's other thinking mode, which suits the answers",
     "reasoning_rebuilt": "the prompt opens reasoning, the template writes none in an answer, and so dpokit wrote it",
+    "no_separator": "there is no white space between prompt and answer, which stand as they are (--prompt_format raw)",
     "rendered_already": "the prompt is already rendered, and taken as it is",
     "other_role": "the template does not know a role, such as developer, and got one that it knows, such as system",
     "argument_left_out": "the template does not read an argument of chat_template_kwargs",
@@ -69,7 +70,8 @@ REMEDIES = {
     "left_out_by_template": "use a model whose template has tools and all roles, or leave out such rows",
     "changed_by_template": "use the template of a model without reasoning, or leave out such rows",
     "reasoning_doubled_by_template": "write the reasoning in reasoning_content",
-    "rendered_for_other_model": "write prompts as messages or as plain text",
+    "rendered_for_other_model": "write prompts as messages or as plain text, or give --prompt_format raw for a model "
+    "without a chat template",
     "rendered_prompt": "write the prompt as messages",
     "rendered_answer": "write answers without the template's words, or whole conversations as messages",
     "needs_fast_tokenizer": "use a model with a tokenizer.json",
@@ -153,6 +155,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         counts = [split["rows"], split["kept"], split["rows"] - split["kept"], *split["shortened"].values()]
         table.add_row(name, split["format"], *(f"{count:,}" for count in counts))
     console.print(table)
+    if report.get("prompt_form"):
+        console.print(f"  form of the prompts: {report['prompt_form']}")
     for name, split in splits.items():
         for reason, count in split["dropped"].items():
             console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")

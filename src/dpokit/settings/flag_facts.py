@@ -194,6 +194,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "prediction_loss_only": SUMS,
     "preempt_signal": NONE,
     "project": PRIVATE,
+    "prompt_format": FROM_RUN | HELD_OUT,
     "push_to_hub": NONE,
     "ref_model_mixup_alpha": EXACT,
     "ref_model_sync_steps": EXACT,

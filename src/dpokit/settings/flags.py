@@ -51,6 +51,10 @@ class DataArguments(ScriptArguments):
             "help": "Date, as 2026-11-29, for chat templates that write one; by default that of the first start."
         },
     )
+    prompt_format: Literal["transcript", "raw"] = dataclasses.field(
+        default="transcript",
+        metadata={"help": "Without a chat template, join prompt and answer as an HH transcript, or as they are (raw)."},
+    )
     shared_prefix: bool = dataclasses.field(
         default=True, metadata={"help": "Compute a prompt once for both of its answers, if the model allows it."}
     )
