@@ -35,7 +35,7 @@ def test_data_without_rows_has_no_known_form():
 WRONG_VALUES = [
     ([{"prompt": "Why?", **TEXTS}, {"prompt": "Why?", **TEXTS, "rejected": None}], "in row 2, rejected is null"),
     ([{"prompt": "Why?", "chosen": 4, "rejected": 5}], "in row 1, chosen is a number"),
-    ([{"prompt": "Why?", "chosen": ["Yes.", "Yes!"], "rejected": ["No."]}], "in row 1, chosen is a list with text"),
+    ([{"prompt": "Why?", "chosen": ["Yes.", 5], "rejected": ["No."]}], "in row 1, chosen is a list with text"),
     ([{"prompt": None, **TEXTS}], "in row 1, prompt is null"),
     ([{"prompt": {"text": "Why?"}, **TEXTS}], "in row 1, prompt is an object without a role"),
 ]

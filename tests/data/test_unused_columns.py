@@ -21,9 +21,17 @@ LONG = "A long text that says more than any label of a row would say."
 
 # row, the columns that are an error
 CONTENT = {
-    "a system text": (PLAIN | {"system": "Be brief."}, "system"),
-    "a system text beside messages": (CHAT | {"system": "Be brief."}, "system"),
-    "a system prompt": (PLAIN | {"system_prompt": ""}, "system_prompt"),
+    "a persona": (PLAIN | {"persona": "Be brief."}, "persona"),
+    "a second system text": (CHAT | {"system": "Be brief.", "system_prompt": "Be kind."}, "system_prompt"),
+    "a question beside a prompt": (PLAIN | {"question": "Capital?"}, "question"),
+    "a prompt beside whole transcripts": (
+        {
+            "prompt": "Capital?",
+            "chosen": "\n\nHuman: Oslo?\n\nAssistant: Yes.",
+            "rejected": "\n\nHuman: Oslo?\n\nAssistant: No.",
+        },
+        "prompt",
+    ),
     "an input": (PLAIN | {"input": ""}, "input"),
     "images": (CHAT | {"images": ["cat.png"]}, "images"),
     "an image's file": (PLAIN | {"imageFile": "cat.png"}, "imageFile"),
@@ -52,7 +60,9 @@ def test_a_column_of_content_is_an_error_that_names_it(case):
 @pytest.mark.parametrize(
     ("row", "flag"),
     [
-        (PLAIN | {"system": "Be brief."}, "--columns system=system;"),
+        (PLAIN | {"persona": "Be brief."}, "--columns system=persona;"),
+        (PLAIN | {"context": "Norway."}, "--columns prompt=prompt+context;"),
+        (PLAIN | {"history": ["Norway."]}, "do this:   to leave them out: --ignore_columns history"),
         (CHAT | {"functions": "[]"}, "--columns tools=functions;"),
         (CHAT | {"images": ["cat.png"]}, "do this:   to leave them out: --ignore_columns images"),
     ],
@@ -295,22 +305,22 @@ def test_a_question_of_any_name_beside_two_texts_is_an_error(name):
     assert mapped.to_pair(ANSWERS | {name: LONG_QUESTION}).prompt == LONG_QUESTION
 
 
-NESTED = {"input": {"messages": CHAT["prompt"], "tools": [{"name": "f"}], "id": 1}, "good": "Yes.", "bad": "No."}
+NESTED = {"input": {"messages": CHAT["prompt"], "functions": [{"name": "f"}], "id": 1}, "good": "Yes.", "bad": "No."}
 
 
 def test_the_keys_beside_a_dotted_path_are_columns_too():
     columns = {"prompt": "input.messages", "chosen": "good", "rejected": "bad"}
-    with pytest.raises(DataError, match=r"input\.tools") as error:
+    with pytest.raises(DataError, match=r"input\.functions") as error:
         match_layout([NESTED], "my.jsonl", columns)
-    assert "--columns tools=input.tools" in error.value.do
-    assert match_layout([NESTED], "my.jsonl", columns | {"tools": "input.tools"}).unused == ("input.id",)
-    assert match_layout([NESTED], "my.jsonl", columns, ignored=["input.tools"]).unused == ("input.id",)
+    assert "--columns tools=input.functions" in error.value.do
+    assert match_layout([NESTED], "my.jsonl", columns | {"tools": "input.functions"}).unused == ("input.id",)
+    assert match_layout([NESTED], "my.jsonl", columns, ignored=["input.functions"]).unused == ("input.id",)
 
 
 def test_a_key_of_an_object_can_be_ignored(tmp_path):
     name = write(tmp_path / "rows.jsonl", [NESTED, NESTED])
     columns = {"prompt": "input.messages", "chosen": "good", "rejected": "bad"}
-    pairs = dpokit.load_pairs(name, columns=columns, ignore_columns=["input.tools"])
+    pairs = dpokit.load_pairs(name, columns=columns, ignore_columns=["input.functions"])
     assert pairs[0]["prompt"] == CHAT["prompt"]
     with pytest.raises(DataError, match="has no such column"):
         dpokit.load_pairs(name, columns=columns, ignore_columns=["inputs.tools"])

@@ -342,6 +342,14 @@ ELSEWHERE = {
         "rows that are an error without it",
         "tests/data/test_prepare.py::test_every_layout_in_a_file_has_the_ids_of_a_single_row",
     ),
+    "min_score_gap": (
+        "rows with scores",
+        "tests/data/test_published.py::test_several_answers_give_the_pairs_of_the_flags",
+    ),
+    "ranked": (
+        "rows of several answers",
+        "tests/data/test_published.py::test_a_run_counts_each_pair_of_several_in_a_row",
+    ),
     "prompt_format": (
         "prompts that are no transcripts",
         "tests/data/test_plain_prompts.py::test_the_flag_changes_the_data_and_is_recorded",

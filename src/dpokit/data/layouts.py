@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from dpokit.data.formats import FORMATS, PARTS, SYSTEM_ROLES, Format, Pair, Row
+from dpokit.data.formats import COLUMNS, FORMATS, PARTS, SYSTEM_ROLES, Format, Pair, Row
 from dpokit.data.messages import (
     UnusableError,
     describe_value,
@@ -17,13 +18,43 @@ from dpokit.data.messages import (
     read_turns,
     read_turns_text,
 )
+from dpokit.data.published import PAIRED, Published, Ranking
+from dpokit.data.ranking import PairChoice
+from dpokit.data.scored import RANKED
 from dpokit.data.transcripts import parse_transcript
 from dpokit.data.unused_columns import find_unused_columns, find_value, split_path
 from dpokit.errors import DataError
 
-# Columns that any layout may have beside its own. A system column is used only if --columns names it.
+# Columns that any layout may have beside its own.
 TOOLS, TEMPLATE_KWARGS, SYSTEM = "tools", "chat_template_kwargs", "system"
-CONTEXT = frozenset((TOOLS, TEMPLATE_KWARGS, SYSTEM))
+CONTEXT = {TOOLS: (TOOLS, "input.tools"), TEMPLATE_KWARGS: (TEMPLATE_KWARGS,), SYSTEM: (SYSTEM, "system_prompt")}
+LAYOUTS = (*PAIRED, *FORMATS, *RANKED)  # in the order in which they are tried
+ONE_PAIR = PairChoice()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A published layout, and the columns of a dataset that it reads.
+
+    Attributes:
+        published: the layout.
+        columns: the column, or the dotted path in one, of each of its columns, and of tools and the like.
+        is_ranked: whether its rows have answers with scores.
+        choice: of pairs among them.
+    """
+
+    published: Published
+    columns: Mapping[str, str]
+    is_ranked: bool
+    choice: PairChoice
+
+    def convert(self, row: Row) -> list[Row]:
+        """Returns a row with the names of `formats` for each pair. Raises: UnusableError."""
+        values = {name: find_value(row, path) for name, path in self.columns.items()}
+        converted = self.published.convert(values)
+        rows = self.choice.build_rows(converted) if isinstance(converted, Ranking) else [converted]
+        context = {name: values[name] for name in CONTEXT if name in values}
+        return [{**pair, **context} for pair in rows]
 
 
 @dataclass(frozen=True)
@@ -37,12 +68,14 @@ class Layout:
         unused: the columns that hold only ids, scores and other metadata.
         is_direct: whether `form` reads the rows themselves: the columns have its own names, and no reader.
         has_context: whether the rows have tools, arguments for the chat template, or a system column.
+        conversion: the conversion of rows before the format reads them; None for rows that it reads as they are.
     """
 
     form: Format
     columns: Mapping[str, str]
     readers: Mapping[str, Callable[[Any], Any]]
     unused: tuple[str, ...] = ()
+    conversion: Conversion | None = None
     is_direct: bool = field(init=False)
     has_context: bool = field(init=False)
 
@@ -53,11 +86,36 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The format's name."""
-        return self.form.name
+        """The layout's name."""
+        return self.form.name if self.conversion is None else self.conversion.published.name
+
+    @property
+    def gives_several(self) -> bool:
+        """Whether a row may give several pairs."""
+        return self.conversion is not None and self.conversion.is_ranked and self.conversion.choice.is_several
+
+    def to_pairs(self, row: Row) -> list[Pair | UnusableError]:
+        """Returns the pairs of a row; or, in place of a pair, the reason for dropping it."""
+        pairs: list[Pair | UnusableError] = []
+        try:
+            rows = [row] if self.conversion is None else self.conversion.convert(row)
+        except UnusableError as error:
+            return [error]
+        for values in rows:
+            try:
+                pairs.append(self._read_pair(values))
+            except UnusableError as error:
+                pairs.append(error)
+        return pairs
 
     def to_pair(self, row: Row) -> Pair:
-        """Returns the pair of a row. Raises: UnusableError with the reason why the row has none."""
+        """Returns the first pair of a row. Raises: UnusableError with the reason why the row has none."""
+        first = self.to_pairs(row)[0]
+        if isinstance(first, UnusableError):
+            raise first
+        return first
+
+    def _read_pair(self, row: Row) -> Pair:
         if self.is_direct:
             return self.form.to_pair(row)
         values = {name: row[path] if path in row else find_value(row, path) for name, path in self.columns.items()}
@@ -75,6 +133,7 @@ def match_layout(
     unpadded: Collection[str] = (),
     ignored: Collection[str] = (),
     form: str | None = None,
+    choice: PairChoice = ONE_PAIR,
 ) -> Layout:
     """Returns the layout of more than half of the sampled rows, so that a few broken rows do not matter.
 
@@ -85,6 +144,7 @@ def match_layout(
         unpadded: the columns whose objects have only the keys of their own row, so that a None in them is a value.
         ignored: the value of `--ignore_columns`; of keys of an object, dotted paths.
         form: the value of `--format`: no other layout is tried.
+        choice: of pairs among several answers.
 
     Raises: DataError if no layout fits; it shows the first row and all layouts. Or if a column that the layout does not
         use looks like content, or a column of `columns` is missing.
@@ -92,33 +152,92 @@ def match_layout(
     columns = columns or {}
     _check_columns(columns, rows, source)
     for candidate in _find_formats(form):
-        layout = _fit(candidate, rows, columns, unpadded)
-        if layout is not None:
-            return replace(layout, unused=find_unused_columns(candidate, layout.columns, rows, source, ignored))
+        fitting = _fit_format if isinstance(candidate, Format) else partial(_fit_published, choice=choice)
+        names = _find_columns(candidate, rows, columns, ignored)
+        layout = None if names is None else fitting(candidate, rows, names, unpadded)  # type: ignore[arg-type]
+        if layout is None:
+            continue
+        conversion = layout.conversion
+        if choice != ONE_PAIR and not (conversion and conversion.is_ranked):
+            raise DataError(
+                f"--ranked {choice.ranked} --min_score_gap {choice.min_score_gap:g}, but the layout {layout.name!r} of "
+                f"{source} has one pair in a row, without scores",
+                expected="rows of several answers with scores or labels",
+                do="leave --ranked and --min_score_gap out",
+            )
+        return replace(layout, unused=find_unused_columns(layout.name, names or {}, rows, source, ignored))
     raise _refuse_rows(rows, columns, source, form)
 
 
-def _find_formats(name: str | None) -> list[Format]:
+def _find_formats(name: str | None) -> list[Format | Published]:
     """Returns the formats to try, or the one that `--format` names. Raises: DataError for an unknown name."""
     if name is None:
-        return [form for form in FORMATS if not form.by_name]
-    if formats := [form for form in FORMATS if form.flag == name]:
+        return [form for form in LAYOUTS if not form.by_name]
+    if formats := [form for form in LAYOUTS if form.flag == name]:
         return formats
     raise DataError(
         f"--format {name}: there is no layout of this name",
-        expected="one of " + ", ".join(form.flag for form in FORMATS),
+        expected="one of " + ", ".join(form.flag for form in LAYOUTS),
         do="correct --format, or leave it out",
     )
 
 
-def _fit(form: Format, rows: Sequence[Row], mapping: Mapping[str, str], unpadded: Collection[str]) -> Layout | None:
+def _find_columns(
+    form: Format | Published, rows: Sequence[Row], mapping: Mapping[str, str], ignored: Collection[str]
+) -> dict[str, str] | None:
+    """Returns the path of each column of the format that the rows have, and of tools and the like.
+
+    None if a column of a published layout is missing, or if `--columns` names a column that the format does not have.
+    """
+    names = {**form.columns, **(form.optional if isinstance(form, Published) else {}), **CONTEXT}
+    if not mapping.keys() <= names.keys():
+        return None
+    present = {name: name for row in rows for name in row if name not in ignored}
+    present = {name.lower(): name for name in present} | present  # the exact name comes first
+
+    def find_path(path: str) -> str | None:
+        if path in present:
+            return present[path]
+        if "+" in path:
+            parts = [find_path(part) for part in path.split("+")]
+            return None if None in parts else "+".join(map(str, parts))
+        is_key = "." in path and path not in ignored and any(find_value(row, path) is not None for row in rows)
+        return path if is_key else None
+
+    paths = {name: next(filter(None, map(find_path, several)), None) for name, several in names.items()} | dict(mapping)
+    if isinstance(form, Published) and any(paths[name] is None for name in form.columns):
+        return None
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _fit_published(
+    form: Published, rows: Sequence[Row], paths: Mapping[str, str], unpadded: Collection[str], choice: PairChoice
+) -> Layout | None:
+    """Returns the layout if more than half of the rows can be converted into rows of `formats`, else None."""
+    converted: list[Row] = []
+    results: list[Row | Ranking] = []
+    conversion = Conversion(form, paths, is_ranked=False, choice=choice)
+    for row in rows:
+        with suppress(UnusableError):
+            results.append(form.convert({name: find_value(row, path) for name, path in paths.items()}))
+            converted += replace(conversion, choice=ONE_PAIR).convert(row)
+    if not converted or len(results) * 2 <= len(rows):
+        return None
+    conversion = replace(conversion, is_ranked=isinstance(results[0], Ranking))
+    whole = PARTS if all(path.partition(".")[0] in unpadded for path in paths.values()) else ()
+    for candidate in FORMATS:
+        names = {name: name for name in candidate.columns if any(name in row for row in converted)}
+        names |= {name: name for name in CONTEXT if name in paths}
+        layout = None if candidate.by_name else _fit_format(candidate, converted, names, whole)
+        if layout is not None:
+            return replace(layout, conversion=conversion)
+    return None
+
+
+def _fit_format(
+    form: Format, rows: Sequence[Row], paths: Mapping[str, str], unpadded: Collection[str]
+) -> Layout | None:
     """Returns the layout if more than half of the rows match the format, else None."""
-    present = {name for row in rows for name in row}
-    columns = {name: next((n for n in names if n in present), None) for name, names in form.columns.items()}
-    columns |= {name: name for name in (TOOLS, TEMPLATE_KWARGS) if name in present}
-    paths = {name: path for name, path in {**columns, **mapping}.items() if path is not None}
-    if not paths.keys() <= form.columns.keys() | CONTEXT:
-        return None  # --columns names a column that the format does not have
     samples = [{name: find_value(row, path) for name, path in paths.items()} for row in rows]
     as_json = {name for name in paths.keys() & PARTS if _is_most(parse_turns(row[name]) is not None for row in samples)}
     for row in samples:
@@ -167,12 +286,13 @@ def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str)
 
 def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str, form: str | None) -> DataError:
     """Returns the error for rows of no known layout; it names the first value that is neither text nor messages."""
-    paths = {name: columns.get(name, name) for name in PARTS}
-    present = {name for row in rows for name in row}
+    present = {name.lower(): name for row in rows for name in row}
+    names = {part: next((present[name] for name in COLUMNS[part] if name in present), part) for part in PARTS}
+    paths = names | {part: columns[part] for part in PARTS if part in columns}
     values = ((number, path, row[path]) for number, row in enumerate(rows, 1) for path in paths.values() if path in row)
     wrong = next((v for v in values if not isinstance(v[2], str) and not is_turns(v[2])), None)
     shown = json.dumps(dict(rows[0]), default=str)[:400] if rows else "no row at all"
-    if wrong is not None and {paths["chosen"], paths["rejected"]} <= present:
+    if wrong is not None and {paths["chosen"], paths["rejected"]} <= {*present.values()}:
         return DataError(
             f"{source} holds preference pairs of no known form: in row {wrong[0]}, {wrong[1]} is "
             f"{describe_value(wrong[2])}; its first row is {shown}",
@@ -183,11 +303,12 @@ def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str, f
     if form is not None:
         return DataError(
             f"--format {form} does not fit {source}; its first row is {shown}",
-            expected="".join(f"{layout.name}: {layout.looks}" for layout in FORMATS if layout.flag == form),
+            expected="".join(f"{layout.name}: {layout.looks}" for layout in LAYOUTS if layout.flag == form),
             do="leave --format out, or name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME",
         )
-    if paths["prompt"] not in present and {paths["chosen"], paths["rejected"]} <= present:
-        others = [name for name in present - {*paths.values()} if any(isinstance(row.get(name), str) for row in rows)]
+    others = [name for name in present.values() if any(isinstance(row.get(name), str) for row in rows)]
+    others = [name for name in others if name not in paths.values()]
+    if paths["prompt"] not in present.values() and {paths["chosen"], paths["rejected"]} <= {*present.values()}:
         prompt = "|".join(sorted(others)) or "NAME"
         return DataError(
             f"{source} has {paths['chosen']} and {paths['rejected']} as texts, but no prompt; its first row is {shown}",
@@ -195,9 +316,19 @@ def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str, f
             do=f"name the prompt's column: --columns prompt={prompt}; or, if both texts begin with the prompt: "
             "--format implicit_plain",
         )
+    answers = [present[name] for name in ("completion", "response", "output", "answer") if name in present]
+    if answers and "label" in present:
+        return DataError(
+            f"{source} has unpaired labels: one answer ({answers[0]}) and its label; its first row is {shown}",
+            expected="two answers to one prompt in each row",
+            do="write a good and a bad answer to the same prompt into each row, as prompt, chosen and rejected",
+        )
     return DataError(
         f"{source} holds preference pairs of no known form; its first row is {shown}",
-        expected="one of\n" + "\n".join(f"    {form.name}: {form.looks}" for form in FORMATS),
+        expected="one of\n"
+        + "\n".join(f"    {form.name}: {form.looks}" for form in FORMATS)
+        + "\n    or one of the layouts "
+        + ", ".join(form.name for form in LAYOUTS if isinstance(form, Published)),
         do="name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME; or build them in one of these forms "
         "(prompt, chosen, rejected is the simplest)",
     )

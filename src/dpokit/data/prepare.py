@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.console import has_bars, say
 from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
-from dpokit.data.layouts import Layout, match_layout
+from dpokit.data.layouts import ONE_PAIR, Layout, match_layout
 from dpokit.data.messages import Messages
+from dpokit.data.ranking import PairChoice
 from dpokit.data.rendering import Renderer
 from dpokit.data.sources import Rows, get_split, load_splits
 from dpokit.data.tally import Tally, find_remedies
@@ -241,7 +242,8 @@ def _load(data: DataArguments, *, streaming: bool) -> dict[str, Rows]:
 
 
 def _find_layout_for(data: DataArguments, rows: Rows, name: str) -> Layout:
-    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or (), data.format)
+    choice = PairChoice(data.ranked, data.min_score_gap)
+    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or (), data.format, choice)
 
 
 def find_layout(
@@ -250,6 +252,7 @@ def find_layout(
     columns: Mapping[str, str] | None = None,
     ignored: Collection[str] = (),
     form: str | None = None,
+    choice: PairChoice = ONE_PAIR,
 ) -> Layout:
     """Returns the layout of the first rows, with the columns of `--columns` in place of its own.
 
@@ -260,7 +263,7 @@ def find_layout(
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     features: Features = rows.features or {}
     unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
-    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored, form=form)
+    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored, form=form, choice=choice)
 
 
 def _has_structs(feature: Any) -> bool:
@@ -270,8 +273,9 @@ def _has_structs(feature: Any) -> bool:
 
 def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
     began = time.time()
+    several = encoder.layout.gives_several
     encoded = rows.map(
-        encoder.encode_usable,
+        encoder if several else encoder.encode_usable,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
@@ -282,6 +286,15 @@ def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None
     computed_now = any(Path(file["filename"]).stat().st_mtime >= began for file in encoded.cache_files)
     if computed_now and not has_bars():  # without a progress bar, a log gets one line
         say(f"tokenising {tally.source}: {len(rows):,} rows, {len(rows) / (time.time() - began):,.0f} rows/s")
+    if several:  # the reason of a dropped pair cannot be told from the rows that are left
+        reasons = read_column(encoded, "dropped")
+        encoded = encoded.select([number for number, reason in enumerate(reasons) if not reason])
+        tally.rows = len(encoded)
+        for reason in filter(None, reasons):
+            tally.add(reason)
+        if not len(encoded):
+            raise _no_pair_left(tally)
+        return encoded.remove_columns("dropped")
     # The cache keeps only usable rows, contiguous on disk; the few others are encoded again for their reason.
     used = set(read_column(encoded, "row"))
     tally.rows = len(used)
@@ -311,7 +324,7 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
         for position, row in enumerate(_read(encoded, tally.source)):
             dropped, cut, notes = row.pop("dropped"), row.pop("cut"), row.pop("notes")
             if tally.add(dropped, cut, notes) if position >= tally.rows else not dropped:
-                yield {**row, "row": position}
+                yield row
 
     kept = IterableDataset.from_generator(kept_pairs)
     if not any(True for _ in kept.take(1)):

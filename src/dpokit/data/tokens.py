@@ -83,16 +83,19 @@ class Encoder:
     code: str = field(default_factory=hash_code)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        """Encodes a batch of columns, row by row: the columns of FEATURES.
+        """Encodes a batch of columns, pair by pair: the columns of FEATURES. A row without a pair has one entry.
 
         `dropped` is a reason or empty, `cut` names the shortened parts, `notes` has keys of `tally.NOTES`.
         """
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         rendered: list[RenderedPair | None] = []
         reasons: list[str] = []
-        for row, index in zip(rows, indices, strict=True):
+        pairs = [(pair, index) for row, index in zip(rows, indices, strict=True) for pair in self.layout.to_pairs(row)]
+        for pair, index in pairs:
             try:
-                rendered.append(self.renderer.render(self.layout.to_pair(row)))
+                if isinstance(pair, UnusableError):
+                    raise pair
+                rendered.append(self.renderer.render(pair))
                 reasons.append("")
             except ModelError as error:  # a template that does not end
                 raise ModelError(f"in row {index + 1}, {error.seen}", expected=error.expected, do=error.do) from error
@@ -101,9 +104,9 @@ class Encoder:
                 reasons.append(str(error))
         encoded = self._encode([pair for pair in rendered if pair is not None])
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for pair, reason, index in zip(rendered, reasons, indices, strict=True):
+        for texts, reason, (_, index) in zip(rendered, reasons, pairs, strict=True):
             values = _Encoded()
-            if pair is not None:
+            if texts is not None:
                 try:
                     values = self._cut(next(encoded))
                 except UnusableError as error:

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dpokit.data.formats import PARTS, Format, Row
+from dpokit.data.formats import Row
 from dpokit.data.messages import is_turns
 from dpokit.errors import DataError
 
@@ -34,12 +34,12 @@ MOST_LABEL_LETTERS = 60
 
 
 def find_unused_columns(
-    form: Format, used: Mapping[str, str], rows: Sequence[Row], source: str, ignored: Collection[str]
+    layout: str, used: Mapping[str, str], rows: Sequence[Row], source: str, ignored: Collection[str]
 ) -> tuple[str, ...]:
     """Returns the columns, and the keys beside a dotted path, that a layout does not use.
 
     Args:
-        form: the layout's format.
+        layout: the layout's name.
         used: the columns that the layout uses, or dotted paths in them, by the names that the format has for them.
         rows: the first rows.
         source: the dataset's name, for errors.
@@ -59,7 +59,7 @@ def find_unused_columns(
         for key in value
     }
     unused = tuple(name for name in {**names, **keys} if name not in used_names and name not in objects)
-    parts = [used[name] for name in used if name in PARTS]
+    parts = list(used.values())
     content = []
     for name in unused:
         repeats = all(_repeats(find_value(row, name), [find_value(row, path) for path in parts]) for row in rows)
@@ -68,13 +68,15 @@ def find_unused_columns(
             content.append(name)
     if not content:
         return unused
-    columns = _suggest_columns(content, used)
+    texts = [name for name in content if all(isinstance(find_value(row, name), str | None) for row in rows)]
+    columns = _suggest_columns(content, used, texts)
     use = ",".join(f"{part}={name}" for part, name in columns.items())
-    others = ",".join(name for name in content if name not in columns.values())
+    named = [part for path in columns.values() for part in split_path(path, names)]
+    others = ",".join(name for name in content if name not in named)
     use = f"--columns {shlex.quote(use)}" + (f" --ignore_columns {shlex.quote(others)}" if others else "")
     ignore = f"--ignore_columns {shlex.quote(','.join(content))}"
     raise DataError(
-        f"{source} has columns that look like content and that the layout {form.name!r} does not use: "
+        f"{source} has columns that look like content and that the layout {layout!r} does not use: "
         + ", ".join(content),
         expected="columns that the layout uses, or that hold only ids, scores and other metadata",
         do=f"to use them: {use}; to leave them out: {ignore}" if columns else f"to leave them out: {ignore}",
@@ -131,13 +133,15 @@ def _looks_like_content(name: str, values: Sequence[Any]) -> bool:
     return any(_has_text(value, any_text=is_media) for value in values)
 
 
-def _suggest_columns(names: Sequence[str], used: Mapping[str, str]) -> dict[str, str]:
-    """Returns the columns that `--columns` could name, by the name that it would give to each."""
+def _suggest_columns(names: Sequence[str], used: Mapping[str, str], texts: Collection[str]) -> dict[str, str]:
+    """Returns the columns that `--columns` could name, by the name that it would give to each; texts can be joined."""
     columns: dict[str, str] = {}
     for name in names:
         target = next((CONTENT[noun] for noun in reversed(_split_name(name)) if noun in CONTENT), None)
         if target is not None and target not in used:
             columns.setdefault(target, name)
+        elif target == "prompt" and name in texts:
+            columns["prompt"] = f"{columns.get('prompt', used['prompt'])}+{name}"
     return columns
 
 

@@ -33,6 +33,12 @@ class DataArguments(ScriptArguments):
         default=None,
         metadata={"help": "The layout of the rows, for rows that fit several, such as implicit_plain."},
     )
+    ranked: Literal["best_worst", "adjacent", "all", "random"] = dataclasses.field(
+        default="best_worst", metadata={"help": "The pairs of a row that has several answers with scores."}
+    )
+    min_score_gap: float = dataclasses.field(
+        default=0.0, metadata={"help": "Leave out pairs of answers whose scores differ by less."}
+    )
     max_train_samples: int | None = dataclasses.field(
         default=None, metadata={"help": "Use only the first N rows of the training split."}
     )
