@@ -96,9 +96,10 @@ def test_na_none_and_null_are_answers_in_a_csv(named, streaming, tmp_path):
 @BOTH_WAYS
 @pytest.mark.parametrize("block_bytes", [1, 7, 100])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_list_is_read_in_blocks_of_any_size(indent, block_bytes, streaming, tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", [None, "data"])
+def test_a_list_is_read_in_blocks_of_any_size(key, indent, block_bytes, streaming, tmp_path, monkeypatch):
     monkeypatch.setattr(check_file, "BLOCK_BYTES", block_bytes)
-    text = json.dumps(ROWS, indent=indent, ensure_ascii=False)
+    text = json.dumps(ROWS if key is None else {key: ROWS}, indent=indent, ensure_ascii=False)
     (tmp_path / "list.json").write_text(f"\ufeff{text} \n" + " " * block_bytes)  # another hash in each case
     assert read(tmp_path / "list.json", streaming=streaming) == ROWS
 
@@ -111,6 +112,8 @@ def test_a_list_is_read_in_blocks_of_any_size(indent, block_bytes, streaming, tm
         ("[{}]\nx", "line 2 is broken JSON: Extra data"),
         ('[{},\n{"a": tru}]', "line 2 is broken JSON: Expecting value"),
         ("[{},\n5]", "line 2 has a row that is not an object of columns"),
+        ('{"data": [{},\n{}], "version": 2}', "line 2 is broken JSON: a key follows the list of rows"),
+        ('{"data": [{}]}\n{"data": [{}]}', "line 2 is broken JSON: Extra data"),
     ],
 )
 def test_a_broken_list_names_its_line_and_the_reason(text, seen, tmp_path):
