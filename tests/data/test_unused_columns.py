@@ -7,6 +7,7 @@ import pytest
 
 import dpokit
 from dpokit.data.layouts import match_layout
+from dpokit.data.messages import UnusableError
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError, SettingsError
 from dpokit.settings.flags import DataArguments, FlagParser, parse_columns
@@ -180,6 +181,13 @@ def test_a_system_text_that_cannot_be_used_drops_the_row(changes, reason):
     layout = match_layout([row], "my.jsonl", {"system": "system"})
     with pytest.raises(Exception, match=f"^{reason}$"):
         layout.to_pair(row | changes)
+
+
+def test_a_system_text_beside_a_rendered_prompt_drops_the_row():
+    rows = [PLAIN | {"system": text, "prompt": "<|im_start|>user\nWhy?<|im_end|>\n"} for text in ("Be brief.", "")]
+    layout = match_layout(rows, "my.jsonl")
+    with pytest.raises(UnusableError, match="rendered_prompt"):
+        layout.to_pair(rows[0])
 
 
 def test_a_column_of_a_mapped_name_is_still_checked():

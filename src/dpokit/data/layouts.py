@@ -11,6 +11,7 @@ from dpokit.data.formats import COLUMNS, FORMATS, PARTS, SYSTEM_ROLES, Format, P
 from dpokit.data.messages import (
     UnusableError,
     describe_value,
+    find_control_tokens,
     is_turns,
     parse_turns,
     read_template_kwargs,
@@ -350,6 +351,8 @@ def _add_context(pair: Pair, row: Row) -> Pair:
         if isinstance(prompt, str):
             if not prompt.strip():
                 raise UnusableError("empty_prompt")
+            if row[SYSTEM] and find_control_tokens(prompt):
+                raise UnusableError("rendered_prompt")
             prompt = parse_transcript(prompt)
         turn = {"role": "system", "content": row[SYSTEM]}
         if turn["content"] and prompt[:1] != [turn]:

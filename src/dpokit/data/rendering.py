@@ -8,10 +8,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.chat_rendering import ChatRenderer, RenderedAnswer, RenderedPair
-from dpokit.data.chat_template import ChatTemplate, find_control_tokens
+from dpokit.data.chat_template import ChatTemplate
 from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Pair
-from dpokit.data.messages import Messages, UnusableError, count_letters
+from dpokit.data.messages import Messages, UnusableError, count_letters, find_control_tokens
 from dpokit.data.template_box import PROBES
 from dpokit.data.transcripts import ASSISTANT, HUMAN, open_transcript, parse_transcript, render_transcript
 from dpokit.errors import ModelError, SettingsError

@@ -204,6 +204,7 @@ RANKED = (
         "instruction, input, output_1, output_2: strings; preference: 1 or 2",
         list_columns(prompt=PROMPTS, first=FIRST, second=SECOND, label=("preference",)),
         _rank_outputs,
+        list_columns("raw_completion", "datasplit"),
     ),
     Published(
         "ranked answers",

@@ -26,7 +26,7 @@ REASONS = {
     "changed_by_template": "the model's chat template writes the prompt in another way once an answer follows",
     "reasoning_doubled_by_template": "the model's chat template writes a second block of reasoning",
     "rendered_for_other_model": "the prompt is already rendered, with the control tokens of another model",
-    "rendered_prompt": "the prompt is already rendered, and the row has messages, tools or arguments for the template",
+    "rendered_prompt": "the prompt is already rendered, and the row has messages, a system text or tools",
     "rendered_answer": "an answer is a rendered conversation",
     "needs_fast_tokenizer": "the tokenizer does not tell which tokens belong to which of several turns",
     "needs_template": "the model has no chat template, which the message's key in brackets needs",
