@@ -276,3 +276,42 @@ def test_a_later_file_with_other_columns_is_refused(streaming, tmp_path, plain_t
     data = DataArguments(dataset_name=str(tmp_path), dataset_streaming=streaming)
     with pytest.raises(DataError, match="question"):
         list(prepare_data(data, plain_tokenizer, max_length=None, with_eval=False).train)
+
+
+SLICES = {
+    "train[:60%]": [0, 1, 2],
+    "train[60%:]": [3, 4],
+    "train[1:3]": [1, 2],
+    "train[-2:]": [3, 4],
+    "train+train[:1]": [0, 1, 2, 3, 4, 0],
+}
+
+
+@pytest.mark.parametrize("split", SLICES)
+def test_a_slice_of_a_split_has_its_rows(split, tmp_path):
+    splits = load_splits(str(write_rows(tmp_path / "rows", "jsonl")), None, streaming=False)
+    assert list(get_split(splits, split, "dataset_train_split")) == [ROWS[number] for number in SLICES[split]]
+
+
+@pytest.mark.parametrize(
+    ("split", "streaming", "seen", "do"),
+    [
+        ("train[:9", False, "Unrecognized instruction format", "correct --dataset_train_split"),
+        ("test[:9]", False, "there is no split 'test[:9]'; there is train", "--dataset_train_split train"),
+        ("train[:9]", True, "a stream has no slices", "--max_train_samples"),
+    ],
+)
+def test_a_wrong_slice_is_an_error(split, streaming, seen, do, tmp_path):
+    splits = load_splits(str(write_rows(tmp_path / "rows", "jsonl")), None, streaming=streaming)
+    with pytest.raises(DataError) as error:
+        get_split(splits, split, "dataset_train_split")
+    assert seen in error.value.seen
+    assert do in error.value.do
+
+
+def test_slices_of_one_file_are_trained_and_evaluated_on(pairs_file, plain_tokenizer):
+    data = DataArguments(
+        dataset_name=str(pairs_file), dataset_train_split="train[:90%]", dataset_test_split="train[90%:]"
+    )
+    prepared = prepare_data(data, plain_tokenizer, max_length=None, with_eval=True)
+    assert (len(prepared.train), len(prepared.eval)) == (36, 4)
