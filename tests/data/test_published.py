@@ -95,7 +95,7 @@ ROWS = [
         ([WHY, {"role": "assistant", "content": "Step 1: it"}], " is.", " not."),
     ),
     ("LLaMA-Factory", {"instruction": "So?", "history": [["Why?", "Yes."]], **TEXTS}, ([WHY, YES, SO], "Yes.", "No.")),
-    ("LLaMA-Factory", {"instruction": "Why?", "input": "", "history": [], **TEXTS}, PLAIN),
+    ("LLaMA-Factory", {"instruction": "Why?", "input": "", "history": [], **TEXTS}, CHAT),
     ("LLaMA-Factory v1", {"instruction": "Why?", "input": "", "output": ["Yes.", "No."]}, PLAIN),
     (
         "LLaMA-Factory v1",
@@ -215,6 +215,17 @@ def test_a_row_without_a_preference_has_this_reason(row, changes, reason):
     [error] = match_layout([row] * 2, "test").to_pairs(row | changes)
     assert isinstance(error, UnusableError)
     assert str(error) == reason
+
+
+GARBAGE = (None, 5, True, float("nan"), "", "x", [], [None], ["x"], [[1]], {}, {"role": 5}, [{"from": None}], b"x")
+
+
+@pytest.mark.parametrize(("name", "row", "_"), ROWS)
+def test_a_damaged_row_has_a_reason_instead_of_a_traceback(name, row, _):
+    layout = match_layout([row] * 2, "test", form=BY_NAME.get(name))
+    for column in row:
+        for value in GARBAGE:
+            assert layout.to_pairs(row | {column: value})
 
 
 FIVE = {"prompt": "Why?", "responses": ["a", "b", "c", "d", "e"], "scores": [1, 9, 5, 9, 4]}

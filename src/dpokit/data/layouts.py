@@ -1,18 +1,16 @@
 """Recognises the layout of a dataset by its first rows, and reads the columns of the layout. No torch."""
 
-import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from dpokit.data.formats import COLUMNS, FORMATS, PARTS, SYSTEM_ROLES, Format, Pair, Row
+from dpokit.data.formats import FORMATS, PARTS, SYSTEM_ROLES, Format, Pair, Row
 from dpokit.data.messages import (
     UnusableError,
     describe_value,
     find_control_tokens,
-    is_turns,
     parse_turns,
     read_template_kwargs,
     read_tools,
@@ -21,9 +19,10 @@ from dpokit.data.messages import (
 )
 from dpokit.data.published import PAIRED, Published, Ranking
 from dpokit.data.ranking import PairChoice
+from dpokit.data.refusals import check_columns, refuse_rows
 from dpokit.data.scored import RANKED
 from dpokit.data.transcripts import parse_transcript
-from dpokit.data.unused_columns import find_unused_columns, find_value, split_path
+from dpokit.data.unused_columns import find_unused_columns, find_value
 from dpokit.errors import DataError
 
 # Columns that any layout may have beside its own.
@@ -82,6 +81,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         direct = not self.readers and all(name == path for name, path in self.columns.items())
+        direct = direct and self.conversion is None  # a converted row may lack a value
         object.__setattr__(self, "is_direct", direct)
         object.__setattr__(self, "has_context", bool(self.columns.keys() & CONTEXT))
 
@@ -151,7 +151,7 @@ def match_layout(
         use looks like content, or a column of `columns` is missing.
     """
     columns = columns or {}
-    _check_columns(columns, rows, source)
+    check_columns(columns, rows, source)
     for candidate in _find_formats(form):
         fitting = _fit_format if isinstance(candidate, Format) else partial(_fit_published, choice=choice)
         names = _find_columns(candidate, rows, columns, ignored)
@@ -167,7 +167,7 @@ def match_layout(
                 do="leave --ranked and --min_score_gap out",
             )
         return replace(layout, unused=find_unused_columns(layout.name, names or {}, rows, source, ignored))
-    raise _refuse_rows(rows, columns, source, form)
+    raise refuse_rows(rows, columns, source, form, LAYOUTS)
 
 
 def _find_formats(name: str | None) -> list[Format | Published]:
@@ -265,74 +265,6 @@ def _is_most(votes: Iterable[bool]) -> bool:
     """Whether more than half of the values are true."""
     values = list(votes)
     return sum(values) * 2 > len(values)
-
-
-def _check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str) -> None:
-    """Raises DataError for a column of `--columns` that no sampled row has."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    paths = [(name, part) for name, path in columns.items() for part in split_path(path, names)]
-    for name, path in paths:
-        if path in names or any(find_value(row, path) is not None for row in rows):
-            continue
-        values = [row[path.partition(".")[0]] for row in rows if path.partition(".")[0] in row]
-        keys = dict.fromkeys(
-            f"{path.partition('.')[0]}.{key}" for value in values if isinstance(value, Mapping) for key in value
-        )
-        raise DataError(
-            f"--columns {name}={path}: {source} has no column {path}",
-            expected="one of " + ", ".join(keys or names),
-            do=f"correct --columns {name}=...",
-        )
-
-
-def _refuse_rows(rows: Sequence[Row], columns: Mapping[str, str], source: str, form: str | None) -> DataError:
-    """Returns the error for rows of no known layout; it names the first value that is neither text nor messages."""
-    present = {name.lower(): name for row in rows for name in row}
-    names = {part: next((present[name] for name in COLUMNS[part] if name in present), part) for part in PARTS}
-    paths = names | {part: columns[part] for part in PARTS if part in columns}
-    values = ((number, path, row[path]) for number, row in enumerate(rows, 1) for path in paths.values() if path in row)
-    wrong = next((v for v in values if not isinstance(v[2], str) and not is_turns(v[2])), None)
-    shown = json.dumps(dict(rows[0]), default=str)[:400] if rows else "no row at all"
-    if wrong is not None and {paths["chosen"], paths["rejected"]} <= {*present.values()}:
-        return DataError(
-            f"{source} holds preference pairs of no known form: in row {wrong[0]}, {wrong[1]} is "
-            f"{describe_value(wrong[2])}; its first row is {shown}",
-            expected="texts or messages in more than half of the first rows",
-            do="write texts or messages, leave out rows without an answer, or name other columns: --columns "
-            f"{'chosen' if wrong[1] not in paths else wrong[1]}=NAME",
-        )
-    if form is not None:
-        return DataError(
-            f"--format {form} does not fit {source}; its first row is {shown}",
-            expected="".join(f"{layout.name}: {layout.looks}" for layout in LAYOUTS if layout.flag == form),
-            do="leave --format out, or name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME",
-        )
-    others = [name for name in present.values() if any(isinstance(row.get(name), str) for row in rows)]
-    others = [name for name in others if name not in paths.values()]
-    if paths["prompt"] not in present.values() and {paths["chosen"], paths["rejected"]} <= {*present.values()}:
-        prompt = "|".join(sorted(others)) or "NAME"
-        return DataError(
-            f"{source} has {paths['chosen']} and {paths['rejected']} as texts, but no prompt; its first row is {shown}",
-            expected='a column with the prompt, or HH transcripts with "\\n\\nHuman:" and "\\n\\nAssistant:" turns',
-            do=f"name the prompt's column: --columns prompt={prompt}; or, if both texts begin with the prompt: "
-            "--format implicit_plain",
-        )
-    answers = [present[name] for name in ("completion", "response", "output", "answer") if name in present]
-    if answers and "label" in present:
-        return DataError(
-            f"{source} has unpaired labels: one answer ({answers[0]}) and its label; its first row is {shown}",
-            expected="two answers to one prompt in each row",
-            do="write a good and a bad answer to the same prompt into each row, as prompt, chosen and rejected",
-        )
-    return DataError(
-        f"{source} holds preference pairs of no known form; its first row is {shown}",
-        expected="one of\n"
-        + "\n".join(f"    {form.name}: {form.looks}" for form in FORMATS)
-        + "\n    or one of the layouts "
-        + ", ".join(form.name for form in LAYOUTS if isinstance(form, Published)),
-        do="name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME; or build them in one of these forms "
-        "(prompt, chosen, rejected is the simplest)",
-    )
 
 
 def _read_system(value: Any) -> str:

@@ -94,7 +94,7 @@ def _add_history(row: Row) -> Row:
         raise UnusableError("missing_text", f"history is {describe_value(history)}")
     turns = [turn for entry in history for turn in _alternate(entry, "history")]
     chosen, rejected = row["answers"] if "answers" in row else (row["chosen"], row["rejected"])
-    prompt = [*turns, ask(row["prompt"])] if turns else row["prompt"]
+    prompt = [*turns, ask(row["prompt"])] if "history" in row else row["prompt"]  # rows of one kind
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 

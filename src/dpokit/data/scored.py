@@ -58,7 +58,7 @@ def _read_winner(row: Row) -> float:
 
 def _rank_conversations(row: Row) -> Ranking:
     conversations = [row["first"], row["second"]]
-    if not all(map(is_turns, conversations)):
+    if not all(is_turns(turns) and not isinstance(turns, Mapping) for turns in conversations):
         raise UnusableError("missing_text", f"a conversation is {describe_value(conversations[0])}")
     turns = row.get("turns")
     if isinstance(turns, int) and not isinstance(turns, bool) and turns > 0:  # MT-bench votes on the answer of one turn
