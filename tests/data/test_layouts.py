@@ -49,6 +49,12 @@ def test_a_value_that_fits_no_layout_is_named_with_its_row(rows, seen):
     assert "my.jsonl" in error.value.seen
 
 
+def test_rows_in_a_list_beside_other_keys_are_named():
+    with pytest.raises(DataError, match=r"my\.json has one row, whose data is a list of 2 objects") as error:
+        match_layout([{"version": 1, "data": [{"prompt": "Why?", **TEXTS}] * 2}], "my.json")
+    assert "the objects of data" in error.value.do
+
+
 # rows whose columns hold messages as text
 JSON_TEXTS = {
     "JSON": json.dumps,

@@ -66,6 +66,14 @@ def refuse_rows(
             do=f"name the prompt's column: --columns prompt={prompt}; or, if both texts begin with the prompt: "
             "--format implicit_plain",
         )
+    lists = [name for name, value in rows[0].items() if isinstance(value, (list, tuple))] if len(rows) == 1 else []
+    inner = [name for name in lists if rows[0][name] and all(isinstance(part, Mapping) for part in rows[0][name])]
+    if inner and not is_turns(rows[0][inner[0]]):
+        return DataError(
+            f"{source} has one row, whose {inner[0]} is a list of {len(rows[0][inner[0]]):,} objects",
+            expected="one row for each pair: a list of objects, alone or under the only key of the file",
+            do=f"write the objects of {inner[0]} as the rows of a file",
+        )
     answers = [present[name] for name in ("completion", "response", "output", "answer") if name in present]
     if answers and "label" in present:
         return DataError(
