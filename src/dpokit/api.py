@@ -27,6 +27,9 @@ def load_pairs(
     max_samples: int | None = None,
     columns: Mapping[str, str] | None = None,
     ignore_columns: Sequence[str] = (),
+    format: str | None = None,
+    ranked: str = "best_worst",
+    min_score_gap: float = 0.0,
 ) -> "Dataset":
     """Reads the preference pairs of a dataset in any layout that training knows.
 
@@ -37,6 +40,8 @@ def load_pairs(
         max_samples: reads only the first rows of the split.
         columns: columns of another name, as `--columns`: `{"prompt": "question", "chosen": "answers.best"}`.
         ignore_columns: columns that are left out, as `--ignore_columns`.
+        format: the layout's name, as `--format`.
+        ranked, min_score_gap: the pairs of rows with several answers, as `--ranked` and `--min_score_gap`.
 
     Returns:
         A `datasets.Dataset` with the columns `prompt`, `chosen` and `rejected`: texts, or lists of `{role, content}` if
@@ -52,6 +57,7 @@ def load_pairs(
     from dpokit.console import quiet_dependencies, say
     from dpokit.data.messages import UnusableError
     from dpokit.data.prepare import find_layout
+    from dpokit.data.ranking import PairChoice
     from dpokit.data.sources import get_split, load_splits
     from dpokit.settings.flags import parse_columns
 
@@ -61,14 +67,12 @@ def load_pairs(
     rows = get_split(splits, split, "split")
     rows = rows if max_samples is None else rows.take(max_samples)
     name = f"{dataset_name}, split {split}"
-    layout = find_layout(rows, name, names, ignore_columns)
+    layout = find_layout(rows, name, names, ignore_columns, format, PairChoice(ranked, min_score_gap))
     pairs: list[dict[str, Any]] = []
     dropped: Counter[str] = Counter()
-    for row in rows:
-        try:
-            pair = layout.to_pair(row)
-        except UnusableError as error:
-            dropped[str(error)] += 1
+    for pair in (pair for row in rows for pair in layout.to_pairs(row)):
+        if isinstance(pair, UnusableError):
+            dropped[str(pair)] += 1
             continue
         values: dict[str, Any] = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
         for side in ("chosen", "rejected"):

@@ -36,6 +36,7 @@ def measure(options: SimpleNamespace) -> dict[str, Any]:
         dataset_name=options.folder / f"{options.case}.jsonl",
         per_device_train_batch_size=options.pairs // 2,
         max_length=options.max_length,
+        prompt_format="raw",  # the lengths of the rows as they are
         max_steps=options.steps + 1,
         precompute_ref_log_probs=False,
     )

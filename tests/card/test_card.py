@@ -373,22 +373,18 @@ def test_every_loss_except_sigmoid_and_sft_has_a_paper():
 
 
 @pytest.mark.parametrize(
-    ("files", "layout", "says"),
+    ("files", "prompt_format", "says"),
     [
-        ({"chat_template.jinja": ""}, "HH transcript", "apply_chat_template"),
-        ({"tokenizer_config.json": '{"chat_template": "x"}'}, "HH transcript", "apply_chat_template"),
-        ({"tokenizer_config.json": "{}"}, "HH transcript", r'"\n\nHuman: How do I bake bread?\n\nAssistant:"'),
-        ({}, "explicit, plain", 'prompt = "How do I bake bread?"'),
+        ({"chat_template.jinja": ""}, "transcript", "apply_chat_template"),
+        ({"tokenizer_config.json": '{"chat_template": "x"}'}, "transcript", "apply_chat_template"),
+        ({"tokenizer_config.json": "{}"}, "transcript", r'"\n\nHuman: How do I bake bread?\n\nAssistant:"'),
+        ({}, "raw", 'prompt = "How do I bake bread?"'),
     ],
 )
-def test_the_example_prompt_has_the_format_of_the_training(files, layout, says, tmp_path):
-    folder = make_full(tmp_path / "run")
+def test_the_example_prompt_has_the_format_of_the_training(files, prompt_format, says, tmp_path):
+    folder = make_full(tmp_path / "run", settings={"prompt_format": prompt_format})
     for name, content in files.items():
         (folder / "model" / name).write_text(content)
-    (folder / "eval" / "answers.jsonl").unlink()  # a sampled prompt would reveal the format
-    data = json.loads((folder / "data.json").read_text())
-    data["train"]["format"] = layout
-    (folder / "data.json").write_text(json.dumps(data))
     card = card_of(folder, repo_id="me/tuned")
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
     assert says in code

@@ -48,7 +48,7 @@ def chatml() -> Renderer:
 
 
 def encode(renderer: Renderer, pair: Pair, limits: LengthLimits | None = None) -> dict:
-    layout = SimpleNamespace(to_pair=lambda _: pair)
+    layout = SimpleNamespace(to_pairs=lambda _: [pair])
     encoded = Encoder(renderer, layout, limits or LengthLimits())({"x": [0]}, [0])
     return {name: values[0] for name, values in encoded.items()}
 

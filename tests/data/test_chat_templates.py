@@ -93,7 +93,7 @@ def encode(renderer: Renderer, kind: str) -> dict:
     if set(chosen[0]) == {"role", "content"} and len(chosen) == 1:
         answer = chosen[0]["content"]
     pair = Pair(prompt, answer, rejected, columns.get("tools"), columns.get("chat_template_kwargs", {}))
-    layout = SimpleNamespace(to_pair=lambda _: pair)
+    layout = SimpleNamespace(to_pairs=lambda _: [pair])
     encoded = Encoder(renderer, layout, LengthLimits())({"x": [0]}, [0])
     return {name: values[0] for name, values in encoded.items()}
 

@@ -10,6 +10,7 @@ from dpokit.data.formats import FORMATS
 from dpokit.data.layouts import match_layout
 from dpokit.data.messages import UnusableError
 from dpokit.data.tally import REASONS, REMEDIES
+from dpokit.errors import DataError
 
 HH = "\n\nHuman: Why?\n\nAssistant:"
 LONG_HH = "\n\nHuman: Why?\n\nAssistant: Who asks?\n\nHuman: Me.\n\nAssistant:"
@@ -98,11 +99,12 @@ ROWS = [
     ("implicit, plain", {"chosen": "It is so.", "rejected": "It is not."}, ("It is", " so.", " not.")),
     ("implicit, plain", {"chosen": "It is", "rejected": "It is not."}, ("It", " is", " is not.")),
 ]
+BY_NAME = {form.name: form.flag for form in FORMATS if form.by_name}
 
 
 @pytest.mark.parametrize(("name", "row", "expected"), ROWS)
 def test_a_row_is_recognised_and_becomes_this_pair(name, row, expected):
-    layout = match_layout([row], "test")
+    layout = match_layout([row], "test", form=BY_NAME.get(name))
     pair = layout.to_pair(row)
     assert layout.name == name
     assert (pair.prompt, pair.chosen, pair.rejected) == expected
@@ -117,7 +119,33 @@ def test_the_rows_above_cover_every_layout():
 @pytest.mark.parametrize(("name", "row", "_"), ROWS)
 def test_the_order_of_columns_does_not_matter(name, row, _):
     for names in permutations(row) if len(row) < 6 else [tuple(row), tuple(reversed(row))]:
-        assert match_layout([{column: row[column] for column in names}], "test").name == name
+        reordered = {column: row[column] for column in names}
+        assert match_layout([reordered], "test", form=BY_NAME.get(name)).name == name
+
+
+@pytest.mark.parametrize(("name", "row", "_"), ROWS)
+def test_the_flag_names_each_layout(name, row, _):
+    [flag] = [form.flag for form in FORMATS if form.name == name]
+    assert match_layout([row], "test", form=flag).name == name
+
+
+def test_an_unknown_name_of_a_layout_lists_the_known_ones():
+    with pytest.raises(DataError, match="no layout of this name") as error:
+        match_layout([ROWS[0][1]], "my.jsonl", form="hh")
+    assert "hh_transcript" in error.value.expected
+
+
+def test_a_named_layout_that_does_not_fit_is_an_error():
+    with pytest.raises(DataError, match=r"--format implicit_plain does not fit my\.jsonl"):
+        match_layout([{"prompt": "Why?", **TEXTS}], "my.jsonl", form="implicit_plain")
+
+
+def test_texts_without_a_prompt_are_an_error():
+    """Else the common first words of the answers would become the prompt."""
+    with pytest.raises(DataError, match=r"my\.jsonl has chosen and rejected as texts, but no prompt") as error:
+        match_layout([TEXTS], "my.jsonl")
+    assert "--columns prompt=NAME" in error.value.do
+    assert "--format implicit_plain" in error.value.do
 
 
 USABLE = {

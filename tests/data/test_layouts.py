@@ -35,7 +35,7 @@ def test_data_without_rows_has_no_known_form():
 WRONG_VALUES = [
     ([{"prompt": "Why?", **TEXTS}, {"prompt": "Why?", **TEXTS, "rejected": None}], "in row 2, rejected is null"),
     ([{"prompt": "Why?", "chosen": 4, "rejected": 5}], "in row 1, chosen is a number"),
-    ([{"prompt": "Why?", "chosen": ["Yes.", "Yes!"], "rejected": ["No."]}], "in row 1, chosen is a list with text"),
+    ([{"prompt": "Why?", "chosen": ["Yes.", 5], "rejected": ["No."]}], "in row 1, chosen is a list with text"),
     ([{"prompt": None, **TEXTS}], "in row 1, prompt is null"),
     ([{"prompt": {"text": "Why?"}, **TEXTS}], "in row 1, prompt is an object without a role"),
 ]
@@ -47,6 +47,12 @@ def test_a_value_that_fits_no_layout_is_named_with_its_row(rows, seen):
         match_layout(rows, "my.jsonl")
     assert seen in error.value.seen
     assert "my.jsonl" in error.value.seen
+
+
+def test_rows_in_a_list_beside_other_keys_are_named():
+    with pytest.raises(DataError, match=r"my\.json has one row, whose data is a list of 2 objects") as error:
+        match_layout([{"version": 1, "data": [{"prompt": "Why?", **TEXTS}] * 2}], "my.json")
+    assert "the objects of data" in error.value.do
 
 
 # rows whose columns hold messages as text

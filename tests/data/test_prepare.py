@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import write_pairs
 from datasets import Dataset, DatasetDict, load_dataset
-from test_tokens import EXPECTED, encode
+from test_tokens import EXPECTED, FLAGS, encode
 from transformers import AutoTokenizer
 
 from dpokit.data import prepare as preparation
@@ -156,8 +156,8 @@ def test_real_hh_rows_decode_to_their_transcripts(shared, plain_tokenizer):
 def test_every_layout_in_a_file_has_the_ids_of_a_single_row(name, streaming, tmp_path, chat_tokenizer):
     row = EXPECTED[name][0]
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3)
-    data = prepare(tmp_path / "rows.jsonl", chat_tokenizer, dataset_streaming=streaming)
-    encoded = encode(chat_tokenizer, row)
+    data = prepare(tmp_path / "rows.jsonl", chat_tokenizer, dataset_streaming=streaming, format=FLAGS[name])
+    encoded = encode(chat_tokenizer, row, form=FLAGS[name])
     assert data.record()["train"]["format"] == name
     expected = tuple(tuple(encoded[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected"))
     assert ids_of(data.train) == [expected] * 3
@@ -169,7 +169,7 @@ def test_columns_with_the_names_of_prepared_ones_are_ignored(streaming, tmp_path
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
     rows = list(prepare(tmp_path / "rows.jsonl", plain_tokenizer, dataset_streaming=streaming).train)
     assert sorted(row["row"] for row in rows) == [0, 1]
-    assert plain_tokenizer.decode(rows[0]["prompt_ids"]) == "The sky is"
+    assert plain_tokenizer.decode(rows[0]["prompt_ids"]) == "\n\nHuman: The sky is\n\nAssistant:"
     assert set(rows[0]) == {*IDS, *MASKS, "row"}
 
 

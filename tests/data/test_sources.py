@@ -96,9 +96,10 @@ def test_na_none_and_null_are_answers_in_a_csv(named, streaming, tmp_path):
 @BOTH_WAYS
 @pytest.mark.parametrize("block_bytes", [1, 7, 100])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_list_is_read_in_blocks_of_any_size(indent, block_bytes, streaming, tmp_path, monkeypatch):
+@pytest.mark.parametrize("key", [None, "data"])
+def test_a_list_is_read_in_blocks_of_any_size(key, indent, block_bytes, streaming, tmp_path, monkeypatch):
     monkeypatch.setattr(check_file, "BLOCK_BYTES", block_bytes)
-    text = json.dumps(ROWS, indent=indent, ensure_ascii=False)
+    text = json.dumps(ROWS if key is None else {key: ROWS}, indent=indent, ensure_ascii=False)
     (tmp_path / "list.json").write_text(f"\ufeff{text} \n" + " " * block_bytes)  # another hash in each case
     assert read(tmp_path / "list.json", streaming=streaming) == ROWS
 
@@ -111,6 +112,8 @@ def test_a_list_is_read_in_blocks_of_any_size(indent, block_bytes, streaming, tm
         ("[{}]\nx", "line 2 is broken JSON: Extra data"),
         ('[{},\n{"a": tru}]', "line 2 is broken JSON: Expecting value"),
         ("[{},\n5]", "line 2 has a row that is not an object of columns"),
+        ('{"data": [{},\n{}], "version": 2}', "line 2 is broken JSON: a key follows the list of rows"),
+        ('{"data": [{}]}\n{"data": [{}]}', "line 2 is broken JSON: Extra data"),
     ],
 )
 def test_a_broken_list_names_its_line_and_the_reason(text, seen, tmp_path):
@@ -311,3 +314,42 @@ def test_a_later_file_with_other_columns_is_refused(streaming, tmp_path, plain_t
     data = DataArguments(dataset_name=str(tmp_path), dataset_streaming=streaming)
     with pytest.raises(DataError, match="question"):
         list(prepare_data(data, plain_tokenizer, max_length=None, with_eval=False).train)
+
+
+SLICES = {
+    "train[:60%]": [0, 1, 2],
+    "train[60%:]": [3, 4],
+    "train[1:3]": [1, 2],
+    "train[-2:]": [3, 4],
+    "train+train[:1]": [0, 1, 2, 3, 4, 0],
+}
+
+
+@pytest.mark.parametrize("split", SLICES)
+def test_a_slice_of_a_split_has_its_rows(split, tmp_path):
+    splits = load_splits(str(write_rows(tmp_path / "rows", "jsonl")), None, streaming=False)
+    assert list(get_split(splits, split, "dataset_train_split")) == [ROWS[number] for number in SLICES[split]]
+
+
+@pytest.mark.parametrize(
+    ("split", "streaming", "seen", "do"),
+    [
+        ("train[:9", False, "Unrecognized instruction format", "correct --dataset_train_split"),
+        ("test[:9]", False, "there is no split 'test[:9]'; there is train", "--dataset_train_split train"),
+        ("train[:9]", True, "a stream has no slices", "--max_train_samples"),
+    ],
+)
+def test_a_wrong_slice_is_an_error(split, streaming, seen, do, tmp_path):
+    splits = load_splits(str(write_rows(tmp_path / "rows", "jsonl")), None, streaming=streaming)
+    with pytest.raises(DataError) as error:
+        get_split(splits, split, "dataset_train_split")
+    assert seen in error.value.seen
+    assert do in error.value.do
+
+
+def test_slices_of_one_file_are_trained_and_evaluated_on(pairs_file, plain_tokenizer):
+    data = DataArguments(
+        dataset_name=str(pairs_file), dataset_train_split="train[:90%]", dataset_test_split="train[90%:]"
+    )
+    prepared = prepare_data(data, plain_tokenizer, max_length=None, with_eval=True)
+    assert (len(prepared.train), len(prepared.eval)) == (36, 4)

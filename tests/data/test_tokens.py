@@ -44,7 +44,7 @@ EXPECTED = {
     ),
     "explicit, plain": (
         {"prompt": SKY, "chosen": " blue.", "rejected": " green."},
-        (SKY, " blue.", " green."),
+        (HH.replace(QUESTION, SKY), " blue.", " green."),
         (CHAT.replace(QUESTION, SKY), "blue.", "green."),
     ),
     "explicit, conversational": (
@@ -87,14 +87,26 @@ EXPECTED = {
     ),
     "implicit, plain": (
         {"chosen": "The sky is blue.", "rejected": "The sky is black."},
-        (SKY, " blue.", " black."),
+        (HH.replace(QUESTION, SKY), " blue.", " black."),
         (CHAT.replace(QUESTION, SKY), "blue.", "black."),
     ),
 }
 
 
-def encode(tokenizer, row: dict, limits: LengthLimits = NO_LIMITS) -> dict:
-    encoder = Encoder(Renderer(tokenizer), match_layout([row], "test"), limits)
+FLAGS = {layout.name: layout.flag for layout in FORMATS}
+IMPLICIT = "implicit_plain"
+
+
+def encode(
+    tokenizer,
+    row: dict,
+    limits: LengthLimits = NO_LIMITS,
+    *,
+    form: str | None = None,
+    prompt_format: str = "transcript",
+) -> dict:
+    renderer = Renderer(tokenizer, prompt_format=prompt_format)
+    encoder = Encoder(renderer, match_layout([row], "test", form=form), limits)
     columns = encoder({name: [value] for name, value in row.items()}, [0])
     return {name: values[0] for name, values in columns.items()}
 
@@ -108,8 +120,7 @@ def test_the_table_above_has_every_layout():
 def test_a_row_becomes_exactly_these_tokens(name, kind, plain_tokenizer, chat_tokenizer):
     row, plain, chat = EXPECTED[name]
     tokenizer, expected = (plain_tokenizer, plain) if kind == "plain" else (chat_tokenizer, chat)
-    assert match_layout([row], "test").name == name
-    ids = encode(tokenizer, row)
+    ids = encode(tokenizer, row, form=FLAGS[name])
     assert ids["dropped"] == ""
     for column, text in zip(("prompt_ids", "chosen_ids", "rejected_ids"), expected, strict=True):
         if column != "prompt_ids":
@@ -237,9 +248,9 @@ def with_bos(tokenizer, bos: str):
 def test_a_row_has_these_tokens_at_its_boundaries(plain_tokenizer, chat_tokenizer):
     """An answer begins with its own space, or after the newline of the template."""
     row = EXPECTED["implicit, plain"][0]
-    plain, chat = encode(plain_tokenizer, row), encode(chat_tokenizer, row)
+    plain, chat = (encode(tokenizer, row, form=IMPLICIT) for tokenizer in (plain_tokenizer, chat_tokenizer))
     names = plain_tokenizer.convert_ids_to_tokens
-    assert names(plain["prompt_ids"])[0][0] == "T"
+    assert names(plain["prompt_ids"])[-1] == ":"
     assert names(plain["chosen_ids"])[0].startswith("Ġb")
     assert names(plain["chosen_ids"])[-1] == "<|endoftext|>"
     names = chat_tokenizer.convert_ids_to_tokens
@@ -253,17 +264,20 @@ def test_a_row_has_these_tokens_at_its_boundaries(plain_tokenizer, chat_tokenize
 @pytest.mark.parametrize("name", EXPECTED)
 def test_prompt_and_answer_equal_the_rendered_conversation(name, chat_tokenizer):
     row = EXPECTED[name][0]
-    ids, pair = encode(chat_tokenizer, row), match_layout([row], "test").to_pair(row)
+    form = FLAGS[name]
+    ids, pair = encode(chat_tokenizer, row, form=form), match_layout([row], "test", form=form).to_pair(row)
     turns = pair.prompt if isinstance(pair.prompt, list) else parse_transcript(pair.prompt)
     for column, answer in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected)):
         whole = chat_tokenizer.apply_chat_template([*turns, assistant(answer.strip())], tokenize=False)
         assert chat_tokenizer.decode(ids["prompt_ids"] + ids[column]) == whole.removesuffix("\n")
 
 
-@pytest.mark.parametrize("name", ["HH transcript", "implicit, plain"])
-def test_prompt_and_answer_of_a_plain_model_are_text_and_eos(name, plain_tokenizer):
+@pytest.mark.parametrize(
+    ("name", "prompt_format"), [("HH transcript", "transcript"), ("HH transcript", "raw"), ("implicit, plain", "raw")]
+)
+def test_prompt_and_answer_of_a_plain_model_are_text_and_eos(name, prompt_format, plain_tokenizer):
     row = EXPECTED[name][0]
-    ids = encode(plain_tokenizer, row)
+    ids = encode(plain_tokenizer, row, form=FLAGS[name], prompt_format=prompt_format)
     for side in ("chosen", "rejected"):
         text = plain_tokenizer.decode(ids["prompt_ids"] + ids[f"{side}_ids"])
         assert text == row[side] + plain_tokenizer.eos_token
@@ -276,7 +290,7 @@ def test_a_prompt_does_not_depend_on_the_batch_s_first_row(plain_tokenizer):
     dropped = {**usable, "rejected": " blue."}
     batch = encode_rows(tokenizer, [dropped, usable])
     assert batch["dropped"] == ["equal_answers", ""]
-    assert batch["prompt_ids"][1] == tokenizer(SKY)["input_ids"]
+    assert batch["prompt_ids"][1] == tokenizer(HH.replace(QUESTION, SKY))["input_ids"]
     assert batch["prompt_ids"][1] == encode(tokenizer, usable)["prompt_ids"]
 
 
@@ -288,7 +302,7 @@ def test_no_prompt_of_a_batch_ends_with_an_added_eos(plain_tokenizer):
     )
     usable = {"prompt": SKY, "chosen": " blue.", "rejected": " green."}
     batch = encode_rows(tokenizer, [{**usable, "prompt": f"{SKY}{end[0]}"}, usable, {**usable, "rejected": " blue."}])
-    assert tokenizer.decode(batch["prompt_ids"][1]) == SKY
+    assert tokenizer.decode(batch["prompt_ids"][1]) == HH.replace(QUESTION, SKY)
     assert batch["chosen_ids"][1].count(end[1]) == 1
 
 
@@ -314,7 +328,8 @@ def test_an_answer_with_its_own_eos_ends_with_one_eos(end, kind, plain_tokenizer
 )
 def test_a_row_without_a_prompt_is_dropped_with_any_tokenizer(row, kind, plain_tokenizer, chat_tokenizer):
     tokenizer = plain_tokenizer if kind == "plain" else chat_tokenizer
-    assert encode(tokenizer, row)["dropped"] == "empty_prompt"
+    form = IMPLICIT if isinstance(row["chosen"], str) and "prompt" not in row else None
+    assert encode(tokenizer, row, form=form)["dropped"] == "empty_prompt"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 
 import dpokit
 from dpokit.data.layouts import match_layout
+from dpokit.data.messages import UnusableError
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError, SettingsError
 from dpokit.settings.flags import DataArguments, FlagParser, parse_columns
@@ -21,13 +22,17 @@ LONG = "A long text that says more than any label of a row would say."
 
 # row, the columns that are an error
 CONTENT = {
-    "a system text": (PLAIN | {"system": "Be brief."}, "system"),
-    "a system text beside messages": (CHAT | {"system": "Be brief."}, "system"),
-    "a system prompt": (PLAIN | {"system_prompt": ""}, "system_prompt"),
-    "a question and a system text": (TEXTS | {"system": "Be brief.", "question": "Capital?"}, "system, question"),
-    "an instruction": (TEXTS | {"instruction": "Name the capital."}, "instruction"),
-    "a query": (TEXTS | {"query": "Capital?"}, "query"),
-    "a column of one word beside answers": (TEXTS | {"q": "Norway"}, "q"),
+    "a persona": (PLAIN | {"persona": "Be brief."}, "persona"),
+    "a second system text": (CHAT | {"system": "Be brief.", "system_prompt": "Be kind."}, "system_prompt"),
+    "a question beside a prompt": (PLAIN | {"question": "Capital?"}, "question"),
+    "a prompt beside whole transcripts": (
+        {
+            "prompt": "Capital?",
+            "chosen": "\n\nHuman: Oslo?\n\nAssistant: Yes.",
+            "rejected": "\n\nHuman: Oslo?\n\nAssistant: No.",
+        },
+        "prompt",
+    ),
     "an input": (PLAIN | {"input": ""}, "input"),
     "images": (CHAT | {"images": ["cat.png"]}, "images"),
     "an image's file": (PLAIN | {"imageFile": "cat.png"}, "imageFile"),
@@ -56,9 +61,9 @@ def test_a_column_of_content_is_an_error_that_names_it(case):
 @pytest.mark.parametrize(
     ("row", "flag"),
     [
-        (PLAIN | {"system": "Be brief."}, "--columns system=system;"),
-        (TEXTS | {"system": "Be brief.", "question": "Capital?"}, "--columns system=system,prompt=question;"),
-        (TEXTS | {"instruction": "Name it.", "input": ""}, "--columns prompt=instruction --ignore_columns input;"),
+        (PLAIN | {"persona": "Be brief."}, "--columns system=persona;"),
+        (PLAIN | {"context": "Norway."}, "--columns prompt=prompt+context;"),
+        (PLAIN | {"history": ["Norway."]}, "do this:   to leave them out: --ignore_columns history"),
         (CHAT | {"functions": "[]"}, "--columns tools=functions;"),
         (CHAT | {"images": ["cat.png"]}, "do this:   to leave them out: --ignore_columns images"),
     ],
@@ -130,6 +135,17 @@ MAPPED = [
         ("Why?", "Yes.", "No."),
     ),
     (
+        {"prompt": "question+context.text"},
+        TEXTS | {"question": "Capital?", "context": {"text": "Norway."}},
+        ("Capital?\n\nNorway.", *TEXTS.values()),
+    ),
+    (
+        {"prompt": "question+context"},
+        TEXTS | {"question": "Capital?", "context": ""},
+        ("Capital?", *TEXTS.values()),
+    ),
+    ({"prompt": "a+b"}, TEXTS | {"a+b": "Capital?", "c": 1}, ("Capital?", *TEXTS.values())),
+    (
         {"prompt": "input.messages", "chosen": "good", "rejected": "bad"},
         {"input": {"messages": [WHY]}, "good": [YES], "bad": [NO]},
         ([WHY], "Yes.", "No."),
@@ -167,6 +183,13 @@ def test_a_system_text_that_cannot_be_used_drops_the_row(changes, reason):
         layout.to_pair(row | changes)
 
 
+def test_a_system_text_beside_a_rendered_prompt_drops_the_row():
+    rows = [PLAIN | {"system": text, "prompt": "<|im_start|>user\nWhy?<|im_end|>\n"} for text in ("Be brief.", "")]
+    layout = match_layout(rows, "my.jsonl")
+    with pytest.raises(UnusableError, match="rendered_prompt"):
+        layout.to_pair(rows[0])
+
+
 def test_a_column_of_a_mapped_name_is_still_checked():
     with pytest.raises(DataError, match="does not use: prompt"):
         match_layout([PLAIN | {"question": "Capital?"}], "my.jsonl", {"prompt": "question"})
@@ -174,7 +197,11 @@ def test_a_column_of_a_mapped_name_is_still_checked():
 
 @pytest.mark.parametrize(
     ("columns", "listed"),
-    [({"prompt": "questoin"}, "system, question, chosen, rejected"), ({"prompt": "system.text"}, "system, question")],
+    [
+        ({"prompt": "questoin"}, "system, question, chosen, rejected"),
+        ({"prompt": "question+contxt"}, "system, question, chosen, rejected"),
+        ({"prompt": "system.text"}, "system, question"),
+    ],
 )
 def test_a_named_column_that_is_missing_is_an_error(columns, listed):
     with pytest.raises(DataError, match="has no column") as error:
@@ -279,30 +306,29 @@ ANSWERS = {"chosen": "The dog sleeps.", "rejected": "The cat sleeps."}
 
 @pytest.mark.parametrize("name", ["source", "user", "task", "topic", "info", "comment", "title", "text", "sentence"])
 def test_a_question_of_any_name_beside_two_texts_is_an_error(name):
-    """Else the common first words of the answers would become the prompt."""
-    with pytest.raises(DataError, match="look like content") as error:
+    with pytest.raises(DataError, match="but no prompt") as error:
         match_layout([ANSWERS | {name: LONG_QUESTION}], "my.jsonl")
     assert f"--columns prompt={name}" in error.value.do
     mapped = match_layout([ANSWERS | {name: LONG_QUESTION}], "my.jsonl", {"prompt": name})
     assert mapped.to_pair(ANSWERS | {name: LONG_QUESTION}).prompt == LONG_QUESTION
 
 
-NESTED = {"input": {"messages": CHAT["prompt"], "tools": [{"name": "f"}], "id": 1}, "good": "Yes.", "bad": "No."}
+NESTED = {"input": {"messages": CHAT["prompt"], "functions": [{"name": "f"}], "id": 1}, "good": "Yes.", "bad": "No."}
 
 
 def test_the_keys_beside_a_dotted_path_are_columns_too():
     columns = {"prompt": "input.messages", "chosen": "good", "rejected": "bad"}
-    with pytest.raises(DataError, match=r"input\.tools") as error:
+    with pytest.raises(DataError, match=r"input\.functions") as error:
         match_layout([NESTED], "my.jsonl", columns)
-    assert "--columns tools=input.tools" in error.value.do
-    assert match_layout([NESTED], "my.jsonl", columns | {"tools": "input.tools"}).unused == ("input.id",)
-    assert match_layout([NESTED], "my.jsonl", columns, ignored=["input.tools"]).unused == ("input.id",)
+    assert "--columns tools=input.functions" in error.value.do
+    assert match_layout([NESTED], "my.jsonl", columns | {"tools": "input.functions"}).unused == ("input.id",)
+    assert match_layout([NESTED], "my.jsonl", columns, ignored=["input.functions"]).unused == ("input.id",)
 
 
 def test_a_key_of_an_object_can_be_ignored(tmp_path):
     name = write(tmp_path / "rows.jsonl", [NESTED, NESTED])
     columns = {"prompt": "input.messages", "chosen": "good", "rejected": "bad"}
-    pairs = dpokit.load_pairs(name, columns=columns, ignore_columns=["input.tools"])
+    pairs = dpokit.load_pairs(name, columns=columns, ignore_columns=["input.functions"])
     assert pairs[0]["prompt"] == CHAT["prompt"]
     with pytest.raises(DataError, match="has no such column"):
         dpokit.load_pairs(name, columns=columns, ignore_columns=["inputs.tools"])

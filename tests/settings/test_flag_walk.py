@@ -343,6 +343,22 @@ ELSEWHERE = {
         "a row that is an error without it",
         "tests/data/test_bad_rows.py::test_bad_rows_are_dropped_counted_and_keep_their_numbers",
     ),
+    "format": (
+        "rows that are an error without it",
+        "tests/data/test_prepare.py::test_every_layout_in_a_file_has_the_ids_of_a_single_row",
+    ),
+    "min_score_gap": (
+        "rows with scores",
+        "tests/data/test_published.py::test_several_answers_give_the_pairs_of_the_flags",
+    ),
+    "ranked": (
+        "rows of several answers",
+        "tests/data/test_published.py::test_a_run_counts_each_pair_of_several_in_a_row",
+    ),
+    "prompt_format": (
+        "prompts that are no transcripts",
+        "tests/data/test_plain_prompts.py::test_the_flag_changes_the_data_and_is_recorded",
+    ),
     "template_date": (
         "a template with a date",
         "tests/checkpoint/test_resume.py::test_a_run_keeps_the_date_that_its_template_writes",

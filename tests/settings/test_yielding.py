@@ -92,9 +92,10 @@ TABLE = {
         {"dataset_config": ..., "dataset_train_split": ..., "dataset_test_split": ...},
     ),
     "other columns": (
-        {"dataset_name": "a", "columns": ["prompt=question"], "ignore_columns": ["images"]},
+        {"dataset_name": "a", "columns": ["prompt=question"], "ignore_columns": ["images"]}
+        | {"format": "shp", "ranked": "all"},
         {"dataset_name": "b"},
-        {"columns": ..., "ignore_columns": ...},
+        {"columns": ..., "ignore_columns": ..., "format": ..., "ranked": ...},
     ),
     "a split for a share of the prompts": (
         {"eval_fraction": 0.05},

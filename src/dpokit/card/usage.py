@@ -6,7 +6,7 @@ import re
 from markupsafe import Markup
 
 from dpokit.card.origin import Lineage
-from dpokit.report.read import Run, mapping, read_object
+from dpokit.report.read import Run, read_object
 from dpokit.rundir import RunDir
 
 TRUST = ", trust_remote_code=True"  # for a model with custom code
@@ -76,11 +76,8 @@ def _has_template(folder: RunDir, weights: str) -> bool:
 
 
 def _quote_prompt(run: Run) -> str:
-    """A prompt in the format of the training data: an HH transcript, or plain text if the data had plain prompts."""
-    if any(str(answer.get("prompt")).rstrip().endswith(HH_PROMPT.split()[-1]) for answer in run.answers[:1]):
-        return json.dumps(HH_PROMPT)
-    layout = str(mapping((run.data or {}).get("train")).get("format", ""))
-    return json.dumps("How do I bake bread?" if layout.endswith("plain") else HH_PROMPT)
+    """A prompt in the form of the training data: an HH transcript, or plain text after `--prompt_format raw`."""
+    return json.dumps("How do I bake bread?" if run.setting("prompt_format") == "raw" else HH_PROMPT)
 
 
 def _quote(text: str, *, otherwise: str) -> str:

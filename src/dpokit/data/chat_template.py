@@ -10,17 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.control_words import find_searched
 from dpokit.data.message_forms import CLOSE, OPEN, read_content
-from dpokit.data.messages import Messages, UnusableError
+from dpokit.data.messages import CONTROL_TOKENS, Messages, UnusableError, find_control_tokens
 from dpokit.data.template_box import check_template, refuse_template, render_in_bounds
 from dpokit.errors import ModelError
 
 PROBE = 'a probe: "x" <b>&\n\n  it\'s \u00e9'  # what a template may change: quotes, tags, lines, other letters
 THINKING_SWITCHES = ("enable_thinking", "thinking")  # arguments of templates: Qwen's, DeepSeek's
-# Words that structure the prompts of today's models, by which a prompt for another model is recognised.
-FOREIGN = re.compile(
-    r"<\|(?:im_start|im_end|start_header_id|eot_id|begin_of_text|user|assistant|system|endoftext)\|>|"
-    r"<(?:start|end)_of_turn>|\[/?INST\]|<\uff5c(?:User|Assistant)\uff5c>"
-)
 CALL_OF_DATE = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")  # transformers offers this function to templates
 
 
@@ -128,7 +123,7 @@ class ChatTemplate:
         return word if self._has_control(word) else "", generation if self._has_control(generation) else ""
 
     def _has_control(self, text: str) -> bool:
-        return any(word in text for word in self._special) or FOREIGN.search(text) is not None
+        return any(word in text for word in self._special) or CONTROL_TOKENS.search(text) is not None
 
     def _find_tokens(self, tail: str) -> str:
         """Returns the added tokens that a text begins with, up to other text; empty if it begins with none."""
@@ -148,9 +143,8 @@ class ChatTemplate:
         generation = self.answer_start.strip()
         if (self._begin and text.startswith(self._begin)) or (generation and generation in text):
             return True
-        foreign = FOREIGN.findall(text)
-        begins = FOREIGN.match(re.sub(r"^(<s>|<bos>)\s*", "", text)) is not None
-        if begins and len(foreign) > 1 and not any(word in self._text for word in foreign):
+        foreign = find_control_tokens(text)
+        if foreign and not any(word in self._text for word in foreign):
             raise UnusableError("rendered_for_other_model")
         return False
 
@@ -160,7 +154,7 @@ class ChatTemplate:
 
     def is_treated(self, text: str) -> bool:
         """Whether a text has words that the template or `clean` treats in a special way."""
-        return any(word in text for word in self._searched) or FOREIGN.match(text) is not None
+        return any(word in text for word in self._searched) or CONTROL_TOKENS.match(text) is not None
 
     def openings(
         self, prompt: Messages, options: Mapping[str, Any], *, is_open: bool = True

@@ -29,6 +29,8 @@ LIST_BYTES = 1 << 30  # `datasets` reads a list of the Hub in one piece, which t
 BATCH_ROWS = 1_000
 BLOCK_BYTES = 1 << 20
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
+# The beginning of an object whose only key holds the rows.
+WRAPPER = re.compile(r'\{\s*"(data|rows|examples|instances|records|items|train|test)"\s*:\s*\[\s*[\{\]]')
 
 
 def check_file(path: Path, builder: str, *, skip_bad: bool = False) -> Findings:
@@ -56,8 +58,9 @@ def check_file(path: Path, builder: str, *, skip_bad: bool = False) -> Findings:
 
 
 def is_list(path: Path) -> bool:
-    """Whether a JSON file is one list of rows instead of one row per line."""
-    return _first_bytes(path) == b"["
+    """Whether a JSON file is one list of rows, alone or as `{"data": [...]}`, instead of one row per line."""
+    start = _read_start(path)
+    return start[:1] == b"[" or WRAPPER.match(start.decode("utf-8", "replace")) is not None
 
 
 def read_list(path: Path) -> Iterator[str]:
@@ -66,8 +69,8 @@ def read_list(path: Path) -> Iterator[str]:
     Raises: DataError as `check_file`.
     """
     text = _ListText(path)
-    text.skip_space()
-    text.place += 1
+    is_wrapped = text.skip_space() == "{"
+    text.open_list()
     letter = text.skip_space()
     if letter == "]":
         text.place += 1
@@ -76,6 +79,10 @@ def read_list(path: Path) -> Iterator[str]:
         letter = text.skip_space()
         if letter not in (",", "]"):
             raise text.refuse(text.place, "Expecting ',' delimiter")
+        text.place += 1
+    if is_wrapped:
+        if text.skip_space() != "}":
+            raise text.refuse(text.place, "a key follows the list of rows; write the rows alone")
         text.place += 1
     if text.skip_space():
         raise text.refuse(text.place, "Extra data")
@@ -104,12 +111,16 @@ def unpack(path: Path, target: Path) -> None:
 
 def _first_bytes(path: Path) -> bytes:
     """Returns the first character of a text; after `{`, also the next one."""
+    start = _read_start(path)
+    return start[:1] if start[:1] != b"{" else start[:2]
+
+
+def _read_start(path: Path) -> bytes:
     try:
         with open_file(path) as file:
-            start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     except (EOFError, gzip.BadGzipFile):
         return b""  # the check of the lines reports it
-    return start[:1] if start[:1] != b"{" else start[:2]
 
 
 class _ListText:
@@ -136,6 +147,12 @@ class _ListText:
                 return self._text[self.place]
             if not self._grow():
                 return ""
+
+    def open_list(self) -> None:
+        """Moves behind the bracket that opens the list, which is the next one."""
+        while "[" not in self._text[self.place :] and self._grow():
+            pass
+        self.place = self._text.index("[", self.place) + 1
 
     def read_row(self) -> str:
         """Returns the next row as JSON on one line. Raises: DataError."""

@@ -5,13 +5,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dpokit.data.messages import SAYINGS, Messages, UnusableError, describe_value, is_plain, is_turns
-from dpokit.data.transcripts import ASSISTANT, parse_transcript, split_transcript
+from dpokit.data.transcripts import ASSISTANT, HUMAN, parse_transcript, split_transcript
 
 PARTS = ("prompt", "chosen", "rejected")
 VOTES = ("tie", "both_bad", "base", "tuned")  # the first two prefer no answer
 SYSTEM_ROLES = ("system", "developer")
 SPOKEN = ("role", "content", "name", "tool_call_id")  # keys of messages that templates write, beside SAYINGS
-COMMON_BEGINNING = "implicit, plain"
+# The names that columns have in published data. Plus signs join columns, and dots lead into objects.
+PROMPTS = (
+    *("prompt", "instruction+input", "instruction", "question", "query", "problem", "request", "input.messages"),
+    *("input", "messages", "conversations", "conversation"),
+)
+CHOSEN = (
+    *("chosen", "chosen_response", "chosen_answer", "chosen_messages", "response_chosen", "answer_chosen", "accepted"),
+    *("preferred", "preferred_output", "preferred_response", "better_response", "better_answer", "response_j"),
+)
+REJECTED = (
+    *("rejected", "rejected_response", "rejected_answer", "rejected_messages", "response_rejected", "answer_rejected"),
+    *("reject", "non_preferred", "non_preferred_output", "dispreferred", "dispreferred_response", "worse_response"),
+    *("worse_answer", "response_k"),
+)
 
 Row = Mapping[str, Any]
 
@@ -44,25 +57,37 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Format:
-    """A published layout.
+class Named:
+    """A layout with a name, for data.json and the screen."""
+
+    name: str
+
+    @property
+    def flag(self) -> str:
+        """The value of `--format` that names it."""
+        return self.name.lower().replace(",", "").replace(" ", "_").replace("-", "_")
+
+
+@dataclass(frozen=True)
+class Format(Named):
+    """A layout whose rows have a prompt, or begin with it, and two answers.
 
     Attributes:
-        name: for data.json and the screen.
         looks: a description of its rows.
         columns: its columns by the names that `matches` and `to_pair` use, each with the names that it may have in the
             rows; the first one that is there is read.
         of_messages: whether columns hold messages; `to_pair` then gets them as `read_turns` returns them.
         matches: a test for a row.
         to_pair: the conversion of a row to a pair. Raises: UnusableError.
+        by_name: whether rows have this layout only if `--format` names it.
     """
 
-    name: str
     looks: str
     columns: Mapping[str, tuple[str, ...]]
     of_messages: bool
     matches: Callable[[Row], bool]
     to_pair: Callable[[Row], Pair]
+    by_name: bool = False
 
 
 def _is_text(value: Any) -> bool:
@@ -203,16 +228,29 @@ def _after(prompt: Messages, turns: Messages) -> Messages:
     return turns
 
 
-def _columns(*names: str, **renamed: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Returns `Format.columns`: each name alone, and the given names for others."""
-    return {name: (name,) for name in names} | renamed
+def _is_transcript(text: str) -> bool:
+    return text.lstrip().startswith(HUMAN.strip()) and ASSISTANT in text
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether a row has texts; not if its answers are transcripts, which have another prompt than the prompt's column.
+
+    A row with a prompt in both places would otherwise train the question as a part of the answer.
+    """
+    if not _has(row, _is_text, *PARTS):
+        return False
+    answers = (row["chosen"], row["rejected"])
+    return not all(map(_is_transcript, answers)) or all(answer.startswith(row["prompt"]) for answer in answers)
+
+
+COLUMNS = {"prompt": PROMPTS, "chosen": CHOSEN, "rejected": REJECTED}
 
 
 FORMATS = (
     Format(
         "dpokit votes",
         "prompt, chosen, rejected: lists of {role, content}; vote, answers (`dpokit serve`)",
-        _columns(*PARTS, "vote", "answers"),
+        COLUMNS | {"vote": ("vote",), "answers": ("answers",)},
         True,
         lambda row: row.get("vote") in VOTES and _has(row, is_turns, *PARTS),
         _pair_from_vote,
@@ -220,24 +258,24 @@ FORMATS = (
     Format(
         "HH prompt",
         'prompt, response, chosen, rejected: strings, the prompt ending with "\\n\\nAssistant:" (Dahoas/full-hh-rlhf)',
-        _columns(*PARTS, "response"),
+        COLUMNS | {"response": ("response",)},
         False,
         lambda row: _has(row, _is_text, *PARTS) and "response" in row and row["prompt"].rstrip(" ").endswith(ASSISTANT),
         _pair_from_texts,
     ),
     Format(
         "explicit, plain",
-        "prompt, chosen, rejected: strings",
-        _columns(*PARTS),
+        "prompt (or instruction, question, query, ...), chosen, rejected: strings",
+        COLUMNS,
         False,
-        lambda row: _has(row, _is_text, *PARTS),
+        _is_plain,
         _pair_from_texts,
     ),
     Format(
         "explicit, conversational",
         "prompt (or messages, conversations): list of {role, content}; chosen, rejected: such a list, one message or a "
         "string",
-        _columns("chosen", "rejected", prompt=("prompt", "messages", "conversations", "conversation")),
+        COLUMNS,
         True,
         lambda row: _has(row, is_turns, "prompt") and _has(row, _is_answer, "chosen", "rejected"),
         _pair_from_messages,
@@ -245,7 +283,7 @@ FORMATS = (
     Format(
         "UltraFeedback",
         "prompt: string; chosen, rejected: lists of {role, content} with the prompt in them",
-        _columns(*PARTS),
+        COLUMNS,
         True,
         lambda row: _has(row, _is_text, "prompt") and _has(row, is_turns, "chosen", "rejected"),
         _pair_from_text_and_turns,
@@ -253,7 +291,7 @@ FORMATS = (
     Format(
         "implicit, conversational",
         "chosen, rejected: lists of {role, content} that begin alike",
-        _columns(*PARTS),
+        COLUMNS,
         True,
         lambda row: "prompt" not in row and _has(row, is_turns, "chosen", "rejected"),
         lambda row: _pair_from_turns([], _as_turns(row["chosen"]), _as_turns(row["rejected"])),
@@ -261,22 +299,20 @@ FORMATS = (
     Format(
         "HH transcript",
         'chosen, rejected: strings with "\\n\\nHuman:" and "\\n\\nAssistant:" turns (Anthropic/hh-rlhf)',
-        _columns(*PARTS),
+        {"chosen": CHOSEN, "rejected": REJECTED},
         False,
         lambda row: (
-            "prompt" not in row
-            and _has(row, _is_text, "chosen", "rejected")
-            and ASSISTANT in row["chosen"]
-            and ASSISTANT in row["rejected"]
+            _has(row, _is_text, "chosen", "rejected") and ASSISTANT in row["chosen"] and ASSISTANT in row["rejected"]
         ),
         _pair_from_transcripts,
     ),
     Format(
-        COMMON_BEGINNING,
+        "implicit, plain",
         "chosen, rejected: strings; the prompt is their common beginning, up to a word",
-        _columns(*PARTS),
+        COLUMNS,
         False,
         lambda row: "prompt" not in row and _has(row, _is_text, "chosen", "rejected"),
         _pair_from_common_beginning,
+        by_name=True,
     ),
 )

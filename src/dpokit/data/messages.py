@@ -25,6 +25,11 @@ _RESERVED = frozenset(
         *("return_assistant_tokens_mask", "processor_kwargs"),
     )
 )
+# Words that structure the prompts of today's models, by which a rendered prompt is recognised.
+CONTROL_TOKENS = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|eot_id|begin_of_text|user|assistant|system|endoftext)\|>|"
+    r"<(?:start|end)_of_turn>|\[/?INST\]|<\uff5c(?:User|Assistant)\uff5c>"
+)
 _MESSAGE_TEXT = re.compile(r"""\s*\[?\s*\{\s*["']\w+["']\s*:""")
 
 
@@ -139,6 +144,13 @@ def read_template_kwargs(value: Any, column: str) -> dict[str, Any]:
         if kwargs[name] is not None:
             raise UnusableError("reserved_argument", name)
     return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def find_control_tokens(prompt: str) -> list[str]:
+    """Returns the control tokens of chat templates in a rendered conversation; none for a text that mentions them."""
+    tokens = CONTROL_TOKENS.findall(prompt)
+    begins = CONTROL_TOKENS.match(re.sub(r"^(<s>|<bos>)\s*", "", prompt.lstrip())) is not None
+    return tokens if begins and len(tokens) > 1 else []
 
 
 def is_plain(message: Mapping[str, Any]) -> bool:

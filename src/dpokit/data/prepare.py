@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.console import has_bars, say
 from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
-from dpokit.data.layouts import Layout, match_layout
+from dpokit.data.layouts import ONE_PAIR, Layout, match_layout
 from dpokit.data.messages import Messages
+from dpokit.data.ranking import PairChoice
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
 from dpokit.data.sources import Rows, get_split, load_splits
@@ -42,6 +43,7 @@ class PreparedData:
         findings: warnings for the screen and data.json.
         fingerprint: sha256 of the token ids of both splits; None for a stream.
         unused_columns: columns of ids, scores and other metadata, which no pair depends on.
+        prompt_form: "chat template", "HH transcript" or "raw".
     """
 
     train: Rows
@@ -50,11 +52,12 @@ class PreparedData:
     findings: list[str]
     fingerprint: str | None
     unused_columns: list[str]
+    prompt_form: str
 
     def record(self) -> dict[str, Any]:
         """Returns the content of data.json."""
         splits = {name: tally.record() for name, tally in self.tallies.items()}
-        facts = {name: getattr(self, name) for name in ("findings", "fingerprint", "unused_columns")}
+        facts = {name: getattr(self, name) for name in ("findings", "fingerprint", "unused_columns", "prompt_form")}
         return {"train": None, "eval": None} | splits | facts
 
 
@@ -82,7 +85,7 @@ def prepare_data(
         ModelError: the tokenizer has no EOS token.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    renderer = Renderer(tokenizer, data.template_date)
+    renderer = Renderer(tokenizer, data.template_date, data.prompt_format)
     splits = _load(data, streaming=data.dataset_streaming)
     return _prepare_splits(
         splits, data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed
@@ -149,7 +152,20 @@ def _prepare_splits(
         findings += _describe_cuts(train, limits)
         train = _count_changed(train, tallies["train"]).remove_columns("prompt_key")
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
-    return PreparedData(train, held_out if with_eval else None, tallies, findings, fingerprint, list(layout.unused))
+    findings += [line for name, tally in tallies.items() if (line := _describe_glued(name, tally))]
+    held_out = held_out if with_eval else None
+    return PreparedData(train, held_out, tallies, findings, fingerprint, list(layout.unused), renderer.prompt_form)
+
+
+def _describe_glued(name: str, tally: Tally) -> str:
+    """Returns a finding if most prompts end, and most answers begin, without white space between the two; else ""."""
+    number = tally.notes["no_separator"]
+    if number * 2 <= tally.kept:
+        return ""
+    return (
+        f"{number:,} of {tally.kept:,} {name} pairs have no white space between prompt and answer: add it to the rows, "
+        "or leave --prompt_format raw out, and they become HH transcripts"
+    )
 
 
 @dataclass
@@ -179,7 +195,7 @@ def prepare_held_out(
     Raises: DataError as `prepare_data`.
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    renderer = Renderer(tokenizer, data.template_date)
+    renderer = Renderer(tokenizer, data.template_date, data.prompt_format)
     splits = _load(data, streaming=False)
     if data.eval_fraction is None:
         raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
@@ -237,11 +253,17 @@ def _load(data: DataArguments, *, streaming: bool) -> dict[str, Rows]:
 
 
 def _find_layout_for(data: DataArguments, rows: Rows, name: str) -> Layout:
-    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or ())
+    choice = PairChoice(data.ranked, data.min_score_gap)
+    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or (), data.format, choice)
 
 
 def find_layout(
-    rows: Rows, name: str, columns: Mapping[str, str] | None = None, ignored: Collection[str] = ()
+    rows: Rows,
+    name: str,
+    columns: Mapping[str, str] | None = None,
+    ignored: Collection[str] = (),
+    form: str | None = None,
+    choice: PairChoice = ONE_PAIR,
 ) -> Layout:
     """Returns the layout of the first rows, with the columns of `--columns` in place of its own.
 
@@ -252,7 +274,7 @@ def find_layout(
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     features: Features = rows.features or {}
     unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
-    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored)
+    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored, form=form, choice=choice)
 
 
 def _has_structs(feature: Any) -> bool:
@@ -262,8 +284,9 @@ def _has_structs(feature: Any) -> bool:
 
 def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
     began = time.time()
+    several = encoder.layout.gives_several
     encoded = rows.map(
-        encoder.encode_usable,
+        encoder if several else encoder.encode_usable,
         batched=True,
         with_indices=True,
         remove_columns=rows.column_names,
@@ -274,6 +297,15 @@ def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None
     computed_now = any(Path(file["filename"]).stat().st_mtime >= began for file in encoded.cache_files)
     if computed_now and not has_bars():  # without a progress bar, a log gets one line
         say(f"tokenising {tally.source}: {len(rows):,} rows, {len(rows) / (time.time() - began):,.0f} rows/s")
+    if several:  # the reason of a dropped pair cannot be told from the rows that are left
+        reasons = read_column(encoded, "dropped")
+        encoded = encoded.select([number for number, reason in enumerate(reasons) if not reason])
+        tally.rows = len(encoded)
+        for reason in filter(None, reasons):
+            tally.add(reason)
+        if not len(encoded):
+            raise _no_pair_left(tally)
+        return encoded.remove_columns("dropped")
     # The cache keeps only usable rows, contiguous on disk; the few others are encoded again for their reason.
     used = set(read_column(encoded, "row"))
     tally.rows = len(used)
@@ -318,7 +350,7 @@ def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: 
             dropped, cut, notes = row.pop("dropped"), row.pop("cut"), row.pop("notes")
             del row["prompt_key"], row["whole_tokens"]
             if tally.add(dropped, cut, notes) if position >= tally.rows else not dropped:
-                yield {**row, "row": position}
+                yield row
 
     kept = IterableDataset.from_generator(kept_pairs)
     if not any(True for _ in kept.take(1)):

@@ -11,10 +11,10 @@ from dpokit.data.chat_rendering import ChatRenderer, RenderedAnswer, RenderedPai
 from dpokit.data.chat_template import ChatTemplate
 from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Pair
-from dpokit.data.messages import Messages, UnusableError, count_letters
+from dpokit.data.messages import Messages, UnusableError, count_letters, find_control_tokens
 from dpokit.data.template_box import PROBES
-from dpokit.data.transcripts import ASSISTANT, HUMAN, parse_transcript, render_transcript
-from dpokit.errors import ModelError
+from dpokit.data.transcripts import ASSISTANT, HUMAN, open_transcript, parse_transcript, render_transcript
+from dpokit.errors import ModelError, SettingsError
 
 Ids = list[int]
 PROBE = "probe answer"
@@ -28,15 +28,20 @@ class Renderer:
     Args:
         tokenizer: of the model.
         template_date: for chat templates that write a date, as `2026-11-29`; None for the current date.
+        prompt_format: how texts meet without a chat template: "transcript", or "raw" for texts as they are.
 
     Attributes:
+        prompt_form: the form of the prompts, for data.json: "chat template", "HH transcript" or "raw".
         end: the text that ends an answer: EOS, or what the chat template writes.
         ends: token ids at which an answer ends, EOS first.
 
-    Raises: ModelError for a tokenizer without EOS, or with a template that cannot render a conversation.
+    Raises: ModelError for a tokenizer without EOS, or with a template that cannot render a conversation. SettingsError
+        for raw texts with a chat template.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_date: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template_date: str | None = None, prompt_format: str = "transcript"
+    ) -> None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
                 "the tokenizer has no EOS token, so no answer can end",
@@ -50,6 +55,14 @@ class Renderer:
         self.chat: ChatRenderer | None = None
         if tokenizer.chat_template:
             self.chat = ChatRenderer(ChatTemplate(tokenizer, template_date), self._is_boundary)
+        self.is_raw = prompt_format == "raw"
+        if self.is_raw and self.chat is not None:
+            raise SettingsError(
+                "--prompt_format raw, but the model has a chat template, which joins prompts and answers",
+                expected="a model without a chat template",
+                do="leave --prompt_format out",
+            )
+        self.prompt_form = "chat template" if self.chat is not None else "raw" if self.is_raw else "HH transcript"
         self.end = self.eos if self.chat is None else self.chat.template.end
         self.ends = (int(tokenizer.eos_token_id),) if self.chat is None else self.chat.ends
         self.control_words = ControlWords(tokenizer)
@@ -84,13 +97,15 @@ class Renderer:
     def open(self, messages: Messages, template: str | None = None) -> str:
         """Returns the text of a conversation up to the answer, rendered by `template` or by the tokenizer's template.
 
+        Raw texts stay as they are, with an empty line between two of them.
+
         Raises: UnusableError for an empty conversation, or one that the template refuses.
         """
         if not messages:
             raise UnusableError("empty_prompt")
         if self.chat is not None:
             return self.chat.template.open(messages, **({} if template is None else {"chat_template": template}))
-        return render_transcript(messages)
+        return "\n\n".join(message["content"] for message in messages) if self.is_raw else render_transcript(messages)
 
     def render(self, pair: Pair) -> RenderedPair:
         """Returns the texts of a pair. Raises: UnusableError with the reason for dropping the pair."""
@@ -121,8 +136,8 @@ class Renderer:
         if pair.tools:
             raise UnusableError("needs_template", "tools")
         if isinstance(pair.prompt, str):
-            prompt, is_apart = pair.prompt, False
-        elif pair.prompt[-1]["role"] == "assistant":  # the answers continue it
+            return self._render_text(pair, pair.prompt)
+        if pair.prompt[-1]["role"] == "assistant":  # the answers continue it
             prompt, is_apart = render_transcript(pair.prompt[:-1]) + f" {pair.prompt[-1]['content'].lstrip()}", False
         else:
             prompt, is_apart = render_transcript(pair.prompt), True
@@ -130,6 +145,27 @@ class Renderer:
             self._render_plain_answer(answer, is_apart=is_apart) for answer in (pair.chosen, pair.rejected)
         )
         return RenderedPair(prompt, chosen, rejected)
+
+    def _render_text(self, pair: Pair, text: str) -> RenderedPair:
+        """Renders a pair with a plain prompt and without a chat template: as a transcript, or as it is."""
+        answers, notes = [pair.chosen, pair.rejected], frozenset[str]()
+        foreign = find_control_tokens(text)
+        if self.is_raw:
+            prompt, begins_turn = text, False
+            if not text[-1].isspace() and not all(
+                answer[:1].isspace() for answer in answers if isinstance(answer, str)
+            ):
+                notes = frozenset({"no_separator"})
+        elif foreign:
+            if not all(word in self.tokenizer.get_added_vocab() for word in foreign):
+                raise UnusableError("rendered_for_other_model")
+            prompt, begins_turn, notes = text, False, frozenset({"rendered_already"})
+        else:
+            prompt, begins_turn = open_transcript(text)
+        if begins_turn:  # as the model's own answer begins
+            answers = [f" {a}" if isinstance(a, str) and not a[:1].isspace() else a for a in answers]
+        chosen, rejected = (self._render_plain_answer(answer, is_apart=False) for answer in answers)
+        return RenderedPair(prompt, chosen, rejected, notes)
 
     def _render_plain_answer(self, answer: str | Messages, *, is_apart: bool) -> RenderedAnswer:
         """Renders an answer; `is_apart` puts a space before it."""

@@ -21,7 +21,9 @@ from datasets import (
     IterableDataset,
     LargeList,
     List,
+    ReadInstruction,
     Value,
+    concatenate_datasets,
     config,
     load_dataset,
     load_dataset_builder,
@@ -102,7 +104,13 @@ def find_disk_trouble_or(error: BaseException, problem: str, expected: str, do: 
 
 
 def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
-    """Returns one split. Raises: DataError with the names of the splits."""
+    """Returns one split, or slices as `train[:90%]`, with plus signs between several.
+
+    Raises: DataError with the names of the splits, or for a slice of a stream, which has no known end.
+    """
+    parts = [part.partition("[")[0].strip() for part in split.split("+")]
+    if split not in splits and split != parts[0] and all(part in splits for part in parts):
+        return _slice_splits(splits, split, flag)
     if split not in splits:
         if flag == "dataset_test_split":
             remedy = "name one with --dataset_test_split, hold out a part of the training rows with "
@@ -116,6 +124,20 @@ def get_split(splits: dict[str, Rows], split: str, flag: str) -> Rows:
             f"there is no split {split!r}; there is {', '.join(splits)}", expected="a split of the dataset", do=remedy
         )
     return splits[split]
+
+
+def _slice_splits(splits: dict[str, Rows], split: str, flag: str) -> Rows:
+    whole = {name: rows for name, rows in splits.items() if isinstance(rows, Dataset)}
+    try:
+        slices = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in whole.items()})
+    except ValueError as error:
+        is_stream = len(whole) < len(splits)
+        raise DataError(
+            f"--{flag} {split}: " + ("a stream has no slices" if is_stream else " ".join(str(error).split())[:200]),
+            expected="a slice such as train[:90%] or train[100:200]",
+            do="--dataset_streaming false, or --max_train_samples" if is_stream else f"correct --{flag}",
+        ) from error
+    return concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in slices])
 
 
 def _load_file(path: Path, *, streaming: bool, ignore: Collection[str], skip_bad: bool) -> dict[str, Rows]:

@@ -28,15 +28,18 @@ REASONS = {
     "changed_by_template": "the model's chat template writes the prompt in another way once an answer follows",
     "reasoning_doubled_by_template": "the model's chat template writes a second block of reasoning",
     "rendered_for_other_model": "the prompt is already rendered, with the control tokens of another model",
-    "rendered_prompt": "the prompt is already rendered, and the row has messages, tools or arguments for the template",
+    "rendered_prompt": "the prompt is already rendered, and the row has messages, a system text or tools",
     "rendered_answer": "an answer is a rendered conversation",
     "needs_fast_tokenizer": "the tokenizer does not tell which tokens belong to which of several turns",
     "needs_template": "the model has no chat template, which the message's key in brackets needs",
     "control_word": "a message has a character that is a control token of the model",
     "empty_answer": "an answer has no word",
     "end_inside_answer": "an answer has the text of a token that ends a turn, such as <|im_end|>, before its end",
-    "tie": "the vote calls both answers equally good",
-    "both_bad": "the vote calls both answers bad",
+    "tie": "the label or the scores call the answers equally good",
+    "both_bad": "the label calls both answers bad",
+    "small_gap": "no two answers have scores that differ by --min_score_gap",
+    "missing_label": "the row has no label or score, or one that is not known",
+    "one_answer": "the row has fewer than two answers",
     "equal_answers": "chosen and rejected are the same",
     "equal_after_cut": "chosen and rejected are the same within the length limits",
     "over_max_eval_samples": "the held-out prompt has more pairs than max_eval_samples",
@@ -46,6 +49,7 @@ REASONS = {
 NOTES = {
     "other_thinking_mode": "the prompt is that of the template's other thinking mode, which suits the answers",
     "reasoning_rebuilt": "the prompt opens reasoning, the template writes none in an answer, and so dpokit wrote it",
+    "no_separator": "there is no white space between prompt and answer, which stand as they are (--prompt_format raw)",
     "rendered_already": "the prompt is already rendered, and taken as it is",
     "other_role": "the template does not know a role, such as developer, and got one that it knows, such as system",
     "argument_left_out": "the template does not read an argument of chat_template_kwargs",
@@ -73,7 +77,8 @@ REMEDIES = {
     "left_out_by_template": "use a model whose template has tools and all roles, or leave out such rows",
     "changed_by_template": "use the template of a model without reasoning, or leave out such rows",
     "reasoning_doubled_by_template": "write the reasoning in reasoning_content",
-    "rendered_for_other_model": "write prompts as messages or as plain text",
+    "rendered_for_other_model": "write prompts as messages or as plain text, or give --prompt_format raw for a model "
+    "without a chat template",
     "rendered_prompt": "write the prompt as messages",
     "rendered_answer": "write answers without the template's words, or whole conversations as messages",
     "needs_fast_tokenizer": "use a model with a tokenizer.json",
@@ -83,6 +88,9 @@ REMEDIES = {
     "end_inside_answer": "remove this text from the answers",
     "tie": "vote for one of the answers",
     "both_bad": "vote for one of the answers",
+    "small_gap": "lower --min_score_gap, or use --ranked best_worst",
+    "missing_label": "write the label or the score as the layout has it, or leave out such rows",
+    "one_answer": "write two or more answers into each row",
     "equal_answers": "give each row two different answers",
     "equal_after_cut": _LENGTHS,
     "over_max_eval_samples": "raise --max_eval_samples",
@@ -159,6 +167,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         counts = [split["rows"], split["kept"], split["rows"] - split["kept"], *split["shortened"].values()]
         table.add_row(name, split["format"], *("-" if split.get("streamed") else f"{count:,}" for count in counts))
     console.print(table)
+    if report.get("prompt_form"):
+        console.print(f"  form of the prompts: {report['prompt_form']}")
     for name, split in splits.items():
         if split.get("streamed"):
             console.print(f"  {name}: a stream; its rows are counted while they are read")
@@ -167,5 +177,7 @@ def print_report(report: Mapping[str, Any]) -> None:
             console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
         for note, count in split["notes"].items():
             console.print(f"  {name}: {count:,} with {note}: {NOTES[note]}")
+    if report.get("unused_columns"):
+        console.print(f"  columns that no pair depends on: {', '.join(report['unused_columns'])}", markup=False)
     for finding in report["findings"]:
         console.print(f"  note: {finding}")

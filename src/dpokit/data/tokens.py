@@ -44,30 +44,30 @@ class Encoder:
     code: str = field(default_factory=hash_code)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> dict[str, list[Any]]:
-        """Encodes a batch of columns, row by row: the columns of FEATURES.
+        """Encodes a batch of columns, pair by pair: the columns of FEATURES. A row without a pair has one entry.
 
         `dropped` is a reason or empty, `cut` names the shortened parts, `notes` has keys of `tally.NOTES`.
         """
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        pairs: list[Pair | None] = []
         rendered: list[RenderedPair] = []
+        usable: list[Pair | None] = []
         reasons: list[str] = []
-        for row, index in zip(rows, indices, strict=True):
+        pairs = [(pair, index) for row, index in zip(rows, indices, strict=True) for pair in self.layout.to_pairs(row)]
+        for pair, index in pairs:
             try:
-                if all(value is None for value in row.values()):
-                    raise UnusableError("empty_row")
-                pair = self.layout.to_pair(row)
+                if isinstance(pair, UnusableError):
+                    raise pair
                 rendered.append(self.renderer.render(pair))
-                pairs.append(pair)
+                usable.append(pair)
                 reasons.append("")
             except ModelError as error:  # a template that does not end
                 raise ModelError(f"in row {index + 1}, {error.seen}", expected=error.expected, do=error.do) from error
             except UnusableError as error:
-                pairs.append(None)
+                usable.append(None)
                 reasons.append(str(error))
         encoded = self._encode(rendered)
         columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
-        for whole, reason, index in zip(pairs, reasons, indices, strict=True):
+        for whole, reason, (_, index) in zip(usable, reasons, pairs, strict=True):
             values = _Encoded()
             if whole is not None:
                 try:

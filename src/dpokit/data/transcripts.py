@@ -32,6 +32,21 @@ def render_transcript(messages: Messages) -> str:
     return "".join(turns) + ASSISTANT
 
 
+def open_transcript(prompt: str) -> tuple[str, bool]:
+    """Returns a plain prompt as a transcript up to its answer, and whether the answer begins a turn.
+
+    A prompt that ends as a transcript stays as it is, apart from white space at its end. Another text becomes a
+    question; if its last turn is the assistant's, the answer continues it.
+    """
+    text = prompt.rstrip()
+    if text.endswith(ASSISTANT):
+        return text, True
+    messages = parse_transcript(prompt)
+    if messages[-1]["role"] == "assistant":
+        return prompt, False
+    return render_transcript(messages), True
+
+
 def split_transcript(text: str) -> tuple[str, str]:
     """Returns a transcript up to its last answer, and that answer. Raises: UnusableError if it ends with none."""
     before, mark, answer = text.rpartition(ASSISTANT)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from dpokit.data.formats import COMMON_BEGINNING, PARTS, Format, Row
+from dpokit.data.formats import Row
 from dpokit.data.messages import is_turns
 from dpokit.errors import DataError
 
@@ -34,12 +34,12 @@ MOST_LABEL_LETTERS = 60
 
 
 def find_unused_columns(
-    form: Format, used: Mapping[str, str], rows: Sequence[Row], source: str, ignored: Collection[str]
+    layout: str, used: Mapping[str, str], rows: Sequence[Row], source: str, ignored: Collection[str]
 ) -> tuple[str, ...]:
     """Returns the columns, and the keys beside a dotted path, that a layout does not use.
 
     Args:
-        form: the layout's format.
+        layout: the layout's name.
         used: the columns that the layout uses, or dotted paths in them, by the names that the format has for them.
         rows: the first rows.
         source: the dataset's name, for errors.
@@ -48,8 +48,9 @@ def find_unused_columns(
     Raises: DataError if one of them looks like content.
     """
     names = dict.fromkeys(name for row in rows for name in row)
-    objects = {path.rpartition(".")[0] for path in used.values() if path not in names}
-    used_names = {*used.values(), *(path.partition(".")[0] for path in objects), *ignored}
+    paths = [part for path in used.values() for part in split_path(path, names)]
+    objects = {path.rpartition(".")[0] for path in paths if path not in names}
+    used_names = {*paths, *(path.partition(".")[0] for path in objects), *ignored}
     keys = {
         f"{path}.{key}": None
         for path in sorted(objects)
@@ -58,24 +59,24 @@ def find_unused_columns(
         for key in value
     }
     unused = tuple(name for name in {**names, **keys} if name not in used_names and name not in objects)
-    parts = [used[name] for name in used if name in PARTS]
+    parts = list(used.values())
     content = []
     for name in unused:
         repeats = all(_repeats(find_value(row, name), [find_value(row, path) for path in parts]) for row in rows)
         values = [find_value(row, name) for row in rows]
-        if not repeats and _looks_like_content(name, values, any_text=form.name == COMMON_BEGINNING):
+        if not repeats and _looks_like_content(name, values):
             content.append(name)
     if not content:
         return unused
-    columns = _suggest_columns(content, used)
-    if not columns and form.name == COMMON_BEGINNING:  # rather a column of prompts than no prompt at all
-        columns = {"prompt": content[0]}
+    texts = [name for name in content if all(isinstance(find_value(row, name), str | None) for row in rows)]
+    columns = _suggest_columns(content, used, texts)
     use = ",".join(f"{part}={name}" for part, name in columns.items())
-    others = ",".join(name for name in content if name not in columns.values())
+    named = [part for path in columns.values() for part in split_path(path, names)]
+    others = ",".join(name for name in content if name not in named)
     use = f"--columns {shlex.quote(use)}" + (f" --ignore_columns {shlex.quote(others)}" if others else "")
     ignore = f"--ignore_columns {shlex.quote(','.join(content))}"
     raise DataError(
-        f"{source} has columns that look like content and that the layout {form.name!r} does not use: "
+        f"{source} has columns that look like content and that the layout {layout!r} does not use: "
         + ", ".join(content),
         expected="columns that the layout uses, or that hold only ids, scores and other metadata",
         do=f"to use them: {use}; to leave them out: {ignore}" if columns else f"to leave them out: {ignore}",
@@ -87,17 +88,30 @@ def _repeats(value: Any, parts: Sequence[Any]) -> bool:
     return value in parts or (isinstance(value, (list, tuple)) and len(value) > 0 and all(v in parts for v in value))
 
 
+def split_path(path: str, names: Collection[str]) -> list[str]:
+    """Returns the paths that plus signs join, as `instruction+input`; a column of the same name is one path."""
+    return [path] if path in names else path.split("+")
+
+
 def find_value(row: Row, path: str) -> Any:
-    """Returns the value of a column, or of a dotted path in one; None if it is missing."""
+    """Returns the value of a column, or of a dotted path in one; None if it is missing.
+
+    Of several paths with plus signs between them, it returns the texts, with an empty line between two of them.
+    """
     if path in row:
         return row[path]
+    if "+" in path:
+        values = [find_value(row, part) for part in path.split("+")]
+        if all(value is None or isinstance(value, str) for value in values):
+            return "\n\n".join(value for value in values if value and value.strip())
+        return values
     value: Any = row
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _looks_like_content(name: str, values: Sequence[Any], *, any_text: bool) -> bool:
+def _looks_like_content(name: str, values: Sequence[Any]) -> bool:
     """Whether a column looks like content: a part of the conversation rather than an id, a score or other metadata.
 
     Numbers are metadata. Of other values, the last noun of the name decides (a `prompt_id` is an id), then any noun,
@@ -106,8 +120,6 @@ def _looks_like_content(name: str, values: Sequence[Any], *, any_text: bool) -> 
     Args:
         name: the column.
         values: its values in the first rows.
-        any_text: whether even a label counts, or a longer text under the name of metadata, because the layout takes the
-            prompt from the answers.
     """
     nouns = _split_name(name)
     kinds = {type(value) for value in values if value is not None}
@@ -117,17 +129,19 @@ def _looks_like_content(name: str, values: Sequence[Any], *, any_text: bool) -> 
         return True
     is_media = any(CONTENT.get(noun, "") is None for noun in nouns)  # the path or the URL of an image is content, too
     if METADATA.intersection(nouns) and not (is_media and nouns[-1] in ("url", "link")):
-        return any_text and any(_has_text(value, any_text=False) for value in values)
-    return any(_has_text(value, any_text=any_text or is_media) for value in values)
+        return False
+    return any(_has_text(value, any_text=is_media) for value in values)
 
 
-def _suggest_columns(names: Sequence[str], used: Mapping[str, str]) -> dict[str, str]:
-    """Returns the columns that `--columns` could name, by the name that it would give to each."""
+def _suggest_columns(names: Sequence[str], used: Mapping[str, str], texts: Collection[str]) -> dict[str, str]:
+    """Returns the columns that `--columns` could name, by the name that it would give to each; texts can be joined."""
     columns: dict[str, str] = {}
     for name in names:
         target = next((CONTENT[noun] for noun in reversed(_split_name(name)) if noun in CONTENT), None)
         if target is not None and target not in used:
             columns.setdefault(target, name)
+        elif target == "prompt" and name in texts:
+            columns["prompt"] = f"{columns.get('prompt', used['prompt'])}+{name}"
     return columns
 
 

@@ -47,7 +47,7 @@ def load_subject(
         defaults |= dict.fromkeys(("eval_fraction", "max_eval_samples"))  # they select the run's own held-out split
     if data is not None:
         # They belong to the run's own data.
-        defaults |= dict.fromkeys(("dataset_config", "columns", "ignore_columns"))
+        defaults |= dict.fromkeys(("dataset_config", "columns", "ignore_columns", "format", "ranked", "min_score_gap"))
     settings = load_settings("evaluate", {name: value for name, value in defaults.items() if value is not None}, flags)
     _check_data(settings)
     own_values = {name: run_defaults.get(name, getattr(DataArguments, name)) for name in flags_with(Fact.HELD_OUT)}

@@ -13,8 +13,8 @@ JINJA, SERVE = "chat_template_hh.jinja", "chat_template_hh.json"
 def write_template(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Writes the template files if the tokenizer has no template: Jinja for vLLM, JSON for `transformers serve`.
 
-    The tokenizer itself stays without a template. With one, the next run on this model would render every prompt by it:
-    a plain prompt would become a Human turn, and the white space around an HH turn would be lost.
+    The tokenizer itself stays without a template. With one, the next run on this model would render every prompt by it,
+    and the white space around an HH turn would be lost.
     """
     if tokenizer.chat_template is not None:
         return

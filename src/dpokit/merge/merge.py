@@ -123,7 +123,8 @@ def _fill(
             dequantised=dequantised,
         )
         tokenizer.save_pretrained(part)
-        write_template(part, tokenizer)
+        if settings.data.prompt_format != "raw":
+            write_template(part, tokenizer)
         complete_folder(part, settings, Renderer(tokenizer).ends)
         method = "full" if base is None else _name_method(folder, quantised=quantised)
     gc.collect()  # frees the first model, which refers to itself, before the second is loaded

@@ -109,7 +109,7 @@ class LocalModels:
     def load(self) -> None:
         """Loads both models. Raises: DpokitError."""
         sides = load_sides(self.settings, self.run, self._name, self._base)
-        self.renderer = Renderer(sides.tokenizer, self.settings.data.template_date)
+        self.renderer = Renderer(sides.tokenizer, self.settings.data.template_date, self.settings.data.prompt_format)
         config = sides.tuned.config.get_text_config()
         self.positions: int | None = getattr(config, "max_position_embeddings", None)
         if "base" in self.names:
@@ -175,7 +175,8 @@ class LocalModels:
         return ModelReply(answer.text.strip(), len(answer.ids), answer.ended, answer.ids)
 
     def encode(self, messages: Messages) -> list[int]:
-        """The token ids of the conversation, rendered as in training: by the chat template, else as an HH transcript.
+        """The token ids of the conversation, rendered as in training: by the chat template, else as an HH
+        transcript, or as it is (`--prompt_format raw`).
 
         Special tokens in the messages are encoded as text. Raises: RefusedError if the template refuses the messages.
         """

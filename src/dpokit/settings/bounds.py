@@ -70,6 +70,7 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("learning_rate", "beta", "discopop_tau", "adam_epsilon"), POSITIVE),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay"), ZERO_OR_MORE),
+    "min_score_gap": ZERO_OR_MORE,
     **dict.fromkeys(("save_before_seconds", "neftune_noise_alpha", "router_aux_loss_coef"), ZERO_OR_MORE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "label_smoothing_factor"), SHARE_BELOW_1),
     "label_smoothing": Bound(0, 0.5, without_most=True, why="the share of pairs whose labels are wrong"),

@@ -23,7 +23,7 @@ class DataArguments(ScriptArguments):
     columns: list[str] | None = dataclasses.field(
         default=None,
         metadata={
-            "help": "Columns of another name: prompt=question,chosen=answers.best (prompt, chosen, rejected, ...)."
+            "help": "Columns of another name: prompt=question+context,chosen=answers.best (prompt, chosen, ...)."
         },
     )
     ignore_columns: list[str] | None = dataclasses.field(
@@ -32,6 +32,16 @@ class DataArguments(ScriptArguments):
     skip_bad_rows: bool = dataclasses.field(
         default=False,
         metadata={"help": "Drop rows of JSONL and CSV files that cannot be read, instead of stopping."},
+    )
+    format: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "The layout of the rows, for rows that fit several, such as implicit_plain."},
+    )
+    ranked: Literal["best_worst", "adjacent", "all", "random"] = dataclasses.field(
+        default="best_worst", metadata={"help": "The pairs of a row that has several answers with scores."}
+    )
+    min_score_gap: float = dataclasses.field(
+        default=0.0, metadata={"help": "Leave out pairs of answers whose scores differ by less."}
     )
     max_train_samples: int | None = dataclasses.field(
         default=None, metadata={"help": "Use only the first N rows of the training split."}
@@ -54,6 +64,10 @@ class DataArguments(ScriptArguments):
         metadata={
             "help": "Date, as 2026-11-29, for chat templates that write one; by default that of the first start."
         },
+    )
+    prompt_format: Literal["transcript", "raw"] = dataclasses.field(
+        default="transcript",
+        metadata={"help": "Without a chat template, join prompt and answer as an HH transcript, or as they are (raw)."},
     )
     shared_prefix: bool = dataclasses.field(
         default=True, metadata={"help": "Compute a prompt once for both of its answers, if the model allows it."}

@@ -77,6 +77,7 @@ def _always(_: Values) -> bool:
     return True
 
 
+OF_ROWS = ("columns", "ignore_columns", "format", "ranked", "min_score_gap")
 COUPLES = (
     # Evaluation, saving, the best checkpoint.
     Couple(
@@ -127,7 +128,7 @@ COUPLES = (
     Couple(
         ("dataset_name",),
         _always,
-        _drop("dataset_config", "dataset_train_split", "dataset_test_split", "columns", "ignore_columns"),
+        _drop("dataset_config", "dataset_train_split", "dataset_test_split", *OF_ROWS),
         if_changed=True,
     ),
     Couple(("dataset_streaming",), _is_on("dataset_streaming"), _set(precompute_ref_log_probs=False)),

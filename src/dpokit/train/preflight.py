@@ -97,7 +97,8 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
 
 def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
     now = settings.data
-    if any(getattr(now, name) != then.get(name) for name in ("dataset_config", "dataset_train_split", "columns")):
+    names = ("dataset_config", "dataset_train_split", "columns", "format")
+    if any(getattr(now, name) != then.get(name) for name in names):
         return False
     a, b = (str(name or "") for name in (now.dataset_name, then.get("dataset_name")))
     return bool(a) and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
