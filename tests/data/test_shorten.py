@@ -128,11 +128,14 @@ def test_a_system_turn_without_room_is_cut(chat_tokenizer):
     assert chat_tokenizer.decode(encoded["prompt_ids"]).endswith("<|im_start|>assistant\n")
 
 
-def test_a_rendered_prompt_and_a_plain_text_lose_their_start(plain_tokenizer, chat_tokenizer):
-    for tokenizer, prompt in ((plain_tokenizer, "The sky is " * 30), (chat_tokenizer, open_chat(*ROUNDS))):
-        whole = Renderer(tokenizer).encode_prompts([prompt])[0]
-        encoded = encode(tokenizer, prompt, LengthLimits(20))
-        assert (len(encoded["prompt_ids"]), encoded["prompt_ids"][-10:]) == (20, whole[-10:])
+def test_a_rendered_prompt_and_a_raw_text_lose_their_start(plain_tokenizer, chat_tokenizer):
+    raw = Renderer(plain_tokenizer, prompt_format="raw")
+    for renderer, prompt in ((raw, "The sky is " * 30), (Renderer(chat_tokenizer), open_chat(*ROUNDS))):
+        whole = renderer.encode_prompts([prompt])[0]
+        row = {"prompt": prompt, **ANSWERS}
+        encoder = Encoder(renderer, match_layout([row], "test"), LengthLimits(20))
+        (ids,) = encoder({name: [value] for name, value in row.items()}, [0])["prompt_ids"]
+        assert (len(ids), ids[-10:]) == (20, whole[-10:])
 
 
 def test_answers_of_several_turns_keep_their_masks(chat_tokenizer):
