@@ -19,7 +19,7 @@ def shift_rejected_positions(packed: Packed) -> None:
 
 
 def continue_positions(packed: Packed) -> None:
-    for (begin, end), (_, chosen, _) in zip(find_rejected(packed), packed.lengths, strict=True):
+    for (begin, end), (_, (chosen, *_)) in zip(find_rejected(packed), packed.groups, strict=True):
         packed.position_ids[:, begin:end] += chosen
 
 
@@ -40,15 +40,22 @@ def reverse_places(packed: Packed) -> None:
 
 
 def find_rejected(packed: Packed) -> Iterator[tuple[int, int]]:
+    return find_branches(packed, 1)
+
+
+def find_branches(packed: Packed, number: int) -> Iterator[tuple[int, int]]:
+    """The first and the last token, in the packed row, of the branch with this number in each group that has one."""
     start = 0
-    for shared, chosen, rejected in packed.lengths:
-        yield start + shared + chosen, start + shared + chosen + rejected
-        start += shared + chosen + rejected
+    for shared, branches in packed.groups:
+        if number < len(branches):
+            begin = start + shared + sum(branches[:number])
+            yield begin, begin + branches[number]
+        start += shared + sum(branches)
 
 
-def draw_mask(shared: int, rejected: int, *, diagonal: int, hidden: int) -> torch.Tensor:
-    """The mask of a rejected answer: causal from this diagonal on, with the last tokens of the prompt hidden."""
-    mask = torch.ones(rejected, shared + rejected, dtype=torch.bool).tril(diagonal=diagonal)
+def draw_mask(shared: int, branch: int, *, diagonal: int, hidden: int) -> torch.Tensor:
+    """The mask of a branch: causal from this diagonal on, with the last tokens of the prompt hidden."""
+    mask = torch.ones(branch, shared + branch, dtype=torch.bool).tril(diagonal=diagonal)
     mask[:, max(shared - hidden, 0) : shared] = False
     return mask
 
@@ -139,10 +146,10 @@ def planted(fault: str, model: nn.Module) -> Iterator[None]:
         elif fault in OF_MASK:
             diagonal, hidden = OF_MASK[fault]
 
-            def draw_wrongly(packed: Packed) -> list[torch.Tensor]:
+            def draw_wrongly(packed: Packed) -> list[list[torch.Tensor]]:
                 return [
-                    draw_mask(shared, rejected, diagonal=diagonal(shared), hidden=hidden)
-                    for shared, _, rejected in packed.lengths
+                    [draw_mask(shared, branch, diagonal=diagonal(shared), hidden=hidden) for branch in branches[1:]]
+                    for shared, branches in packed.groups
                 ]
 
             patch.setattr(Packed, "masks", draw_wrongly)

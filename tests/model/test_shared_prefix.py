@@ -105,7 +105,7 @@ def test_a_pair_holds_its_prompt_once_and_no_padding():
     batch = make_batch([(9, 5, 8), (20, 12, 1)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     packed = pack_pairs(batch["input_ids"], labels)
-    assert packed.lengths == [(8, 5, 8), (19, 12, 1)]
+    assert packed.groups == [(8, (5, 8)), (19, (12, 1))]
     assert packed.input_ids.shape == (1, 8 + 5 + 8 + 19 + 12 + 1)
     assert (packed.labels != -100).sum() == 5 + 8 + 12 + 1
 
@@ -153,7 +153,7 @@ def test_rows_of_a_pair_share_the_tokens_that_are_equal():
     batch["input_ids"][1, 3] = batch["input_ids"][0, 3] % (VOCABULARY - 1) + 1
     check_equal(build(FAMILIES["llama"]), batch)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    assert pack_pairs(batch["input_ids"], labels).lengths == [(2, 5 + 6, 8 + 6)]
+    assert pack_pairs(batch["input_ids"], labels).groups == [(2, (5 + 6, 8 + 6))]
 
 
 @pytest.mark.parametrize("change", ["another first token", "no scored token"])

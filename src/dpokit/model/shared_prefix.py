@@ -1,22 +1,24 @@
-"""Computes a pair's prompt once: packs both answers of a pair into one row, without padding.
+"""Computes a prompt once for all answers of a batch: packs the batch into one row, without padding.
 
 TRL's batch holds `prompt + chosen` and `prompt + rejected` as two padded rows. The packed layout of a pair is
 
     prompt without its last token | last token + chosen | last token + rejected
 
-and all pairs follow each other in a single row. Both branches take the positions after the prompt, and each attends to
-the shared part and to itself. Each token of a branch predicts one answer token, and the LM head computes those that are
-scored. (An answer's last token predicts nothing and is left out.) The log-probs are written back to the positions where
-TRL's loss reads them, so losses, metrics, PEFT, checkpointing and sharding remain TRL's.
+and all pairs follow each other in a single row. Pairs with the same prompt are one group: the prompt, then a branch for
+each different answer. All branches take the positions after the prompt, and each attends to the shared part and to
+itself. Each token of a branch predicts one answer token, and the LM head computes those that are scored. (An answer's
+last token predicts nothing and is left out.) The log-probs are written back to the positions where TRL's loss reads
+them, those of an answer that several pairs have to each of its rows. So losses, metrics, PEFT, checkpointing and
+sharding remain TRL's.
 
-The branches begin where the rows differ, or at the first token that is scored. Tokens of an answer without a score (a
-user's or a tool's turn between the turns of the assistant) are context.
+The branches begin where the rows of a pair differ, or at the first token that is scored. Tokens of an answer without a
+score (a user's or a tool's turn between the turns of the assistant) are context.
 
 arXiv 2410.20305 derives and measures prefix sharing for DPO. The layout here differs: each branch has its own copy of
 the prompt's last token, so that one forward pass of TRL's own head is enough.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import wraps
@@ -36,6 +38,7 @@ NAME = "shared_prefix"  # the name of `attend` in transformers' registry of atte
 IGNORED = -100  # a position whose label is not scored
 # torch 2.10's varlen_attn takes neither a scale nor fewer heads of keys; attention then uses SDPA on GPUs too.
 HAS_FLASH = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
+Group = tuple[int, tuple[int, ...]]  # tokens of the shared part, and of each branch
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "label_mask")
 
 
@@ -50,17 +53,18 @@ class Attended:
 class Packed:
     """A batch of pairs, packed into one row of `tokens` tokens.
 
-    A pair is two sequences for kernels of variable lengths, one for each branch. The keys of a branch begin with the
-    shared part.
+    A branch is a sequence for kernels of variable lengths; the first of a group begins with the shared part. The keys of
+    each branch begin with the shared part.
 
     Attributes:
         input_ids, position_ids: `(1, tokens)`, int64.
         scored: `(scored,)`, int64: the tokens whose next token is scored.
         labels: `(1, scored)`, int64: the next token of each scored one.
-        places: `(scored,)`, int64: index of each scored token in TRL's flattened `(2 pairs, width - 1)`.
-        queries_at, keys_at: `(2 pairs + 1,)`, int32: the start of each sequence, and the end of the last.
+        places: `(values,)`, int64: index of each scored token of each row in TRL's flattened `(2 pairs, width - 1)`.
+        sources: `(values,)`, int64: which of `scored` each place has its value from.
+        queries_at, keys_at: `(branches + 1,)`, int32: the start of each sequence, and the end of the last.
         order: `(keys,)`, int64: the tokens whose keys and values each sequence attends to.
-        lengths: tokens of the shared part, the chosen and the rejected branch of each pair.
+        groups: tokens of the shared part, and of each branch, of each group.
         attended: the layers that followed this layout; any other layer has mixed the answers.
     """
 
@@ -69,33 +73,37 @@ class Packed:
     scored: torch.Tensor
     labels: torch.Tensor
     places: torch.Tensor
+    sources: torch.Tensor
     queries_at: torch.Tensor
     keys_at: torch.Tensor
     order: torch.Tensor
-    lengths: list[tuple[int, int, int]]
+    groups: list[Group]
     attended: Attended = field(default_factory=Attended)
 
     def __post_init__(self) -> None:
-        self._masks: list[torch.Tensor] | None = None
+        self._masks: list[list[torch.Tensor]] | None = None
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Packed":
         """Returns the layout with every tensor changed, in the order of the attributes."""
         changed: dict[str, Any] = {n: change(value) for n, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **changed, attended=Attended())
 
-    def masks(self) -> list[torch.Tensor]:
-        """Returns each pair's mask of the rejected branch: `(rejected, shared + rejected)`, bool, True attends."""
+    def masks(self) -> list[list[torch.Tensor]]:
+        """Returns, for each group, the masks of the branches after the first: `(branch, shared + branch)`, bool."""
         if self._masks is None:
             device = self.input_ids.device
             self._masks = [
-                torch.ones(rejected, shared + rejected, dtype=torch.bool, device=device).tril(diagonal=shared)
-                for shared, _, rejected in self.lengths
+                [
+                    torch.ones(branch, shared + branch, dtype=torch.bool, device=device).tril(diagonal=shared)
+                    for branch in branches[1:]
+                ]
+                for shared, branches in self.groups
             ]
         return self._masks
 
 
 def pack_pairs(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
-    """Packs TRL's batch, on the CPU: a GPU would have to be asked where the rows of each pair differ.
+    """Packs TRL's batch, on the CPU: a GPU would have to be asked where rows differ.
 
     Args:
         input_ids: `(2 pairs, width)`, int64: the chosen rows, then the rejected ones, in the same order.
@@ -103,52 +111,85 @@ def pack_pairs(input_ids: torch.Tensor, labels: torch.Tensor) -> Packed:
 
     Raises: ValueError if the two rows of a pair begin differently, or one has no scored token.
     """
+    width = input_ids.shape[1]
+    by_prefix, ends = _group_rows(input_ids, labels)
+    tokens, positions, scored, targets, places, sources = [], [], [], [], [], []
+    groups, start, values = list[Group](), 0, 0
+    for prefix, rows in by_prefix.items():
+        shared = len(prefix) - 1
+        tokens.append(input_ids[rows[0], :shared])
+        positions.append(torch.arange(shared))
+        begin, branches = start + shared, list[int]()
+        for same in _merge_equal_rows(input_ids, labels, rows, shared, ends):
+            end = ends[same[0]]
+            tokens.append(input_ids[same[0], shared : end - 1])
+            positions.append(torch.arange(shared, end - 1))
+            target = labels[same[0], shared + 1 : end]
+            at = (target != IGNORED).nonzero()[:, 0]
+            scored.append(begin + at)
+            targets.append(target[at])
+            for row in same:
+                places.append(row * (width - 1) + shared + at)
+                sources.append(torch.arange(values, values + len(at)))
+            branches.append(len(target))
+            begin, values = begin + len(target), values + len(at)
+        groups.append((shared, tuple(branches)))
+        start = begin
+    queries_at, keys_at, order = _order_keys(groups)
+    return Packed(
+        input_ids=torch.cat(tokens)[None],
+        position_ids=torch.cat(positions)[None],
+        scored=torch.cat(scored),
+        labels=torch.cat(targets)[None],
+        places=torch.cat(places),
+        sources=torch.cat(sources),
+        queries_at=torch.tensor(queries_at, dtype=torch.int32),
+        keys_at=torch.tensor(keys_at, dtype=torch.int32),
+        order=torch.tensor(order),
+        groups=groups,
+    )
+
+
+def _group_rows(input_ids: torch.Tensor, labels: torch.Tensor) -> tuple[dict[tuple[int, ...], list[int]], list[int]]:
+    """Returns the rows by the tokens that they share, and the end of each row. Raises: as `pack_pairs`."""
     pairs, width = len(input_ids) // 2, input_ids.shape[1]
     scored, differ = labels != IGNORED, input_ids[:pairs] != input_ids[pairs:]
     differ[:, -1] = True  # equal rows branch at their first scored token
     # Of each row the first and the last scored token, and of each pair the first difference.
     firsts = torch.cat([scored, scored.flip(1), differ]).int().argmax(1).tolist()
     begins, ends = firsts[: 2 * pairs], [width - last for last in firsts[2 * pairs : 4 * pairs]]
-    tokens, positions, targets, places, lengths = [], [], [], [], []
+    by_prefix: dict[tuple[int, ...], list[int]] = {}
     for chosen, difference in enumerate(firsts[4 * pairs :]):
         rejected = chosen + pairs
         begin = min(difference, begins[chosen], begins[rejected])
         if begin == 0:
             raise ValueError("the two rows of a pair begin differently, or one has no scored token")
-        shared = begin - 1
-        branches = [(row, shared, ends[row] - 1) for row in (chosen, rejected)]
-        for row, first, last in [(chosen, 0, shared), *branches]:
-            tokens.append(input_ids[row, first:last])
-            targets.append(labels[row, first + 1 : last + 1])
-            positions.append(torch.arange(first, last))
-            places.append(positions[-1] + row * (width - 1))
-        lengths.append((shared, ends[chosen] - begin, ends[rejected] - begin))
-    target = torch.cat(targets)
-    is_scored = target != IGNORED
-    queries_at, keys_at, order = _order_keys(lengths)
-    return Packed(
-        input_ids=torch.cat(tokens)[None],
-        position_ids=torch.cat(positions)[None],
-        scored=is_scored.nonzero()[:, 0],
-        labels=target[is_scored][None],
-        places=torch.cat(places)[is_scored],
-        queries_at=torch.tensor(queries_at, dtype=torch.int32),
-        keys_at=torch.tensor(keys_at, dtype=torch.int32),
-        order=torch.tensor(order),
-        lengths=lengths,
-    )
+        by_prefix.setdefault(tuple(input_ids[chosen, :begin].tolist()), []).extend((chosen, rejected))
+    return by_prefix, ends
 
 
-def _order_keys(lengths: list[tuple[int, int, int]]) -> tuple[list[int], list[int], list[int]]:
+def _merge_equal_rows(
+    input_ids: torch.Tensor, labels: torch.Tensor, rows: list[int], shared: int, ends: list[int]
+) -> Iterable[list[int]]:
+    """The rows of a group, those with the same tokens and labels together."""
+    merged: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        own = slice(shared, ends[row])
+        merged.setdefault((*input_ids[row, own].tolist(), *labels[row, own].tolist()), []).append(row)
+    return merged.values()
+
+
+def _order_keys(groups: list[Group]) -> tuple[list[int], list[int], list[int]]:
     """Returns `queries_at`, `keys_at` and `order` of a `Packed`."""
     queries, keys, order, start = [0], [0], list[int](), 0
-    for shared, chosen, rejected in lengths:
-        queries += [queries[-1] + shared + chosen, queries[-1] + shared + chosen + rejected]
-        keys += [keys[-1] + shared + chosen, keys[-1] + 2 * shared + chosen + rejected]
-        second = start + shared + chosen
-        order += [*range(start, start + shared + chosen), *range(start, start + shared)]
-        order += range(second, second + rejected)
-        start = second + rejected
+    for shared, branches in groups:
+        begin = start + shared
+        for branch in branches:
+            queries.append(begin + branch)
+            keys.append(keys[-1] + shared + branch)
+            order += [*range(start, start + shared), *range(begin, begin + branch)]
+            begin += branch
+        start = begin
     return queries, keys, order
 
 
@@ -180,29 +221,36 @@ def attend(
     if flash is not None:
         query, key, value = (states.to(flash) for states in (query, key, value))
         return _attend_by_flash(query, key, value, scaling, packed), None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    parts, start = [], 0
-    for (shared, chosen, rejected), mask in zip(packed.lengths, packed.masks(), strict=True):
-        second, end = start + shared + chosen, start + shared + chosen + rejected
-        first = slice(start, second)
-        parts.append(
-            functional.scaled_dot_product_attention(
-                query[:, :, first], key[:, :, first], value[:, :, first], is_causal=True, scale=scaling
+    heads = query.shape[1] // key.shape[1]
+    if heads > 1:
+        key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
+    return _attend_by_branch(query, key, value, scaling, packed).transpose(1, 2).contiguous(), None
+
+
+def _attend_by_branch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, packed: Packed
+) -> torch.Tensor:
+    """Attends branch by branch; returns the layout of `query`.
+
+    Splits each tensor once: the gradient of each slice would be a tensor of the whole row's size.
+    """
+    lengths = [length for shared, branches in packed.groups for length in (shared, *branches)]
+    queries, keys, values = (states.split(lengths, dim=2) for states in (query, key, value))
+    results, prefix = [], 0
+    for (_, branches), masks in zip(packed.groups, packed.masks(), strict=True):
+        for branch, mask in enumerate((None, *masks), start=prefix + 1):
+            results.append(
+                functional.scaled_dot_product_attention(
+                    torch.cat([queries[prefix], queries[branch]], dim=2) if mask is None else queries[branch],
+                    torch.cat([keys[prefix], keys[branch]], dim=2),
+                    torch.cat([values[prefix], values[branch]], dim=2),
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scaling,
+                )
             )
-        )
-        keys, values = (
-            torch.cat([states[:, :, start : start + shared], states[:, :, second:end]], dim=2)
-            for states in (key, value)
-        )
-        parts.append(
-            functional.scaled_dot_product_attention(
-                query[:, :, second:end], keys, values, attn_mask=mask, scale=scaling
-            )
-        )
-        start = end
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+        prefix += 1 + len(branches)
+    return torch.cat(results, dim=2)
 
 
 def _find_flash_dtype(query: torch.Tensor) -> torch.dtype | None:
@@ -220,10 +268,10 @@ def _find_flash_dtype(query: torch.Tensor) -> torch.dtype | None:
 def _attend_by_flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, packed: Packed
 ) -> torch.Tensor:
-    """Attends all pairs in one kernel. Flash attention aligns a causal mask with the last key, which suits a branch."""
+    """Attends all branches in one kernel. Flash attention aligns a causal mask with the last key, which suits a branch."""
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
-    longest_query = max(max(shared + chosen, rejected) for shared, chosen, rejected in packed.lengths)
-    longest_key = max(shared + max(chosen, rejected) for shared, chosen, rejected in packed.lengths)
+    longest_query = max(max(shared + branches[0], *branches) for shared, branches in packed.groups)
+    longest_key = max(shared + max(branches) for shared, branches in packed.groups)
     out = varlen_attn(
         query.contiguous(),
         key[packed.order],
@@ -323,7 +371,8 @@ class SharedPrefix:
             values = getattr(outputs, name)
             if values is not None:
                 flat = values.new_zeros(shape[0] * shape[1])
-                outputs[name] = flat.index_put((packed.places,), values[0]).view(shape)
+                values = values[0].index_select(0, packed.sources)
+                outputs[name] = flat.index_put((packed.places,), values).view(shape)
         return outputs
 
     @contextmanager
