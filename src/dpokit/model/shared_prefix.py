@@ -53,8 +53,8 @@ class Attended:
 class Packed:
     """A batch of pairs, packed into one row of `tokens` tokens.
 
-    A branch is a sequence for kernels of variable lengths; the first of a group begins with the shared part. The keys of
-    each branch begin with the shared part.
+    For kernels of variable lengths each branch is a sequence; the first of a group has the shared part, too. The keys
+    of each branch begin with those of the shared part.
 
     Attributes:
         input_ids, position_ids: `(1, tokens)`, int64.
@@ -268,7 +268,7 @@ def _find_flash_dtype(query: torch.Tensor) -> torch.dtype | None:
 def _attend_by_flash(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None, packed: Packed
 ) -> torch.Tensor:
-    """Attends all branches in one kernel. Flash attention aligns a causal mask with the last key, which suits a branch."""
+    """Attends all branches in one kernel. Flash attention aligns a causal mask with the last key, as a branch needs."""
     query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
     longest_query = max(max(shared + branches[0], *branches) for shared, branches in packed.groups)
     longest_key = max(shared + max(branches) for shared, branches in packed.groups)
