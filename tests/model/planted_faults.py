@@ -39,6 +39,15 @@ def reverse_places(packed: Packed) -> None:
     packed.places = packed.places.flip(0)
 
 
+def shift_positions_of_the_third_branch(packed: Packed) -> None:
+    for begin, end in find_branches(packed, 2):
+        packed.position_ids[:, begin:end] += 1
+
+
+def exchange_answers(packed: Packed) -> None:
+    packed.sources = packed.sources.flip(0)
+
+
 def find_rejected(packed: Packed) -> Iterator[tuple[int, int]]:
     return find_branches(packed, 1)
 
@@ -67,6 +76,18 @@ def attend_all_before(
     if packed is not None:
         packed.attended.layers.add(id(module))
     return sdpa_attention_forward(module, query, key, value, None, **more)
+
+
+def attend_within_groups(
+    module: nn.Module, query: Any, key: Any, value: Any, _: Any, packed: Any = None, **more: Any
+) -> Any:
+    """Causal attention over each group: an answer sees the answers of its prompt that are before it."""
+    mask = None
+    if packed is not None:
+        packed.attended.layers.add(id(module))
+        mask = torch.block_diag(*(torch.ones([shared + sum(branches)] * 2) for shared, branches in packed.groups))
+        mask = mask.bool().tril()[None, None]
+    return sdpa_attention_forward(module, query, key, value, mask, **more)
 
 
 def scale_weights(model: nn.Module, share: float = 0.01) -> Callable[[], None]:
@@ -115,6 +136,14 @@ OF_LAYOUT = {
     "log-probs of the token before": score_the_token_before,
     "log-probs written to other places": reverse_places,
 }
+OF_GROUPS = {
+    "positions of the third branch one too high": shift_positions_of_the_third_branch,
+    "log-probs written to other answers": exchange_answers,
+}
+OF_ATTENTION = {
+    "the rejected answer sees the chosen one": attend_all_before,
+    "an answer sees another pair's answer": attend_within_groups,
+}
 OF_MASK = {  # diagonal of the mask, given the tokens of the shared part; hidden tokens
     "each token sees its whole answer": (lambda shared: shared + 10_000, 0),
     "each token sees the next one": (lambda shared: shared + 1, 0),
@@ -127,19 +156,22 @@ OF_WEIGHTS = {
     "rotary embeddings of another model": change_rope,
     "another adapter": change_adapter,
 }
-FAULTS = [*OF_LAYOUT, *OF_MASK, *OF_WEIGHTS, "the rejected answer sees the chosen one"]
+FAULTS = [*OF_LAYOUT, *OF_MASK, *OF_WEIGHTS, *OF_ATTENTION]
+# Of a batch in which pairs have the same prompt.
+FAULTS_OF_GROUPS = [*OF_GROUPS, *OF_ATTENTION]
 
 
 @contextmanager
 def planted(fault: str, model: nn.Module) -> Iterator[None]:
     """Plants a fault into packed forward passes of a model with a shared prefix, not into its padded ones."""
     with pytest.MonkeyPatch.context() as patch:
-        if fault in OF_LAYOUT:
+        of_layout = OF_LAYOUT | OF_GROUPS
+        if fault in of_layout:
             pack = shared_prefix.pack_pairs
 
             def pack_wrongly(*arguments: Any) -> Packed:
                 packed = pack(*arguments)
-                OF_LAYOUT[fault](packed)
+                of_layout[fault](packed)
                 return packed
 
             patch.setattr(shared_prefix, "pack_pairs", pack_wrongly)
@@ -167,5 +199,5 @@ def planted(fault: str, model: nn.Module) -> Iterator[None]:
 
             patch.setattr(SharedPrefix, "_forward", forward_with_others)
         else:
-            patch.setitem(shared_prefix.AttentionInterface._global_mapping, NAME, attend_all_before)
+            patch.setitem(shared_prefix.AttentionInterface._global_mapping, NAME, OF_ATTENTION[fault])
         yield
