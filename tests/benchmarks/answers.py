@@ -54,7 +54,7 @@ def set_apart(rows: list[Row]) -> list[Row]:
 
 def measure_step(model: Any, batch: dict[str, torch.Tensor]) -> float:
     """CPU seconds of all threads for the forward and the backward pass."""
-    model.zero_grad(set_to_none=False)
+    model.zero_grad()
     began = time.process_time()
     scores = score_batch(model, batch)
     (scores * torch.linspace(-1, 1, len(scores))).sum().backward()
