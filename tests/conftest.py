@@ -180,7 +180,10 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer) -> Path
 
 
 def write_pairs(path: Path, number: int, *, of_a_prompt: int = 1) -> Path:
-    """Writes pairs in HH's layout with answers of varied lengths; `of_a_prompt` successive ones have the same prompt."""
+    """Writes pairs in HH's layout with answers of varied lengths.
+
+    Each prompt has `of_a_prompt` successive pairs.
+    """
     with path.open("w") as file:
         for i in range(number):
             prompt_number = i // of_a_prompt

@@ -184,7 +184,9 @@ CHANGES: dict[str, Change] = {
     "ref_model_sync_steps": Change("2", loss, given=MOVING),
     "router_aux_loss_coef": Change("0.5", loss, given={"model_name_or_path": "tiny_mixture"}),
     "shared_prefix": Change("false", recorded("shared_prefix"), "off: --shared_prefix false"),
-    "group_by_prompt": Change("false", logged("num_tokens"), given={"dataset_name": "repeated.jsonl"}),
+    "group_by_prompt": Change(
+        "false", logged("logps/chosen"), given={"dataset_name": "repeated.jsonl", "max_length": 128}
+    ),
     "sync_ref_model": Change("true", loss, given={"ref_model_sync_steps": 1}),
     "use_weighting": Change("true", loss),
     # The model.
