@@ -20,8 +20,8 @@ from hh import TOKENIZER, read_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from trl.trainer.utils import add_fused_lm_head
 
+from dpokit.model.packed_rows import IGNORED, pack_pairs
 from dpokit.model.score import ScoredTokenCollator, score_batch, share_prefix
-from dpokit.model.shared_prefix import IGNORED, pack_pairs
 
 PAIRS, PROMPTS, MOST_TOKENS = 4, 2, 512
 CASES = ("eight different answers", "one chosen answer against four rejected ones")

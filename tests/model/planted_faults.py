@@ -10,7 +10,8 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dpokit.model import shared_prefix
-from dpokit.model.shared_prefix import NAME, Packed, SharedPrefix
+from dpokit.model.packed_rows import Packed
+from dpokit.model.shared_prefix import NAME, SharedPrefix
 
 
 def shift_rejected_positions(packed: Packed) -> None:

@@ -18,8 +18,9 @@ from trl.trainer.utils import add_fused_lm_head
 from waits import attend_plainly
 
 from dpokit.model import shared_prefix
+from dpokit.model.packed_rows import pack_pairs
 from dpokit.model.score import Proof, find_obstacle, prove, score_batch, share_prefix
-from dpokit.model.shared_prefix import HAS_FLASH, attend, pack_pairs
+from dpokit.model.shared_prefix import HAS_FLASH, attend
 
 VOCABULARY = 120
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer installs
 
+from dpokit.model.packed_rows import Group, Packed
 from dpokit.model.score import find_obstacle
-from dpokit.model.shared_prefix import NAME, Group, Packed
+from dpokit.model.shared_prefix import NAME
 from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.optimizer_memory import count_state_bytes
@@ -45,7 +46,7 @@ class Shape:
 
     @property
     def groups(self) -> list[Group]:
-        """Lengths as in `shared_prefix.Packed`: a branch is the prompt's last token and the answer without its last."""
+        """Lengths as in `packed_rows.Packed`: a branch is the prompt's last token and the answer without its last."""
         return [(prompt - 1, (chosen, rejected)) for prompt, chosen, rejected in self.lengths]
 
     @property

@@ -12,8 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.columns import IDS, count_tokens, hash_prompts
+from dpokit.model.packed_rows import IGNORED, pack_pairs
 from dpokit.model.score import ScoredTokenCollator
-from dpokit.model.shared_prefix import IGNORED, pack_pairs
 from dpokit.train.batches import Prompts
 from dpokit.train.scoring import ScoringTrainer
 from dpokit.train.steps import Batch, StepTrainer
