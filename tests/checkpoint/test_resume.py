@@ -99,7 +99,7 @@ def test_pairs_of_one_prompt_are_together_after_a_resume(defaults, tmp_path):
         check_same(run, whole)
 
 
-def test_a_checkpoint_from_before_grouping_was_dealt_pair_by_pair(defaults, tmp_path):
+def test_a_checkpoint_from_before_grouping_has_no_groups(defaults, tmp_path):
     pairs = write_pairs(tmp_path / "repeated.jsonl", 20, of_a_prompt=4)
     apart = {**defaults, "dataset_name": str(pairs), "group_by_prompt": False}
     whole = train("dpo_test", apart, [])

@@ -126,7 +126,7 @@ def test_pairs_of_different_prompts_are_packed_one_by_one():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_offsets_give_flash_attention_what_each_branch_attends_to(shape, monkeypatch):
+def test_offsets_give_flash_attention_the_keys_of_each_branch(shape, monkeypatch):
     packed = pack(make_batch(SHAPES[shape]))
     states = draw_states(packed, torch.float32, "cpu")
     branch_by_branch, _ = attend(torch.nn.Module(), *states, None, packed=packed)
@@ -136,7 +136,7 @@ def test_offsets_give_flash_attention_what_each_branch_attends_to(shape, monkeyp
     torch.testing.assert_close(at_once, branch_by_branch, rtol=1e-5, atol=1e-5)
 
 
-def test_a_group_that_is_split_among_batches_has_the_same_numbers():
+def test_a_group_split_among_batches_has_the_same_numbers():
     model, pairs = build(FAMILIES["llama"]), SHAPES["all pairs of four ranked answers"]
     share_prefix(model)
     rows = [score_batch(model, make_batch(part)).view(2, -1) for part in (pairs, pairs[:1], pairs[1:4], pairs[4:])]

@@ -154,8 +154,8 @@ def _merge_equal_rows(
     """The rows of a group, those with the same tokens and labels together."""
     merged: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
-        own = slice(shared, ends[row])
-        merged.setdefault((*input_ids[row, own].tolist(), *labels[row, own].tolist()), []).append(row)
+        branch = slice(shared, ends[row])
+        merged.setdefault((*input_ids[row, branch].tolist(), *labels[row, branch].tolist()), []).append(row)
     return merged.values()
 
 

@@ -42,18 +42,18 @@ class Prompts:
     lengths: Sequence[int]
 
     def find_leaders(self) -> list[int]:
-        """Returns for each pair the first of the pairs that it is kept together with; itself, if there are none.
+        """Returns for each pair the first of the pairs that it is kept together with; itself if it is alone.
 
         A prompt's pairs are divided, in their order, into parts of at most `MOST_TOGETHER`, which differ by at most
         one pair.
         """
-        numbers, leaders, seen = Counter(self.keys), list[int](), dict[tuple[Hashable, int], int]()
+        numbers, leaders, firsts = Counter(self.keys), list[int](), dict[tuple[Hashable, int], int]()
         so_far = Counter[Hashable]()
         for pair, key in enumerate(self.keys):
             parts = math.ceil(numbers[key] / MOST_TOGETHER)
             part = so_far[key] * parts // numbers[key]
             so_far[key] += 1
-            leaders.append(seen.setdefault((key, part), pair))
+            leaders.append(firsts.setdefault((key, part), pair))
         return leaders
 
 
