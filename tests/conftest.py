@@ -189,11 +189,17 @@ def tiny_qwen2(tmp_path_factory: pytest.TempPathFactory, chat_tokenizer) -> Path
     return folder
 
 
-def write_pairs(path: Path, number: int) -> Path:
-    """Writes pairs in HH's layout with distinct prompts and answers of varied lengths."""
+def write_pairs(path: Path, number: int, *, of_a_prompt: int = 1) -> Path:
+    """Writes pairs in HH's layout with answers of varied lengths.
+
+    Each prompt has `of_a_prompt` successive pairs.
+    """
     with path.open("w") as file:
         for i in range(number):
-            prompt = f"\n\nHuman: How do I bake {'good ' * (i % 5)}bread number {i}?\n\nAssistant:"
+            prompt_number = i // of_a_prompt
+            prompt = (
+                f"\n\nHuman: How do I bake {'good ' * (prompt_number % 5)}bread number {prompt_number}?\n\nAssistant:"
+            )
             chosen = " Mix flour, water and salt." + " Then wait." * (i % 4)
             rejected = " No, not again." + " Ask the old teacher." * (i % 3)
             file.write(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}) + "\n")

@@ -59,7 +59,13 @@ def check_rounding(rows):
         assert int(faults) > 0 and int(tried) >= 14
 
 
+def check_answers(rows):
+    assert [row["tokens"] for row in rows] == sorted(row["tokens"] for row in rows)
+    assert all(row["tokens"] > 1 and row["ratio"] > 0 for row in rows)
+
+
 CHECKS = {
+    "answers": check_answers,
     "balance": lambda rows: rows[0]["tokens"] == pytest.approx(rows[1]["tokens"], rel=0.1),
     "preparation": lambda rows: len({row["kept"] for row in rows}) == 1,
     "recover": lambda rows: rows[0]["skip_seconds"] > 0,

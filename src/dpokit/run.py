@@ -292,6 +292,7 @@ def build_pair_trainer(settings: Settings, parts: Mapping[str, Any], longest: in
         **parts,
         ref_model=load_reference(settings),
         shared_prefix=settings.data.shared_prefix,
+        group_by_prompt=settings.data.group_by_prompt,
         longest=longest,
         reference=decide_on_main_process(lambda: find_identity(settings))
         if settings.training.precompute_ref_log_probs

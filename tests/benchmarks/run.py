@@ -33,7 +33,19 @@ from benchmarks.elsewhere import ELSEWHERE  # noqa: E402
 
 # In the order of the page.
 NAMES = (
-    *("steps", "balance", "preparation", "startup", "evaluate", "stall", "recover", "faults", "plan", "report"),
+    *(
+        "steps",
+        "answers",
+        "balance",
+        "preparation",
+        "startup",
+        "evaluate",
+        "stall",
+        "recover",
+        "faults",
+        "plan",
+        "report",
+    ),
     *("merge", "serve", "sweep", "rounding", "threads"),
 )
 MEASURED = [name for name in NAMES if name not in ELSEWHERE]

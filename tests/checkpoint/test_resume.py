@@ -88,6 +88,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, defaults, tmp_path):
         assert [entry["resumed_step"] for entry in run.read_run()["generations"]] == [0, after]
 
 
+def test_pairs_of_one_prompt_are_together_after_a_resume(defaults, tmp_path):
+    pairs = write_pairs(tmp_path / "repeated.jsonl", 22, of_a_prompt=3)
+    changed = {**defaults, "dataset_name": str(pairs), "gradient_accumulation_steps": 2}
+    changed |= {"per_device_train_batch_size": 3, "max_steps": 9, "save_steps": 1}  # an epoch has 4 steps
+    whole = train("dpo_test", changed, [])
+    for after in (2, 4, 7):
+        run = interrupt(whole, tmp_path / f"run-{after}", after=after)
+        train("dpo_test", {**changed, "output_dir": str(run.path)}, [])
+        check_same(run, whole)
+
+
+def test_a_checkpoint_from_before_grouping_has_no_groups(defaults, tmp_path):
+    pairs = write_pairs(tmp_path / "repeated.jsonl", 20, of_a_prompt=4)
+    apart = {**defaults, "dataset_name": str(pairs), "group_by_prompt": False}
+    whole = train("dpo_test", apart, [])
+    run = interrupt(whole, tmp_path / "run", after=4)
+    for path in run.checkpoints():
+        manifest = json.loads((path / "manifest.json").read_text())
+        del manifest["settings"]["group_by_prompt"]
+        facts = {name: manifest[name] for name in manifest.keys() - {"format", "step", "files", "signature", "sha256"}}
+        write_manifest(path, manifest["step"], manifest["files"], facts)
+    changed = {**apart, "output_dir": str(run.path)}
+    with pytest.raises(RunFolderError, match="group_by_prompt was False, now True"):
+        train("dpo_test", {**changed, "group_by_prompt": True}, [])
+    train("dpo_test", changed, [])
+    check_same(run, whole)
+
+
 class Tomorrow(date):
     @classmethod
     def today(cls) -> date:
@@ -180,6 +208,7 @@ CHANGES = {
     "data": ("max_train_samples", "12"),
     "max_steps": ("max_steps", "9"),
     "loss_type": ("loss_type", "ipo"),
+    "group_by_prompt": ("group_by_prompt", "false"),
 }
 
 

@@ -1,6 +1,7 @@
 """Evaluations of a finished run: numbers equal to the trainer's, drift, another base or data, and refusals."""
 
 import json
+import random
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.evaluate.command import run_evaluation
 from dpokit.evaluate.inputs import load_subject
-from dpokit.evaluate.pairs import DRIFT_TOKENS, find_drift_pairs
+from dpokit.evaluate.pairs import DRIFT_TOKENS, find_drift_pairs, score_all
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
 
@@ -83,6 +84,23 @@ def test_drift_is_the_kl_of_whole_distributions(run, tiny_gpt2):
             tuned, base = (model(ids).logits[0, first:-1].softmax(-1) for model in models)
         drifts.append((tuned * (tuned / base).log()).sum(-1).mean().item())
     assert record["tuned"]["kl_per_token"]["value"] == pytest.approx(sum(drifts) / 3, rel=1e-4)
+
+
+def test_a_batch_has_the_pairs_of_a_prompt_together():
+    """Each score is that of its own pair, and no prompt is in more batches than it needs."""
+    prompts, choose = [[number] * 5 for number in range(10)], random.Random(0)
+    rows = [
+        {"prompt_ids": prompt, "chosen_ids": [number] * choose.randrange(1, 40), "rejected_ids": [1]}
+        for number, prompt in enumerate(choose.sample(prompts * 4, 40))
+    ]
+    batches = []
+
+    def score(pairs):
+        batches.append([tuple(pair["prompt_ids"]) for pair in pairs])
+        return torch.tensor([[pair["chosen_ids"][0], -pair["chosen_ids"][0]] for pair in pairs]).T
+
+    assert score_all(score, rows, "model").tolist() == [list(range(40)), [-number for number in range(40)]]
+    assert [len(set(batch)) for batch in batches] == [2] * 5
 
 
 def test_drift_pairs_are_spread_evenly():

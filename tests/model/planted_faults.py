@@ -10,7 +10,8 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dpokit.model import shared_prefix
-from dpokit.model.shared_prefix import NAME, Packed, SharedPrefix
+from dpokit.model.packed_rows import Packed
+from dpokit.model.shared_prefix import NAME, SharedPrefix
 
 
 def shift_rejected_positions(packed: Packed) -> None:
@@ -19,7 +20,7 @@ def shift_rejected_positions(packed: Packed) -> None:
 
 
 def continue_positions(packed: Packed) -> None:
-    for (begin, end), (_, chosen, _) in zip(find_rejected(packed), packed.lengths, strict=True):
+    for (begin, end), (_, (chosen, *_)) in zip(find_rejected(packed), packed.groups, strict=True):
         packed.position_ids[:, begin:end] += chosen
 
 
@@ -39,16 +40,32 @@ def reverse_places(packed: Packed) -> None:
     packed.places = packed.places.flip(0)
 
 
+def shift_positions_of_the_third_branch(packed: Packed) -> None:
+    for begin, end in find_branches(packed, 2):
+        packed.position_ids[:, begin:end] += 1
+
+
+def exchange_answers(packed: Packed) -> None:
+    packed.sources = packed.sources.flip(0)
+
+
 def find_rejected(packed: Packed) -> Iterator[tuple[int, int]]:
+    return find_branches(packed, 1)
+
+
+def find_branches(packed: Packed, number: int) -> Iterator[tuple[int, int]]:
+    """The first and the last token, in the packed row, of the branch with this number in each group that has one."""
     start = 0
-    for shared, chosen, rejected in packed.lengths:
-        yield start + shared + chosen, start + shared + chosen + rejected
-        start += shared + chosen + rejected
+    for shared, branches in packed.groups:
+        if number < len(branches):
+            begin = start + shared + sum(branches[:number])
+            yield begin, begin + branches[number]
+        start += shared + sum(branches)
 
 
-def draw_mask(shared: int, rejected: int, *, diagonal: int, hidden: int) -> torch.Tensor:
-    """The mask of a rejected answer: causal from this diagonal on, with the last tokens of the prompt hidden."""
-    mask = torch.ones(rejected, shared + rejected, dtype=torch.bool).tril(diagonal=diagonal)
+def draw_mask(shared: int, branch: int, *, diagonal: int, hidden: int) -> torch.Tensor:
+    """The mask of a branch: causal from this diagonal on, with the last tokens of the prompt hidden."""
+    mask = torch.ones(branch, shared + branch, dtype=torch.bool).tril(diagonal=diagonal)
     mask[:, max(shared - hidden, 0) : shared] = False
     return mask
 
@@ -60,6 +77,18 @@ def attend_all_before(
     if packed is not None:
         packed.attended.layers.add(id(module))
     return sdpa_attention_forward(module, query, key, value, None, **more)
+
+
+def attend_within_groups(
+    module: nn.Module, query: Any, key: Any, value: Any, _: Any, packed: Any = None, **more: Any
+) -> Any:
+    """Causal attention over each group: an answer sees the answers of its prompt that are before it."""
+    mask = None
+    if packed is not None:
+        packed.attended.layers.add(id(module))
+        mask = torch.block_diag(*(torch.ones([shared + sum(branches)] * 2) for shared, branches in packed.groups))
+        mask = mask.bool().tril()[None, None]
+    return sdpa_attention_forward(module, query, key, value, mask, **more)
 
 
 def scale_weights(model: nn.Module, share: float = 0.01) -> Callable[[], None]:
@@ -108,6 +137,14 @@ OF_LAYOUT = {
     "log-probs of the token before": score_the_token_before,
     "log-probs written to other places": reverse_places,
 }
+OF_GROUPS = {
+    "positions of the third branch one too high": shift_positions_of_the_third_branch,
+    "log-probs written to other answers": exchange_answers,
+}
+OF_ATTENTION = {
+    "the rejected answer sees the chosen one": attend_all_before,
+    "an answer sees another pair's answer": attend_within_groups,
+}
 OF_MASK = {  # diagonal of the mask, given the tokens of the shared part; hidden tokens
     "each token sees its whole answer": (lambda shared: shared + 10_000, 0),
     "each token sees the next one": (lambda shared: shared + 1, 0),
@@ -120,29 +157,32 @@ OF_WEIGHTS = {
     "rotary embeddings of another model": change_rope,
     "another adapter": change_adapter,
 }
-FAULTS = [*OF_LAYOUT, *OF_MASK, *OF_WEIGHTS, "the rejected answer sees the chosen one"]
+FAULTS = [*OF_LAYOUT, *OF_MASK, *OF_WEIGHTS, *OF_ATTENTION]
+# Of a batch in which pairs have the same prompt.
+FAULTS_OF_GROUPS = [*OF_GROUPS, *OF_ATTENTION]
 
 
 @contextmanager
 def planted(fault: str, model: nn.Module) -> Iterator[None]:
     """Plants a fault into packed forward passes of a model with a shared prefix, not into its padded ones."""
     with pytest.MonkeyPatch.context() as patch:
-        if fault in OF_LAYOUT:
+        of_layout = OF_LAYOUT | OF_GROUPS
+        if fault in of_layout:
             pack = shared_prefix.pack_pairs
 
             def pack_wrongly(*arguments: Any) -> Packed:
                 packed = pack(*arguments)
-                OF_LAYOUT[fault](packed)
+                of_layout[fault](packed)
                 return packed
 
             patch.setattr(shared_prefix, "pack_pairs", pack_wrongly)
         elif fault in OF_MASK:
             diagonal, hidden = OF_MASK[fault]
 
-            def draw_wrongly(packed: Packed) -> list[torch.Tensor]:
+            def draw_wrongly(packed: Packed) -> list[list[torch.Tensor]]:
                 return [
-                    draw_mask(shared, rejected, diagonal=diagonal(shared), hidden=hidden)
-                    for shared, _, rejected in packed.lengths
+                    [draw_mask(shared, branch, diagonal=diagonal(shared), hidden=hidden) for branch in branches[1:]]
+                    for shared, branches in packed.groups
                 ]
 
             patch.setattr(Packed, "masks", draw_wrongly)
@@ -160,5 +200,5 @@ def planted(fault: str, model: nn.Module) -> Iterator[None]:
 
             patch.setattr(SharedPrefix, "_forward", forward_with_others)
         else:
-            patch.setitem(shared_prefix.AttentionInterface._global_mapping, NAME, attend_all_before)
+            patch.setitem(shared_prefix.AttentionInterface._global_mapping, NAME, OF_ATTENTION[fault])
         yield

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from planted_faults import FAULTS, change_rope, planted, scale_weights
+from planted_faults import FAULTS, FAULTS_OF_GROUPS, change_rope, planted, scale_weights
+from test_answer_groups import make_batch as make_groups
 from test_shared_prefix import make_batch
 from transformers import GPT2Config, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
@@ -74,6 +75,16 @@ def test_each_planted_fault_is_found_in_every_precision(family, fault, dtype):
     with planted(fault, model):
         assert "both in fp32" in prove(model, shared, make_batch(LONG)).mismatch
     assert prove(model, shared, make_batch(LONG)).mismatch is None
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_GROUPS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_each_fault_of_a_group_is_found_in_every_precision(family, fault, dtype):
+    model, batch = build(family, dtype, lora=False), make_groups(["P adh bcg", "P dhi ceg", "Q a b"])
+    shared = share_prefix(model)
+    with planted(fault, model):
+        assert "both in fp32" in prove(model, shared, batch).mismatch
+    assert prove(model, shared, batch).mismatch is None
 
 
 def test_half_precision_alone_would_not_find_a_small_fault():

@@ -18,8 +18,9 @@ from trl.trainer.utils import add_fused_lm_head
 from waits import attend_plainly
 
 from dpokit.model import shared_prefix
+from dpokit.model.packed_rows import pack_pairs
 from dpokit.model.score import Proof, find_obstacle, prove, score_batch, share_prefix
-from dpokit.model.shared_prefix import HAS_FLASH, attend, pack_pairs
+from dpokit.model.shared_prefix import HAS_FLASH, attend
 
 VOCABULARY = 120
 SIZE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -105,7 +106,7 @@ def test_a_pair_holds_its_prompt_once_and_no_padding():
     batch = make_batch([(9, 5, 8), (20, 12, 1)])
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     packed = pack_pairs(batch["input_ids"], labels)
-    assert packed.lengths == [(8, 5, 8), (19, 12, 1)]
+    assert packed.groups == [(8, (5, 8)), (19, (12, 1))]
     assert packed.input_ids.shape == (1, 8 + 5 + 8 + 19 + 12 + 1)
     assert (packed.labels != -100).sum() == 5 + 8 + 12 + 1
 
@@ -153,7 +154,7 @@ def test_rows_of_a_pair_share_the_tokens_that_are_equal():
     batch["input_ids"][1, 3] = batch["input_ids"][0, 3] % (VOCABULARY - 1) + 1
     check_equal(build(FAMILIES["llama"]), batch)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    assert pack_pairs(batch["input_ids"], labels).lengths == [(2, 5 + 6, 8 + 6)]
+    assert pack_pairs(batch["input_ids"], labels).groups == [(2, (5 + 6, 8 + 6))]
 
 
 @pytest.mark.parametrize("change", ["another first token", "no scored token"])

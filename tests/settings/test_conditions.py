@@ -105,6 +105,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any] | None]] = {
     "dataset_test_split": ("test", {"eval_fraction": 0.1}, {"eval_fraction": None}),
     "dataset_config": ("en", {"dataset_name": __file__}, {"dataset_name": "some/data"}),
     "dataset_num_proc": (2, {"dataset_streaming": True, "max_steps": 3}, {"dataset_streaming": False}),
+    "group_by_prompt": (True, {"dataset_streaming": True, "max_steps": 3}, {"dataset_streaming": False}),
     "run_tags": (["a"], {"report_to": "none"}, {"report_to": "tensorboard"}),
     "project": ("mine", {"report_to": "none"}, {"report_to": "tensorboard"}),
     "trackio_space_id": ("me/space", {"report_to": "tensorboard"}, {"report_to": "trackio"}),
@@ -118,6 +119,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any] | None]] = {
 SUPERVISED = {
     "label_smoothing_factor": (0.1, {"loss_type": "dft"}, {"loss_type": "nll"}),
     "shared_prefix": (True, {"loss_type": "nll"}, None),
+    "group_by_prompt": (True, {"loss_type": "nll"}, None),
 }
 # case: (settings that do not fit, a part of the message, settings that fit, whether the first are refused)
 CONFLICTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], bool]] = {

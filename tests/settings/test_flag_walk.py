@@ -184,6 +184,9 @@ CHANGES: dict[str, Change] = {
     "ref_model_sync_steps": Change("2", loss, given=MOVING),
     "router_aux_loss_coef": Change("0.5", loss, given={"model_name_or_path": "tiny_mixture"}),
     "shared_prefix": Change("false", recorded("shared_prefix"), "off: --shared_prefix false"),
+    "group_by_prompt": Change(
+        "false", logged("logps/chosen"), given={"dataset_name": "repeated.jsonl", "max_length": 128}
+    ),
     "sync_ref_model": Change("true", loss, given={"ref_model_sync_steps": 1}),
     "use_weighting": Change("true", loss),
     # The model.
@@ -516,8 +519,9 @@ class Walker:
 
 def write_data(folder: Path) -> dict[str, Path]:
     """Files and folders of pairs, by name: `splits` has three splits, `configs` two configurations."""
-    paths = {name: folder / name for name in ("pairs.jsonl", "other.jsonl", "splits", "configs")}
+    paths = {name: folder / name for name in ("pairs.jsonl", "other.jsonl", "repeated.jsonl", "splits", "configs")}
     write_pairs(paths["pairs.jsonl"], 12)
+    write_pairs(paths["repeated.jsonl"], 24, of_a_prompt=3)
     write_pairs(paths["other.jsonl"], 10)
     paths["splits"].mkdir()
     for split, number in (("train", 8), ("test", 4), ("validation", 5)):

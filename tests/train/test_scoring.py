@@ -86,6 +86,24 @@ def test_shared_prompts_and_a_cached_reference_change_no_number(kind, run):
     assert read_metrics(shared.metrics_jsonl)[0]["tokens_per_second"] > 0
 
 
+def test_pairs_of_one_prompt_change_no_number(run, pairs_file, capfd):
+    write_pairs(pairs_file, 40, of_a_prompt=4)
+    plain = run("--shared_prefix", "false", "--precompute_ref_log_probs", "false")
+    shared = run("--precompute_ref_log_probs", "false")
+    cached = run()
+    assert shared.read_run()["shared_prefix"] == "on"
+    check_same_numbers(shared, plain)
+    check_same_numbers(cached, plain)
+    positions = [read_metrics(made.metrics_jsonl)[0]["wasted_positions"] for made in (plain, shared)]
+    assert positions[0] > 0.5
+    assert positions[1] == 0
+    capfd.readouterr()
+    apart = run("--group_by_prompt", "false")
+    assert len(find_lines(capfd.readouterr().err, "reference log-probs: 32 of 32 pairs were cached")) == 1
+    steps = [read_metrics(made.metrics_jsonl)[0]["logps/chosen"] for made in (cached, apart)]
+    assert steps[0] != pytest.approx(steps[1], rel=1e-4), "other pairs in a step"
+
+
 def test_with_dropout_prompts_are_not_shared(run, capfd):
     made = run("--disable_dropout", "false")
     assert "dropout is on" in made.read_run()["shared_prefix"]

@@ -162,7 +162,9 @@ def describe_identity(
     of_micro_batch = settings.kind == "dpo" and OF_MICRO_BATCH & set(training.loss_type)
     micro_batch = training.per_device_train_batch_size if of_micro_batch else None
     others = {GLOBAL_BATCH: batch, MICRO_BATCH: micro_batch, DATA: data_fingerprint, MODEL: model}
-    return {name: values[name] for name in EXACT if name in values} | others
+    # Without an effect on other runs, so that these resume whatever it is.
+    grouped = settings.kind == "dpo" and not settings.data.dataset_streaming and settings.data.group_by_prompt
+    return {name: values[name] for name in EXACT if name in values} | {"group_by_prompt": grouped} | others
 
 
 def _check_settings(checkpoint: Checkpoint, settings: Settings, *, world_size: int, placement: str) -> Start:
@@ -192,6 +194,7 @@ def _check_settings(checkpoint: Checkpoint, settings: Settings, *, world_size: i
 
 def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, list[Any]]:
     """The accepted changes, as `{name: [then, now]}`. Raises: RunFolderError that lists all other changes."""
+    then = {"group_by_prompt": False, **then}  # checkpoints from before this flag lack it
     changed = {name: [then.get(name), value] for name, value in now.items() if then.get(name) != value}
     accepted = find_accepted(settings)
     refused = {name: both for name, both in changed.items() if name not in accepted}

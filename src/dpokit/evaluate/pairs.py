@@ -1,5 +1,6 @@
 """Scores base and tuned model on held-out pairs: loss, accuracies, margin, drift, groups of pairs, verdict."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,9 +85,15 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
 
 
 def score_all(scorer: PairScorer, rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Returns log-probs, `(2, pairs)`, fp64, on every rank. A batch holds pairs of similar length; ranks take turns."""
+    """Returns log-probs, `(2, pairs)`, fp64, on every rank. Ranks take turns.
+
+    A batch holds pairs of similar length. Those of one prompt follow each other, as a batch computes it once.
+    """
     state = PartialState()
-    order = sorted(range(len(rows)), key=lambda at: -sum(len(rows[at][name]) for name in IDS))
+    prompts, longest = [tuple(row["prompt_ids"]) for row in rows], Counter[tuple[int, ...]]()
+    for prompt, row in zip(prompts, rows, strict=True):
+        longest[prompt] = max(longest[prompt], sum(len(row[name]) for name in IDS))
+    order = sorted(range(len(rows)), key=lambda at: (-longest[prompts[at]], prompts[at]))
     batches = [order[at : at + BATCH_PAIRS] for at in range(0, len(order), BATCH_PAIRS)]
     share = batches[state.process_index :: state.num_processes]
     table = torch.zeros(2, len(rows), dtype=torch.float64)

@@ -129,8 +129,8 @@ def run_check(folder: Path) -> None:
     tokenizer = load_tokenizer(settings.model, trust_remote_code=training.trust_remote_code)
     policy = load_policy(settings, tokenizer)
     rows = [{**row, "row": i} for i, row in enumerate(job["rows"])]
-    batch = [rows[i % len(rows)] for i in range(training.per_device_train_batch_size)]
-    held_out = [rows[i % len(rows)] for i in range(training.per_device_eval_batch_size)]
+    batch = repeat_rows(rows, training.per_device_train_batch_size)
+    held_out = repeat_rows(rows, training.per_device_eval_batch_size)
     trainer = PairTrainer(
         run=RunDir(training.output_dir),
         identity={},  # no checkpoint is written
@@ -148,6 +148,12 @@ def run_check(folder: Path) -> None:
     if evaluates:
         trainer.evaluate()
     (folder / "result.json").write_text(json.dumps(read_peak(on_cpu=training.use_cpu)))
+
+
+def repeat_rows(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Returns this number of rows, in turn; no two have the same prompt, which would be computed once for both."""
+    repeated = (rows[i % len(rows)] for i in range(number))
+    return [{**row, "prompt_ids": [i, *row["prompt_ids"][1:]]} for i, row in enumerate(repeated)]
 
 
 def read_peak(*, on_cpu: bool) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer installs
 
+from dpokit.model.packed_rows import Group, Packed
 from dpokit.model.score import find_obstacle
-from dpokit.model.shared_prefix import NAME, Packed
+from dpokit.model.shared_prefix import NAME
 from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.optimizer_memory import count_state_bytes
@@ -44,14 +45,14 @@ class Shape:
     lengths: tuple[tuple[int, int, int], ...] = ()
 
     @property
-    def branches(self) -> list[tuple[int, int, int]]:
-        """Lengths as in `shared_prefix.Packed`: a branch is the prompt's last token and the answer without its last."""
-        return [(prompt - 1, chosen, rejected) for prompt, chosen, rejected in self.lengths]
+    def groups(self) -> list[Group]:
+        """Lengths as in `packed_rows.Packed`: a branch is the prompt's last token and the answer without its last."""
+        return [(prompt - 1, (chosen, rejected)) for prompt, chosen, rejected in self.lengths]
 
     @property
     def positions(self) -> int:
         """Tokens that the backbone computes."""
-        return sum(map(sum, self.branches)) or 2 * self.pairs * self.row_tokens
+        return sum(shared + sum(branches) for shared, branches in self.groups) or 2 * self.pairs * self.row_tokens
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ class _Step:
             ids = torch.zeros(2 * shape.pairs, shape.row_tokens, dtype=torch.long)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         ids = torch.zeros(1, shape.positions, dtype=torch.long)
-        packed = Packed(ids, ids, ids[0], ids, ids[0], ids[0], ids[0], ids[0], shape.branches)
+        packed = Packed(ids, ids, ids[0], ids, ids[0], ids[0], ids[0], ids[0], ids[0], shape.groups)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool)
         return {"input_ids": ids, "position_ids": ids, "attention_mask": mask, "packed": packed}
 

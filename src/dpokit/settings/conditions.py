@@ -275,7 +275,12 @@ CONDITIONS = (
         lambda values: values["kind"] == "sft" and values["loss_type"] == "nll",
         "for preference pairs set label_smoothing; for supervised training, loss_type nll",
     ),
-    Condition(("shared_prefix",), ("kind",), _has("kind", "dpo"), "train preference pairs, which share a prompt"),
+    Condition(
+        ("shared_prefix", "group_by_prompt"),
+        ("kind",),
+        _has("kind", "dpo"),
+        "train preference pairs, which share a prompt",
+    ),
     # Length of the run, schedule, optimizer.
     Condition(
         ("num_train_epochs",),
@@ -433,7 +438,12 @@ CONDITIONS = (
         _has_configurations,
         "name a dataset of the Hub, or a folder with a README",
     ),
-    Condition(("dataset_num_proc",), ("dataset_streaming",), _is_off("dataset_streaming"), "do not stream the dataset"),
+    Condition(
+        ("dataset_num_proc", "group_by_prompt"),
+        ("dataset_streaming",),
+        _is_off("dataset_streaming"),
+        "do not stream the dataset",
+    ),
     Condition(
         (*WORKER_OPTIONS, "dataloader_num_workers"),
         (),

@@ -120,6 +120,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "gradient_checkpointing": SAME_TOKENS,
     "gradient_checkpointing_kwargs": NONE,
     "greater_is_better": NONE,
+    "group_by_prompt": EXACT | SAME_TOKENS,
     "hub_always_push": AT_THE_END,
     "hub_license": PRIVATE,
     "hub_model_id": PRIVATE,

@@ -70,7 +70,10 @@ class DataArguments(ScriptArguments):
         metadata={"help": "Without a chat template, join prompt and answer as an HH transcript, or as they are (raw)."},
     )
     shared_prefix: bool = dataclasses.field(
-        default=True, metadata={"help": "Compute a prompt once for both of its answers, if the model allows it."}
+        default=True, metadata={"help": "Compute a prompt once for all of its answers, if the model allows it."}
+    )
+    group_by_prompt: bool = dataclasses.field(
+        default=True, metadata={"help": "Train the pairs of one prompt in the same step, up to 8 of them."}
     )
     eval_answers: int = dataclasses.field(
         default=8,

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.data.columns import IDS
+from dpokit.data.columns import IDS, count_tokens, hash_prompts
+from dpokit.model.packed_rows import IGNORED, pack_pairs
 from dpokit.model.score import ScoredTokenCollator
-from dpokit.model.shared_prefix import IGNORED, pack_pairs
+from dpokit.train.batches import Prompts
 from dpokit.train.scoring import ScoringTrainer
 from dpokit.train.steps import Batch, StepTrainer
 from dpokit.train.transfer import HostBatch
@@ -27,10 +29,12 @@ class PairCollator:
     def __call__(self, rows: list[Batch]) -> Batch:
         batch = HostBatch(self._pad(rows))
         ids, mask = batch["input_ids"], batch["completion_mask"]
-        with suppress(ValueError):  # a pair without a layout, of which the first batch's check reports the reason
-            batch["packed"] = pack_pairs(ids, ids.masked_fill(mask == 0, IGNORED))
-        batch["real"] = sum(row.get("counts", True) for row in rows)
         batch["needed_tokens"] = sum(len(row[name]) for row in rows for name in IDS)
+        with suppress(ValueError):  # a pair without a layout, of which the first batch's check reports the reason
+            batch["packed"] = packed = pack_pairs(ids, ids.masked_fill(mask == 0, IGNORED))
+            # A branch lacks the answer's last token and has the prompt's last one, which the shared part lacks.
+            batch["needed_tokens"] = packed.input_ids.shape[1] + len(packed.groups)
+        batch["real"] = sum(row.get("counts", True) for row in rows)
         batch["row_tokens"] = int(batch["attention_mask"].sum())
         # The first token of a row is not predicted.
         batch["scored_tokens"] = mask[:, 1:].sum(dim=1).reshape(2, -1).sum(dim=1).tolist()
@@ -40,10 +44,13 @@ class PairCollator:
 class PairTrainer(StepTrainer, ScoringTrainer):
     """Trains on tokenised pairs (`prompt_ids`, `chosen_ids`, `rejected_ids`, and masks of the scored tokens).
 
-    Takes the arguments of SavingTrainer and ScoringTrainer.
+    Args:
+        group_by_prompt: keep the pairs of one prompt together, in a step and in a micro-batch.
+        arguments: of SavingTrainer and ScoringTrainer.
     """
 
-    def __init__(self, **arguments: Any) -> None:
+    def __init__(self, *, group_by_prompt: bool = True, **arguments: Any) -> None:
+        self._groups_by_prompt = group_by_prompt
         collator = PairCollator(arguments["processing_class"], arguments["args"].pad_to_multiple_of)
         super().__init__(data_collator=collator, **arguments)
 
@@ -61,8 +68,14 @@ class PairTrainer(StepTrainer, ScoringTrainer):
             "mean_token_accuracy": chosen,
         }
 
+    def find_prompts(self, rows: Dataset) -> Prompts | None:
+        """The prompts of all pairs; None if their pairs are not kept together."""
+        if not self._groups_by_prompt:
+            return None
+        return Prompts(hash_prompts(rows), count_tokens(rows, ("prompt_ids",)))
+
     def count_positions(self, batch: Batch) -> tuple[float, float]:
-        """The tokens with each prompt once, and the positions that are computed."""
+        """The tokens with each prompt and each answer of it once, and the positions that are computed."""
         needed = float(batch["needed_tokens"])
         return needed, needed if self.shared_prefix == "on" else float(batch["input_ids"].numel())
 

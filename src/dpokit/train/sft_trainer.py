@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from dpokit.model.packed_rows import IGNORED
 from dpokit.model.score import find_mask
-from dpokit.model.shared_prefix import IGNORED
 from dpokit.train.steps import Batch, StepTrainer
 from dpokit.train.transfer import HostBatch
 

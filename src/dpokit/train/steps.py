@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dpokit.data.columns import IDS, MASKS, count_tokens
 from dpokit.distributed.placement import shard_on_cpu
-from dpokit.train.batches import OWN_KEYS, Batches, Rows
+from dpokit.train.batches import OWN_KEYS, Batches, Prompts, Rows
 from dpokit.train.metric_sums import Sums
 from dpokit.train.resuming import ResumingTrainer
 
@@ -105,6 +105,10 @@ class StepTrainer(ResumingTrainer):
         """The tokens that a batch needs, and the positions that the model computes for it."""
         raise NotImplementedError
 
+    def find_prompts(self, rows: Dataset) -> Prompts | None:
+        """The prompts of rows that are kept together if they have the same; None if none are."""
+        return None
+
     # -- batches ---------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -119,6 +123,7 @@ class StepTrainer(ResumingTrainer):
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             drop_last=self.args.dataloader_drop_last,
             lengths=count_tokens(self.train_dataset, self.columns),
+            prompts=self.find_prompts(self.train_dataset),
         )
         return self._build_loader(self.train_dataset, self._batches)
 

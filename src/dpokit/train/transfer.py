@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import torch
 
-from dpokit.model.shared_prefix import Packed
+from dpokit.model.packed_rows import Packed
 
 ALIGNED_BYTES = 16  # each tensor begins at a multiple of this, as a view of the bytes with another dtype needs
 
