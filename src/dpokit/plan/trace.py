@@ -142,7 +142,10 @@ def trace_step(
     autocast: torch.dtype | None,
     on_gpu: bool,
 ) -> StepMemory:
-    """Traces two optimizer steps, the second with optimizer states, then one batch of the evaluation.
+    """Traces the last micro-batch of a later step, then one batch of the evaluation.
+
+    Optimizer states are allocated before it, as from the second step on. With several micro-batches, so are the
+    gradients that the earlier ones have left. No other micro-batch has more in memory at once.
 
     Args:
         blueprint: the models; the trace fills them with fake tensors, after which nothing else can use them.
@@ -160,11 +163,11 @@ def trace_step(
         stack.enter_context(ledger)
         if settings.training.precompute_ref_log_probs:
             step.precompute(train)
-        micro_batches = min(2, settings.training.gradient_accumulation_steps)
-        for number in (1 if on_gpu else micro_batches, micro_batches):
-            for _ in range(number):
-                step.forward_and_backward(train)
-            step.update()
+        step.add_states()
+        if settings.training.gradient_accumulation_steps > 1:
+            step.add_gradients()
+        step.forward_and_backward(train)
+        step.free_gradients()
         if evaluation is not None:
             step.evaluate(evaluation)
     trained = sum(p.numel() * p.element_size() for p in step.trained)
@@ -269,6 +272,7 @@ class _Step:
     def forward_and_backward(self, shape: Shape) -> None:
         """Traces one micro-batch. The backward pass begins in the head."""
         self.policy.train()
+        self._set_kind("activations")
         with self._mixed_precision():
             log_probs = self._score(self.policy, shape)
             if not self.settings.training.precompute_ref_log_probs:
@@ -278,19 +282,28 @@ class _Step:
         self._set_kind("logits")
         loss.backward()
 
-    def update(self) -> None:
-        """Allocates optimizer states at the first step, and frees the gradients."""
-        if not self.states:
-            self._set_kind("optimizer")
-            for parameter in self.trained:
-                size = count_state_bytes(self.settings.training.optim, parameter)
-                self.states += [torch.zeros(part, dtype=torch.uint8) for part in (size // 2, size - size // 2)]
+    def add_states(self) -> None:
+        """Allocates the optimizer states."""
+        self._set_kind("optimizer")
+        for parameter in self.trained:
+            size = count_state_bytes(self.settings.training.optim, parameter)
+            self.states += [torch.zeros(part, dtype=torch.uint8) for part in (size // 2, size - size // 2)]
+
+    def add_gradients(self) -> None:
+        """Allocates the gradients of earlier micro-batches."""
+        self._set_kind("gradients")
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def free_gradients(self) -> None:
+        """Frees the gradients, as the optimizer's step does."""
         for parameter in self.trained:
             parameter.grad = None
 
     def evaluate(self, shape: Shape) -> None:
         """Traces a batch of held-out pairs: without gradients, but often with more pairs."""
         self.policy.eval()
+        self._set_kind("activations")
         with torch.no_grad(), self._mixed_precision():
             self._score(self.policy, shape)
             if not self.settings.training.precompute_ref_log_probs:
