@@ -284,6 +284,15 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="Checkpoints hold no pickles, or torch lists the safe names in public.",
     ),
     UpstreamName(
+        "torch._appdirs.user_cache_dir",
+        ("torch_build_locks.py",),
+        "call",
+        why="Each start looks for locks in torch's folder of compilations; the public function that names it is in a"
+        " module that imports setuptools.",
+        upstream="torch/utils/cpp_extension.py, get_default_build_root",
+        delete_when="torch.utils.cpp_extension imports no setuptools, or torch's locks end with their processes.",
+    ),
+    UpstreamName(
         "torch.cpu._is_amx_tile_supported",
         ("settings/load.py",),
         "call",

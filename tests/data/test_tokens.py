@@ -4,14 +4,19 @@ import copy
 import random
 
 import pytest
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
+from dpokit.data import text_cache
 from dpokit.data.formats import FORMATS, Pair
 from dpokit.data.layouts import match_layout
 from dpokit.data.messages import UnusableError
+from dpokit.data.prepare import find_layout
 from dpokit.data.rendering import Renderer
+from dpokit.data.text_cache import TextCache
 from dpokit.data.tokens import Encoder, LengthLimits, cut
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError, ModelError
@@ -424,3 +429,43 @@ def test_the_cut_keeps_a_bos_and_the_limits_for_all_sizes():
         room = (limits.total_tokens or 99) - max(len(c), len(r))
         assert len(p) == min(unlimited, max(room, len(p) if shortened else 0)), "no token is cut without need"
     assert kept > 2000
+
+
+class CountingTokenizer:
+    """The Rust tokenizer of a renderer, and the texts that it has encoded."""
+
+    def __init__(self, fast) -> None:
+        self.fast, self.texts = fast, []
+
+    def encode_batch_fast(self, texts, **options):
+        self.texts += texts
+        return self.fast.encode_batch_fast(texts, **options)
+
+
+def test_a_text_that_comes_again_is_not_encoded_again(plain_tokenizer):
+    rows = [{"prompt": "The sky is", "chosen": " blue.", "rejected": f" {colour}."} for colour in ("red", "blue", "red")]
+    encoder = Encoder(Renderer(plain_tokenizer), find_layout(Dataset.from_list(rows), "rows"), LengthLimits())
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    expected = encoder(batch, range(3))
+    counting = encoder.renderer.fast = CountingTokenizer(encoder.renderer.fast)
+    encoder.renderer._cache = TextCache()
+    assert encoder(batch, range(3)) == encoder(batch, range(3)) == expected
+    assert sorted(counting.texts) == sorted(["The sky is", " blue.<|endoftext|>", " red.<|endoftext|>"])
+
+
+def test_kept_texts_have_a_bound(monkeypatch):
+    monkeypatch.setattr(text_cache, "MOST_LETTERS", 10)
+    cache = TextCache()
+    for text in ("four", "letters", "far too many letters"):
+        cache.add(text, [1, 2], special=False)
+    assert [cache.get(text, special=False) for text in ("four", "letters", "far too many letters")] == [None] * 3
+    cache.add("four", [1, 2], special=False)
+    assert cache.get("four", special=False) == [1, 2] and cache.get("four", special=True) is None
+
+
+def test_kept_texts_do_not_change_the_hash_of_an_encoder(plain_tokenizer):
+    rows = Dataset.from_list([{"prompt": "The sky is", "chosen": " blue.", "rejected": " red."}])
+    encoder = Encoder(Renderer(plain_tokenizer), find_layout(rows, "rows"), LengthLimits())
+    before = Hasher.hash(encoder)
+    encoder(rows[:1], [0])
+    assert Hasher.hash(encoder) == before

@@ -13,6 +13,7 @@ from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages, UnusableError, count_letters
 from dpokit.data.template_box import PROBES
+from dpokit.data.text_cache import TextCache
 from dpokit.data.transcripts import ASSISTANT, HUMAN, parse_transcript, render_transcript
 from dpokit.errors import ModelError
 
@@ -44,6 +45,7 @@ class Renderer:
                 do="set eos_token in the model folder's tokenizer_config.json, or use another model",
             )
         self.tokenizer = tokenizer
+        self._cache = TextCache()
         self.eos: str = tokenizer.eos_token
         self.adds_space = self._probe_spaces()
         self.fast = self._find_fast()
@@ -62,6 +64,16 @@ class Renderer:
 
     def encode(self, texts: list[str], *, special: bool = False) -> list[Ids]:
         """Returns the token ids of each text, with the tokenizer's BOS and EOS if `special`."""
+        ids_of = {text: self._cache.get(text, special=special) for text in texts}
+        new = [text for text, ids in ids_of.items() if ids is None]
+        for text, ids in zip(new, self._encode(new, special=special), strict=True):
+            ids_of[text] = ids
+            self._cache.add(text, ids, special=special)
+        return [list(ids_of[text] or ()) for text in texts]
+
+    def _encode(self, texts: list[str], *, special: bool) -> list[Ids]:
+        if not texts:
+            return []
         if self.fast is not None:
             return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=special)]
         ids: list[Ids] = self.tokenizer(texts, add_special_tokens=special)["input_ids"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpokit.console import say
-from dpokit.model.rounding import is_refusal, try_in_fp32
+from dpokit.model.rounding import computes_in_fp32, is_refusal, try_in_fp32
 from dpokit.model.shared_prefix import NAME, ScoredOnly, SharedPrefix
 
 # With Triton kernels TRL's head scores answer positions only; without them it scores all, so that shapes stay the same
@@ -184,7 +184,8 @@ def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Ten
     """Scores the first pairs of a batch in the model's precision and in fp32, padded and packed, and compares them.
 
     In fp32 packed and padded rows are equal up to millionths; a difference shows a wrong position, mask or label. In
-    the model's precision, where another kernel may run, packed rows must be as close to fp32 as padded ones are.
+    the model's precision, where another kernel may run, packed rows must be as close to fp32 as padded ones are. A
+    model that computes in fp32 scores them once.
 
     Args:
         shared: the packed forward of the model; None proves nothing and measures the rounding.
@@ -194,8 +195,10 @@ def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Ten
     names = ("input_ids", "attention_mask", "completion_mask")
     batch = {name: torch.cat([batch[name][:kept], batch[name][pairs : pairs + kept]]) for name in names}
     scored = batch["completion_mask"][:, 1:]
+    is_exact = computes_in_fp32(model, scored.device)
     with shared.switched_off() if shared else nullcontext():
-        padded, exact = score_tokens(model, batch), score_in_fp32(model, batch)
+        padded = score_tokens(model, batch)
+        exact = padded if is_exact else score_in_fp32(model, batch)
     rounding = ROUNDING_16_BIT if exact is None else find_distance(padded, exact, scored)
     if shared is None:
         return Proof(None, rounding)
@@ -206,7 +209,8 @@ def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Ten
         if not is_refusal(error):
             raise
         refusal = f"its forward does not accept a packed batch ({' '.join(str(error).split())[:120]})"
-    exact_packed = score_in_fp32(model, batch)  # also after a refusal: each rank computes equally often
+    # Also after a refusal: each rank computes equally often.
+    exact_packed = packed if is_exact else score_in_fp32(model, batch)
     if packed is None:
         return Proof(refusal, rounding)
     if not shared.attended:

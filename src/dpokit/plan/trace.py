@@ -17,7 +17,7 @@ from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer insta
 
 from dpokit.model.score import find_obstacle
 from dpokit.model.shared_prefix import NAME, Packed
-from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
+from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors, one_block_of_each_kind
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.optimizer_memory import count_state_bytes
 from dpokit.settings.load import Settings
@@ -260,8 +260,10 @@ class _Step:
 
     def _score_by_reference(self, shape: Shape) -> None:
         adapter_off: Callable[[], Any] = getattr(self.policy, "disable_adapter", nullcontext)
-        with torch.no_grad(), nullcontext() if self.reference is not None else adapter_off():
-            self._score(self.policy if self.reference is None else self.reference, shape)
+        model = self.policy if self.reference is None else self.reference
+        switch = nullcontext() if self.reference is not None else adapter_off()
+        with torch.no_grad(), switch, one_block_of_each_kind(model):
+            self._score(model, shape)
 
     def precompute(self, shape: Shape) -> None:
         """Traces the reference's pass over the rows, before the first step."""
@@ -304,7 +306,10 @@ class _Step:
         """Traces a batch of held-out pairs: without gradients, but often with more pairs."""
         self.policy.eval()
         self._set_kind("activations")
+        # Autocast keeps a 16-bit copy of each trained weight until the pass ends, so there every block counts.
+        blocks = one_block_of_each_kind(self.policy) if self.autocast is None else nullcontext()
         with torch.no_grad(), self._mixed_precision():
-            self._score(self.policy, shape)
+            with blocks:
+                self._score(self.policy, shape)
             if not self.settings.training.precompute_ref_log_probs:
                 self._score_by_reference(shape)
