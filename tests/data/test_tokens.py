@@ -443,14 +443,14 @@ class CountingTokenizer:
 
 
 def test_a_text_that_comes_again_is_not_encoded_again(plain_tokenizer):
-    rows = [{"prompt": "The sky is", "chosen": " blue.", "rejected": f" {colour}."} for colour in ("red", "blue", "red")]
-    encoder = Encoder(Renderer(plain_tokenizer), find_layout(Dataset.from_list(rows), "rows"), LengthLimits())
+    rows = [{"prompt": SKY, "chosen": " blue.", "rejected": f" {colour}."} for colour in ("red", "blue", "red")]
+    encoder = Encoder(Renderer(plain_tokenizer), find_layout(Dataset.from_list(rows), "rows"), NO_LIMITS)
     batch = {name: [row[name] for row in rows] for name in rows[0]}
     expected = encoder(batch, range(3))
     counting = encoder.renderer.fast = CountingTokenizer(encoder.renderer.fast)
     encoder.renderer._cache = TextCache()
     assert encoder(batch, range(3)) == encoder(batch, range(3)) == expected
-    assert sorted(counting.texts) == sorted(["The sky is", " blue.<|endoftext|>", " red.<|endoftext|>"])
+    assert sorted(counting.texts) == sorted([SKY, " blue.<|endoftext|>", " red.<|endoftext|>"])
 
 
 def test_kept_texts_have_a_bound(monkeypatch):
@@ -464,8 +464,8 @@ def test_kept_texts_have_a_bound(monkeypatch):
 
 
 def test_kept_texts_do_not_change_the_hash_of_an_encoder(plain_tokenizer):
-    rows = Dataset.from_list([{"prompt": "The sky is", "chosen": " blue.", "rejected": " red."}])
-    encoder = Encoder(Renderer(plain_tokenizer), find_layout(rows, "rows"), LengthLimits())
+    rows = Dataset.from_list([{"prompt": SKY, "chosen": " blue.", "rejected": " red."}])
+    encoder = Encoder(Renderer(plain_tokenizer), find_layout(rows, "rows"), NO_LIMITS)
     before = Hasher.hash(encoder)
     encoder(rows[:1], [0])
     assert Hasher.hash(encoder) == before

@@ -9,7 +9,7 @@ from transformers import GPT2Config, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from dpokit.model.rounding import find_fp32_obstacle, is_refusal
+from dpokit.model.rounding import computes_in_fp32, find_fp32_obstacle, is_refusal
 from dpokit.model.score import (
     LARGEST_IN_FP32,
     ROUNDING_16_BIT,
@@ -74,6 +74,24 @@ def test_each_planted_fault_is_found_in_every_precision(family, fault, dtype):
     with planted(fault, model):
         assert "both in fp32" in prove(model, shared, make_batch(LONG)).mismatch
     assert prove(model, shared, make_batch(LONG)).mismatch is None
+
+
+def test_a_model_in_fp32_is_proved_without_more_passes(dtype):
+    model = build("llama", dtype, lora=True)
+    shared, passes = share_prefix(model), []
+    model.get_base_model().base_model.register_forward_hook(lambda *_: passes.append(1))
+    assert prove(model, shared, make_batch(LONG)).mismatch is None
+    assert len(passes) == (2 if dtype == "fp32" else 4)
+
+
+def test_lower_products_are_not_fp32(monkeypatch):
+    model, cpu = build("llama", "fp32", lora=False), torch.device("cpu")
+    assert computes_in_fp32(model, cpu)
+    assert not computes_in_fp32(model, torch.device("cuda"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not computes_in_fp32(model, cpu)
+    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
+    assert not computes_in_fp32(model, cpu)
 
 
 def test_half_precision_alone_would_not_find_a_small_fault():
