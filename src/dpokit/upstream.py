@@ -223,6 +223,15 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="torch gives a fake tensor's storage a public identity.",
     ),
     UpstreamName(
+        "torch._appdirs.user_cache_dir",
+        ("torch_build_locks.py",),
+        "call",
+        why="Each start looks for locks in torch's folder of compilations; torch.utils.cpp_extension, which names it in"
+        " public, imports setuptools.",
+        upstream="torch/_appdirs.py",
+        delete_when="torch.utils.cpp_extension imports no setuptools, or torch's locks end with their processes.",
+    ),
+    UpstreamName(
         "torch._dynamo.eval_frame.OptimizedModule._orig_mod",
         ("distributed/placement.py",),
         "read",
@@ -282,15 +291,6 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         " checkpoint's pickle.",
         upstream="torch/_utils.py",
         delete_when="Checkpoints hold no pickles, or torch lists the safe names in public.",
-    ),
-    UpstreamName(
-        "torch._appdirs.user_cache_dir",
-        ("torch_build_locks.py",),
-        "call",
-        why="Each start looks for locks in torch's folder of compilations; the public function that names it is in a"
-        " module that imports setuptools.",
-        upstream="torch/utils/cpp_extension.py, get_default_build_root",
-        delete_when="torch.utils.cpp_extension imports no setuptools, or torch's locks end with their processes.",
     ),
     UpstreamName(
         "torch.cpu._is_amx_tile_supported",

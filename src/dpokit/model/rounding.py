@@ -95,8 +95,8 @@ def computes_in_fp32(model: nn.Module, device: torch.device) -> bool:
     """Returns whether a model computes in fp32 as it is, so that `in_fp32` changes nothing; known only on a CPU."""
     if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    on_cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch has no types for it
-    is_exact = on_cpu.fp32_precision in ("none", "ieee") and torch.backends.fp32_precision in ("none", "ieee")
+    backends: tuple[Any, ...] = (torch.backends, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # no types
+    is_exact = all(backend.fp32_precision in ("none", "ieee") for backend in backends)
     return is_exact and all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
