@@ -63,13 +63,17 @@ class Renderer:
         return bool(self.tokenizer.decode(after + alone) != "\n yes")
 
     def encode(self, texts: list[str], *, special: bool = False) -> list[Ids]:
-        """Returns the token ids of each text, with the tokenizer's BOS and EOS if `special`."""
-        ids_of = {text: self._cache.get(text, special=special) for text in texts}
-        new = [text for text, ids in ids_of.items() if ids is None]
+        """Returns the token ids of each text, with the tokenizer's BOS and EOS if `special`.
+
+        Equal texts share one list, which nobody may change. A text of the cache is not encoded again.
+        """
+        kept = ((text, self._cache.get(text, special=special)) for text in dict.fromkeys(texts))
+        ids_of = {text: ids for text, ids in kept if ids is not None}
+        new = [text for text in dict.fromkeys(texts) if text not in ids_of]
         for text, ids in zip(new, self._encode(new, special=special), strict=True):
             ids_of[text] = ids
             self._cache.add(text, ids, special=special)
-        return [list(ids_of[text] or ()) for text in texts]
+        return [ids_of[text] for text in texts]
 
     def _encode(self, texts: list[str], *, special: bool) -> list[Ids]:
         if not texts:
