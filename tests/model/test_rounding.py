@@ -13,6 +13,7 @@ from dpokit.model.rounding import computes_in_fp32, find_fp32_obstacle, is_refus
 from dpokit.model.score import (
     LARGEST_IN_FP32,
     ROUNDING_16_BIT,
+    PairScorer,
     Proof,
     find_distance,
     prove,
@@ -76,12 +77,13 @@ def test_each_planted_fault_is_found_in_every_precision(family, fault, dtype):
     assert prove(model, shared, make_batch(LONG)).mismatch is None
 
 
-def test_a_model_in_fp32_is_proved_without_more_passes(dtype):
+def test_an_evaluation_in_fp32_is_proved_without_more_passes(dtype):
+    rows = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10]}]
     model = build("llama", dtype, lora=True)
-    shared, passes = share_prefix(model), []
+    scorer, passes = PairScorer(model, pad_id=0, longest=64), []
     model.get_base_model().base_model.register_forward_hook(lambda *_: passes.append(1))
-    assert prove(model, shared, make_batch(LONG)).mismatch is None
-    assert len(passes) == (2 if dtype == "fp32" else 4)
+    scorer(rows)
+    assert len(passes) == (3 if dtype == "fp32" else 5)  # the last one scores
 
 
 def test_lower_products_are_not_fp32(monkeypatch):

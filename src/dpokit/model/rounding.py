@@ -92,7 +92,10 @@ def in_fp32(device: torch.device) -> Iterator[None]:
 
 
 def computes_in_fp32(model: nn.Module, device: torch.device) -> bool:
-    """Returns whether a model computes in fp32 as it is, so that `in_fp32` changes nothing; known only on a CPU."""
+    """Returns whether a model computes in fp32 as it is, so that `in_fp32` changes nothing; known only on a CPU.
+
+    Not for a model that a trainer has prepared: its forward may switch autocast on.
+    """
     if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     backends: tuple[Any, ...] = (torch.backends, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # no types

@@ -180,22 +180,23 @@ class Proof:
 
 
 @torch.no_grad()
-def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Tensor]) -> Proof:
+def prove(
+    model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Tensor], *, is_exact: bool = False
+) -> Proof:
     """Scores the first pairs of a batch in the model's precision and in fp32, padded and packed, and compares them.
 
     In fp32 packed and padded rows are equal up to millionths; a difference shows a wrong position, mask or label. In
-    the model's precision, where another kernel may run, packed rows must be as close to fp32 as padded ones are. A
-    model that computes in fp32 scores them once.
+    the model's precision, where another kernel may run, packed rows must be as close to fp32 as padded ones are.
 
     Args:
         shared: the packed forward of the model; None proves nothing and measures the rounding.
+        is_exact: whether the model's precision is fp32; then no row is scored twice.
     """
     pairs = len(batch["input_ids"]) // 2
     kept = min(pairs, PROOF_PAIRS)
     names = ("input_ids", "attention_mask", "completion_mask")
     batch = {name: torch.cat([batch[name][:kept], batch[name][pairs : pairs + kept]]) for name in names}
     scored = batch["completion_mask"][:, 1:]
-    is_exact = computes_in_fp32(model, scored.device)
     with shared.switched_off() if shared else nullcontext():
         padded = score_tokens(model, batch)
         exact = padded if is_exact else score_in_fp32(model, batch)
@@ -275,7 +276,8 @@ class PairScorer:
         return {name: values.to(self.model.device) for name, values in self._collate(pairs).items()}
 
     def _check(self, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> None:
-        mismatch = prove(self.model, shared, batch).mismatch
+        is_exact = computes_in_fp32(self.model, self.model.device)
+        mismatch = prove(self.model, shared, batch, is_exact=is_exact).mismatch
         self._is_checked = True
         if mismatch is not None:
             shared.on = False
