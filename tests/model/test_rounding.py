@@ -86,14 +86,19 @@ def test_an_evaluation_in_fp32_is_proved_without_more_passes(dtype):
     assert len(passes) == (3 if dtype == "fp32" else 5)  # the last one scores
 
 
-def test_lower_products_are_not_fp32(monkeypatch):
+def test_lower_products_are_not_fp32():
     model, cpu = build("llama", "fp32", lora=False), torch.device("cpu")
     assert computes_in_fp32(model, cpu)
     assert not computes_in_fp32(model, torch.device("cuda"))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not computes_in_fp32(model, cpu)
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16")
-    assert not computes_in_fp32(model, cpu)
+    products = torch.backends.mkldnn.matmul
+    earlier = products.fp32_precision
+    try:
+        products.fp32_precision = "bf16"
+        assert not computes_in_fp32(model, cpu)
+    finally:
+        products.fp32_precision = earlier
 
 
 def test_half_precision_alone_would_not_find_a_small_fault():
