@@ -5,12 +5,14 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
+from torch.utils.cpp_extension import get_default_build_root
 from torch.utils.file_baton import FileBaton
 
-from dpokit.torch_build_locks import remove_dead_locks
+from dpokit.torch_build_locks import find_build_folder, remove_dead_locks
 
 COMPILE = """
 import sys
@@ -54,6 +56,11 @@ def test_a_killed_compilation_does_not_block_the_next_one(folder, tmp_path):
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr
     assert f"removed {folder / 'lock'}" in done.stderr
     assert not (folder / "lock").exists()
+
+
+def test_the_default_folder_is_the_one_of_torch(monkeypatch):
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    assert find_build_folder().resolve() == Path(get_default_build_root())
 
 
 def test_a_lock_that_a_local_process_holds_is_kept(folder):

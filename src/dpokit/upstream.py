@@ -223,6 +223,15 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="torch gives a fake tensor's storage a public identity.",
     ),
     UpstreamName(
+        "torch._appdirs.user_cache_dir",
+        ("torch_build_locks.py",),
+        "call",
+        why="Each start looks for locks in torch's folder of compilations; torch.utils.cpp_extension, which names it in"
+        " public, imports setuptools.",
+        upstream="torch/_appdirs.py",
+        delete_when="torch.utils.cpp_extension imports no setuptools, or torch's locks end with their processes.",
+    ),
+    UpstreamName(
         "torch._dynamo.eval_frame.OptimizedModule._orig_mod",
         ("distributed/placement.py",),
         "read",

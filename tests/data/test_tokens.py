@@ -3,14 +3,19 @@
 import copy
 
 import pytest
+from datasets import Dataset
+from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers import decoders as decoding
 from transformers import PreTrainedTokenizerFast
 
+from dpokit.data import text_cache
 from dpokit.data.formats import FORMATS, Pair
 from dpokit.data.layouts import match_layout
+from dpokit.data.prepare import find_layout
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
+from dpokit.data.text_cache import TextCache
 from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError, ModelError
@@ -391,3 +396,43 @@ def test_a_bos_is_not_kept_alone(limits, chat_tokenizer):
 def test_answers_that_differ_only_after_the_limit_are_dropped(plain_tokenizer):
     row = {"prompt": SKY, "chosen": " blue, of course!", "rejected": " blue, not green."}
     assert encode(plain_tokenizer, row, LengthLimits(None, 2, None))["dropped"] == "equal_after_cut"
+
+
+class CountingTokenizer:
+    """The Rust tokenizer of a renderer, and the texts that it has encoded."""
+
+    def __init__(self, fast) -> None:
+        self.fast, self.texts = fast, []
+
+    def encode_batch_fast(self, texts, **options):
+        self.texts += texts
+        return self.fast.encode_batch_fast(texts, **options)
+
+
+def test_a_text_that_comes_again_is_not_encoded_again(plain_tokenizer):
+    rows = [{"prompt": SKY, "chosen": " blue.", "rejected": f" {colour}."} for colour in ("red", "blue", "red")]
+    encoder = Encoder(Renderer(plain_tokenizer), find_layout(Dataset.from_list(rows), "rows"), NO_LIMITS)
+    batch = {name: [row[name] for row in rows] for name in rows[0]}
+    expected = encoder(batch, range(3))
+    counting = encoder.renderer.fast = CountingTokenizer(encoder.renderer.fast)
+    encoder.renderer._cache = TextCache()
+    assert encoder(batch, range(3)) == encoder(batch, range(3)) == expected
+    assert sorted(counting.texts) == sorted([SKY, " blue.<|endoftext|>", " red.<|endoftext|>"])
+
+
+def test_kept_texts_have_a_bound(monkeypatch):
+    monkeypatch.setattr(text_cache, "MOST_LETTERS", 10)
+    cache = TextCache()
+    for text in ("four", "letters", "far too many letters"):
+        cache.add(text, [1, 2], special=False)
+    assert [cache.get(text, special=False) for text in ("four", "letters", "far too many letters")] == [None] * 3
+    cache.add("four", [1, 2], special=False)
+    assert cache.get("four", special=False) == [1, 2] and cache.get("four", special=True) is None
+
+
+def test_kept_texts_do_not_change_the_hash_of_an_encoder(plain_tokenizer):
+    rows = Dataset.from_list([{"prompt": SKY, "chosen": " blue.", "rejected": " red."}])
+    encoder = Encoder(Renderer(plain_tokenizer), find_layout(rows, "rows"), NO_LIMITS)
+    before = Hasher.hash(encoder)
+    encoder(rows[:1], [0])
+    assert Hasher.hash(encoder) == before

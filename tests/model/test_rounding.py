@@ -10,10 +10,11 @@ from transformers import GPT2Config, LlamaConfig
 from transformers.models.auto import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from dpokit.model.rounding import find_fp32_obstacle, is_refusal
+from dpokit.model.rounding import computes_in_fp32, find_fp32_obstacle, is_refusal
 from dpokit.model.score import (
     LARGEST_IN_FP32,
     ROUNDING_16_BIT,
+    PairScorer,
     Proof,
     find_distance,
     prove,
@@ -85,6 +86,30 @@ def test_each_fault_of_a_group_is_found_in_every_precision(family, fault, dtype)
     with planted(fault, model):
         assert "both in fp32" in prove(model, shared, batch).mismatch
     assert prove(model, shared, batch).mismatch is None
+
+
+def test_an_evaluation_in_fp32_is_proved_without_more_passes(dtype):
+    rows = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [10]}]
+    model = build("llama", dtype, lora=True)
+    scorer, passes = PairScorer(model, pad_id=0, longest=64), []
+    model.get_base_model().base_model.register_forward_hook(lambda *_: passes.append(1))
+    scorer(rows)
+    assert len(passes) == (3 if dtype == "fp32" else 5)  # the last one scores
+
+
+def test_lower_products_are_not_fp32():
+    model, cpu = build("llama", "fp32", lora=False), torch.device("cpu")
+    assert computes_in_fp32(model, cpu)
+    assert not computes_in_fp32(model, torch.device("cuda"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not computes_in_fp32(model, cpu)
+    products = torch.backends.mkldnn.matmul
+    earlier = products.fp32_precision
+    try:
+        products.fp32_precision = "bf16"
+        assert not computes_in_fp32(model, cpu)
+    finally:
+        products.fp32_precision = earlier
 
 
 def test_half_precision_alone_would_not_find_a_small_fault():

@@ -7,7 +7,13 @@ import pytest
 import torch
 from planning import build_request, write_llama_8b
 
-from dpokit.plan.blueprint import build_blueprint, fill_with_fakes, list_tensors, load_config
+from dpokit.plan.blueprint import (
+    build_blueprint,
+    fill_with_fakes,
+    list_tensors,
+    load_config,
+    one_block_of_each_kind,
+)
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.trace import Shape, trace_step
 
@@ -84,9 +90,10 @@ def test_gradient_checkpointing_and_fewer_pairs_lower_the_peak(make_request, tin
             evaluation=None,
             autocast=None,
             on_gpu=True,
-        ).moments[0][0]
+        )
         for variant in (settings, replace(settings, training=_with_checkpointing(settings.training)))
     )
+    recomputed, kept = (max(activations for activations, _ in traced.moments.values()) for traced in (recomputed, kept))
     assert recomputed < 0.8 * kept
 
 
@@ -138,3 +145,37 @@ def test_an_8b_model_is_built_without_its_weights(make_request, llama_8b):
     assert blueprint.head_parameters == 128256 * 4096
     assert blueprint.block_parameters == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096
     assert psutil.Process().memory_info().rss - before < 2**29
+
+
+@pytest.fixture
+def settings_of_four_layers(tmp_path, plain_tokenizer, make_request):
+    """Settings of a GPU plan for a model whose third layer has another attention than the others."""
+    from transformers import Qwen2Config
+
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+    Qwen2Config(**size, vocab_size=200, num_hidden_layers=4, layer_types=kinds).save_pretrained(tmp_path / "model")
+    plain_tokenizer.save_pretrained(tmp_path / "model")
+    return make_request("dpo_gpt2", "24", "--model_name_or_path", str(tmp_path / "model")).settings
+
+
+def test_a_pass_without_gradients_has_one_block_of_each_kind(settings_of_four_layers):
+    policy = build_blueprint(settings_of_four_layers, load_config(settings_of_four_layers)).policy
+    layers = list(policy.model.layers)
+    with one_block_of_each_kind(policy):
+        assert list(policy.model.layers) == layers[:3]  # down to the first with sliding attention
+    assert list(policy.model.layers) == layers
+
+
+@pytest.mark.parametrize(("autocast", "evaluated"), [(None, 3), (torch.bfloat16, 4)])
+def test_a_trace_runs_each_block_with_gradients_once(autocast, evaluated, settings_of_four_layers):
+    blueprint = build_blueprint(settings_of_four_layers, load_config(settings_of_four_layers))
+    passes = {}
+    for name in ("policy", "reference"):
+        passes[name] = counts = []
+        for layer in getattr(blueprint, name).model.layers:
+            layer.register_forward_hook(lambda *_, counts=counts: counts.append(torch.is_grad_enabled()))
+    shape = Shape(1, 64, 20, ((30, 20, 10),))
+    trace_step(blueprint, settings_of_four_layers, train=shape, evaluation=shape, autocast=autocast, on_gpu=True)
+    assert passes["policy"] == [True] * 4 + [False] * evaluated
+    assert passes["reference"] == [False] * 2 * 3  # beside the step and the evaluation

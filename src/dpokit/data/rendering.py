@@ -13,6 +13,7 @@ from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Pair
 from dpokit.data.messages import Messages, UnusableError, count_letters, find_control_tokens
 from dpokit.data.template_box import PROBES
+from dpokit.data.text_cache import TextCache
 from dpokit.data.transcripts import ASSISTANT, HUMAN, open_transcript, parse_transcript, render_transcript
 from dpokit.errors import ModelError, SettingsError
 
@@ -49,6 +50,7 @@ class Renderer:
                 do="set eos_token in the model folder's tokenizer_config.json, or use another model",
             )
         self.tokenizer = tokenizer
+        self._cache = TextCache()
         self.eos: str = tokenizer.eos_token
         self.adds_space = self._probe_spaces()
         self.fast = self._find_fast()
@@ -78,7 +80,21 @@ class Renderer:
         return bool(self.tokenizer.decode(after + alone) != "\n yes")
 
     def encode(self, texts: list[str], *, special: bool = False) -> list[Ids]:
-        """Returns the token ids of each text, with the tokenizer's BOS and EOS if `special`."""
+        """Returns the token ids of each text, with the tokenizer's BOS and EOS if `special`.
+
+        Equal texts share one list, which nobody may change. A text of the cache is not encoded again.
+        """
+        kept = ((text, self._cache.get(text, special=special)) for text in dict.fromkeys(texts))
+        ids_of = {text: ids for text, ids in kept if ids is not None}
+        new = [text for text in dict.fromkeys(texts) if text not in ids_of]
+        for text, ids in zip(new, self._encode(new, special=special), strict=True):
+            ids_of[text] = ids
+            self._cache.add(text, ids, special=special)
+        return [ids_of[text] for text in texts]
+
+    def _encode(self, texts: list[str], *, special: bool) -> list[Ids]:
+        if not texts:
+            return []
         if self.fast is not None:
             return [encoding.ids for encoding in self.fast.encode_batch_fast(texts, add_special_tokens=special)]
         ids: list[Ids] = self.tokenizer(texts, add_special_tokens=special)["input_ids"]

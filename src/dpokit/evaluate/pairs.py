@@ -1,19 +1,16 @@
 """Scores base and tuned model on held-out pairs: loss, accuracies, margin, drift, groups of pairs, verdict."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
 from trl import DPOConfig
 
-from dpokit.console import track_progress
 from dpokit.data.columns import IDS, MASKS, fingerprint_ids, hash_prompts, read_column
-from dpokit.errors import ModelError
 from dpokit.evaluate.inputs import Subject
+from dpokit.evaluate.log_probs import add_ranks, check_finite_log_probs, score_all, score_base
 from dpokit.evaluate.measures import (
     Scores,
     compare_models,
@@ -26,7 +23,6 @@ from dpokit.evaluate.measures import (
 from dpokit.model.score import PairScorer, count_scored, keep_scored
 
 FORMAT = 1
-BATCH_PAIRS = 8
 DRIFT_TOKENS = 1024  # scored chosen tokens whose whole distributions are compared: each is as long as the vocabulary
 
 
@@ -42,7 +38,7 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
     held_out = subject.held_out
     pairs = held_out.pairs.select(range(min(limit or len(held_out.pairs), len(held_out.pairs))))
     rows = pairs.select_columns([*IDS, *MASKS]).to_list()
-    prompts = hash_prompts(pairs)
+    prompts, fingerprint = hash_prompts(pairs), fingerprint_ids([pairs])
     has_base = subject.base_name is not None
     pad_id = int(subject.tokenizer.pad_token_id)
     tuned = PairScorer(subject.tuned, pad_id=pad_id, longest=subject.longest)
@@ -53,8 +49,7 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
     drift = None
     if has_base:
         with subject.as_base():
-            scores.base = score_all(base, rows, "base")
-        check_finite_log_probs(scores.base, str(subject.base_name), numbers)
+            scores.base = score_base(subject, base, rows, fingerprint, numbers)
         drift = measure_drift(subject, rows)
     beta = float(getattr(subject.settings.training, "beta", DPOConfig.beta))  # a supervised run has no beta
     record: dict[str, Any] = {
@@ -64,7 +59,7 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
             "own": subject.own_data,
             "pairs": len(rows),
             "prompts": len(set(prompts)),
-            "fingerprint": fingerprint_ids([pairs]),
+            "fingerprint": fingerprint,
         },
         "beta": beta,
         **summarize_scores(scores, drift, prompts, beta=beta),
@@ -82,42 +77,6 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
         record["groups"] = describe_groups(columns, kinds, prompts)
         record["verdict"] = decide_verdict(record)
     return record
-
-
-def score_all(scorer: PairScorer, rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
-    """Returns log-probs, `(2, pairs)`, fp64, on every rank. Ranks take turns.
-
-    A batch holds pairs of similar length. Those of one prompt follow each other, as a batch computes it once.
-    """
-    state = PartialState()
-    prompts, longest = [tuple(row["prompt_ids"]) for row in rows], Counter[tuple[int, ...]]()
-    for prompt, row in zip(prompts, rows, strict=True):
-        longest[prompt] = max(longest[prompt], sum(len(row[name]) for name in IDS))
-    order = sorted(range(len(rows)), key=lambda at: (-longest[prompts[at]], prompts[at]))
-    batches = [order[at : at + BATCH_PAIRS] for at in range(0, len(order), BATCH_PAIRS)]
-    share = batches[state.process_index :: state.num_processes]
-    table = torch.zeros(2, len(rows), dtype=torch.float64)
-    for batch in track_progress(share, desc=f"scoring, {name}", unit="batch"):
-        table[:, batch] = scorer([rows[at] for at in batch]).double()
-    return _add_ranks(table)
-
-
-def check_finite_log_probs(log_probs: np.ndarray, name: str, numbers: Sequence[int]) -> None:
-    """Raises ModelError for NaN or infinite log-probs: such a pair has no loss, and means must not leave pairs out.
-
-    Args:
-        log_probs: `(2, pairs)`.
-        name: of the model.
-        numbers: row numbers of the pairs in the data.
-    """
-    bad = [number for number, finite in zip(numbers, np.isfinite(log_probs).all(0), strict=True) if not finite]
-    if bad:
-        raise ModelError(
-            f"{name} gives log-probs that are not finite for {len(bad):,} of {len(numbers):,} held-out pairs, first "
-            f"in rows {', '.join(map(str, bad[:5]))} (counted from 0)",
-            expected="a number for each answer",
-            do="--dtype float32; if that does not help, its weights are damaged: name an older checkpoint",
-        )
 
 
 def count_answer_tokens(rows: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -146,7 +105,7 @@ def measure_drift(subject: Subject, rows: Sequence[Mapping[str, Any]]) -> np.nda
         tuned, base = (side[:, :vocabulary].log_softmax(-1) for side in logits)
         divergences = keep_scored((tuned.exp() * (tuned - base)).sum(-1), row, "chosen")
         drift[:, at] = torch.stack([divergences.mean().double().cpu(), torch.tensor(1.0)])
-    total = _add_ranks(drift)
+    total = add_ranks(drift)
     return np.where(total[1] > 0, total[0], np.nan)
 
 
@@ -162,10 +121,3 @@ def find_drift_pairs(lengths: Sequence[int]) -> list[int]:
     """Returns indices of pairs, evenly spread, whose answers have about `DRIFT_TOKENS` scored tokens in all."""
     number = max(1, min(len(lengths), round(DRIFT_TOKENS * len(lengths) / max(sum(lengths), 1))))
     return sorted({len(lengths) * at // number for at in range(number)})
-
-
-def _add_ranks(table: torch.Tensor) -> np.ndarray:
-    state = PartialState()
-    if state.num_processes > 1:
-        table = reduce(table.to(state.device), reduction="sum").cpu()
-    return table.numpy()

@@ -59,8 +59,12 @@ def find_identity(settings: Settings) -> dict[str, object]:
 def describe_scores(identity: dict[str, object], training: DPOConfig, token_ids: str) -> dict[str, object]:
     """Returns everything that the log-probs depend on; `token_ids` is the fingerprint of the scored rows."""
     autocast = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
-    scored = {"autocast": autocast, "ld_alpha": training.ld_alpha, "token_ids": token_ids}
-    return {**identity, **scored, "format": FORMAT}
+    return describe_whole_scores(identity, token_ids) | {"autocast": autocast, "ld_alpha": training.ld_alpha}
+
+
+def describe_whole_scores(identity: dict[str, object], token_ids: str) -> dict[str, object]:
+    """Returns `describe_scores` of log-probs without autocast, each token with its whole weight."""
+    return {**identity, "autocast": "no", "ld_alpha": None, "token_ids": token_ids, "format": FORMAT}
 
 
 def is_kept(settings: Settings, token_ids: str, pairs: int) -> bool:

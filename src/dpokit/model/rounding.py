@@ -91,6 +91,18 @@ def in_fp32(device: torch.device) -> Iterator[None]:
             product.fp32_precision = precision
 
 
+def computes_in_fp32(model: nn.Module, device: torch.device) -> bool:
+    """Returns whether a model computes in fp32 as it is, so that `in_fp32` changes nothing; known only on a CPU.
+
+    Not for a model that a trainer has prepared: its forward may switch autocast on.
+    """
+    if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    backends: tuple[Any, ...] = (torch.backends, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]  # no types
+    is_exact = all(backend.fp32_precision in ("none", "ieee") for backend in backends)
+    return is_exact and all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
 def try_in_fp32(model: nn.Module, device: torch.device, compute: Callable[[], Result]) -> Result | None:
     """Returns the result of a computation with a model in fp32.
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpokit.console import say
-from dpokit.model.rounding import is_refusal, try_in_fp32
+from dpokit.model.rounding import computes_in_fp32, is_refusal, try_in_fp32
 from dpokit.model.shared_prefix import NAME, ScoredOnly, SharedPrefix
 
 # With Triton kernels TRL's head scores answer positions only; without them it scores all, so that shapes stay the same
@@ -180,7 +180,9 @@ class Proof:
 
 
 @torch.no_grad()
-def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Tensor]) -> Proof:
+def prove(
+    model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Tensor], *, is_exact: bool = False
+) -> Proof:
     """Scores the first pairs of a batch in the model's precision and in fp32, padded and packed, and compares them.
 
     In fp32 packed and padded rows are equal up to millionths; a difference shows a wrong position, mask or label. In
@@ -188,6 +190,7 @@ def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Ten
 
     Args:
         shared: the packed forward of the model; None proves nothing and measures the rounding.
+        is_exact: whether the model's precision is fp32; then no row is scored twice.
     """
     pairs = len(batch["input_ids"]) // 2
     kept = min(pairs, PROOF_PAIRS)
@@ -195,7 +198,8 @@ def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Ten
     batch = {name: torch.cat([batch[name][:kept], batch[name][pairs : pairs + kept]]) for name in names}
     scored = batch["completion_mask"][:, 1:]
     with shared.switched_off() if shared else nullcontext():
-        padded, exact = score_tokens(model, batch), score_in_fp32(model, batch)
+        padded = score_tokens(model, batch)
+        exact = padded if is_exact else score_in_fp32(model, batch)
     rounding = ROUNDING_16_BIT if exact is None else find_distance(padded, exact, scored)
     if shared is None:
         return Proof(None, rounding)
@@ -206,7 +210,8 @@ def prove(model: Any, shared: SharedPrefix | None, batch: Mapping[str, torch.Ten
         if not is_refusal(error):
             raise
         refusal = f"its forward does not accept a packed batch ({' '.join(str(error).split())[:120]})"
-    exact_packed = score_in_fp32(model, batch)  # also after a refusal: each rank computes equally often
+    # Also after a refusal: each rank computes equally often.
+    exact_packed = packed if is_exact else score_in_fp32(model, batch)
     if packed is None:
         return Proof(refusal, rounding)
     if not shared.attended:
@@ -271,7 +276,8 @@ class PairScorer:
         return {name: values.to(self.model.device) for name, values in self._collate(pairs).items()}
 
     def _check(self, shared: SharedPrefix, batch: Mapping[str, torch.Tensor]) -> None:
-        mismatch = prove(self.model, shared, batch).mismatch
+        is_exact = computes_in_fp32(self.model, self.model.device)
+        mismatch = prove(self.model, shared, batch, is_exact=is_exact).mismatch
         self._is_checked = True
         if mismatch is not None:
             shared.on = False

@@ -1,5 +1,7 @@
 """The model without weights: built from its config on the meta device, with adapter and quantisation as in training."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +177,34 @@ def _add_adapter(settings: Settings, model: PreTrainedModel, *, as_is: bool) -> 
 
 def _block_lists(model: nn.Module) -> list[nn.ModuleList]:
     return [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+
+
+@contextmanager
+def one_block_of_each_kind(model: Any) -> Iterator[None]:
+    """Inside, the model has only its first blocks, down to the last kind of block that it has.
+
+    Without gradients a block's memory is freed before the next block runs, so the other blocks do not raise the peak.
+    Blocks are of one kind if they have the same class, parameters and attention.
+    """
+    config = model.config.get_text_config()
+    number = config.num_hidden_layers
+    attentions = getattr(config, "layer_types", None) or [None] * number
+    removed = []
+    for blocks in _block_lists(model):
+        if len(blocks) != number:  # such as the experts of one block
+            continue
+        kinds = [
+            (type(block), attention, tuple((name, p.shape, p.dtype) for name, p in block.named_parameters()))
+            for block, attention in zip(blocks, attentions, strict=True)
+        ]
+        kept = max(kinds.index(kind) for kind in kinds) + 1
+        removed.append((blocks, list(blocks[kept:])))
+        del blocks[kept:]
+    try:
+        yield
+    finally:
+        for blocks, rest in removed:
+            blocks.extend(rest)
 
 
 def fill_with_fakes(model: nn.Module, settings: Settings) -> None:

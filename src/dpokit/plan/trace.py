@@ -18,7 +18,7 @@ from trl.kernels import ChunkedLogProbFunction  # the head that DPOTrainer insta
 from dpokit.model.packed_rows import Group, Packed
 from dpokit.model.score import find_obstacle
 from dpokit.model.shared_prefix import NAME
-from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors
+from dpokit.plan.blueprint import Blueprint, fill_with_fakes, list_tensors, one_block_of_each_kind
 from dpokit.plan.memory_ledger import Ledger
 from dpokit.plan.optimizer_memory import count_state_bytes
 from dpokit.settings.load import Settings
@@ -143,7 +143,10 @@ def trace_step(
     autocast: torch.dtype | None,
     on_gpu: bool,
 ) -> StepMemory:
-    """Traces two optimizer steps, the second with optimizer states, then one batch of the evaluation.
+    """Traces the last micro-batch of a later step, then one batch of the evaluation.
+
+    Optimizer states are allocated before it, as from the second step on. With several micro-batches, so are the
+    gradients that the earlier ones have left. No other micro-batch has more in memory at once.
 
     Args:
         blueprint: the models; the trace fills them with fake tensors, after which nothing else can use them.
@@ -161,11 +164,11 @@ def trace_step(
         stack.enter_context(ledger)
         if settings.training.precompute_ref_log_probs:
             step.precompute(train)
-        micro_batches = min(2, settings.training.gradient_accumulation_steps)
-        for number in (1 if on_gpu else micro_batches, micro_batches):
-            for _ in range(number):
-                step.forward_and_backward(train)
-            step.update()
+        step.add_states()
+        if settings.training.gradient_accumulation_steps > 1:
+            step.add_gradients()
+        step.forward_and_backward(train)
+        step.free_gradients()
         if evaluation is not None:
             step.evaluate(evaluation)
     trained = sum(p.numel() * p.element_size() for p in step.trained)
@@ -258,8 +261,10 @@ class _Step:
 
     def _score_by_reference(self, shape: Shape) -> None:
         adapter_off: Callable[[], Any] = getattr(self.policy, "disable_adapter", nullcontext)
-        with torch.no_grad(), nullcontext() if self.reference is not None else adapter_off():
-            self._score(self.policy if self.reference is None else self.reference, shape)
+        model = self.policy if self.reference is None else self.reference
+        switch = nullcontext() if self.reference is not None else adapter_off()
+        with torch.no_grad(), switch, one_block_of_each_kind(model):
+            self._score(model, shape)
 
     def precompute(self, shape: Shape) -> None:
         """Traces the reference's pass over the rows, before the first step."""
@@ -270,6 +275,7 @@ class _Step:
     def forward_and_backward(self, shape: Shape) -> None:
         """Traces one micro-batch. The backward pass begins in the head."""
         self.policy.train()
+        self._set_kind("activations")
         with self._mixed_precision():
             log_probs = self._score(self.policy, shape)
             if not self.settings.training.precompute_ref_log_probs:
@@ -279,20 +285,32 @@ class _Step:
         self._set_kind("logits")
         loss.backward()
 
-    def update(self) -> None:
-        """Allocates optimizer states at the first step, and frees the gradients."""
-        if not self.states:
-            self._set_kind("optimizer")
-            for parameter in self.trained:
-                size = count_state_bytes(self.settings.training.optim, parameter)
-                self.states += [torch.zeros(part, dtype=torch.uint8) for part in (size // 2, size - size // 2)]
+    def add_states(self) -> None:
+        """Allocates the optimizer states."""
+        self._set_kind("optimizer")
+        for parameter in self.trained:
+            size = count_state_bytes(self.settings.training.optim, parameter)
+            self.states += [torch.zeros(part, dtype=torch.uint8) for part in (size // 2, size - size // 2)]
+
+    def add_gradients(self) -> None:
+        """Allocates the gradients of earlier micro-batches."""
+        self._set_kind("gradients")
+        for parameter in self.trained:
+            parameter.grad = torch.zeros_like(parameter)
+
+    def free_gradients(self) -> None:
+        """Frees the gradients, as the optimizer's step does."""
         for parameter in self.trained:
             parameter.grad = None
 
     def evaluate(self, shape: Shape) -> None:
         """Traces a batch of held-out pairs: without gradients, but often with more pairs."""
         self.policy.eval()
+        self._set_kind("activations")
+        # Autocast keeps a 16-bit copy of each trained weight until the pass ends, so there every block counts.
+        blocks = one_block_of_each_kind(self.policy) if self.autocast is None else nullcontext()
         with torch.no_grad(), self._mixed_precision():
-            self._score(self.policy, shape)
+            with blocks:
+                self._score(self.policy, shape)
             if not self.settings.training.precompute_ref_log_probs:
                 self._score_by_reference(shape)
