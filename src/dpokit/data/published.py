@@ -41,6 +41,8 @@ class Published(Named):
             or has no usable label.
         optional: further columns, which `convert` reads or knows to be of no use.
         by_name: whether rows have this layout only if `--format` names it.
+        refuses_labels: whether rows have this layout only without a further column that ranks the answers, unless
+            `--format` names it.
     """
 
     looks: str
@@ -48,6 +50,7 @@ class Published(Named):
     convert: Callable[[Row], Row | Ranking]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_name: bool = False
+    refuses_labels: bool = False
 
 
 def list_columns(*names: str, **renamed: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -169,6 +172,7 @@ PAIRED = (
         list_columns(prompt=PROMPTS, answers=("output",)),
         _read_two_outputs,
         list_columns("history"),
+        refuses_labels=True,
     ),
     Published(
         "ms-swift",
