@@ -93,6 +93,22 @@ def test_a_missing_split_is_reported_with_the_existing_ones(pairs_file, plain_to
     assert "--eval_fraction" in str(error.value)
 
 
+@pytest.mark.parametrize("split", ["train[100:200]", "train[:0]", "train[5:5]"])
+def test_a_slice_without_rows_is_an_error_with_the_sizes(split, pairs_file, plain_tokenizer):
+    with pytest.raises(DataError, match=r"this slice has no row: train has 40 rows") as error:
+        prepare(pairs_file, plain_tokenizer, dataset_train_split=split)
+    assert error.value.do == "correct --dataset_train_split"
+
+
+def test_a_first_pair_without_an_answer_does_not_stop_an_evaluation(tmp_path, plain_tokenizer):
+    lists = {"prompt": "Why?", "answers": [{"answer": 4, "rank": 1}] + [{"answer": f"a{n}", "rank": n} for n in (2, 3)]}
+    rows = [lists, *({**lists, "answers": lists["answers"][1:]} for _ in range(2))]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataArguments(dataset_name=str(tmp_path), ranked="all")
+    held_out = prepare_held_out(data, plain_tokenizer, max_length=None)
+    assert (held_out.prompts, held_out.pairs["row"][:]) == (["Why?"] * 3, [0, 1, 2])
+
+
 def test_no_usable_row_is_an_error_with_the_reasons(tmp_path, plain_tokenizer):
     (tmp_path / "equal.jsonl").write_text(LINE.replace("green", "blue") * 5)
     with pytest.raises(DataError, match="5 equal_answers"):

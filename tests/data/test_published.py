@@ -259,7 +259,7 @@ def test_odd_rows_of_an_arena_file_do_not_hide_its_layout():
     odd = [ARENA | {"response_b": '["No."]'}, ARENA | {"prompt": "Why?", **ANSWERS}]
     layout = match_layout([*odd, ARENA, ARENA, ARENA], "test")
     assert isinstance(layout.to_pairs(odd[0])[0], UnusableError)
-    assert layout.to_pair(ARENA).prompt == [WHY, YES, SO]
+    assert layout.to_pair(ARENA).prompt == [WHY]
 
 
 # rows whose label has no certain meaning
@@ -387,7 +387,7 @@ def test_one_pair_a_row_counts_rows(tmp_path, plain_tokenizer):
 
 def test_load_pairs_returns_every_pair(tmp_path, capsys):
     pairs = dpokit.load_pairs(write(tmp_path / "rows.jsonl", RANKED_ROWS), ranked="adjacent")
-    assert pairs[:2] == [{"prompt": "Why 0?", "chosen": chosen, "rejected": "a0"} for chosen in ("b0", "c0")]
+    assert list(pairs)[:2] == [{"prompt": "Why 0?", "chosen": chosen, "rejected": "a0"} for chosen in ("b0", "c0")]
     assert len(pairs) == 8
     assert "(tie)" in capsys.readouterr().err
 
