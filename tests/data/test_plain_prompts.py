@@ -10,7 +10,7 @@ from dpokit.data.messages import UnusableError
 from dpokit.data.prepare import prepare_data
 from dpokit.data.rendering import Renderer
 from dpokit.data.tally import print_report
-from dpokit.errors import SettingsError
+from dpokit.errors import DataError, SettingsError
 from dpokit.settings.flags import DataArguments
 
 HH = "\n\nHuman: Why?\n\nAssistant:"
@@ -27,6 +27,13 @@ TRANSCRIPTS = {
     "a transcript without the answer's space": (HH, "So.", (HH, " So.")),
     "a transcript with a space at its end": (f"{HH} ", "So.", (HH, " So.")),
     "a transcript without empty lines before it": (HH.strip(), " So.", (HH.strip(), " So.")),
+    "a transcript with single lines": ("Human: Why?\nAssistant:", "So.", (HH, " So.")),
+    "turns without empty lines before them": (
+        "Human: Why?\n\nAssistant: So.\n\nHuman: Oh?",
+        "Yes.",
+        (f"{HH} So.\n\nHuman: Oh?\n\nAssistant:", " Yes."),
+    ),
+    "an answer's beginning after single lines": ("Human: Why?\nAssistant: It is", " so.", (f"{HH} It is", " so.")),
     "a transcript that ends with a question": ("\n\nHuman: Why?", "So.", (HH, " So.")),
     "several turns": (f"{HH} So.\n\nHuman: Oh?", "Yes.", (f"{HH} So.\n\nHuman: Oh?\n\nAssistant:", " Yes.")),
     "the beginning of an answer": (f"{HH} It is", " so.", (f"{HH} It is", " so.")),
@@ -60,6 +67,44 @@ def test_a_question_in_a_chat_has_the_ids_of_training(prompt_format, plain_token
     renderer = Renderer(plain_tokenizer, prompt_format=prompt_format)
     trained = renderer.encode_prompts([renderer.render(Pair("Why?", "So.", "No.")).prompt])[0]
     assert renderer.encode_messages([{"role": "user", "content": "Why?"}]) == trained
+
+
+WHY, SO = {"role": "user", "content": "Why?\n"}, {"role": "assistant", "content": "So."}
+# pairs that have roles, which raw texts leave out
+CONVERSATIONS = {
+    "a system turn": Pair([{"role": "system", "content": "Be brief."}, WHY], "So.", "No."),
+    "several turns": Pair([WHY, SO, WHY], "So.", "No."),
+    "the beginning of an answer": Pair([WHY, SO], " Yes.", " No."),
+    "several turns of an answer": Pair([WHY], [SO, WHY, SO], [SO, WHY, {**SO, "content": "No."}]),
+}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+def test_a_raw_conversation_is_dropped_instead_of_a_transcript(case, plain_tokenizer):
+    with pytest.raises(UnusableError, match=r"^raw_conversation$"):
+        Renderer(plain_tokenizer, prompt_format="raw").render(CONVERSATIONS[case])
+
+
+def test_a_raw_question_as_a_message_is_trained_as_it_is_asked(plain_tokenizer):
+    renderer = Renderer(plain_tokenizer, prompt_format="raw")
+    rendered = renderer.render(Pair([WHY], [SO], "No."))
+    assert (rendered.prompt, rendered.chosen.text) == ("Why?\n", f"So.{renderer.eos}")
+    assert renderer.encode_prompts([rendered.prompt])[0] == renderer.encode_messages([WHY])
+
+
+def test_raw_conversations_alone_are_an_error_that_names_the_flag(tmp_path, plain_tokenizer):
+    row = {"prompt": [WHY, SO, WHY], "chosen": [SO], "rejected": [{**SO, "content": "No."}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), prompt_format="raw")
+    with pytest.raises(DataError, match="1 raw_conversation") as error:
+        prepare_data(data, plain_tokenizer, max_length=None, with_eval=False)
+    assert "leave --prompt_format raw out" in error.value.do
+
+
+def test_a_raw_conversation_with_a_tool_call_has_a_reason(plain_tokenizer):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    with pytest.raises(UnusableError, match="needs_template"):
+        Renderer(plain_tokenizer, prompt_format="raw").open([WHY, call, WHY])
 
 
 def test_a_prompt_of_another_model_s_template_is_dropped(plain_tokenizer):

@@ -7,14 +7,13 @@ from typing import Any
 
 from dpokit.data.formats import CHOSEN, PROMPTS, REJECTED, Named, Row
 from dpokit.data.messages import ROLE_NAMES, Messages, UnusableError, describe_value, is_turns
-from dpokit.data.transcripts import ASSISTANT, HUMAN
+from dpokit.data.transcripts import ASSISTANT, HUMAN, separate_turns
 
 # The words with which a chat template begins the assistant's turn.
 OPENINGS = re.compile(
     r"<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<start_of_turn>model\n|"
     r"<\|assistant\|>\n?|\[/INST\]"
 )
-SPEAKERS = re.compile(r"\n+(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _separate_turns(row: Row) -> Row:
         text = row[name]
         if not isinstance(text, str) or not text.lstrip().startswith("Human:") or "\nAssistant:" not in text:
             raise UnusableError("no_answer_turn", "no transcript")
-        texts[name] = SPEAKERS.sub(r"\n\n\1:", "\n" + text.lstrip())
+        texts[name] = separate_turns(text.lstrip())
         if texts[name] == text or HUMAN not in texts[name] or ASSISTANT not in texts[name]:
             raise UnusableError("no_answer_turn", "a usual transcript")
     return texts
