@@ -11,6 +11,7 @@ from dpokit.data.prepare import prepare_data
 from dpokit.data.rendering import Renderer
 from dpokit.data.tally import print_report
 from dpokit.errors import DataError, SettingsError
+from dpokit.model.base_and_tuned import find_run, read_run_defaults
 from dpokit.settings.flags import DataArguments
 
 HH = "\n\nHuman: Why?\n\nAssistant:"
@@ -121,6 +122,28 @@ def test_a_prompt_with_the_model_s_own_control_tokens_stays(chat_tokenizer):
 def test_raw_prompts_with_a_chat_template_are_an_error(chat_tokenizer):
     with pytest.raises(SettingsError, match="has a chat template"):
         Renderer(chat_tokenizer, prompt_format="raw")
+
+
+# layout of an older run, its further files, the settings that it recorded, and the form of its prompts
+OLDER_RUNS = [
+    ("explicit, plain", {}, {}, "raw"),
+    ("implicit, plain", {}, {}, "raw"),
+    ("HH transcript", {}, {}, None),
+    ("explicit, plain", {"model/chat_template.jinja": "x"}, {}, None),
+    ("explicit, plain", {}, {"prompt_format": {"value": "transcript", "origin": "default"}}, None),
+    ("explicit, plain", {"data.json": "[" * 9}, {}, None),
+]
+
+
+@pytest.mark.parametrize(("layout", "files", "settings", "expected"), OLDER_RUNS)
+def test_a_run_from_before_the_flag_keeps_its_raw_prompts(layout, files, settings, expected, tmp_path):
+    run = {"format": 1, "settings": {"model_name_or_path": {"value": "m", "origin": "flag"}, **settings}}
+    files = {"run.json": json.dumps(run), "data.json": json.dumps({"train": {"format": layout}}), **files}
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    _, record = find_run(str(tmp_path))
+    assert read_run_defaults(record, str(tmp_path)).get("prompt_format") == expected
 
 
 def prepare(tmp_path, tokenizer, answer: str, prompt_format: str = "transcript"):

@@ -33,7 +33,7 @@ def refuse_labels(layout: Published, labels: Sequence[str], source: str) -> Data
     """Returns the error for columns that may rank the answers otherwise than the layout does."""
     names = ",".join(labels)
     return DataError(
-        f"{source} has the columns of {layout.name}, and beside them {names}, which may say that another answer is better",
+        f"{source} has the columns of {layout.name}, and beside them {names}, which may call another answer better",
         expected=f"{layout.looks}; without a further label, rank or score",
         do=f"if {names} says nothing else, --ignore_columns {shlex.quote(names)}; or write the better answer as chosen "
         "and the worse one as rejected",
