@@ -81,6 +81,36 @@ def test_a_broken_file_is_named_with_what_is_wrong(name, content, seen, tmp_path
     assert name in str(error.value)
 
 
+WRAPPED = [json.loads(LINE)] * 3
+# content of a file that begins as a list of rows under a key, further flags, and the number of pairs; or an error
+WRAPPERS = {
+    "a list under a key": (json.dumps({"data": WRAPPED}), {}, 3),
+    "in several lines": (json.dumps({"data": WRAPPED}, indent=2) + "\n", {}, 3),
+    "a column of messages": (
+        "".join(
+            json.dumps({"data": [{"role": "user", "content": f"Why {n}?"}], "chosen": "a", "rejected": "b"}) + "\n"
+            for n in range(2)
+        ),
+        {"columns": ["prompt=data"]},
+        2,
+    ),
+    "two splits": (json.dumps({"train": WRAPPED, "test": WRAPPED}), {}, "whose train is a list of 3 objects"),
+    "a key behind it": (json.dumps({"data": WRAPPED, "version": "1"}), {}, "whose data is a list of 3 objects"),
+    "broken JSON": (json.dumps({"data": WRAPPED})[:-30] + "}", {}, "line 1 is broken JSON"),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPERS)
+def test_a_list_is_the_rows_only_if_nothing_follows_it(case, tmp_path, plain_tokenizer):
+    content, flags, expected = WRAPPERS[case]
+    (tmp_path / "rows.json").write_text(content)
+    if isinstance(expected, int):
+        assert len(prepare(tmp_path / "rows.json", plain_tokenizer, **flags).train) == expected
+        return
+    with pytest.raises(DataError, match=expected):
+        prepare(tmp_path / "rows.json", plain_tokenizer, **flags)
+
+
 def test_a_missing_file_or_dataset_is_named(tmp_path, plain_tokenizer):
     for name in (str(tmp_path / "none.jsonl"), "nobody/no-such-dataset"):
         with pytest.raises(DataError, match=Path(name).name):

@@ -115,6 +115,31 @@ ROWS = [
         {"chosen": "Human: Why?\nAssistant: Yes.", "rejected": "Human: Why?\nAssistant: No."},
         (HH, " Yes.", " No."),
     ),
+    (
+        "transcript without empty lines",
+        {"prompt": "Why?", "chosen": "Human: Why?\nAssistant: Yes.", "rejected": "Human: Why?\nAssistant: No."},
+        (HH, " Yes.", " No."),
+    ),
+    (
+        EXPLICIT,
+        {
+            "prompt": "Human: Why?\nAssistant:",
+            "chosen": "Human: Why?\nAssistant: Yes.",
+            "rejected": "Human: Why?\nAssistant: No.",
+        },
+        ("Human: Why?\nAssistant:", " Yes.", " No."),
+    ),
+    (
+        EXPLICIT,
+        {"prompt": "[INST] Why? [/INST]", "chosen": "[INST] Why? [/INST] Yes.", "rejected": "[INST] Why? [/INST] No."},
+        ("[INST] Why? [/INST]", " Yes.", " No."),
+    ),
+    (EXPLICIT, {"prompt": CHATML, "chosen": f"{CHATML}Yes.", "rejected": f"{CHATML}No."}, (CHATML, "Yes.", "No.")),
+    (
+        "rendered conversations",
+        {"prompt": "Why?", "chosen": f"{CHATML}Yes.", "rejected": f"{CHATML}No."},
+        (CHATML, "Yes.", "No."),
+    ),
     ("rendered conversations", {"chosen": f"{CHATML}Yes.", "rejected": f"{CHATML}No."}, (CHATML, "Yes.", "No.")),
     ("rendered conversations", {"chosen": f"{LLAMA}Yes.", "rejected": f"{LLAMA}No."}, (LLAMA, "Yes.", "No.")),
     ("SHP", shp(1), PLAIN),

@@ -128,7 +128,20 @@ def _separate_turns(row: Row) -> Row:
         texts[name] = separate_turns(text.lstrip())
         if texts[name] == text or HUMAN not in texts[name] or ASSISTANT not in texts[name]:
             raise UnusableError("no_answer_turn", "a usual transcript")
+    _check_prompt(row)
     return texts
+
+
+def _check_prompt(row: Row) -> None:
+    """Raises UnusableError for a prompt beside whole conversations that is not a part inside both of them.
+
+    Answers that begin with their prompt are of the layout "explicit, plain".
+    """
+    prompt = row.get("prompt")
+    if prompt is None:
+        return
+    if not isinstance(prompt, str) or any(row[name].find(prompt) < 1 for name in ("chosen", "rejected")):
+        raise UnusableError("different_prompts", "the prompt is not inside the conversations")
 
 
 def _split_rendered(row: Row) -> Row:
@@ -140,6 +153,7 @@ def _split_rendered(row: Row) -> Row:
         if not places:
             raise UnusableError("no_answer_turn", "no rendered conversation")
         parts[name] = (text[: places[-1].end()], text[places[-1].end() :])
+    _check_prompt(row)
     if parts["chosen"][0] != parts["rejected"][0]:
         raise UnusableError("different_prompts")
     return {"prompt": parts["chosen"][0]} | {name: answer for name, (_, answer) in parts.items()}
@@ -196,11 +210,13 @@ PAIRED = (
         'chosen, rejected: strings with "Human:" and "\\nAssistant:" turns',
         list_columns(chosen=CHOSEN, rejected=REJECTED),
         _separate_turns,
+        list_columns(prompt=PROMPTS),
     ),
     Published(
         "rendered conversations",
         "chosen, rejected: strings with the control tokens of a chat template",
         list_columns(chosen=CHOSEN, rejected=REJECTED),
         _split_rendered,
+        list_columns(prompt=PROMPTS),
     ),
 )
