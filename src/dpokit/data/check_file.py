@@ -60,18 +60,17 @@ def check_file(path: Path, builder: str, *, skip_bad: bool = False) -> Findings:
 def is_list(path: Path) -> bool:
     """Whether a JSON file is one list of rows, alone or as `{"data": [...]}`, instead of one row per line."""
     start = _read_start(path)
-    return start[:1] == b"[" or (WRAPPER.match(start.decode("utf-8", "replace")) is not None and _is_only_list(path))
+    return start[:1] == b"[" or (WRAPPER.match(start.decode("utf-8", "replace")) is not None and not _is_row(path))
 
 
-def _is_only_list(path: Path) -> bool:
-    """Whether the file ends with the first list in it and a brace: no key follows, and no further row."""
-    text = _ListText(path)
-    for _ in _read_rows(text):
-        pass
-    if text.skip_space() != "}":
+def _is_row(path: Path) -> bool:
+    """Whether the first line is an object of several keys: a row that begins with a column named `data` or the like."""
+    try:
+        with open_file(path) as file:
+            row = json.loads(file.readline(LINE_BYTES + 1))
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile):
         return False
-    text.place += 1
-    return not text.skip_space()
+    return isinstance(row, dict) and len(row) > 1
 
 
 def read_list(path: Path) -> Iterator[str]:
@@ -81,15 +80,6 @@ def read_list(path: Path) -> Iterator[str]:
     """
     text = _ListText(path)
     is_wrapped = text.skip_space() == "{"
-    yield from _read_rows(text)
-    if is_wrapped and text.skip_space() == "}":
-        text.place += 1
-    if text.skip_space():
-        raise text.refuse(text.place, "Extra data")
-
-
-def _read_rows(text: "_ListText") -> Iterator[str]:
-    """Yields the rows of the next list, and moves behind it."""
     text.open_list()
     letter = text.skip_space()
     if letter == "]":
@@ -100,6 +90,12 @@ def _read_rows(text: "_ListText") -> Iterator[str]:
         if letter not in (",", "]"):
             raise text.refuse(text.place, "Expecting ',' delimiter")
         text.place += 1
+    if is_wrapped:
+        if text.skip_space() != "}":
+            raise text.refuse(text.place, "a key follows the list of rows; write the rows alone")
+        text.place += 1
+    if text.skip_space():
+        raise text.refuse(text.place, "Extra data")
 
 
 def write_lines(path: Path, target: Path) -> None:
