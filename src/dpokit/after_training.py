@@ -79,7 +79,8 @@ def _check_merge(settings: Settings) -> None:
         settings.training.eval_strategy == "no" and data.eval_fraction is None
     ):  # otherwise training itself checks the pairs
         splits = load_splits(data.dataset_name, data.dataset_config, streaming=False, ignore=data.ignore_columns or ())
-        if data.dataset_test_split.partition("[")[0] not in splits:
+        names = {part.partition("[")[0].strip() for part in data.dataset_test_split.split("+")}
+        if data.dataset_test_split not in splits and not names <= splits.keys():
             raise DataError(
                 f"--merge_after_training, but no held-out pairs to check it: no split {data.dataset_test_split!r}",
                 expected=f"--dataset_test_split {' or '.join(splits)}, or --eval_fraction 0.05",

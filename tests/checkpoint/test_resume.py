@@ -13,7 +13,7 @@ from compare_runs import check_same, interrupt, read_steps
 from conftest import write_pairs
 from transformers import AutoModelForCausalLM
 
-from dpokit.checkpoint.resume import claim_folder
+from dpokit.checkpoint.resume import claim_folder, compare_settings, describe_identity
 from dpokit.checkpoint.store import find_checkpoints, write_manifest
 from dpokit.errors import RunFolderError, SettingsError
 from dpokit.interrupts import Preempted
@@ -209,6 +209,7 @@ CHANGES = {
     "max_steps": ("max_steps", "9"),
     "loss_type": ("loss_type", "ipo"),
     "group_by_prompt": ("group_by_prompt", "false"),
+    "prompt_format": ("prompt_format", "raw"),
 }
 
 
@@ -229,6 +230,23 @@ def test_changes_are_accepted_in_a_list_and_by_short_names(defaults, broken):
     flags = ["--learning_rate", "0.01", "--seed", "7", "--accept_changes", "lr,seed"]
     train("dpo_test", {**defaults, "output_dir": str(broken.path), "max_steps": 4}, flags)
     assert set(broken.read_run()["accepted_changes"][0]) == {"learning_rate", "seed"}
+
+
+# the data's fingerprint in a checkpoint from before --prompt_format, and now; the refused settings
+OLDER_CHECKPOINTS = [("a", "a", None), ("a", "b", "data was a, now b"), (None, None, "prompt_format was None")]
+
+
+@pytest.mark.parametrize(("before", "now", "refused"), OLDER_CHECKPOINTS)
+def test_a_checkpoint_from_before_raw_prompts_names_the_flag(before, now, refused, tmp_path):
+    settings = load_settings("dpo_test", {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}, [])
+    values = describe_identity(settings, world_size=1, data_fingerprint=now, model="m")
+    older = {name: value for name, value in values.items() if name not in ("prompt_format", "ranked", "format")}
+    if refused is None:
+        assert compare_settings(older | {"data": before}, values, settings) == {}
+        return
+    with pytest.raises(RunFolderError, match=refused) as error:
+        compare_settings(older | {"data": before}, values, settings)
+    assert "--prompt_format raw" in error.value.do
 
 
 def test_a_setting_that_no_resume_compares_cannot_be_accepted(defaults, broken):

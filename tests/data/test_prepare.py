@@ -81,6 +81,36 @@ def test_a_broken_file_is_named_with_what_is_wrong(name, content, seen, tmp_path
     assert name in str(error.value)
 
 
+WRAPPED = [json.loads(LINE)] * 3
+# content of a file that begins as a list of rows under a key, further flags, and the number of pairs; or an error
+WRAPPERS = {
+    "a list under a key": (json.dumps({"data": WRAPPED}), {}, 3),
+    "in several lines": (json.dumps({"data": WRAPPED}, indent=2) + "\n", {}, 3),
+    "a column of messages": (
+        "".join(
+            json.dumps({"data": [{"role": "user", "content": f"Why {n}?"}], "chosen": "a", "rejected": "b"}) + "\n"
+            for n in range(2)
+        ),
+        {"columns": ["prompt=data"]},
+        2,
+    ),
+    "two splits": (json.dumps({"train": WRAPPED, "test": WRAPPED}), {}, "whose train is a list of 3 objects"),
+    "a key behind it": (json.dumps({"data": WRAPPED, "version": "1"}), {}, "whose data is a list of 3 objects"),
+    "broken JSON": (json.dumps({"data": WRAPPED})[:-30] + "}", {}, "line 1 is broken JSON"),
+}
+
+
+@pytest.mark.parametrize("case", WRAPPERS)
+def test_a_list_is_the_rows_only_if_nothing_follows_it(case, tmp_path, plain_tokenizer):
+    content, flags, expected = WRAPPERS[case]
+    (tmp_path / "rows.json").write_text(content)
+    if isinstance(expected, int):
+        assert len(prepare(tmp_path / "rows.json", plain_tokenizer, **flags).train) == expected
+        return
+    with pytest.raises(DataError, match=expected):
+        prepare(tmp_path / "rows.json", plain_tokenizer, **flags)
+
+
 def test_a_missing_file_or_dataset_is_named(tmp_path, plain_tokenizer):
     for name in (str(tmp_path / "none.jsonl"), "nobody/no-such-dataset"):
         with pytest.raises(DataError, match=Path(name).name):
@@ -91,6 +121,22 @@ def test_a_missing_split_is_reported_with_the_existing_ones(pairs_file, plain_to
     with pytest.raises(DataError, match="no split 'test'; there is train") as error:
         prepare(pairs_file, plain_tokenizer, with_eval=True)
     assert "--eval_fraction" in str(error.value)
+
+
+@pytest.mark.parametrize("split", ["train[100:200]", "train[:0]", "train[5:5]"])
+def test_a_slice_without_rows_is_an_error_with_the_sizes(split, pairs_file, plain_tokenizer):
+    with pytest.raises(DataError, match=r"this slice has no row: train has 40 rows") as error:
+        prepare(pairs_file, plain_tokenizer, dataset_train_split=split)
+    assert error.value.do == "correct --dataset_train_split"
+
+
+def test_a_first_pair_without_an_answer_does_not_stop_an_evaluation(tmp_path, plain_tokenizer):
+    lists = {"prompt": "Why?", "answers": [{"answer": 4, "rank": 1}] + [{"answer": f"a{n}", "rank": n} for n in (2, 3)]}
+    rows = [lists, *({**lists, "answers": lists["answers"][1:]} for _ in range(2))]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = DataArguments(dataset_name=str(tmp_path), ranked="all")
+    held_out = prepare_held_out(data, plain_tokenizer, max_length=None)
+    assert (held_out.prompts, held_out.pairs["row"][:]) == (["Why?"] * 3, [0, 1, 2])
 
 
 def test_no_usable_row_is_an_error_with_the_reasons(tmp_path, plain_tokenizer):

@@ -115,6 +115,31 @@ ROWS = [
         {"chosen": "Human: Why?\nAssistant: Yes.", "rejected": "Human: Why?\nAssistant: No."},
         (HH, " Yes.", " No."),
     ),
+    (
+        "transcript without empty lines",
+        {"prompt": "Why?", "chosen": "Human: Why?\nAssistant: Yes.", "rejected": "Human: Why?\nAssistant: No."},
+        (HH, " Yes.", " No."),
+    ),
+    (
+        EXPLICIT,
+        {
+            "prompt": "Human: Why?\nAssistant:",
+            "chosen": "Human: Why?\nAssistant: Yes.",
+            "rejected": "Human: Why?\nAssistant: No.",
+        },
+        ("Human: Why?\nAssistant:", " Yes.", " No."),
+    ),
+    (
+        EXPLICIT,
+        {"prompt": "[INST] Why? [/INST]", "chosen": "[INST] Why? [/INST] Yes.", "rejected": "[INST] Why? [/INST] No."},
+        ("[INST] Why? [/INST]", " Yes.", " No."),
+    ),
+    (EXPLICIT, {"prompt": CHATML, "chosen": f"{CHATML}Yes.", "rejected": f"{CHATML}No."}, (CHATML, "Yes.", "No.")),
+    (
+        "rendered conversations",
+        {"prompt": "Why?", "chosen": f"{CHATML}Yes.", "rejected": f"{CHATML}No."},
+        (CHATML, "Yes.", "No."),
+    ),
     ("rendered conversations", {"chosen": f"{CHATML}Yes.", "rejected": f"{CHATML}No."}, (CHATML, "Yes.", "No.")),
     ("rendered conversations", {"chosen": f"{LLAMA}Yes.", "rejected": f"{LLAMA}No."}, (LLAMA, "Yes.", "No.")),
     ("SHP", shp(1), PLAIN),
@@ -144,6 +169,11 @@ ROWS = [
         {"conversation_a": [WHY, NO, SO, NO], "conversation_b": [WHY, YES, SO, NO], "winner": "model_b", "turn": 1},
         CHAT,
     ),
+    (
+        "arena conversations",
+        {"conversation_a": [WHY, NO, SO, NO], "conversation_b": [WHY, YES, SO, NO], "winner": "model_b", "turn": 1.0},
+        CHAT,
+    ),
     ("arena", {"prompt": "Why?", **ANSWERS, "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}, PLAIN),
     (
         "arena",
@@ -157,6 +187,8 @@ ROWS = [
         ([WHY, YES, SO], "Yes.", "No."),
     ),
     ("votes", {"prompt": "Why?", **SWAPPED, "winner": "B"}, PLAIN),
+    ("votes", {"prompt": "Why?", "response_1": "No.", "response_2": "Yes.", "winner": 2.0}, PLAIN),
+    ("votes", {"prompt": '["Why?"]', "response_a": '["Yes."]', "response_b": '["No."]', "winner": "model_a"}, CHAT),
     ("AlpacaEval", {"instruction": "Why?", "output_1": "No.", "output_2": "Yes.", "preference": 2.0}, PLAIN),
     ("AlpacaEval", {"instruction": "Why?", "input": "", "output_1": "Yes.", "output_2": "No.", "preference": 1}, PLAIN),
     ("ranked answers", {"prompt": HH, "answers": objects("answer", "rank", 2, 1, 3)}, (HH, "Answer 1.", "Answer 3.")),
@@ -167,6 +199,7 @@ ROWS = [
     ),
     ("scored answers", {"prompt": "Why?", "responses": ["No.", "Yes.", "So."], "scores": [1, 9, 5]}, PLAIN),
     ("scored answers", {"instruction": "Why?", "generations": ["Yes.", "No."], "ratings": ["5", "2"]}, PLAIN),
+    ("scored answers", {"instruction": "Why?", "output": ["No.", "Yes."], "scores": [1, 9]}, PLAIN),
 ]
 BY_NAME = {form.name: form.flag for form in LAYOUTS if form.by_name}
 
@@ -189,6 +222,13 @@ TESTED_IN_FORMATS = {"dpokit votes", "HH prompt", "UltraFeedback", "implicit, co
     "implicit, plain"
 }
 
+ARENA = {
+    "prompt": '["Why?", "So?"]',
+    "response_a": '["Yes.", "Yes."]',
+    "response_b": '["No.", "No."]',
+    "winner_model_a": 1,
+    "winner_model_b": 0,
+}
 # rows without a pair, and the reason
 UNUSABLE = [
     (shp(1), {"labels": None}, "missing_label (labels is null)"),
@@ -200,7 +240,19 @@ UNUSABLE = [
     ({"prompt": "Why?", **ANSWERS, "winner": "a"}, {"winner": "carol"}, "missing_label (winner is text)"),
     ({"instruction": "Why?", "output_1": "Yes.", "output_2": "No.", "preference": 1}, {"preference": 1.5}, "tie"),
     ({"instruction": "Why?", "output_1": "Yes.", "output_2": "No.", "preference": 1}, {"preference": 0}, "tie"),
+    (
+        {"instruction": "Why?", "output_1": "Yes.", "output_2": "No.", "preference": 1},
+        {"preference": -1},
+        "missing_label (preference is not from 1 to 2)",
+    ),
     ({"prompt": "Why?", "responses": ["Yes.", "No."], "scores": [1, 9]}, {"scores": [3, 3]}, "tie"),
+    (
+        {"prompt": "Why?", "responses": ["Yes.", "No."], "scores": [1, 9]},
+        {"scores": [float("nan"), 1]},
+        "missing_label (scores is a number)",
+    ),
+    (ARENA, {"response_b": '["No."]'}, "missing_text (a list of questions has another number of answers)"),
+    (ARENA, {"response_b": '["No." null]'}, "missing_text (a list of questions has another number of answers)"),
     (
         {"prompt": "Why?", "responses": ["Yes.", "No."], "scores": [1, 9]},
         {"scores": [3]},
@@ -228,11 +280,44 @@ def test_a_damaged_row_has_a_reason_instead_of_a_traceback(name, row, _):
             assert layout.to_pairs(row | {column: value})
 
 
+def test_odd_rows_of_an_arena_file_do_not_hide_its_layout():
+    odd = [ARENA | {"response_b": '["No."]'}, ARENA | {"prompt": "Why?", **ANSWERS}]
+    layout = match_layout([*odd, ARENA, ARENA, ARENA], "test")
+    assert isinstance(layout.to_pairs(odd[0])[0], UnusableError)
+    assert layout.to_pair(ARENA).prompt == [WHY]
+
+
+# rows whose label has no certain meaning
+UNSURE = {
+    "a preference from 0": {"prompt": "Why?", **ANSWERS, "preference": 1},
+    "a signed preference": {"prompt": "Why?", "response_1": "Yes.", "response_2": "No.", "preference": -3},
+    "a number for the winner of A and B": {"prompt": "Why?", **ANSWERS, "winner": 1},
+    "two outputs and their ranks": {"instruction": "Why?", "output": ["No.", "Yes."], "ranking": [2, 1]},
+    "two outputs and the best one": {"prompt": "Why?", "output": ["No.", "Yes."], "best_id": 1},
+    "a strength beside a label": steer(3) | {"preference": "response_1"},
+}
+
+
+@pytest.mark.parametrize("case", UNSURE)
+def test_a_label_that_could_be_read_in_two_ways_is_an_error(case):
+    with pytest.raises(DataError):
+        match_layout([UNSURE[case]] * 2, "my.jsonl")
+
+
+def test_labels_beside_a_layout_are_named_and_may_be_ignored():
+    row = UNSURE["two outputs and the best one"]
+    with pytest.raises(DataError, match="beside them best_id") as error:
+        match_layout([row], "my.jsonl")
+    assert "--ignore_columns best_id" in error.value.do
+    for layout in (match_layout([row], "", ignored=["best_id"]), match_layout([row], "", form="llama_factory_v1")):
+        assert layout.to_pair(row).chosen == "No."
+
+
 FIVE = {"prompt": "Why?", "responses": ["a", "b", "c", "d", "e"], "scores": [1, 9, 5, 9, 4]}
 # flags, the pairs of FIVE
 CHOICES = {
     "best_worst": ([("b", "a")], 0.0),
-    "adjacent": ([("d", "c"), ("c", "e"), ("e", "a")], 0.0),
+    "adjacent": ([("b", "c"), ("d", "c"), ("c", "e"), ("e", "a")], 0.0),
     "all": (
         [("b", "c"), ("b", "e"), ("b", "a"), ("d", "c"), ("d", "e"), ("d", "a"), ("c", "e"), ("c", "a"), ("e", "a")],
         0.0,
@@ -327,8 +412,8 @@ def test_one_pair_a_row_counts_rows(tmp_path, plain_tokenizer):
 
 def test_load_pairs_returns_every_pair(tmp_path, capsys):
     pairs = dpokit.load_pairs(write(tmp_path / "rows.jsonl", RANKED_ROWS), ranked="adjacent")
-    assert pairs[0] == {"prompt": "Why 0?", "chosen": "c0", "rejected": "a0"}
-    assert len(pairs) == 7
+    assert list(pairs)[:2] == [{"prompt": "Why 0?", "chosen": chosen, "rejected": "a0"} for chosen in ("b0", "c0")]
+    assert len(pairs) == 8
     assert "(tie)" in capsys.readouterr().err
 
 

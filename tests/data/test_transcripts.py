@@ -3,7 +3,7 @@
 import pytest
 
 from dpokit.data.messages import UnusableError
-from dpokit.data.transcripts import parse_transcript, render_transcript
+from dpokit.data.transcripts import parse_prompt, parse_transcript, render_transcript
 
 HH = "\n\nHuman: Why?\n\nAssistant:"
 LONG_HH = "\n\nHuman: Why?\n\nAssistant: Who asks?\n\nHuman: Me.\n\nAssistant:"
@@ -21,6 +21,17 @@ def test_a_transcript_survives_parsing_and_rendering():
 
 def test_a_plain_text_is_one_stripped_user_message():
     assert parse_transcript("  Why? ") == [WHY]
+
+
+@pytest.mark.parametrize("text", ["Human: Why?\nAssistant:", "Human: Why?\n\nAssistant: ", "Human: Why?"])
+def test_a_transcript_without_empty_lines_is_read(text):
+    assert parse_transcript(text) == [WHY]
+
+
+@pytest.mark.parametrize("text", ["### Question:\nWhy?\n", HH, "Human: Why?\nAssistant:"])
+def test_a_raw_prompt_is_one_message_as_it_is(text):
+    assert parse_prompt(text, is_raw=True) == [{"role": "user", "content": text}]
+    assert parse_prompt(ME, is_raw=True) == parse_prompt(LONG_HH, is_raw=False) == ME
 
 
 def test_an_empty_answer_is_left_out_of_a_transcript():

@@ -194,17 +194,23 @@ def _check_settings(checkpoint: Checkpoint, settings: Settings, *, world_size: i
 
 def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], settings: Settings) -> dict[str, list[Any]]:
     """The accepted changes, as `{name: [then, now]}`. Raises: RunFolderError that lists all other changes."""
-    then = {"group_by_prompt": False, **then}  # checkpoints from before this flag lack it
+    # Checkpoints from before these flags lack them. The fingerprint of the data shows whether their prompts were raw; a
+    # stream has none, so a user has to say it.
+    is_old = "prompt_format" not in then
+    raw = {"prompt_format": now.get("prompt_format")} if then.get(DATA) is not None else {}
+    then = {"group_by_prompt": False, "format": None, "ranked": "best_worst", "min_score_gap": 0.0, **raw, **then}
     changed = {name: [then.get(name), value] for name, value in now.items() if then.get(name) != value}
     accepted = find_accepted(settings)
     refused = {name: both for name, both in changed.items() if name not in accepted}
     if refused:
         changes = "; ".join(f"{name} was {before}, now {after}" for name, (before, after) in refused.items())
+        is_about_prompts = is_old and not refused.keys().isdisjoint((DATA, "prompt_format"))
+        hint = "if it trained texts without a chat template, --prompt_format raw; else " if is_about_prompts else ""
         raise RunFolderError(
             f"the run in {settings.training.output_dir} was started with other settings: {changes}",
             expected="the settings of its first start, so that all its steps are those of one run",
-            do=f"restore them, accept the change by --accept_changes {','.join(refused)}, or start a run in another "
-            "--output_dir",
+            do=f"{hint}restore them, accept the change by --accept_changes {','.join(refused)}, or start a run in "
+            "another --output_dir",
         )
     return changed
 

@@ -31,7 +31,7 @@ LIST_BYTES = 1 << 30  # `datasets` reads a list of the Hub in one piece, which t
 BATCH_ROWS = 1_000
 BLOCK_BYTES = 1 << 20
 SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
-# The beginning of an object whose only key holds the rows.
+# The beginning of an object whose only key may hold the rows.
 WRAPPER = re.compile(r'\{\s*"(data|rows|examples|instances|records|items|train|test)"\s*:\s*\[\s*[\{\]]')
 
 
@@ -62,7 +62,17 @@ def check_file(path: Path, builder: str, *, skip_bad: bool | None = False) -> Fi
 def is_list(path: Path) -> bool:
     """Whether a JSON file is one list of rows, alone or as `{"data": [...]}`, instead of one row per line."""
     start = _read_start(path)
-    return start[:1] == b"[" or WRAPPER.match(start.decode("utf-8", "replace")) is not None
+    return start[:1] == b"[" or (WRAPPER.match(start.decode("utf-8", "replace")) is not None and not _is_row(path))
+
+
+def _is_row(path: Path) -> bool:
+    """Whether the first line is an object of several keys: a row that begins with a column named `data` or the like."""
+    try:
+        with open_file(path) as file:
+            row = json.loads(file.readline(LINE_BYTES + 1))
+    except (ValueError, RecursionError, EOFError, gzip.BadGzipFile):
+        return False
+    return isinstance(row, dict) and len(row) > 1
 
 
 def read_list(path: Path) -> Iterator[str]:

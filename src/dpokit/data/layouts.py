@@ -19,10 +19,10 @@ from dpokit.data.messages import (
 )
 from dpokit.data.published import PAIRED, Published, Ranking
 from dpokit.data.ranking import PairChoice
-from dpokit.data.refusals import check_columns, refuse_rows
+from dpokit.data.refusals import check_columns, refuse_labels, refuse_rows
 from dpokit.data.scored import RANKED
 from dpokit.data.transcripts import parse_transcript
-from dpokit.data.unused_columns import find_unused_columns, find_value
+from dpokit.data.unused_columns import find_labels, find_unused_columns, find_value
 from dpokit.errors import DataError
 
 # Columns that any layout may have beside its own.
@@ -154,6 +154,7 @@ def match_layout(
     """
     columns = columns or {}
     check_columns(columns, rows, source)
+    doubt: DataError | None = None
     for candidate in _find_formats(form):
         fitting = _fit_format if isinstance(candidate, Format) else partial(_fit_published, choice=choice)
         names = _find_columns(candidate, rows, columns, ignored)
@@ -168,8 +169,13 @@ def match_layout(
                 expected="rows of several answers with scores or labels",
                 do="leave --ranked and --min_score_gap out",
             )
-        return replace(layout, unused=find_unused_columns(layout.name, names or {}, rows, source, ignored))
-    raise refuse_rows(rows, columns, source, form, LAYOUTS)
+        unused = find_unused_columns(layout.name, names or {}, rows, source, ignored)
+        labels = find_labels(unused) if isinstance(candidate, Published) and candidate.refuses_labels else []
+        if form is None and labels:  # a later layout may read them
+            doubt = doubt or refuse_labels(candidate, labels, source)
+            continue
+        return replace(layout, unused=unused)
+    raise doubt or refuse_rows(rows, columns, source, form, LAYOUTS)
 
 
 def _find_formats(name: str | None) -> list[Format | Published]:
@@ -229,7 +235,7 @@ def _fit_published(
     conversion = replace(conversion, is_ranked=isinstance(results[0], Ranking))
     whole = PARTS if all(path.partition(".")[0] in unpadded for path in paths.values()) else ()
     for candidate in FORMATS:
-        names = {name: name for name in candidate.columns if any(name in row for row in converted)}
+        names = {name: name for name in candidate.columns if _is_most(name in row for row in converted)}
         names |= {name: name for name in CONTEXT if name in paths}
         layout = None if candidate.by_name else _fit_format(candidate, converted, names, whole)
         if layout is not None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.console import has_bars, say
 from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
+from dpokit.data.formats import Pair
 from dpokit.data.layouts import ONE_PAIR, Layout, match_layout
 from dpokit.data.messages import Messages
 from dpokit.data.ranking import PairChoice
@@ -213,7 +214,7 @@ def prepare_held_out(
         assert prepared.eval is not None
         pairs = prepared.eval
     rows = [raw[row] for row in read_column(pairs, "row")]
-    prompts = [layout.to_pair(row).prompt for row in rows]
+    prompts = [next(pair.prompt for pair in layout.to_pairs(row) if isinstance(pair, Pair)) for row in rows]
     sources = [str(row.get("source") or "") for row in rows]
     return HeldOut(pairs, sources, prompts, [count_turns(prompt) for prompt in prompts], tally)
 

@@ -7,14 +7,13 @@ from typing import Any
 
 from dpokit.data.formats import CHOSEN, PROMPTS, REJECTED, Named, Row
 from dpokit.data.messages import ROLE_NAMES, Messages, UnusableError, describe_value, is_turns
-from dpokit.data.transcripts import ASSISTANT, HUMAN
+from dpokit.data.transcripts import ASSISTANT, HUMAN, separate_turns
 
 # The words with which a chat template begins the assistant's turn.
 OPENINGS = re.compile(
     r"<\|im_start\|>assistant\n|<\|start_header_id\|>assistant<\|end_header_id\|>\n\n|<start_of_turn>model\n|"
     r"<\|assistant\|>\n?|\[/INST\]"
 )
-SPEAKERS = re.compile(r"\n+(Human|Assistant):")
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,8 @@ class Published(Named):
             or has no usable label.
         optional: further columns, which `convert` reads or knows to be of no use.
         by_name: whether rows have this layout only if `--format` names it.
+        refuses_labels: whether rows have this layout only without a further column that ranks the answers, unless
+            `--format` names it.
     """
 
     looks: str
@@ -48,6 +49,7 @@ class Published(Named):
     convert: Callable[[Row], Row | Ranking]
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     by_name: bool = False
+    refuses_labels: bool = False
 
 
 def list_columns(*names: str, **renamed: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
@@ -123,10 +125,23 @@ def _separate_turns(row: Row) -> Row:
         text = row[name]
         if not isinstance(text, str) or not text.lstrip().startswith("Human:") or "\nAssistant:" not in text:
             raise UnusableError("no_answer_turn", "no transcript")
-        texts[name] = SPEAKERS.sub(r"\n\n\1:", "\n" + text.lstrip())
+        texts[name] = separate_turns(text.lstrip())
         if texts[name] == text or HUMAN not in texts[name] or ASSISTANT not in texts[name]:
             raise UnusableError("no_answer_turn", "a usual transcript")
+    _check_prompt(row)
     return texts
+
+
+def _check_prompt(row: Row) -> None:
+    """Raises UnusableError for a prompt beside whole conversations that is not a part inside both of them.
+
+    Answers that begin with their prompt are of the layout "explicit, plain".
+    """
+    prompt = row.get("prompt")
+    if prompt is None:
+        return
+    if not isinstance(prompt, str) or any(row[name].find(prompt) < 1 for name in ("chosen", "rejected")):
+        raise UnusableError("different_prompts", "the prompt is not inside the conversations")
 
 
 def _split_rendered(row: Row) -> Row:
@@ -138,6 +153,7 @@ def _split_rendered(row: Row) -> Row:
         if not places:
             raise UnusableError("no_answer_turn", "no rendered conversation")
         parts[name] = (text[: places[-1].end()], text[places[-1].end() :])
+    _check_prompt(row)
     if parts["chosen"][0] != parts["rejected"][0]:
         raise UnusableError("different_prompts")
     return {"prompt": parts["chosen"][0]} | {name: answer for name, (_, answer) in parts.items()}
@@ -169,6 +185,7 @@ PAIRED = (
         list_columns(prompt=PROMPTS, answers=("output",)),
         _read_two_outputs,
         list_columns("history"),
+        refuses_labels=True,
     ),
     Published(
         "ms-swift",
@@ -193,11 +210,13 @@ PAIRED = (
         'chosen, rejected: strings with "Human:" and "\\nAssistant:" turns',
         list_columns(chosen=CHOSEN, rejected=REJECTED),
         _separate_turns,
+        list_columns(prompt=PROMPTS),
     ),
     Published(
         "rendered conversations",
         "chosen, rejected: strings with the control tokens of a chat template",
         list_columns(chosen=CHOSEN, rejected=REJECTED),
         _split_rendered,
+        list_columns(prompt=PROMPTS),
     ),
 )

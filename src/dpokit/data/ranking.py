@@ -16,8 +16,8 @@ class PairChoice:
     """The pairs that a row of several answers gives.
 
     Attributes:
-        ranked: "best_worst" and "random" give one pair a row; "adjacent" gives each answer and the next worse one, and
-            "all" each two answers.
+        ranked: "best_worst" and "random" give one pair a row; "adjacent" gives each answer with
+            those of the next lower score, and "all" each two answers.
         min_score_gap: pairs whose scores differ by less are left out.
     """
 
@@ -57,4 +57,8 @@ class PairChoice:
     def _list_couples(self, ordered: Sequence[tuple[Any, float]]) -> list[tuple[tuple[Any, float], tuple[Any, float]]]:
         if self.ranked == "best_worst":
             return [(ordered[0], min(ordered, key=lambda entry: entry[1]))]
-        return list(pairwise(ordered) if self.ranked == "adjacent" else combinations(ordered, 2))
+        couples = list(combinations(ordered, 2))
+        if self.ranked != "adjacent":
+            return couples
+        next_lower = dict(pairwise(dict.fromkeys(score for _, score in ordered)))
+        return [(better, worse) for better, worse in couples if next_lower.get(better[1]) == worse[1]]

@@ -1,6 +1,7 @@
 """Errors for rows that no layout fits, and for columns that they do not have. No torch."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 
 from dpokit.data.formats import COLUMNS, FORMATS, PARTS, Format, Row
@@ -26,6 +27,17 @@ def check_columns(columns: Mapping[str, str], rows: Sequence[Row], source: str) 
             expected="one of " + ", ".join(keys or names),
             do=f"correct --columns {name}=...",
         )
+
+
+def refuse_labels(layout: Published, labels: Sequence[str], source: str) -> DataError:
+    """Returns the error for columns that may rank the answers otherwise than the layout does."""
+    names = ",".join(labels)
+    return DataError(
+        f"{source} has the columns of {layout.name}, and beside them {names}, which may call another answer better",
+        expected=f"{layout.looks}; without a further label, rank or score",
+        do=f"if {names} says nothing else, --ignore_columns {shlex.quote(names)}; or write the better answer as chosen "
+        "and the worse one as rejected",
+    )
 
 
 def refuse_rows(

@@ -11,10 +11,17 @@ from dpokit.data.chat_rendering import ChatRenderer, RenderedAnswer, RenderedPai
 from dpokit.data.chat_template import ChatTemplate
 from dpokit.data.control_words import ControlWords
 from dpokit.data.formats import Pair
-from dpokit.data.messages import Messages, UnusableError, count_letters, find_control_tokens
+from dpokit.data.messages import Messages, UnusableError, count_letters, find_control_tokens, is_plain
 from dpokit.data.template_box import PROBES
 from dpokit.data.text_cache import TextCache
-from dpokit.data.transcripts import ASSISTANT, HUMAN, open_transcript, parse_transcript, render_transcript
+from dpokit.data.transcripts import (
+    ASSISTANT,
+    HUMAN,
+    join_messages,
+    open_transcript,
+    parse_transcript,
+    render_transcript,
+)
 from dpokit.errors import ModelError, SettingsError
 
 Ids = list[int]
@@ -133,7 +140,7 @@ class Renderer:
             raise UnusableError("empty_prompt")
         if self.chat is not None:
             return self.chat.template.open(messages, **({} if template is None else {"chat_template": template}))
-        return "\n\n".join(message["content"] for message in messages) if self.is_raw else render_transcript(messages)
+        return join_messages(messages) if self.is_raw else render_transcript(messages)
 
     def render(self, pair: Pair) -> RenderedPair:
         """Returns the texts of a pair. Raises: UnusableError with the reason for dropping the pair."""
@@ -163,8 +170,12 @@ class Renderer:
         """Renders a pair without a chat template; conversations become transcripts as in HH."""
         if pair.tools:
             raise UnusableError("needs_template", "tools")
+        if self.is_raw and not all(map(_is_one_text, (pair.prompt, pair.chosen, pair.rejected))):
+            raise UnusableError("raw_conversation")
         if isinstance(pair.prompt, str):
             return self._render_text(pair, pair.prompt)
+        if self.is_raw:  # a single question, as `chat` and `serve` ask it
+            return self._render_text(pair, pair.prompt[0]["content"])
         if pair.prompt[-1]["role"] == "assistant":  # the answers continue it
             prompt, is_apart = render_transcript(pair.prompt[:-1]) + f" {pair.prompt[-1]['content'].lstrip()}", False
         else:
@@ -301,6 +312,11 @@ class Renderer:
         newline = self.encode(["\n"])[0]
         rows = zip(self.encode(["\n" + text for text in texts]), self.encode(texts), strict=True)
         return [row[len(newline) :] if row[: len(newline)] == newline else plain for row, plain in rows]
+
+
+def _is_one_text(part: str | Messages) -> bool:
+    """Whether a prompt or an answer is one text, without a system turn or further turns, whose roles would be lost."""
+    return isinstance(part, str) or (len(part) == 1 and part[0]["role"] in ("user", "assistant") and is_plain(part[0]))
 
 
 def _find_begins(spans: Sequence[tuple[int, int]]) -> list[int]:

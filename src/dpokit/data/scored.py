@@ -1,6 +1,7 @@
 """Published layouts of several answers with a label, a rank or scores. No torch."""
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +13,12 @@ from dpokit.data.published import Published, Ranking, ask, list_columns, read_te
 def _read_number(value: Any, name: str) -> float:
     """Returns a label or a score. Raises: UnusableError for a row without one."""
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
-        raise UnusableError("missing_label", f"{name} is {describe_value(value)}") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UnusableError("missing_label", f"{name} is {describe_value(value)}")
+    return number
 
 
 def _rank_two(row: Row, preference: float) -> Ranking:
@@ -39,37 +43,41 @@ def _rank_summaries(row: Row) -> Ranking:
 
 
 WINNERS = {
-    **dict.fromkeys(("model_a", "a", "response_a", "1"), 1.0),
-    **dict.fromkeys(("model_b", "b", "response_b", "2"), -1.0),
+    **dict.fromkeys(("model_a", "a", "response_a"), 1.0),
+    **dict.fromkeys(("model_b", "b", "response_b"), -1.0),
     **dict.fromkeys(("tie", "both", "both_good"), 0.0),
 }
+NUMBERS = {"1": 1.0, "2": -1.0}  # only of columns that are numbered so: others may count from 0
 
 
 def _read_winner(row: Row) -> float:
     if "first_wins" in row:
         return _read_number(row["first_wins"], "winner_model_a") - _read_number(row["second_wins"], "winner_model_b")
-    winner = str(row["winner"]).strip().lower()
+    winner = str(row["winner"]).strip().lower().removesuffix(".0")
     if "bad" in winner or winner in ("neither", "none_of_both"):
         raise UnusableError("both_bad")
-    if winner not in WINNERS:
+    winners = WINNERS if row.get("numbered") is None else WINNERS | NUMBERS
+    if winner not in winners:
         raise UnusableError("missing_label", f"winner is {describe_value(row['winner'])}")
-    return WINNERS[winner]
+    return winners[winner]
 
 
 def _rank_conversations(row: Row) -> Ranking:
     conversations = [row["first"], row["second"]]
     if not all(is_turns(turns) and not isinstance(turns, Mapping) for turns in conversations):
         raise UnusableError("missing_text", f"a conversation is {describe_value(conversations[0])}")
-    turns = row.get("turns")
-    if isinstance(turns, int) and not isinstance(turns, bool) and turns > 0:  # MT-bench votes on the answer of one turn
-        conversations = [turns_of[: 2 * turns] for turns_of in conversations]
+    if row.get("turns") is not None:  # MT-bench votes on the answer of one turn
+        turns = _read_number(row["turns"], "turn")
+        conversations = [turns_of[: 2 * int(turns)] if turns > 0 else turns_of for turns_of in conversations]
     return Ranking(list(zip(conversations, (_read_winner(row), 0.0), strict=True)))
 
 
 def _rank_votes(row: Row) -> Ranking:
     prompts, *sides = (_parse_list(row[name]) for name in ("prompt", "first", "second"))
-    if prompts is None or any(side is None or len(side) != len(prompts) for side in sides):
+    if prompts is None and sides == [None, None]:
         return _rank_two(row, _read_winner(row))
+    if prompts is None or any(side is None or len(side) != len(prompts) for side in sides):
+        raise UnusableError("missing_text", "a list of questions has another number of answers")
     conversations = [
         [turn for question, answer in zip(prompts, side or (), strict=True) for turn in (ask(question), reply(answer))]
         for side in sides
@@ -89,6 +97,8 @@ def _parse_list(value: Any) -> list[Any] | None:
 
 def _rank_outputs(row: Row) -> Ranking:
     preference = _read_number(row["label"], "preference")  # from 1, the first, to 2, the second; 0 or 1.5 is a tie
+    if preference != 0 and not 1 <= preference <= 2:
+        raise UnusableError("missing_label", "preference is not from 1 to 2")
     return _rank_two(row, 0.0 if preference == 0 else 2 * (1.5 - preference))
 
 
@@ -121,7 +131,8 @@ def _rank_scored(row: Row) -> Ranking:
     return Ranking(list(zip(answers, numbers, strict=True)), row["prompt"])
 
 
-FIRST = ("response_a", "answer_a", "output_a", "completion_a", "response_1", "response1", "output_1", "answer_1")
+NUMBERED = ("response_1", "response1", "output_1", "answer_1")
+FIRST = ("response_a", "answer_a", "output_a", "completion_a", *NUMBERED)
 SECOND = ("response_b", "answer_b", "output_b", "completion_b", "response_2", "response2", "output_2", "answer_2")
 SAFER_ID, BETTER_ID = ("safer_response_id",), ("better_response_id",)
 
@@ -162,7 +173,11 @@ RANKED = (
             label=("preference_strength", "overall_preference"),
         ),
         lambda row: _rank_two(row, -_read_number(row["label"], "preference_strength")),
-        list_columns("individual_preference", "preference_statement", "preference_elaboration"),
+        list_columns(
+            *("individual_preference", "preference_statement", "preference_elaboration"),
+            *("three_most_similar_preferences", "all_preferences_unprocessed"),
+        ),
+        refuses_labels=True,
     ),
     Published(
         "WebGPT",
@@ -198,11 +213,12 @@ RANKED = (
         "prompt, response_a, response_b: strings; winner: a, b, tie, ...",
         list_columns("winner", prompt=PROMPTS, first=FIRST, second=SECOND),
         _rank_votes,
+        list_columns(numbered=NUMBERED),
     ),
     Published(
         "AlpacaEval",
         "instruction, input, output_1, output_2: strings; preference: 1 or 2",
-        list_columns(prompt=PROMPTS, first=FIRST, second=SECOND, label=("preference",)),
+        list_columns(prompt=PROMPTS, first=("output_1",), second=("output_2",), label=("preference",)),
         _rank_outputs,
         list_columns("raw_completion", "datasplit"),
     ),
@@ -218,7 +234,10 @@ RANKED = (
         "prompt (or instruction): string; responses (or generations): list of strings; scores (or ratings): list",
         list_columns(
             prompt=PROMPTS,
-            answers=("responses", "generations", "answers", "completions", "all_generated_responses", "candidates"),
+            answers=(
+                *("responses", "generations", "answers", "completions", "all_generated_responses", "candidates"),
+                *("output", "outputs"),
+            ),
             scores=("scores", "ratings", "all_rm_scores", "rewards"),
         ),
         _rank_scored,

@@ -130,6 +130,11 @@ def _slice_splits(splits: dict[str, Rows], split: str, flag: str) -> Rows:
     whole = {name: rows for name, rows in splits.items() if isinstance(rows, Dataset)}
     try:
         slices = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in whole.items()})
+        parts = [whole[cut.splitname].select(range(cut.from_, cut.to)) for cut in slices if cut.from_ < cut.to]
+        if not parts:
+            sizes = ", ".join(f"{name} has {len(rows):,} rows" for name, rows in whole.items())
+            raise ValueError(f"this slice has no row: {sizes}")
+        return concatenate_datasets(parts)
     except ValueError as error:
         is_stream = len(whole) < len(splits)
         raise DataError(
@@ -137,7 +142,6 @@ def _slice_splits(splits: dict[str, Rows], split: str, flag: str) -> Rows:
             expected="a slice such as train[:90%] or train[100:200]",
             do="--dataset_streaming false, or --max_train_samples" if is_stream else f"correct --{flag}",
         ) from error
-    return concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in slices])
 
 
 def _load_file(path: Path, *, streaming: bool, ignore: Collection[str], skip_bad: bool) -> dict[str, Rows]:

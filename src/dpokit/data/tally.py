@@ -28,6 +28,7 @@ REASONS = {
     "changed_by_template": "the model's chat template writes the prompt in another way once an answer follows",
     "reasoning_doubled_by_template": "the model's chat template writes a second block of reasoning",
     "rendered_for_other_model": "the prompt is already rendered, with the control tokens of another model",
+    "raw_conversation": "the row has several turns or a system turn, whose roles --prompt_format raw would leave out",
     "rendered_prompt": "the prompt is already rendered, and the row has messages, a system text or tools",
     "rendered_answer": "an answer is a rendered conversation",
     "needs_fast_tokenizer": "the tokenizer does not tell which tokens belong to which of several turns",
@@ -79,6 +80,7 @@ REMEDIES = {
     "reasoning_doubled_by_template": "write the reasoning in reasoning_content",
     "rendered_for_other_model": "write prompts as messages or as plain text, or give --prompt_format raw for a model "
     "without a chat template",
+    "raw_conversation": "leave --prompt_format raw out, or write prompt and answers as texts",
     "rendered_prompt": "write the prompt as messages",
     "rendered_answer": "write answers without the template's words, or whole conversations as messages",
     "needs_fast_tokenizer": "use a model with a tokenizer.json",

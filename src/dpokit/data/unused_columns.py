@@ -29,6 +29,11 @@ METADATA = {
     *("count", "num", "number", "length", "len", "size", "token", "word", "turn", "order", "round", "seed"),
     *("annotation", "critique", "comment", "feedback", "rationale", "explanation", "judgement", "judgment"),
 }
+# Nouns of columns that may say which answer is better.
+LABELS = {
+    *("label", "score", "rating", "rank", "ranking", "reward", "preference", "preferred", "vote", "winner", "best"),
+    *("better", "choice", "strength"),
+}
 MOST_LABEL_WORDS = 5  # a longer text is content rather than a label
 MOST_LABEL_LETTERS = 60
 
@@ -86,6 +91,11 @@ def find_unused_columns(
 def _repeats(value: Any, parts: Sequence[Any]) -> bool:
     """Whether a value is one of the pair's own values, or a list of them."""
     return value in parts or (isinstance(value, (list, tuple)) and len(value) > 0 and all(v in parts for v in value))
+
+
+def find_labels(names: Sequence[str]) -> list[str]:
+    """Returns the columns that may say which answer is better, by their names."""
+    return [name for name in names if any(noun.removesuffix("s") in LABELS for noun in _split_name(name))]
 
 
 def split_path(path: str, names: Collection[str]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dpokit.atomic_files import read_record
 from dpokit.errors import ModelError, RunFolderError
 from dpokit.model.load import find_base, find_max_length, load_frozen, load_tokenizer, name_model
 from dpokit.rundir import RunDir, find_model
@@ -68,7 +69,21 @@ def find_run(run_or_model: str) -> tuple[RunDir | None, dict[str, Any]]:
             expected="a run with weights",
             do="train it, or name a model",
         )
+    if _was_raw(run, record):
+        raw = {"value": "raw", "origin": "a run from before this flag"}
+        record = record | {"settings": record["settings"] | {"prompt_format": raw}}
     return run, record
+
+
+def _was_raw(run: RunDir, record: dict[str, Any]) -> bool:
+    """Whether a run is from before `--prompt_format`, and trained texts as they are: it has no chat template."""
+    if "prompt_format" in record["settings"] or any(run.path.glob("*/chat_template.jinja")):
+        return False
+    try:
+        layout = read_record(run.data_json)["train"]["format"]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):
+        return False
+    return str(layout).endswith("plain")
 
 
 def read_run_defaults(record: dict[str, Any], run_or_model: str) -> dict[str, Any]:

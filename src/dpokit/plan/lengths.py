@@ -141,9 +141,10 @@ def sample_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_l
         ) from error
     lengths = _lengths(pairs)
     rows = find_rows(settings)
-    kept_share = len(lengths) / max(prepared.tallies["train"].rows, 1)
+    # The tally counts pairs where a row gives several; the rows that were read are never more than these.
+    rows_read = min(rows or first, first, prepared.tallies["train"].rows)
     held_out = data.eval_fraction or 0.0  # also if the run does not evaluate
-    train_pairs = None if rows is None else round(rows * kept_share * (1 - held_out))
+    train_pairs = None if rows is None else round(rows * len(lengths) / max(rows_read, 1) * (1 - held_out))
     return Data(lengths, [], train_pairs, f"estimated from {len(lengths)} pairs", _longest(pairs, lengths, settings))
 
 

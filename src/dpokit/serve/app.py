@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dpokit.apikey import read_api_key
 from dpokit.console import say
 from dpokit.data.messages import Messages, is_plain
 from dpokit.data.prepare import prepare_held_out
-from dpokit.data.transcripts import parse_transcript
+from dpokit.data.transcripts import parse_prompt
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.model.load import load_tokenizer, name_model
 from dpokit.rundir import RunDir
@@ -256,8 +255,9 @@ def find_examples(models: Models) -> list[Messages]:
         say(f"no held-out questions are shown: {' '.join(cause.split())[:300]}")
         return []
     examples: dict[str, Messages] = {}
+    is_raw = settings.data.prompt_format == "raw"
     for prompt in held_out.prompts:
-        messages: Any = parse_transcript(prompt) if isinstance(prompt, str) else prompt
+        messages = parse_prompt(prompt, is_raw=is_raw)
         if not messages or not all(map(is_plain, messages)):  # the page shows texts, not tool calls
             continue
         if messages[-1]["role"] == "user" and messages[-1]["content"].strip():
