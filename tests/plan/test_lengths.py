@@ -1,5 +1,6 @@
 """Pairs, steps, tokens and longest rows equal those of a run's own preparation and batches."""
 
+import json
 from functools import partial
 
 import pytest
@@ -16,7 +17,8 @@ def settings(tmp_path, pairs_file, tiny_gpt2):
     """The settings of dpo_gpt2 on 40 pairs, 4 of them held out; 2 x 3 pairs per step."""
 
     def build(*flags: str):
-        paths = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(pairs_file), "--eval_fraction", "0.1"]
+        data = [] if "--dataset_name" in flags else ["--dataset_name", str(pairs_file)]
+        paths = ["--model_name_or_path", str(tiny_gpt2), *data, "--eval_fraction", "0.1"]
         shape = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3", "--max_length", "64"]
         return partial(build_request, tmp_path)("dpo_gpt2", "24", *paths, *shape, *flags).settings
 
@@ -68,6 +70,13 @@ def test_a_sample_is_reported_with_an_estimated_count(settings, plain_tokenizer)
     assert data.how == "estimated from 12 pairs"
     assert len(data.train) == 12
     assert data.train_pairs == round(12 * 0.9)
+
+
+def test_a_sample_counts_each_pair_of_several_in_a_row(settings, tmp_path, plain_tokenizer):
+    rows = [{"prompt": f"Why {n}?", "responses": ["a", "b", "c"], "scores": [1, 2, 3]} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--ranked", "all", "--max_train_samples", "10"]
+    assert sample_data(settings(*flags), plain_tokenizer, max_length=64).train_pairs == round(3 * 10 * 0.9)
 
 
 def test_the_number_of_rows_comes_from_the_metadata(settings, tmp_path):
