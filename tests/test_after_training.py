@@ -84,6 +84,10 @@ def test_a_merge_without_held_out_pairs_is_refused(tmp_path):
     with pytest.raises(DataError, match="no held-out pairs to check it"):
         check_after_training(load(tmp_path, "--merge_after_training", *pairs))
     check_after_training(load(tmp_path, "--merge_after_training", *pairs, "--eval_fraction", "0.5"))
+    for split in ("train[50%:]", "train[:1]+train[3:]"):
+        check_after_training(load(tmp_path, "--merge_after_training", *pairs, "--dataset_test_split", split))
+    with pytest.raises(DataError, match=r"no split 'train\+test'"):
+        check_after_training(load(tmp_path, "--merge_after_training", *pairs, "--dataset_test_split", "train+test"))
 
 
 def test_without_a_push_no_request_reaches_the_hub(tmp_path, hub, monkeypatch):

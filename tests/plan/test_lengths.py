@@ -1,5 +1,6 @@
 """Pairs, steps, tokens and longest rows equal those of a run's own preparation and batches."""
 
+import json
 from functools import partial
 
 import pytest
@@ -69,6 +70,13 @@ def test_a_sample_is_reported_with_an_estimated_count(settings, plain_tokenizer)
     assert data.how == "estimated from 12 pairs"
     assert len(data.train) == 12
     assert data.train_pairs == round(12 * 0.9)
+
+
+def test_a_sample_counts_each_pair_of_several_in_a_row(settings, tmp_path, plain_tokenizer):
+    rows = [{"prompt": f"Why {n}?", "responses": ["a", "b", "c"], "scores": [1, 2, 3]} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--ranked", "all", "--max_train_samples", "10"]
+    assert sample_data(settings(*flags), plain_tokenizer, max_length=64).train_pairs == round(3 * 10 * 0.9)
 
 
 def test_the_number_of_rows_comes_from_the_metadata(settings, tmp_path):

@@ -170,10 +170,11 @@ def match_layout(
                 do="leave --ranked and --min_score_gap out",
             )
         unused = find_unused_columns(layout.name, names or {}, rows, source, ignored)
-        labels = find_labels(unused) if isinstance(candidate, Published) and candidate.refuses_labels else []
-        if form is None and labels:  # a later layout may read them
-            doubt = doubt or refuse_labels(candidate, labels, source)
-            continue
+        if form is None and isinstance(candidate, Published) and candidate.refuses_labels:
+            labels = find_labels(unused)
+            if labels:  # a later layout may read them
+                doubt = doubt or refuse_labels(candidate, labels, source)
+                continue
         return replace(layout, unused=unused)
     raise doubt or refuse_rows(rows, columns, source, form, LAYOUTS)
 
