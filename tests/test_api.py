@@ -1,6 +1,7 @@
 """The public Python API: lazy imports, one call each, and errors that leave the process alive."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -129,6 +130,16 @@ def test_the_page_has_every_signature():
         parameters = inspect.signature(getattr(dpokit, name)).parameters
         row = next(line for line in table.splitlines() if line.startswith(f"| `{name}("))
         assert all(parameter in row for parameter in parameters)
+
+
+def test_the_stored_notebook_shows_what_its_cells_print():
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "run from the top"
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert len(outputs) >= 8 and not any(output["output_type"] == "error" for output in outputs)
+    text = json.dumps(outputs)
+    assert "Better than its base" in text and not re.search(r"/(home|root|tmp|Users)/", text)
 
 
 @pytest.mark.slow
