@@ -93,7 +93,7 @@ def test_a_raw_question_as_a_message_is_trained_as_it_is_asked(plain_tokenizer):
     assert renderer.encode_prompts([rendered.prompt])[0] == renderer.encode_messages([WHY])
 
 
-def test_raw_conversations_alone_are_an_error_that_names_the_flag(tmp_path, plain_tokenizer):
+def test_raw_conversations_alone_are_an_error_with_the_flag(tmp_path, plain_tokenizer):
     row = {"prompt": [WHY, SO, WHY], "chosen": [SO], "rejected": [{**SO, "content": "No."}]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), prompt_format="raw")
