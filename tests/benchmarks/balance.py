@@ -19,11 +19,14 @@ def prepare(options: SimpleNamespace) -> None:
         prompt, *answers = (len(tokenizer(row[name]).input_ids) for name in ("prompt", "chosen", "rejected"))
         answers = [min(answer, options.max_length // 2) for answer in answers]
         lengths.append([max(1, min(prompt, options.max_length - 1 - max(answers))), *answers])
+    # Each prompt begins with another word, as pairs with equal prompts would share one.
+    tokens = (tokenizer.decode([number]) for number in range(1_000, 20_000))
+    words = [token for token in tokens if token.startswith(" ") and token[1:].isalpha()]
     mean = [round(statistics.mean(column)) for column in zip(*lengths, strict=True)]
     for case, of_rows in {"unequal": lengths, "equal": [mean] * len(lengths)}.items():
         rows = [
-            {"prompt": " a" * prompt, "chosen": " the" * chosen, "rejected": " house" * rejected}
-            for prompt, chosen, rejected in of_rows
+            {"prompt": word + " a" * (prompt - 1), "chosen": " the" * chosen, "rejected": " house" * rejected}
+            for word, (prompt, chosen, rejected) in zip(words, of_rows, strict=False)
         ]
         write_rows(options.folder / f"{case}.jsonl", rows)
 

@@ -130,7 +130,7 @@ def test_a_slice_without_rows_is_an_error_with_the_sizes(split, pairs_file, plai
     assert error.value.do == "correct --dataset_train_split"
 
 
-def test_an_unusable_first_pair_does_not_stop_an_evaluation(tmp_path, plain_tokenizer):
+def test_a_first_pair_without_an_answer_stops_no_evaluation(tmp_path, plain_tokenizer):
     lists = {"prompt": "Why?", "answers": [{"answer": 4, "rank": 1}] + [{"answer": f"a{n}", "rank": n} for n in (2, 3)]}
     rows = [lists, *({**lists, "answers": lists["answers"][1:]} for _ in range(2))]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -34,7 +34,7 @@ def test_a_cut_respects_limits_and_shares_for_all_sizes(fixed):
         prompt, chosen, rejected, limits = draw_case(draw)
         total = limits.total_tokens or ANY
         try:
-            p, c, r = cut(prompt, chosen, rejected, limits, head=fixed, fixed=fixed)
+            p, c, r = cut(prompt, chosen, rejected, limits, fixed=fixed)
         except UnusableError as error:
             assert str(error) == "no_room"
             assert (limits.prompt_tokens or ANY) <= fixed or total < fixed + 2
@@ -53,12 +53,6 @@ def test_a_cut_respects_limits_and_shares_for_all_sizes(fixed):
         if len(p) < whole_prompt:
             assert answer == min(whole_answer, total - share), "an answer is cut before the prompt"
     assert kept > 4000
-
-
-def test_the_head_of_a_prompt_stays_if_it_fits():
-    prompt, answer = [*range(10)], [*range(20, 25)]
-    assert cut(prompt, answer, answer, LengthLimits(6), head=3)[0] == [0, 1, 2, 7, 8, 9]
-    assert cut(prompt, answer, answer, LengthLimits(3), head=3, fixed=1)[0] == [0, 8, 9]
 
 
 def say(role: str, text: str) -> dict[str, str]:
@@ -108,24 +102,61 @@ def test_a_long_prompt_loses_whole_turns_first(kind, system, plain_tokenizer, ch
         assert encoded["cut"] == ("turns" if rounds else "")
 
 
-@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["no system turn", "system turn"])
-def test_a_long_question_loses_its_first_tokens(system, plain_tokenizer, chat_tokenizer):
-    for tokenizer, write in ((chat_tokenizer, open_chat), (plain_tokenizer, open_transcript)):
-        question = say("user", " ".join(f"word{number}" for number in range(200)))
-        whole = Renderer(tokenizer).encode_prompts([write(*system, question)])[0]
-        encoded = encode(tokenizer, [*system, *ROUNDS[:2], question], LengthLimits(100))
-        head, tail = write(*system, say("user", "")).split("<|im_end|>\n<|im_start|>assistant")[0].rstrip(), "word199"
-        text = tokenizer.decode(encoded["prompt_ids"])
-        assert encoded["cut"] == "turns prompt"
-        assert len(encoded["prompt_ids"]) == 100 < len(whole)
-        assert text.startswith(head.removesuffix("\n\nAssistant:").rstrip()) and tail in text and "word1 " not in text
-        assert text.endswith(write(question)[-20:])
+WORDS = " ".join(f"word{number}" for number in range(120))
+# What a prompt of at most 150 tokens keeps: messages, the texts that must be there, and that must not.
+LONG_PROMPTS = {
+    "a long question": ([*ROUNDS[:2], say("user", WORDS)], ["word119"], ["word1 ", "bread"]),
+    "a long question after a system turn": ([SYSTEM, say("user", WORDS)], ["Be brief.", "word119"], ["word1 "]),
+    "a long system turn": ([say("system", WORDS), say("user", "What is it?")], ["word119", "What is it?"], ["word1 "]),
+    "two long turns": (
+        [say("system", WORDS), say("user", WORDS.upper())],
+        ["word119", "WORD119"],
+        ["word1 ", "WORD1 "],
+    ),
+    "a greeting": ([SYSTEM, say("assistant", WORDS), say("user", "What is it?")], ["Be brief.", "What is"], ["word1"]),
+    "a long answer that goes on": (
+        [SYSTEM, say("user", "What is it?"), say("assistant", WORDS)],
+        ["Be brief.", "What is it?", "word119"],
+        ["word1 "],
+    ),
+    "a long result of a tool": (
+        [SYSTEM, say("user", "Which one?"), say("assistant", "Let me see."), say("tool", WORDS)],
+        ["Be brief.", "Which one?", "word119"],
+        ["word1 "],
+    ),
+}
 
 
-def test_a_system_turn_without_room_is_cut(chat_tokenizer):
-    encoded = encode(chat_tokenizer, [say("system", "Be brief. " * 100), *ROUNDS], LengthLimits(40))
-    assert len(encoded["prompt_ids"]) == 40
-    assert chat_tokenizer.decode(encoded["prompt_ids"]).endswith("<|im_start|>assistant\n")
+@pytest.mark.parametrize("kind", ["chat", "transcript"])
+@pytest.mark.parametrize("name", LONG_PROMPTS)
+def test_the_longest_text_of_a_prompt_loses_its_start(name, kind, plain_tokenizer, chat_tokenizer):
+    """Every header stays, and no question is lost for a long system turn or a long result."""
+    messages, kept, lost = LONG_PROMPTS[name]
+    if kind == "transcript" and "tool" in name:
+        pytest.skip("a transcript has no tool calls")
+    tokenizer, header = (chat_tokenizer, "<|im_start|>") if kind == "chat" else (plain_tokenizer, "\n\n")
+    answers = {side: [say("assistant", text)] for side, text in ANSWERS.items()}
+    encoded = encode(tokenizer, messages, LengthLimits(150), answers)
+    text = tokenizer.decode(encoded["prompt_ids"])
+    assert (100 if name != "a greeting" else 1) < len(encoded["prompt_ids"]) <= 150
+    assert all(part in text for part in kept) and not any(part in text for part in lost)
+    assert text.startswith(header)
+    turns = {"a long question": 1, "a greeting": 2}.get(name, len(messages)) + (messages[-1]["role"] != "assistant")
+    assert text.count(header) == turns
+
+
+@pytest.mark.parametrize("text", ["\n\nHuman: " + WORDS, "\n\nHuman: " + WORDS + "\n\nAssistant:", WORDS])
+def test_a_long_text_keeps_its_headers(text, plain_tokenizer, chat_tokenizer):
+    for tokenizer, header in ((plain_tokenizer, "\n\nHuman: "), (chat_tokenizer, "<|im_start|>user\n")):
+        encoded = encode(tokenizer, text, LengthLimits(100))
+        prompt = tokenizer.decode(encoded["prompt_ids"])
+        assert prompt.startswith(header) and "word119" in prompt and "word1 " not in prompt
+        assert 95 < len(encoded["prompt_ids"]) <= 100 and encoded["cut"] == "prompt"
+
+
+def test_headers_without_room_are_cut(chat_tokenizer):
+    encoded = encode(chat_tokenizer, [SYSTEM, *ROUNDS], LengthLimits(12))
+    assert (len(encoded["prompt_ids"]), encoded["cut"]) == (12, "turns prompt")
 
 
 def test_a_rendered_prompt_and_a_raw_text_lose_their_start(plain_tokenizer, chat_tokenizer):

@@ -417,7 +417,9 @@ def test_a_text_that_comes_again_is_not_encoded_again(plain_tokenizer):
     counting = encoder.renderer.fast = CountingTokenizer(encoder.renderer.fast)
     encoder.renderer._cache = TextCache()
     assert encoder(batch, range(3)) == encoder(batch, range(3)) == expected
-    assert sorted(counting.texts) == sorted([SKY, " blue.<|endoftext|>", " red.<|endoftext|>"])
+    assert sorted(counting.texts) == sorted(
+        [f"\n\nHuman: {SKY}\n\nAssistant:", " blue.<|endoftext|>", " red.<|endoftext|>"]
+    )
 
 
 def test_kept_texts_have_a_bound(monkeypatch):

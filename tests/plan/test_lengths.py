@@ -17,8 +17,8 @@ def settings(tmp_path, pairs_file, tiny_gpt2):
     """The settings of dpo_gpt2 on 40 pairs, 4 of them held out; 2 x 3 pairs per step."""
 
     def build(*flags: str):
-        data = [] if "--dataset_name" in flags else ["--dataset_name", str(pairs_file)]
-        paths = ["--model_name_or_path", str(tiny_gpt2), *data, "--eval_fraction", "0.1"]
+        paths = ["--model_name_or_path", str(tiny_gpt2), "--eval_fraction", "0.1"]
+        paths += [] if "--dataset_name" in flags else ["--dataset_name", str(pairs_file)]
         shape = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3", "--max_length", "64"]
         return partial(build_request, tmp_path)("dpo_gpt2", "24", *paths, *shape, *flags).settings
 

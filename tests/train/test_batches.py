@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from dpokit.data.columns import count_tokens
-from dpokit.train.batches import MOST_TOGETHER, Batches, Prompts
+from dpokit.train.batches import Batches, Prompts
 
 LENGTHS = random.Random(7).choices(range(20, 500), k=203)
 
@@ -119,13 +119,22 @@ def test_pairs_of_a_prompt_meet_in_one_micro_batch():
         assert len({prompts.keys[pair] for pair in batch}) == 2
 
 
+@pytest.mark.parametrize("most", [2, 8])
 @pytest.mark.parametrize("pairs", [1, 8, 9, 17, 40])
-def test_more_pairs_of_a_prompt_are_divided_evenly(pairs):
-    parts = Counter(Prompts(["a", *["b"] * pairs], [5] * (pairs + 1)).find_leaders())
+def test_more_pairs_of_a_prompt_are_divided_evenly(pairs, most):
+    parts = Counter(Prompts(["a", *["b"] * pairs], [5] * (pairs + 1)).find_leaders(most))
     assert parts.pop(0) == 1
-    assert len(parts) == math.ceil(pairs / MOST_TOGETHER)
-    assert max(parts.values()) <= MOST_TOGETHER
+    assert len(parts) == math.ceil(pairs / most)
+    assert max(parts.values()) <= most
     assert max(parts.values()) - min(parts.values()) <= 1
+
+
+@pytest.mark.parametrize(("per_device", "most"), [(1, 2), (8, 2), (16, 4), (32, 8), (64, 8)])
+def test_a_step_has_pairs_of_several_prompts(per_device, most):
+    prompts = make_prompts([8] * 40)
+    grouped = Batches(320, per_device=per_device, world_size=1, seed=3, lengths=[9] * 320, prompts=prompts)
+    largest = [max(Counter(prompts.keys[pair] for pair in batch).values()) for batch in grouped]
+    assert min(largest) <= most and max(largest) <= 2 * most  # two parts of a prompt may meet by chance
 
 
 def test_prompts_with_many_pairs_do_not_come_first():

@@ -63,7 +63,9 @@ def check_same_numbers(first: RunDir, second: RunDir) -> None:
     assert len(lines) == 8
     for line, expected in lines:
         assert line.keys() == expected.keys()
-        for name in (name for name in line if not any(word in name for word in TIMING)):
+        # Before the first update each margin is 0, and its sign is rounding.
+        skipped = [*TIMING, "accuracies"] if line["step"] == 1 else TIMING
+        for name in (name for name in line if not any(word in name for word in skipped)):
             assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (line["step"], name)
 
 

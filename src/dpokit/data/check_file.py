@@ -4,6 +4,7 @@ import codecs
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dpokit.data.check_lines import (
     check_row,
     find_limit,
     open_file,
+    read_float,
     refuse,
     too_large,
 )
@@ -33,13 +35,13 @@ SPACE = re.compile(r"[ \t\n\r]*")  # JSON's white space
 WRAPPER = re.compile(r'\{\s*"(data|rows|examples|instances|records|items|train|test)"\s*:\s*\[\s*[\{\]]')
 
 
-def check_file(path: Path, builder: str, *, skip_bad: bool = False) -> Findings:
+def check_file(path: Path, builder: str, *, skip_bad: bool | None = False) -> Findings:
     """Checks a file by reading it once; returns the findings about rows in lines.
 
     Args:
-        builder: the builder of `datasets` that reads it next: json, csv or parquet. A packed Parquet file is checked
-            after it is unpacked.
-        skip_bad: whether bad rows of JSONL and CSV are allowed.
+        builder: the builder of `datasets` that reads it next: json, csv or parquet; text for lines of which only the
+            encoding is checked. A packed Parquet file is checked after it is unpacked.
+        skip_bad: whether bad rows of JSONL and CSV are allowed; None if `--skip_bad_rows` cannot allow them.
 
     Raises:
         DataError: the file is empty, cut off, not UTF-8 or too large. The error names the lines if it has some.
@@ -115,7 +117,7 @@ def unpack(path: Path, target: Path) -> None:
                 if plain.tell() + len(block) > limit:
                     raise too_large(path, limit)
                 plain.write(block)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
 
 
@@ -129,7 +131,7 @@ def _read_start(path: Path) -> bytes:
     try:
         with open_file(path) as file:
             return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except (EOFError, gzip.BadGzipFile):
+    except (EOFError, gzip.BadGzipFile, zlib.error):
         return b""  # the check of the lines reports it
 
 
@@ -145,7 +147,7 @@ class _ListText:
         self._path = path
         self._blocks = _read_blocks(path)
         self._text = ""
-        self._decoder = json.JSONDecoder(object_pairs_hook=build_object)
+        self._decoder = json.JSONDecoder(object_pairs_hook=build_object, parse_float=read_float)
         self._line = 1  # line of the first character in memory
 
     def skip_space(self) -> str:
@@ -231,7 +233,7 @@ def _read_blocks(path: Path) -> Iterator[str]:
     except UnicodeDecodeError as error:
         line += error.object.count(b"\n", 0, error.start)
         raise refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
 
 
@@ -248,7 +250,7 @@ def _check_object(path: Path) -> None:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise refuse(path, f"line {line} is not UTF-8 ({error.reason})", "save the file as UTF-8") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
     except (ValueError, RecursionError) as error:
         raise _broken_json(path, getattr(error, "lineno", 1), error) from error

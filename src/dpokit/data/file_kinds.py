@@ -1,6 +1,7 @@
 """Recognises what a file holds by its first bytes, where its name promises something else. No torch."""
 
 import gzip
+import zlib
 from pathlib import Path
 
 from dpokit.errors import DataError
@@ -40,7 +41,7 @@ def check_kind(path: Path, builder: str) -> None:
         try:
             with gzip.open(path) as packed:
                 start = packed.read(LONGEST)
-        except (EOFError, OSError):
+        except (EOFError, OSError, zlib.error):
             return  # the check of its content names the place
     described = None if start.startswith(b"PAR1") and builder == "parquet" else _describe(start)
     if described is None and start and builder == "parquet" and not start.startswith(b"PAR1"):

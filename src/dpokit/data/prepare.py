@@ -270,7 +270,8 @@ def find_layout(
 
     Raises: DataError if there are no rows, if no known layout fits, or if an unused column looks like content.
     """
-    sample = list(islice(_read(rows, name), SAMPLE_ROWS))
+    first = islice(_read(rows, name), 10 * SAMPLE_ROWS)  # some of them may be bad rows, which are empty
+    sample = list(islice((row for row in first if any(value is not None for value in row.values())), SAMPLE_ROWS))
     if not sample:
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
     features: Features = rows.features or {}
@@ -334,11 +335,13 @@ def _describe_cuts(split: Dataset, limits: LengthLimits) -> list[str]:
         return []
     lengths = sorted(read_column(split, "whole_tokens"))
     held = {share: lengths[math.ceil(share * len(lengths)) - 1] for share in (0.95, 0.99)}
-    advice = "raise --max_prompt_length or --max_completion_length"
+    advice = []
     if limits.total_tokens is not None and held[0.95] > limits.total_tokens:
-        advice = "; ".join(f"--max_length {tokens} leaves {share:.0%} whole" for share, tokens in held.items())
-    share = cuts / len(split)
-    return [f"{cuts:,} of {len(split):,} training pairs ({share:.0%}) are cut by the length limits: {advice}"]
+        advice += [f"--max_length {tokens} leaves {share:.0%} whole" for share, tokens in held.items()]
+    if limits.prompt_tokens is not None or limits.answer_tokens is not None:
+        advice.append("raise --max_prompt_length or --max_completion_length")
+    text = f"{cuts:,} of {len(split):,} training pairs ({cuts / len(split):.0%}) are cut by the length limits"
+    return [f"{text}: {'; '.join(advice)}"]
 
 
 def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: int) -> IterableDataset:

@@ -42,6 +42,7 @@ class Renderer:
         prompt_form: the form of the prompts, for data.json: "chat template", "HH transcript" or "raw".
         end: the text that ends an answer: EOS, or what the chat template writes.
         ends: token ids at which an answer ends, EOS first.
+        end_count: how many of them `end` has; 1 for most templates.
 
     Raises: ModelError for a tokenizer without EOS, or with a template that cannot render a conversation. SettingsError
         for raw texts with a chat template.
@@ -74,11 +75,22 @@ class Renderer:
         self.prompt_form = "chat template" if self.chat is not None else "raw" if self.is_raw else "HH transcript"
         self.end = self.eos if self.chat is None else self.chat.template.end
         self.ends = (int(tokenizer.eos_token_id),) if self.chat is None else self.chat.ends
+        self.end_count = sum(number in self.ends for number in self.encode_continued([self.end])[0])
         self.control_words = ControlWords(tokenizer)
 
-    def count_ends(self) -> int:
-        """Counts the tokens in `end` that end an answer; 1 for most templates."""
-        return sum(number in self.ends for number in self.encode_continued([self.end])[0])
+    def is_rendered(self, prompt: str) -> bool:
+        """Whether a text is a conversation that is already rendered with the chat template."""
+        return self.chat is not None and self.chat.template.is_rendered(prompt)
+
+    def drop_tokens(self, text: str, number: int) -> str:
+        """Returns a text without its first tokens; space at its start stays."""
+        space = text[: len(text) - len(text.lstrip())]
+        if not self.tokenizer.is_fast:
+            rest = self.tokenizer.decode(self.encode([text])[0][number:])
+        else:
+            spans = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            rest = text[spans["offset_mapping"][number][0] :]
+        return space + rest.lstrip()
 
     def _probe_spaces(self) -> bool:
         """Whether the tokenizer adds a space before every text, as SentencePiece does."""

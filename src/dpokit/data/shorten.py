@@ -1,7 +1,7 @@
 """Cuts pairs that are too long: first the answers' ends, then whole turns of the prompt, and only then its tokens."""
 
 import math
-from collections.abc import Sequence
+import re
 from dataclasses import dataclass
 
 from dpokit.data.formats import SYSTEM_ROLES
@@ -9,7 +9,7 @@ from dpokit.data.messages import Messages, UnusableError
 from dpokit.data.transcripts import ASSISTANT, HUMAN
 
 Ids = list[int]
-PROBE = "probe"
+_TURNS = re.compile(f"({HUMAN}|{ASSISTANT})")
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,13 @@ class LengthLimits:
         return min(prompt, total - answer), answer
 
 
-def cut(
-    prompt: Ids, chosen: Ids, rejected: Ids, limits: LengthLimits, *, head: int = 0, fixed: int = 0
-) -> tuple[Ids, Ids, Ids]:
-    """Cuts a pair to the limits: answers lose their end, and the prompt loses tokens after its head.
+def cut(prompt: Ids, chosen: Ids, rejected: Ids, limits: LengthLimits, *, fixed: int = 0) -> tuple[Ids, Ids, Ids]:
+    """Cuts a pair to the limits: answers lose their end, and the prompt loses its start.
 
     Args:
         prompt, chosen, rejected: token ids.
         limits: the limits.
-        head: tokens at the prompt's start that stay, such as a system turn and the header of the question.
-        fixed: the same for a prompt that is too short for `head`, such as 1 for a BOS.
+        fixed: tokens at the prompt's start that stay, such as 1 for a BOS.
 
     Raises:
         UnusableError: `no_room` if the limits leave no token of the prompt or of an answer.
@@ -64,44 +61,60 @@ def cut(
     if len(prompt) > prompt_limit:
         if prompt_limit <= fixed:
             raise UnusableError("no_room")
-        kept = head if head < prompt_limit else fixed
-        prompt = prompt[:kept] + prompt[len(prompt) - prompt_limit + kept :]
+        prompt = prompt[:fixed] + prompt[len(prompt) - prompt_limit + fixed :]
     if not chosen or not rejected:
         raise UnusableError("no_room")
     return prompt, chosen, rejected
 
 
 def list_shorter(prompt: str | Messages) -> list[str | Messages]:
-    """Returns the prompt without its first question and the turns up to the next, without two, and so on.
+    """Returns the prompt without the turns before its second question, before its third one, and so on.
 
-    A system turn at the start stays. A text is parted if it is an HH transcript.
+    Turns before the first question, such as a greeting, are left out first. A system turn at the start stays. A text
+    is parted if it is an HH transcript.
     """
     if isinstance(prompt, str):
         before, *rounds = prompt.split(HUMAN)
         return [before + "".join(HUMAN + text for text in rounds[first:]) for first in range(1, len(rounds))]
-    system = prompt[: _count_system(prompt)]
-    questions = [at for at, message in enumerate(prompt) if message["role"] == "user"]
-    return [[*system, *prompt[first:]] for first in questions[1:]]
+    system = _count_system(prompt)
+    questions = [at for at, message in enumerate(prompt) if message["role"] == "user" and at > system]
+    return [[*prompt[:system], *prompt[first:]] for first in questions]
 
 
-def replace_first_question(prompt: str | Messages) -> str | Messages | None:
-    """Returns the prompt with another first question, to find what precedes a question; None if it has none."""
+def list_texts(prompt: str | Messages) -> list[str]:
+    """Returns what each turn of a prompt says, without headers; a system turn is the first, "" without one."""
     if isinstance(prompt, str):
-        before, mark, rest = prompt.partition(HUMAN)
-        if not mark:
-            return PROBE
-        _, mark, rest = rest.partition(ASSISTANT)
-        return f"{before}{HUMAN} {PROBE}{mark}{rest}" if mark else None
-    first = _count_system(prompt)
-    if first == len(prompt) or prompt[first]["role"] != "user":
-        return None
-    return [*prompt[:first], {**prompt[first], "content": PROBE}, *prompt[first + 1 :]]
+        return [*([] if HUMAN in prompt else [""]), *_TURNS.split(prompt)[::2]]
+    texts = [message["content"] if isinstance(message["content"], str) else "" for message in prompt]
+    return texts if _count_system(prompt) else ["", *texts]
 
 
-def count_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns the number of equal ids at the start."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((at for at, (a, b) in pairs if a != b), min(len(first), len(second)))
+def replace_text(prompt: str | Messages, at: int, text: str) -> str | Messages:
+    """Returns the prompt with another text at this place of `list_texts`."""
+    if isinstance(prompt, str):
+        parts = _TURNS.split(prompt)
+        parts[2 * (at if HUMAN in prompt else at - 1)] = text
+        return "".join(parts)
+    at -= not _count_system(prompt)
+    return [*prompt[:at], {**prompt[at], "content": text}, *prompt[at + 1 :]]
+
+
+def choose_text(tokens: list[int], excess: int, most: int) -> tuple[int, int]:
+    """Returns which text of a prompt is cut next, and by how many tokens.
+
+    A system turn keeps half of the room, and what the others leave of it; of the others the longest one is cut. Each
+    keeps a token.
+
+    Args:
+        tokens: of each text of `list_texts`.
+        excess: tokens that the prompt has beyond `most`.
+        most: its limit.
+    """
+    system, *others = tokens
+    if system > most // 2:
+        return 0, min(excess, system - max(most // 2, 1))
+    longest = max(others, default=0)
+    return (1 + others.index(longest), min(excess, longest - 1)) if others else (0, 0)
 
 
 def _count_system(prompt: Messages) -> int:

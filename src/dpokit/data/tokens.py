@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
-from itertools import compress
+from itertools import compress, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from dpokit.data.formats import Pair
 from dpokit.data.layouts import Layout
 from dpokit.data.messages import UnusableError
 from dpokit.data.rendering import Ids, Renderer
-from dpokit.data.shorten import LengthLimits, count_common, cut, list_shorter, replace_first_question
+from dpokit.data.shorten import LengthLimits, choose_text, cut, list_shorter, list_texts, replace_text
 from dpokit.errors import ModelError
+
+MOST_TRIES = 8
 
 
 @cache
@@ -115,32 +118,29 @@ class Encoder:
         return encoded
 
     def _check_ends(self, pair: "_Encoded") -> None:
-        """Raises UnusableError if an answer of one turn has a token that ends a turn before its end."""
-        ends = self.renderer.ends
+        """Raises UnusableError if an answer has a token that ends a turn inside one of its turns."""
+        ends, most = self.renderer.ends, self.renderer.end_count
         for ids, mask in ((pair.chosen_ids, pair.chosen_mask), (pair.rejected_ids, pair.rejected_mask)):
-            if not mask and sum(map(ids.count, ends)) > self.renderer.count_ends():
+            turns = groupby(zip(mask or [1] * len(ids), ids, strict=True), key=itemgetter(0))
+            counts = [sum(number in ends for _, number in turn) for is_scored, turn in turns if is_scored]
+            if max(counts, default=0) > most:
                 raise UnusableError("end_inside_answer")
 
     def _shorten(self, pair: Pair, whole: "_Encoded") -> "_Encoded":
         """Returns the encoded pair within the limits. Raises: UnusableError if too little or no difference is left."""
         self._check_ends(whole)
-        fixed = head = int(whole.prompt_ids[:1] == [self.renderer.tokenizer.bos_token_id])
-        most = self._find_prompt_limit(whole, fixed)
-        parts, encoded = [], whole
-        if len(whole.prompt_ids) > most:
-            pair, encoded = self._drop_turns(pair, whole, most)
-            parts += ["turns"] if encoded is not whole else []
-            most = self._find_prompt_limit(encoded, fixed)
-            if len(encoded.prompt_ids) > most:
-                parts.append("prompt")
-                head = max(self._count_head(pair, encoded.prompt_ids, most), fixed)
+        fixed = int(whole.prompt_ids[:1] == [self.renderer.tokenizer.bos_token_id])
+        encoded, parts = whole, list[str]()
+        if len(whole.prompt_ids) > self._find_prompt_limit(whole, fixed):
+            encoded, parts = self._shorten_prompt(pair, whole, fixed)
         ids = (encoded.prompt_ids, encoded.chosen_ids, encoded.rejected_ids)
-        short = cut(*ids, self.limits, head=head, fixed=fixed)
+        short = cut(*ids, self.limits, fixed=fixed)
         if short[1] == short[2]:
             raise UnusableError("equal_after_cut")
         chosen_mask, rejected_mask = encoded.chosen_mask[: len(short[1])], encoded.rejected_mask[: len(short[2])]
         if any(mask and not any(mask) for mask in (chosen_mask, rejected_mask)):
             raise UnusableError("no_room")  # the limit leaves none of the assistant's tokens
+        parts += ["prompt"] if len(short[0]) < len(ids[0]) and "prompt" not in parts else []
         parts += ["answer"] if len(short[1]) < len(ids[1]) or len(short[2]) < len(ids[2]) else []
         key, tokens = hash_ids(whole.prompt_ids), whole.count_tokens()
         return _Encoded(*short, chosen_mask, rejected_mask, key, tokens, " ".join(parts), encoded.notes)
@@ -149,35 +149,39 @@ class Encoder:
         answer = max(len(pair.chosen_ids), len(pair.rejected_ids))
         return self.limits.fit(len(pair.prompt_ids), answer, fixed=fixed)[0]
 
-    def _drop_turns(self, pair: Pair, whole: "_Encoded", most: int) -> tuple[Pair, "_Encoded"]:
-        """Returns the pair without the fewest whole turns of its prompt's start that leave at most `most` tokens.
+    def _shorten_prompt(self, pair: Pair, whole: "_Encoded", fixed: int) -> tuple["_Encoded", list[str]]:
+        """Returns the pair with a prompt of fewer turns, and then of shorter texts; and what was cut.
 
-        If its last question is longer, this question is left, and if the template refuses what is left, the whole pair.
+        Headers stay, as the prompt is rendered again. A prompt that is already rendered, or that the template refuses
+        in a shorter form, stays whole.
         """
-        shorter = [replace(pair, prompt=prompt) for prompt in list_shorter(pair.prompt)]
-
-        def fits(candidate: Pair) -> bool:
-            return len(self.renderer.encode_prompts([self.renderer.render(candidate).prompt])[0]) <= most
-
-        if not shorter:
-            return pair, whole
+        most = self._find_prompt_limit(whole, fixed)
+        if isinstance(pair.prompt, str) and self.renderer.is_rendered(pair.prompt):
+            return whole, []
         try:
-            chosen = shorter[min(bisect_left(shorter, True, key=fits), len(shorter) - 1)]
-            return chosen, next(self._encode([self.renderer.render(chosen)]))
+            shorter = [replace(pair, prompt=prompt) for prompt in list_shorter(pair.prompt)]
+            parts = ["turns"] if shorter else []
+            if shorter:
+                first = bisect_left(shorter, True, key=lambda candidate: len(self._encode_prompt(candidate)) <= most)
+                pair = shorter[min(first, len(shorter) - 1)]
+            ids = self._encode_prompt(pair)
+            more = 0  # a text whose start was cut may have as many tokens as before
+            while len(ids) > most and more < MOST_TRIES:
+                parts = [*parts, "prompt"] if "prompt" not in parts else parts
+                texts = list_texts(pair.prompt)
+                sizes = [len(row) for row in self.renderer.encode(texts)]
+                at, number = choose_text(sizes, len(ids) - most + more, most)
+                if number <= 0:
+                    break  # the headers alone have no room
+                pair = replace(pair, prompt=replace_text(pair.prompt, at, self.renderer.drop_tokens(texts[at], number)))
+                before, ids = len(ids), self._encode_prompt(pair)
+                more = more + 1 if len(ids) >= before else 0
+            return next(self._encode([self.renderer.render(pair)])), parts
         except UnusableError:
-            return pair, whole
+            return whole, []
 
-    def _count_head(self, pair: Pair, prompt_ids: Ids, most: int) -> int:
-        """Counts the tokens before the first question: a system turn and a header. 0 if `most` tokens have no room."""
-        other = replace_first_question(pair.prompt)
-        if other is None:
-            return 0
-        try:
-            ids = self.renderer.encode_prompts([self.renderer.render(replace(pair, prompt=other)).prompt])[0]
-        except UnusableError:
-            return 0
-        head, tail = count_common(ids, prompt_ids), count_common(ids[::-1], prompt_ids[::-1])
-        return head if head + tail < most else 0
+    def _encode_prompt(self, pair: Pair) -> Ids:
+        return self.renderer.encode_prompts([self.renderer.render(pair).prompt])[0]
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from torch.utils.data import Sampler
 # tokens of all rows; scored tokens of the chosen and the rejected rows.
 OWN_KEYS = ("real", "needed_tokens", "row_tokens", "scored_tokens")
 
-# Pairs of one prompt that a step has together. More are dealt to several steps, so that no step is of one prompt alone.
-MOST_TOGETHER = 8
+# Pairs of one prompt that a step has together, and prompts of a step. Further pairs are dealt to other steps, so that
+# no step is of one prompt alone.
+MOST_TOGETHER, LEAST_PROMPTS = 8, 4
 
 
 @dataclass(frozen=True)
@@ -41,16 +42,15 @@ class Prompts:
     keys: Sequence[Hashable]
     lengths: Sequence[int]
 
-    def find_leaders(self) -> list[int]:
+    def find_leaders(self, most: int) -> list[int]:
         """Returns for each pair the first of the pairs that it is kept together with; itself if it is alone.
 
-        A prompt's pairs are divided, in their order, into parts of at most `MOST_TOGETHER`, which differ by at most
-        one pair.
+        A prompt's pairs are divided, in their order, into parts of at most `most`, which differ by at most one pair.
         """
         numbers, leaders, firsts = Counter(self.keys), list[int](), dict[tuple[Hashable, int], int]()
         so_far = Counter[Hashable]()
         for pair, key in enumerate(self.keys):
-            parts = math.ceil(numbers[key] / MOST_TOGETHER)
+            parts = math.ceil(numbers[key] / most)
             part = so_far[key] * parts // numbers[key]
             so_far[key] += 1
             leaders.append(firsts.setdefault((key, part), pair))
@@ -89,10 +89,11 @@ class Batches(Sampler[list[int]]):
         self.pairs = pairs
         self.lengths = lengths
         self.prompts = prompts
-        self._leaders = None if prompts is None else torch.tensor(prompts.find_leaders(), dtype=torch.long)
         self.per_device = per_device
         self.world_size = world_size
         self.per_step = per_device * world_size * micro_batches
+        most = min(MOST_TOGETHER, max(2, self.per_step // LEAST_PROMPTS))
+        self._leaders = None if prompts is None else torch.tensor(prompts.find_leaders(most), dtype=torch.long)
         self.seed = seed
         self.drop_last = drop_last
         self.epoch = 0
