@@ -188,6 +188,16 @@ ROWS = [
     ),
     ("votes", {"prompt": "Why?", **SWAPPED, "winner": "B"}, PLAIN),
     ("votes", {"prompt": "Why?", "response_1": "No.", "response_2": "Yes.", "winner": 2.0}, PLAIN),
+    (
+        "votes",
+        {"prompt": "[1, 2]", "response_a": "[2, 1]", "response_b": "[1, 1]", "winner": "a"},
+        ("[1, 2]", "[2, 1]", "[1, 1]"),
+    ),
+    (
+        "votes",
+        {"prompt": "Why?", "response_a": '["Yes."]', "response_b": '["No."]', "winner": "a"},
+        ("Why?", '["Yes."]', '["No."]'),
+    ),
     ("votes", {"prompt": '["Why?"]', "response_a": '["Yes."]', "response_b": '["No."]', "winner": "model_a"}, CHAT),
     ("AlpacaEval", {"instruction": "Why?", "output_1": "No.", "output_2": "Yes.", "preference": 2.0}, PLAIN),
     ("AlpacaEval", {"instruction": "Why?", "input": "", "output_1": "Yes.", "output_2": "No.", "preference": 1}, PLAIN),

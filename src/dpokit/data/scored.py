@@ -74,7 +74,8 @@ def _rank_conversations(row: Row) -> Ranking:
 
 def _rank_votes(row: Row) -> Ranking:
     prompts, *sides = (_parse_list(row[name]) for name in ("prompt", "first", "second"))
-    if prompts is None and sides == [None, None]:
+    is_text = prompts is None and isinstance(row["prompt"], str) and not row["prompt"].lstrip().startswith('["')
+    if is_text or sides == [None, None]:
         return _rank_two(row, _read_winner(row))
     if prompts is None or any(side is None or len(side) != len(prompts) for side in sides):
         raise UnusableError("missing_text", "a list of questions has another number of answers")
@@ -86,13 +87,14 @@ def _rank_votes(row: Row) -> Ranking:
 
 
 def _parse_list(value: Any) -> list[Any] | None:
-    """Returns a list of texts, also from JSON; None for another value."""
+    """Returns a list of texts, of which some may be null, also from JSON; None for another value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None
-    return list(value) if isinstance(value, (list, tuple)) and not is_turns(value) else None
+    is_list = isinstance(value, (list, tuple)) and all(isinstance(text, str | None) for text in value)
+    return list(value) if is_list else None
 
 
 def _rank_outputs(row: Row) -> Ranking:

@@ -24,6 +24,7 @@ from dpokit.merge.find_weights import find_weights, follow_base, gather_weights
 from dpokit.merge.hh_chat_template import write_template
 from dpokit.merge.layers import check_adapter_file, is_quantised
 from dpokit.merge.write import parse_size, read_whole_dtype, reload, write_model
+from dpokit.model.base_and_tuned import add_prompt_format
 from dpokit.model.load import find_base, load_tokenizer, name_model
 from dpokit.model.reference import hash_weights
 from dpokit.model.tuned_folder import DTYPES, complete_folder
@@ -77,7 +78,7 @@ def merge_run(run: RunDir, options: MergeOptions | None = None, *, argv: Sequenc
     record = _check_run(run)
     with lost_folder_errors(run.path), _alone(run), _disk_troubles():
         _check_unmerged(run)
-        settings = load_settings("merge", read_run_settings(record), list(argv))
+        settings = load_settings("merge", read_run_settings(add_prompt_format(run, record)), list(argv))
         _check_options(settings, options)
         fingerprint = _check_base(run, record, settings, accept=options.accept_drift)
         with new_folder(run.merged) as part:

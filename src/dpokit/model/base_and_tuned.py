@@ -69,21 +69,24 @@ def find_run(run_or_model: str) -> tuple[RunDir | None, dict[str, Any]]:
             expected="a run with weights",
             do="train it, or name a model",
         )
-    if _was_raw(run, record):
-        raw = {"value": "raw", "origin": "a run from before this flag"}
-        record = record | {"settings": record["settings"] | {"prompt_format": raw}}
-    return run, record
+    return run, add_prompt_format(run, record)
 
 
-def _was_raw(run: RunDir, record: dict[str, Any]) -> bool:
-    """Whether a run is from before `--prompt_format`, and trained texts as they are: it has no chat template."""
+def add_prompt_format(run: RunDir, record: dict[str, Any]) -> dict[str, Any]:
+    """Returns run.json with `prompt_format` raw for a run from before this flag that trained texts as they are.
+
+    Such a run has texts with a prompt, and no chat template.
+    """
     if "prompt_format" in record["settings"] or any(run.path.glob("*/chat_template.jinja")):
-        return False
+        return record
     try:
         layout = read_record(run.data_json)["train"]["format"]
     except (OSError, ValueError, RecursionError, LookupError, TypeError):
-        return False
-    return str(layout).endswith("plain")
+        return record
+    if not str(layout).endswith("plain"):
+        return record
+    raw = {"value": "raw", "origin": "a run from before this flag"}
+    return record | {"settings": record["settings"] | {"prompt_format": raw}}
 
 
 def read_run_defaults(record: dict[str, Any], run_or_model: str) -> dict[str, Any]:
