@@ -37,8 +37,9 @@ def test_a_second_evaluation_reads_the_bases_log_probs(changes, scored, tiny_gpt
     first, second = (run_evaluation(str(run.path), **NOTHING, limit=None, argv=[]) for _ in range(2))
     assert scored == [first["data"]["pairs"]]
     assert second == first
-    run_evaluation(str(run.path), **NOTHING, limit=3, argv=[])  # other pairs
-    assert scored[1:] == [3]
+    for limit in (3, 1):  # other pairs
+        run_evaluation(str(run.path), **NOTHING, limit=limit, argv=[])
+    assert scored[1:] == [3, 1]
 
 
 def test_an_evaluation_reads_the_log_probs_that_its_run_kept(scored, tiny_gpt2, tmp_path):

@@ -164,7 +164,7 @@ def test_the_prediction_is_within_15_percent_of_a_real_step(method, keeps_freed_
     pairs = write_pairs(tmp_path / "pairs.jsonl", 40)
     rows = [json.loads(line) for line in pairs.read_text().splitlines()]
     for row in rows[:8]:
-        row["prompt"] = "\n\nHuman:" + " Please help me with my garden." * 200 + row["prompt"]
+        row["prompt"] = row["prompt"].replace("Human:", "Human:" + " Please help me with my garden." * 200, 1)
     pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
     shape = ["--per_device_train_batch_size", "1", "--per_device_eval_batch_size", "1", "--max_length", "512"]
     paths = ["--model_name_or_path", str(gpt2_124m), "--dataset_name", str(pairs), "--eval_fraction", "0.1"]

@@ -95,7 +95,8 @@ def _read(cache: ReferenceCache) -> dict[int, torch.Tensor]:
 def _write(cache: ReferenceCache, parts: Sequence[range], table: np.ndarray, *, is_exact: bool) -> None:
     for part in parts:
         log_probs = torch.from_numpy(table[:, part.start : part.stop]).float()
-        first = log_probs[:, 0] if is_exact and cache.has_fp32(part) else torch.full((2,), torch.nan)
+        # A copy: of a part of one pair, safetensors would find the same memory twice.
+        first = log_probs[:, 0].clone() if is_exact and cache.has_fp32(part) else torch.full((2,), torch.nan)
         cache.write(part, PartScores(log_probs, first))
 
 
