@@ -203,7 +203,7 @@ class Day:
     def wait(self, stage: Stage, work: Path, limit: float) -> int | None:
         """Runs the process of a stage; returns its exit code, None if it was cut."""
         command = [sys.executable, str(ROOT / "tests" / "gpu" / "day_stages.py"), stage.name]
-        command += ["--records", str(self.records.path), "--work", str(work)]
+        command += ["--records", str(self.records.path), "--work", str(work), "--parent", str(os.getpid())]
         command += ["--dry-run"] if self.dry_run else []
         command += [] if self.memory_gib is None else ["--memory-gib", str(self.memory_gib)]
         environment = os.environ | {"DPOKIT_CACHE": str(work / "cache"), "HF_DATASETS_CACHE": str(work / "datasets")}

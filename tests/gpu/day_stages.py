@@ -755,9 +755,14 @@ def main() -> int:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--records", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--memory-gib", type=float)
     options = parser.parse_args()
+    # A warm process has another parent until that one ends.
+    deadline = time.monotonic() + 5
+    while os.getppid() != options.parent and time.monotonic() < deadline:
+        time.sleep(0.01)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a day that is killed leaves no process on the GPU
     records = Records(options.records)
     begun = {record["case"] for record in records.read() if record.get("stage") == options.stage and "case" in record}

@@ -63,8 +63,9 @@ def make_flags(folder: Path, more: list[str]) -> list[str]:
         GPT2LMHeadModel(config).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         write_pairs(folder / "pairs.jsonl", 40)
+    data = [] if "--dataset_name" in more else ["--dataset_name", str(folder / "pairs.jsonl")]
     return [
-        *("--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / "pairs.jsonl")),
+        *("--model_name_or_path", str(folder / "model"), *data),
         *("--eval_fraction", "0.2", "--max_length", "64", "--learning_rate", "1e-3", "--logging_steps", "1"),
         *("--eval_steps", str(2 * SAVE_STEPS), "--save_steps", str(SAVE_STEPS), "--load_best_model_at_end", "false"),
         *("--max_steps", str(STEPS), "--per_device_train_batch_size", "2", "--report_to", "none"),
