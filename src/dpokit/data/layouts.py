@@ -158,7 +158,7 @@ def match_layout(
     for candidate in _find_formats(form):
         fitting = _fit_format if isinstance(candidate, Format) else partial(_fit_published, choice=choice)
         names = _find_columns(candidate, rows, columns, ignored)
-        layout = None if names is None else fitting(candidate, rows, names, unpadded)  # type: ignore[arg-type]
+        layout = None if names is None else fitting(candidate, rows, names, unpadded)  # type: ignore[arg-type]  # each fits its own kind
         if layout is None:
             continue
         conversion = layout.conversion

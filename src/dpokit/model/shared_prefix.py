@@ -178,7 +178,7 @@ class SharedPrefix:
                 return self._forward(original, packed=packed, **kwargs)
             return original(*args, fused_lm_head=fused_lm_head, **kwargs)
 
-        forward.packs_batches = True  # type: ignore[attr-defined]
+        forward.packs_batches = True  # type: ignore[attr-defined]  # a mark
         model.forward = forward
 
     def _forward(
