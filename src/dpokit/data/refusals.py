@@ -96,8 +96,8 @@ def refuse_rows(
     return DataError(
         f"{source} holds preference pairs of no known form; its first row is {shown}",
         expected="one of\n"
-        + "\n".join(f"    {form.name}: {form.looks}" for form in FORMATS[1:])  # nobody writes votes by hand
-        + "\n    or one of the layouts "
+        + "\n".join(f"    {form.name}: {form.looks}" for form in FORMATS[1:])
+        + f"\n    or {FORMATS[0].name} (`dpokit serve` writes them), or one of the layouts "
         + ", ".join(form.name for form in layouts if isinstance(form, Published)),
         do="name the columns: --columns prompt=NAME,chosen=NAME,rejected=NAME; or build them in one of these forms "
         "(prompt, chosen, rejected is the simplest)",
