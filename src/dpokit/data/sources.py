@@ -222,8 +222,8 @@ def _make_readable(file: Path, builder: str, *, skip_bad: bool) -> tuple[Path, F
 
     `datasets` unpacks text files, but not Parquet files, and it reads a whole JSON list into memory.
     """
-    check_kind(file, builder)
     if file.name.endswith(".parquet.gz"):
+        check_kind(file, builder)  # `check_file` sees the copy
         copy = _copy(file, ".parquet", unpack)
     elif builder == "json" and is_list(file):
         copy = _copy(file, ".jsonl", write_lines)
