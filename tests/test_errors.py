@@ -4,6 +4,8 @@ import errno
 import pickle
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from dpokit.errors import (
     DataError,
@@ -17,6 +19,7 @@ from dpokit.errors import (
     RunFolderError,
     SettingsError,
     find_disk_trouble,
+    is_missing_file,
 )
 
 KINDS = [DataError, GateError, HubError, JudgeError, MachineError, ModelError, ReleaseError]
@@ -62,3 +65,18 @@ def test_disk_trouble_is_found_behind_the_error_of_a_library(number, seen):
 def test_other_errors_are_no_disk_trouble():
     assert find_disk_trouble(ValueError("beta")) is None
     assert find_disk_trouble(OSError(errno.ECONNREFUSED, "refused")) is None
+
+
+MISSING_FOLDER_WRITERS = {
+    "python": lambda path: path.write_text("text"),
+    "torch": lambda path: torch.save({}, path),
+    "safetensors": lambda path: save_file({"weight": torch.zeros(1)}, path),
+}
+
+
+@pytest.mark.parametrize("writer", MISSING_FOLDER_WRITERS)
+def test_a_missing_folder_is_known_by_the_error_of_each_writer(writer, tmp_path):
+    with pytest.raises(Exception) as caught:
+        MISSING_FOLDER_WRITERS[writer](tmp_path / "gone" / "file")
+    assert is_missing_file(caught.value)
+    assert "cannot be created" in find_disk_trouble(caught.value).seen

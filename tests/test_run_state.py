@@ -1,9 +1,11 @@
 """The record of a run's end in run.json."""
 
 import os
+import shutil
 import threading
 
 import pytest
+import torch
 from small_disk import small_disk
 
 from dpokit.errors import RunFolderError
@@ -12,10 +14,14 @@ from dpokit.rundir import RunDir
 from dpokit.settings.load import load_settings
 
 
+def build_settings(model, run):
+    flags = ["--model_name_or_path", str(model), "--output_dir", str(run.path), "--use_cpu", "--report_to", "none"]
+    return load_settings("dpo_test", {}, flags)
+
+
 def test_a_full_disk_is_recorded_after_other_ranks_free_space(tiny_gpt2, tmp_path):
     disk, run = tmp_path / "disk", RunDir(tmp_path / "disk" / "run")
-    flags = ["--model_name_or_path", str(tiny_gpt2), "--output_dir", str(run.path), "--use_cpu"]
-    settings = load_settings("dpo_test", {}, [*flags, "--report_to", "none"])
+    settings = build_settings(tiny_gpt2, run)
     with small_disk(disk, "256k"):
         run.make()
         with pytest.raises(RunFolderError, match="no space is left"), keep_record(run, settings, 1):
@@ -25,3 +31,14 @@ def test_a_full_disk_is_recorded_after_other_ranks_free_space(tiny_gpt2, tmp_pat
             while True:
                 os.write(save, bytes(2**12))
         assert run.read_run()["state"] == "failed"
+
+
+def test_a_run_folder_is_lost_though_its_run_json_goes_last(tiny_gpt2, tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.make()
+    settings = build_settings(tiny_gpt2, run)
+    with pytest.raises(RunFolderError, match="was deleted, moved or replaced"), keep_record(run, settings, 1):
+        run.take_possession(0)
+        threading.Timer(0.5, shutil.rmtree, [run.path]).start()
+        torch.save({}, run.path / "checkpoint-1" / "rng_state.pth")
+    assert not run.path.exists()

@@ -103,26 +103,38 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memo
 
 
 def find_disk_trouble(error: BaseException) -> RunFolderError | None:
-    """A RunFolderError for an operating-system error on writing; None for any other error.
+    """A RunFolderError for an operating-system error on writing; None for any other error."""
+    for cause, number in _walk_causes(error):
+        if number in _DISK_TROUBLE:
+            trouble, remedy = _DISK_TROUBLE[number]
+            where = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
+            return RunFolderError(f"{trouble}{where}", expected="a folder this run can write to", do=remedy)
+    return None
+
+
+def is_missing_file(error: BaseException) -> bool:
+    """Whether an error says that a file or its folder does not exist."""
+    return any(number == errno.ENOENT for _, number in _walk_causes(error))
+
+
+def _walk_causes(error: BaseException) -> Iterator[tuple[BaseException, int | None]]:
+    """An error and its causes, each with its errno if it has one.
 
     Libraries wrap `OSError` in errors of their own, and some drop its number, so causes and messages are searched.
     """
     cause: BaseException | None = error
     while cause is not None:
         number = cause.errno if isinstance(cause, OSError) else None
-        number = number or _read_number(str(cause))
-        if number in _DISK_TROUBLE:
-            trouble, remedy = _DISK_TROUBLE[number]
-            where = f" ({cause.filename})" if isinstance(cause, OSError) and cause.filename else ""
-            return RunFolderError(f"{trouble}{where}", expected="a folder this run can write to", do=remedy)
+        yield cause, number or _read_number(str(cause))
         cause = cause.__cause__ or cause.__context__
-    return None
 
 
 def _read_number(text: str) -> int | None:
-    """The errno in Rust's `os error 28` (safetensors, tokenizers) or torch's `strerror: No space left on device`."""
+    """The errno in Rust's `os error 28` (safetensors, tokenizers), or in torch's messages, which spell it out."""
     if match := re.search(r"os error (\d+)", text, re.I):
         return int(match[1])
+    if re.match(r"Parent directory .* does not exist", text):
+        return errno.ENOENT
     _, _, message = text.partition("strerror: ")
     return next((number for number in _DISK_TROUBLE if message.startswith(os.strerror(number))), None)
 

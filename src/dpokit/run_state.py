@@ -16,12 +16,13 @@ from transformers import Trainer
 from dpokit.console import say
 from dpokit.credentials import hide_secrets
 from dpokit.distributed.processes import find_machine, is_main_process
-from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
+from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble, is_missing_file
 from dpokit.interrupts import Preempted, find_interruption
 from dpokit.rundir import RunDir
 from dpokit.settings.load import Settings
 
 SPACE_SECONDS = 10.0
+DELETION_SECONDS = 5.0
 RESERVE = ".reserve"
 RESERVE_BYTES = 2**16  # disk space that a run reserves, to record its end even if the disk is full then
 PACKAGES = ("dpokit", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
@@ -69,7 +70,9 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
             except OSError as disk:
                 raise find_disk_trouble(disk) or disk from disk
             raise end from None
-        trouble = error if isinstance(error, DpokitError) else run.find_lost_folder() or find_disk_trouble(error)
+        trouble = (
+            error if isinstance(error, DpokitError) else _await_lost_folder(run, error) or find_disk_trouble(error)
+        )
         why = str(trouble or hide_secrets("".join(traceback.format_exception_only(error)).strip()))
         kind = type(trouble or error).__name__
         try:
@@ -90,6 +93,18 @@ def record_preemption(run: RunDir, why: str) -> None:
     if run.token and is_main_process() and (run.read_run() or {}).get("state") not in ("finished", "failed"):
         (run.path / RESERVE).unlink(missing_ok=True)
         run.write_run(state="preempted", why=why, error=None)
+
+
+def _await_lost_folder(run: RunDir, error: BaseException) -> RunFolderError | None:
+    """The error of a lost run folder; None if it is whole.
+
+    A folder that is being deleted loses its files one by one: where another file is missing, run.json may be gone a
+    moment later.
+    """
+    end = time.monotonic() + (DELETION_SECONDS if is_missing_file(error) else 0)
+    while (lost := run.find_lost_folder()) is None and time.monotonic() < end:
+        time.sleep(0.05)
+    return lost
 
 
 def _record_patiently(write: Callable[[], None]) -> None:
