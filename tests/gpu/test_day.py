@@ -219,7 +219,7 @@ MESSAGES = {
 
 @pytest.mark.parametrize("case", MESSAGES)
 def test_the_error_of_a_program_is_found_in_its_output(case):
-    from day_stages import find_message
+    from day_runs import find_message
 
     text, expected = MESSAGES[case]
     assert find_message(text) == expected
