@@ -65,7 +65,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: "long" not in item.keywords)
+    # Processes start at different places of this order: one takes the tests that wait for Slurm, others the longest.
+    items.sort(key=lambda item: ("cluster" not in item.keywords, "long" not in item.keywords))
     for item in items:
         for mark in item.iter_markers("pinned"):
             if not is_pinned(*mark.args):
