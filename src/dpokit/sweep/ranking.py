@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dpokit.atomic_files import write_json, write_whole
 from dpokit.console import say
 from dpokit.errors import DpokitError
+from dpokit.intervals import find_t
 from dpokit.metrics import is_lower_better
 from dpokit.report.page import write_report
 from dpokit.rundir import RunDir
@@ -22,25 +23,6 @@ from dpokit.sweep.study import SETTINGS, WHY, Search
 from dpokit.sweep.trial import find_best_value, name_runs
 
 LEAST_TRIALS = 8  # fewer trials give no reliable importance of a parameter
-# Student's t, 97.5 % quantile, by degrees of freedom (from any table of the distribution).
-T_97_5: tuple[float, ...] = (
-    12.71,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-T_97_5 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 @dataclass(frozen=True)
@@ -136,7 +118,10 @@ def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
     sentence += f"; next is trial {second.number} with {second.value:.4g}."
     if min(len(first.values), len(second.values)) < 2:
         return f"{sentence} Each has one seed, so the noise is unknown: set seeds: 3 to estimate it."
-    low, high = find_interval(first.values, second.values)
+    interval = find_interval(first.values, second.values)
+    if interval is None:
+        return f"{sentence} Their seeds gave equal values, so the noise is unknown."
+    low, high = interval
     is_within_noise = low <= 0 <= high
     return (
         f"{sentence} By their {len(first.values)} seeds the difference is {low:+.2g} to {high:+.2g} (95 %, Welch's t): "
@@ -144,18 +129,20 @@ def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
     )
 
 
-def find_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the difference of two means, of two or more values each, by Welch's t (Welch, 1947)."""
+def find_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the difference of two means, of two or more values each, by Welch's t (Welch, 1947).
+
+    None if neither mean's values differ: they show no noise to compare with.
+    """
     squared_errors = [statistics.variance(values) / len(values) for values in (first, second)]
     difference, error = statistics.fmean(first) - statistics.fmean(second), math.sqrt(sum(squared_errors))
     if error == 0:
-        return difference, difference
+        return None
     denominator = sum(
         squared_error**2 / (len(values) - 1)
         for squared_error, values in zip(squared_errors, (first, second), strict=True)
     )
-    freedom = int(sum(squared_errors) ** 2 / denominator)  # rounded down, which gives the wider interval
-    width = (T_97_5[freedom - 1] if freedom <= len(T_97_5) else 1.96) * error
+    width = find_t(sum(squared_errors) ** 2 / denominator) * error
     return difference - width, difference + width
 
 
