@@ -103,7 +103,7 @@ def test_one_prompt_with_many_pairs_counts_as_one_pair():
     assert one_of_many["low"] < 0.7 < one_of_many["value"]
 
 
-# -- coverage, with more rounds in docs/evaluate.md ---------------------------------------------------------------------
+# -- coverage, with more rounds in docs/evaluate.md --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("prompts", "least"), [(1, 0.79), (3, 0.85), (10, 0.90), (30, 0.93), (100, 0.92), (300, 0.94)])

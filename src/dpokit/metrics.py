@@ -183,7 +183,7 @@ def list_figure(key: str) -> list[Metric]:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that `dpokit evaluate` writes to eval/pairs.json.
+    """A number that `dpokit evaluate` writes to pairs.json.
 
     Attributes:
         title: its name on the screen.

@@ -46,21 +46,24 @@ class Report:
         return {"report": str(self.report), "pngs": [str(png) for png in self.pngs], "verdict": self.verdict}
 
 
-def write_report(paths: Sequence[Path], *, output: Path | None = None, metric: str | None = None) -> Report:
+def write_report(
+    paths: Sequence[Path], *, output: Path | None = None, metric: str | None = None, evaluation: str | None = None
+) -> Report:
     """Reads the folders, draws the figures, and writes each file atomically.
 
     Args:
         paths: run folders; one gives its own report, several give a comparison.
         output: the HTML file; None for RUN/report/report.html, or ./report.html for several runs.
         metric: sorts the runs and selects the best evaluation; None for eval_loss.
+        evaluation: as for `load_run`.
 
     Raises:
         RunFolderError: a folder without a run, a file that is damaged or has values of other types, a target file that
             dpokit did not write, or a disk error.
-        SettingsError: a run has no value of the metric.
+        SettingsError: a run has no value of the metric, or not this evaluation.
     """
     try:
-        return _write_report(paths, output=output, metric=metric)
+        return _write_report(paths, output=output, metric=metric, evaluation=evaluation)
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         # Values of a wrong type in valid JSON end here, because not every value of a file is checked by itself.
         raise RunFolderError(
@@ -70,10 +73,10 @@ def write_report(paths: Sequence[Path], *, output: Path | None = None, metric: s
         ) from error
 
 
-def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | None) -> Report:
+def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | None, evaluation: str | None) -> Report:
     for path in paths:
         RunDir(path).check_links()
-    runs = load_runs(paths)
+    runs = load_runs(paths, evaluation=evaluation)
     if len(runs) > 1:
         runs = sort_runs(runs, metric or EVAL_LOSS)
     elif metric is not None:
@@ -107,7 +110,8 @@ def build_page(runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str)
     verdicts = [find_evaluation_verdict(run) for run in runs] if several else []
     judgements = [f"{letter(number)}: {text}" for number, text in enumerate(verdicts) if text]
     top = tables.compare_runs(runs, metric) if several else tables.list_pairs(first)[:1]
-    below = [] if several else [*tables.list_pairs(first)[1:], tables.list_votes(first)]
+    below = [] if several else [*tables.list_pairs(first)[1:], tables.list_all_evaluations(first)]
+    below += [] if several else [tables.list_votes(first)]
     below += [] if several else [tables.list_evaluations(first, metric), tables.list_answers(first)]
     samples, count = ([], 0) if several else find_samples(first)
     end = [] if several else [*tables.list_data(first), tables.list_restarts(first), *tables.list_settings(first)]
