@@ -13,7 +13,7 @@ from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import Settings, load_settings
 
 # Training flags on which loss, margin and log-probs of the same pairs depend.
-RESULT_FLAGS = ("beta", "max_length", "max_prompt_length", "max_completion_length", "prompt_share")
+RESULT_FLAGS = ("beta", *flags_with(Fact.LENGTH))
 
 
 @dataclass

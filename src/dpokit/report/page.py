@@ -16,15 +16,10 @@ from dpokit.atomic_files import write_whole
 from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
 from dpokit.figures import Drawing, css, draw
 from dpokit.report import tables
+from dpokit.report.comparison import build_comparison, check_logged_metric, find_obstacles, sort_runs
 from dpokit.report.curves import build_figures, explain_figures, letter
 from dpokit.report.read import EVAL_LOSS, Run, load_runs, mapping
-from dpokit.report.verdict import (
-    build_comparison,
-    build_verdict,
-    check_logged_metric,
-    find_evaluation_verdict,
-    sort_runs,
-)
+from dpokit.report.verdict import build_verdict, find_evaluation_verdict
 from dpokit.rundir import RunDir
 from dpokit.terminal import escape_controls
 
@@ -54,7 +49,7 @@ def write_report(
     Args:
         paths: run folders; one gives its own report, several give a comparison.
         output: the HTML file; None for RUN/report/report.html, or ./report.html for several runs.
-        metric: sorts the runs and selects the best evaluation; None for eval_loss.
+        metric: sorts the runs, if its values can be compared, and selects the best evaluation; None for eval_loss.
         evaluation: as for `load_run`.
 
     Raises:
@@ -77,14 +72,15 @@ def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | N
     for path in paths:
         RunDir(path).check_links()
     runs = load_runs(paths, evaluation=evaluation)
-    if len(runs) > 1:
+    if len(runs) > 1 or metric is not None:
+        check_logged_metric(runs, metric or EVAL_LOSS)
+    obstacles = find_obstacles(runs, metric or EVAL_LOSS)
+    if len(runs) > 1 and not obstacles:
         runs = sort_runs(runs, metric or EVAL_LOSS)
-    elif metric is not None:
-        check_logged_metric(runs, metric)
     if output is None:
         output = RunDir(runs[0].path).report / "report.html" if len(runs) == 1 else Path("report.html")
     drawings = [draw(figure, software=SIGNATURE) for figure in build_figures(runs)]
-    page = build_page(runs, drawings, metric=metric or EVAL_LOSS)
+    page = build_page(runs, drawings, metric=metric or EVAL_LOSS, obstacles=obstacles)
     pngs = [_png(output, drawing.figure.key) for drawing in drawings]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -101,15 +97,21 @@ def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | N
     return Report(output, pngs, page["verdict"])
 
 
-def build_page(runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str) -> dict[str, Any]:
-    """The template's values. Only the figures' SVG is markup; all else is plain text."""
+def build_page(
+    runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str, obstacles: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The template's values. Only the figures' SVG is markup; all else is plain text.
+
+    Args:
+        obstacles: of `find_obstacles`; without them, several runs must be sorted by the metric.
+    """
     several = len(runs) > 1
     first = runs[0]
     notes = [f"{run.name}: {note}" if several else note for run in runs for note in (*list_alarms(run), *run.notes)]
     notes += [] if several else [str(finding) for finding in (first.data or {}).get("findings") or []]
     verdicts = [find_evaluation_verdict(run) for run in runs] if several else []
     judgements = [f"{letter(number)}: {text}" for number, text in enumerate(verdicts) if text]
-    top = tables.compare_runs(runs, metric) if several else tables.list_pairs(first)[:1]
+    top = tables.compare_runs(runs, metric, is_ranked=not obstacles) if several else tables.list_pairs(first)[:1]
     below = [] if several else [*tables.list_pairs(first)[1:], tables.list_all_evaluations(first)]
     below += [] if several else [tables.list_votes(first)]
     below += [] if several else [tables.list_evaluations(first, metric), tables.list_answers(first)]
@@ -117,7 +119,7 @@ def build_page(runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str)
     end = [] if several else [*tables.list_data(first), tables.list_restarts(first), *tables.list_settings(first)]
     return {
         "title": f"{len(runs)} runs compared" if several else first.name,
-        "verdict": build_comparison(runs, metric) if several else build_verdict(first, metric),
+        "verdict": build_comparison(runs, metric, obstacles) if several else build_verdict(first, metric),
         "proven": not several and find_evaluation_verdict(first) is not None,
         "judgements": judgements,
         "facts": [] if several else list_facts(first),

@@ -250,8 +250,12 @@ def list_settings(run: Run) -> list[Table]:
     return tables + ([Table(title, head, defaults, folded=True)] if defaults else [])
 
 
-def compare_runs(runs: Sequence[Run], metric: str) -> list[Table]:
-    """One table of the runs with their best values and differing settings, and one of the settings that they share."""
+def compare_runs(runs: Sequence[Run], metric: str, *, is_ranked: bool = True) -> list[Table]:
+    """One table of the runs with their best values and differing settings, and one of the settings that they share.
+
+    Args:
+        is_ranked: whether the runs are sorted by the metric, the best first.
+    """
     names = sorted({name for run in runs for name in run.settings()}.difference(flags_with(Fact.RUN_NAME)))
     chosen = {name for run in runs for name, entry in run.settings().items() if entry.get("origin") != "default"}
     differ = [name for name in names if len({text_of(run.setting(name)) for run in runs}) > 1]
@@ -262,11 +266,11 @@ def compare_runs(runs: Sequence[Run], metric: str) -> list[Table]:
         rows.append([letter(index), run.name, number(value), f"{step:,}", *state, *_cells(run, differ)])
     end = "lowest" if is_lower_better(metric) else "highest"
     head = ["", "run", f"{end} {metric}", "at step", "state", "last step", *differ]
-    note = f"Sorted by {metric}. " + (
-        "The columns after the last step: settings that differ." if differ else "No setting differs."
-    )
+    note = f"Sorted by {metric}. " if is_ranked else "In the order of the command. "
+    note += "The columns after the last step: settings that differ." if differ else "No setting differs."
     shared = [[name, text_of(runs[0].setting(name))] for name in names if name not in differ and name in chosen]
-    tables = [Table("Runs", head, rows, note=note, marked=0, mark=f"{end} {metric}")]
+    marked, mark = (0, f"{end} {metric}") if is_ranked else (None, "")
+    tables = [Table("Runs", head, rows, note=note, marked=marked, mark=mark)]
     return tables + ([Table("Settings that all share", ["setting", "value"], shared)] if shared else [])
 
 

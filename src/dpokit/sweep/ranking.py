@@ -66,16 +66,17 @@ STATES = {
 
 
 def rank(space: Space, search: Search) -> list[Ranked]:
-    """All trials, finished ones first, best first."""
+    """All trials, finished ones first, best first; in the order of their numbers if they cannot be compared."""
     trials = [_read_trial(space, search.folder, trial) for trial in search.trials()]
     sign = 1 if is_lower_better(space.metric) else -1
     states = list(STATES.values())
     worst = math.inf
+    is_ranked = not space.find_obstacles()
     return sorted(
         trials,
         key=lambda trial: (
             states.index(trial.state),
-            worst if trial.value is None else sign * trial.value,
+            sign * trial.value if is_ranked and trial.value is not None else worst,
             trial.number,
         ),
     )
@@ -103,11 +104,17 @@ def find_importances(search: Search) -> dict[str, float]:
         return {}
 
 
-def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
-    """A sentence on whether the best trial differs from the second by more than the noise between seeds."""
+def compare_best_two(ranked: Sequence[Ranked], metric: str, obstacles: Sequence[str] = ()) -> str:
+    """A sentence on whether the best trial differs from the second by more than the noise between seeds.
+
+    Args:
+        obstacles: the settings because of which trials cannot be compared; the sentence then names them.
+    """
     finished = [trial for trial in ranked if trial.value is not None]
     if not finished:
         return "No trial has finished."
+    if obstacles:
+        return describe_obstacles(metric, obstacles)
     first = finished[0]
     sentence = (
         f"Trial {first.number} has the {'lowest' if is_lower_better(metric) else 'highest'} {metric}, {first.value:.4g}"
@@ -127,6 +134,11 @@ def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
         f"{sentence} By their {len(first.values)} seeds the difference is {low:+.2g} to {high:+.2g} (95 %, Welch's t): "
         + ("within noise, so either may be better." if is_within_noise else "beyond noise.")
     )
+
+
+def describe_obstacles(metric: str, obstacles: Sequence[str]) -> str:
+    """A sentence on why the trials of a search are not ranked."""
+    return f"Not ranked, because {metric} of trials with different {' and '.join(obstacles)} cannot be compared."
 
 
 def find_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
@@ -158,10 +170,11 @@ def write_outcome(space: Space, search: Search) -> dict[str, Any]:
             report = write_report(runs, output=output, metric=space.metric).report
     except DpokitError as error:
         say(f"no report could be written: {error.seen}")
-    best = _link_best(search.folder, ranked)
+    obstacles = space.find_obstacles()
+    best = _link_best(search.folder, [] if obstacles else ranked)
     outcome = {
         "metric": space.metric,
-        "verdict": compare_best_two(ranked, space.metric),
+        "verdict": compare_best_two(ranked, space.metric, obstacles),
         "best": None if best is None else str(best),
         "report": None if report is None else str(report),
         "importances": importances,
@@ -176,6 +189,8 @@ def _link_best(folder: Path, ranked: Sequence[Ranked]) -> Path | None:
     """Points the link `best` to a run of the best trial and returns its folder; None without a finished trial."""
     link = folder / "best"
     if not ranked or ranked[0].value is None:
+        if link.is_symlink():  # of an earlier metric or version
+            link.unlink(missing_ok=True)
         return None
     first = ranked[0]
     distances = [abs(value - first.value) for value in first.values] if first.value is not None else []
