@@ -107,11 +107,21 @@ def v(value: float, spread: float = 0.02) -> dict[str, float]:
 
 
 def add_evaluation(
-    folder: Path, *, prompt: str = "\n\nHuman: How do I bake bread?\n\nAssistant:", text: str = ""
-) -> None:
-    """Writes the files of `dpokit evaluate`."""
-    evaluation = folder / "eval"
-    evaluation.mkdir(exist_ok=True)
+    folder: Path,
+    *,
+    prompt: str = "\n\nHuman: How do I bake bread?\n\nAssistant:",
+    text: str = "",
+    name: str = "",
+    data: dict[str, Any] | None = None,
+    answers: int | None = 3,
+    **changes: Any,
+) -> Path:
+    """Writes the files of `dpokit evaluate` to eval/NAME, or to eval/ as older versions did; returns this folder.
+
+    `data` and `changes` override what pairs.json says of the data and of the evaluation; no answers if they are None.
+    """
+    evaluation = folder / "eval" / name
+    evaluation.mkdir(exist_ok=True, parents=True)
     base = {"model": "gpt2", "loss": v(0.693, 0), "ranking_accuracy": v(0.46), "ranking_accuracy_per_token": v(0.52)}
     base |= {"logps/chosen": v(-140.2, 3), "logps/rejected": v(-150.8, 3)}
     tuned = base | {"loss": v(0.571), "ranking_accuracy": v(0.55), "ranking_accuracy_per_token": v(0.63)}
@@ -134,27 +144,32 @@ def add_evaluation(
             "better": True,
         },
     }
-    (evaluation / "pairs.json").write_text(json.dumps(pairs))
+    pairs["data"] |= data or {}
+    (evaluation / "pairs.json").write_text(json.dumps(pairs | changes))
+    if answers is None:
+        return evaluation
     answer = (
         text
         or "Mix flour, water, salt and yeast. Knead the dough, let it rest for an hour, then bake it for 35 minutes."
     )
-    answers = [
+    records = [
         {
             "prompt": prompt,
             "chosen": answer,
             "base": {"text": text or "I don't know.\n\nHuman: Why not?", "tokens": 12, "ended": False},
             "tuned": {"text": answer, "tokens": 31, "ended": True},
         }
-        for _ in range(3)
+        for _ in range(answers)
     ]
-    (evaluation / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in answers))
+    (evaluation / "answers.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     side = {"mean_tokens": 41.2, "repetition": 0.12, "distinct_2": 0.71, "ended": 0.4}
     numbers = {
-        "end": "t0",
+        "end": changes.get("end", "t0"),
         "base": side,
         "tuned": side | {"ended": 0.9},
         "judge": {"wins": 61, "ties": 9, "losses": 30},
     }
     numbers["judge"]["win_rate"] = v(0.66, 0.09)
+    numbers |= {"settings": {"prompts": answers}} if name else {}
     (evaluation / "answers.json").write_text(json.dumps(numbers))
+    return evaluation

@@ -167,7 +167,7 @@ def test_a_finished_run_is_evaluated_merged_and_pushed(placement, hub, tiny_gpt2
     run = RunDir(tmp_path / "run")
     done = launch(hub, PLACEMENTS[placement], run, tiny_gpt2, data)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(run.pairs_json.read_text())["data"]["pairs"] == 8
+    assert json.loads(run.evaluations()[-1].pairs_json.read_text())["data"]["pairs"] == 8
     assert json.loads(run.merge_json.read_text())["largest_drift"] < 1e-4
     files = hub.files(REPO)
     assert {"README.md", "config.json", "model.safetensors", "merge.json", "tokenizer.json"} <= files.keys()

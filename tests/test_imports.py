@@ -27,10 +27,10 @@ FLOORS = [
     {"checkpoint", "model", "data", "figures"},
     {"settings", "rundir", "distributed", "errors", "console", "metrics", "untrained_loss", "torch_build_locks"}
     | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"}
-    | {"file_hashes", "starter", "atomic_files", "caches"},
+    | {"file_hashes", "starter", "atomic_files", "caches", "intervals"},
 ]
 LIGHT = ("report", "card", "cluster", "figures", "data.layouts", "data.transcripts", "quickstart.grammar", "rundir")
-LIGHT += ("errors", "atomic_files", "caches", "untrained_loss", "apikey", "credentials", "terminal")
+LIGHT += ("errors", "atomic_files", "caches", "intervals", "untrained_loss", "apikey", "credentials", "terminal")
 LIGHT += ("checkpoint.store", "cli", "starter")
 HEAVY = {"torch", "transformers", "trl", "datasets", "accelerate", "peft"}
 TRL_INSIDE = {"train/dpo_trainer.py", "train/scoring.py", "train/sft_trainer.py"}

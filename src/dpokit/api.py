@@ -125,8 +125,8 @@ def evaluate_model(
         limit: scores only the first pairs.
         answers: both models answer this many prompts.
 
-    Returns: what `eval/pairs.json` holds, such as `verdict` and, for `base` and `tuned`, `ranking_accuracy` with its
-        interval; with `answers` also the counts of the sampled answers.
+    Returns: what `pairs.json` in the new folder of `eval/` holds, such as `verdict` and, for `base` and `tuned`,
+        `ranking_accuracy` with its interval; with `answers` also the counts of the sampled answers.
 
     Raises: DpokitError: an error that the user can correct.
     """

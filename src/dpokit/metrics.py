@@ -37,6 +37,8 @@ class Metric:
         screen: its header in the lines that training prints for evaluations, by the kind of recipe.
         scale: `log` if values that span decades are drawn on a logarithmic axis.
         exact: True if it follows a formula and is drawn without a running mean.
+        needs: what runs must share before their values can be compared: `pairs`, or `beta` or `loss` with the same
+            pairs; "" for nothing.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Metric:
     screen: Mapping[str, str] = field(default_factory=dict)
     scale: str = ""
     exact: bool = False
+    needs: str = ""
 
 
 LOGGED: list[Metric] = [
@@ -60,6 +63,7 @@ LOGGED: list[Metric] = [
         figure="loss",
         column="validation loss",
         screen={"dpo": "eval loss", "sft": "eval loss"},
+        needs="loss",
     ),
     Metric(
         "rewards/chosen",
@@ -69,6 +73,7 @@ LOGGED: list[Metric] = [
         figure="rewards",
         line="chosen",
         column="rewards/chosen",
+        needs="beta",
     ),
     Metric(
         "rewards/rejected",
@@ -77,6 +82,7 @@ LOGGED: list[Metric] = [
         figure="rewards",
         line="rejected",
         column="rewards/rejected",
+        needs="beta",
     ),
     Metric(
         "rewards/accuracies",
@@ -86,6 +92,7 @@ LOGGED: list[Metric] = [
         figure="accuracies",
         column="rewards/accuracies",
         screen={"dpo": "accuracy"},
+        needs="pairs",
     ),
     Metric(
         "rewards/margins",
@@ -95,6 +102,7 @@ LOGGED: list[Metric] = [
         figure="margins",
         column="rewards/margins",
         screen={"dpo": "margin"},
+        needs="beta",
     ),
     Metric(
         "logps/chosen",
@@ -105,6 +113,7 @@ LOGGED: list[Metric] = [
         line="chosen",
         column="logps/chosen",
         screen={"dpo": "logps chosen"},
+        needs="pairs",
     ),
     Metric(
         "logps/rejected",
@@ -113,18 +122,30 @@ LOGGED: list[Metric] = [
         figure="logps",
         line="rejected",
         column="logps/rejected",
+        needs="pairs",
     ),
-    Metric("logits/chosen", "Mean logit of chosen answers' tokens.", evaluated=PAIRS, column="logits/chosen"),
-    Metric("logits/rejected", "Mean logit of rejected answers' tokens.", evaluated=PAIRS, column="logits/rejected"),
-    Metric("entropy", "Mean entropy of the next token, in nats.", evaluated=BOTH),
+    Metric(
+        "logits/chosen", "Mean logit of chosen answers' tokens.", evaluated=PAIRS, column="logits/chosen", needs="pairs"
+    ),
+    Metric(
+        "logits/rejected",
+        "Mean logit of rejected answers' tokens.",
+        evaluated=PAIRS,
+        column="logits/rejected",
+        needs="pairs",
+    ),
+    Metric("entropy", "Mean entropy of the next token, in nats.", evaluated=BOTH, needs="pairs"),
     Metric(
         "mean_token_accuracy",
         "Share of answer tokens that are the most probable ones.",
         better="up",
         evaluated=BOTH,
         screen={"sft": "tokens right"},
+        needs="loss",  # the tokens that count depend on it
     ),
-    Metric("aux_loss", "Mean load-balancing loss of a mixture of experts.", better="down", evaluated=BOTH),
+    Metric(
+        "aux_loss", "Mean load-balancing loss of a mixture of experts.", better="down", evaluated=BOTH, needs="pairs"
+    ),
     Metric("num_tokens", "Tokens seen so far.", evaluated=BOTH),
     Metric("wasted_positions", "Share of positions that are padding.", better="down"),
     Metric("epoch", "Passes over the data so far."),
@@ -138,7 +159,7 @@ LOGGED: list[Metric] = [
     Metric("runtime", "Seconds of an evaluation.", better="down", evaluated=BOTH),
     Metric("samples_per_second", "Rows per second of an evaluation.", better="up", evaluated=BOTH),
     Metric("steps_per_second", "Batches per second of an evaluation.", better="up", evaluated=BOTH),
-    Metric("train_loss", "Mean loss of the whole run.", better="down"),
+    Metric("train_loss", "Mean loss of the whole run.", better="down", needs="loss"),
     Metric("train_runtime", "Seconds of the whole run.", better="down"),
     Metric("train_samples_per_second", "Rows per second of the whole run.", better="up"),
     Metric("train_steps_per_second", "Steps per second of the whole run.", better="up"),
@@ -159,6 +180,12 @@ def is_lower_better(name: str) -> bool:
     if metric is not None:
         return metric.better == "down"
     return name.endswith(("loss", "_seconds", "_runtime"))
+
+
+def find_needs(name: str) -> str:
+    """What runs must share before values of a logged metric can be compared; for a metric without a row, the loss."""
+    metric = find_metric(name)
+    return "loss" if metric is None else metric.needs
 
 
 def list_evaluated(kind: str) -> list[str]:
@@ -183,7 +210,7 @@ def list_figure(key: str) -> list[Metric]:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number that `dpokit evaluate` writes to eval/pairs.json.
+    """A number that `dpokit evaluate` writes to pairs.json.
 
     Attributes:
         title: its name on the screen.

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,28 @@ NOT_READ = (".safetensors", ".png")  # never read into memory as a whole
 CARD_MARK = "made by dpokit card"  # at the beginning of a generated model card and of each of its pictures
 
 
+class EvaluationFiles:
+    """The files of one evaluation. `folder` is RUN/eval/NAME, or RUN/eval itself if an older version wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pairs_json = folder / "pairs.json"
+        self.answers_jsonl = folder / "answers.jsonl"
+        self.answers_json = folder / "answers.json"
+        self.judge_json = folder / "judge.json"
+
+    def exist(self) -> bool:
+        """Whether there is any of the files."""
+        return any(path.exists() for path in (self.pairs_json, self.answers_jsonl, self.answers_json))
+
+
 class RunDir:
     """A run's folder, which holds all that is needed to resume, evaluate, merge, publish, plot or serve the run.
 
     run.json (state and settings), metrics.jsonl (one record per logged step), data.json (rows kept and dropped),
-    checkpoint-N/, the final weights in model/ or adapter/, merged/ (base and adapter as one model), eval/ (base and
-    tuned model compared), report/ (the HTML page), README.md (the model card) and its pictures in figures/, votes.jsonl
-    (votes of people who talked to the model; never deleted, because they are training pairs).
+    checkpoint-N/, the final weights in model/ or adapter/, merged/ (base and adapter as one model), eval/ (a folder for
+    each comparison of base and tuned model), report/ (the HTML page), README.md (the model card) and its pictures in
+    figures/, votes.jsonl (votes of people who talked to the model; never deleted, because they are training pairs).
 
     Args:
         path: the folder.
@@ -55,10 +71,6 @@ class RunDir:
         self.merged = self.path / "merged"
         self.merge_json = self.merged / "merge.json"
         self.eval = self.path / "eval"
-        self.pairs_json = self.eval / "pairs.json"
-        self.answers_jsonl = self.eval / "answers.jsonl"
-        self.answers_json = self.eval / "answers.json"
-        self.judge_json = self.eval / "judge.json"
         self.report = self.path / "report"
         self.card = self.path / "README.md"
         self.figures = self.path / "figures"
@@ -72,6 +84,26 @@ class RunDir:
         """The checkpoint folders, oldest first."""
         folders = [p for p in self.path.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
         return sorted(folders, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+    def evaluations(self) -> list[EvaluationFiles]:
+        """The evaluations, oldest first."""
+        folders = [self.eval, *sorted(path for path in self.eval.glob("*") if path.is_dir())]
+        return [files for folder in folders if (files := EvaluationFiles(folder)).exist()]
+
+    def make_evaluation(self, name: str) -> EvaluationFiles:
+        """Creates the folder of a new evaluation, with a number behind its name if another one has this name.
+
+        Raises: OSError: it cannot be created.
+        """
+        self.eval.mkdir(exist_ok=True)
+        for number in count(1):
+            folder = self.eval / (name if number == 1 else f"{name}-{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return EvaluationFiles(folder)
+        raise AssertionError("itertools.count has no end")
 
     def find_weights(self) -> Path | None:
         """The folder of the final weights; None if it does not exist yet."""

@@ -97,7 +97,7 @@ def test_the_card_of_a_real_run_has_its_numbers_but_no_paths(use_peft, tiny_gpt2
     assert not {"base_model", "datasets"} & set(data)
     page = parse(show(card))
     check_page(page)
-    pairs = json.loads(run.pairs_json.read_text())
+    pairs = json.loads(run.evaluations()[-1].pairs_json.read_text())
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == pairs["tuned"]["accuracy"]["value"]
     assert pairs["verdict"]["text"] in page.text
     assert "device: CPU" in page.text

@@ -52,12 +52,13 @@ def test_the_runs_folder_keeps_pairs_answers_and_judgement(changes, url, tiny_gp
     assert done.returncode == 0, done.stderr[-2000:]
     assert "3 sampled answers" in done.stdout
     assert "judged by m: 0 won, 3 tied, 0 lost" in done.stdout  # preferring the first answer in both orders is a tie
-    assert json.loads(run.pairs_json.read_text())["data"]["pairs"] == 4
-    answers = [json.loads(line) for line in run.answers_jsonl.read_text().splitlines()]
+    (files,) = run.evaluations()
+    assert json.loads(files.pairs_json.read_text())["data"]["pairs"] == 4
+    answers = [json.loads(line) for line in files.answers_jsonl.read_text().splitlines()]
     assert len(answers) == 3
     assert any(answer["base"]["text"] != answer["tuned"]["text"] for answer in answers)
-    assert json.loads(run.judge_json.read_text())["ties"] == 3
-    assert not any(SECRET in path.read_text() for path in run.eval.iterdir())
+    assert json.loads(files.judge_json.read_text())["ties"] == 3
+    assert not any(SECRET in path.read_text() for path in files.folder.iterdir())
 
 
 def test_a_judge_without_answers_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The models and pairs that `dpokit evaluate` loads, and the arguments that it refuses before it scores."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,8 @@ from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.evaluate.answers import Sampling
 from dpokit.evaluate.command import Judge, run_evaluation
 from dpokit.evaluate.judge import estimate_win_rate
-from dpokit.rundir import RunDir
+from dpokit.report.read import load_run
+from dpokit.rundir import EvaluationFiles, RunDir
 
 SHORT = Sampling(max_new_tokens=4)
 
@@ -157,13 +159,46 @@ def test_an_invalid_judge_is_refused_at_once(url, model, message):
 
 def test_a_file_in_place_of_the_eval_folder_is_refused(run):
     run.eval.write_text("")
-    with pytest.raises(RunFolderError, match="a part of the path is a file"):
+    with pytest.raises(RunFolderError, match="a file is where a folder is needed"):
         evaluate(run.path, limit=2)
 
 
-def test_new_answers_delete_the_judgement_of_the_old_ones(run):
+def test_an_evaluation_replaces_no_other_one(run, pairs, capfd):
+    """Neither that of an older version, nor one in the same second, nor its answers and judgement."""
     run.eval.mkdir()
-    run.judge_json.write_text(json.dumps({"wins": 40, "win_rate": estimate_win_rate(40, ties=0, losses=0)}))
-    evaluate(run.path, limit=2, answers=2, sampling=SHORT)
-    assert run.answers_json.is_file()
-    assert not run.judge_json.exists()
+    old = EvaluationFiles(run.eval)
+    judgement = {"wins": 40, "win_rate": estimate_win_rate(40, ties=0, losses=0)}
+    for path, content in ((old.pairs_json, {"format": 1}), (old.answers_json, {}), (old.judge_json, judgement)):
+        path.write_text(json.dumps(content))
+    before = {path: path.read_bytes() for path in run.eval.iterdir()}
+    sizes = [evaluate(run.path, limit=limit, answers=2, sampling=SHORT)["data"]["pairs"] for limit in (None, 2, 2)]
+    evaluate(run.path, data=pairs, limit=3)
+    assert {path: path.read_bytes() for path in before} == before
+    written = run.evaluations()[1:]
+    assert sorted(json.loads(files.pairs_json.read_text())["data"]["pairs"] for files in written) == sorted([*sizes, 3])
+    names = sorted(re.sub(r"^\d{8}-\d{6}-", "", files.folder.name) for files in written)
+    assert [name.removesuffix("-2") for name in names[:2]] == ["own-2-pairs"] * 2
+    assert names[2:] == [f"own-{sizes[0]}-pairs", "pairs.jsonl-split-train-3-pairs"]
+    assert sum(files.answers_json.is_file() for files in written) == 3
+    shown = load_run(run.path, name="run")
+    assert (shown.pairs or {})["data"]["pairs"] == sizes[0]
+    assert capfd.readouterr().err.count(f"reports and the card show {shown.evaluation.name}") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        ({}, []),
+        ({"argv": ["--beta", "0.5"]}, ["beta"]),
+        ({"argv": ["--max_length", "256", "--per_device_eval_batch_size", "3"]}, []),
+        ({"argv": ["--max_length", "40"]}, ["max_length"]),
+        ({"base": "tuned"}, ["base"]),
+    ],
+)
+def test_flags_that_change_the_numbers_are_recorded(arguments, changed, run, make_model):
+    if "base" in arguments:
+        arguments = {"base": make_model("other", seed=2)}
+    evaluate(run.path)
+    record = evaluate(run.path, **arguments)
+    assert record["changed"] == changed
+    assert bool(load_run(run.path, name="run").pairs["changed"]) is False

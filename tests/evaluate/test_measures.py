@@ -66,6 +66,17 @@ def test_equal_lengths_count_half_for_always_longer():
     assert summarize_scores(scores, None, PROMPTS[:2], beta=1.0)["always_longer"]["value"] == 0.75
 
 
+def test_few_pairs_have_intervals_of_shares_alone():
+    """3 prompts: a share has a wide interval, a mean none; the loss of the base is ln 2 exactly."""
+    measured = summarize_scores(SCORES, None, PROMPTS, beta=0.5)
+    assert measured["base"]["ranking_accuracy"] == {"value": 0.0, "low": 0.0, "high": pytest.approx(0.5615, abs=1e-4)}
+    assert measured["difference"]["ranking_accuracy"]["high"] == 1.0
+    assert measured["base"]["loss"] == {"value": math.log(2)}
+    assert set(measured["tuned"]["margin"]) == {"value"}
+    (group, _) = describe_groups(compare_models(SCORES, beta=0.5), {"source": ["x", "y", "x"]}, PROMPTS)["source"]
+    assert (group["accuracy"]["low"], group["accuracy"]["high"]) == pytest.approx((0.342, 1.0), abs=1e-3)
+
+
 def test_groups_hold_their_pairs_and_a_single_group_is_omitted():
     columns = compare_models(SCORES, beta=0.5)
     kinds = {"source": ["x", "y", "x"], "turns": ["1", "1", "1"]}
@@ -121,7 +132,7 @@ def decide_for(margins: list[float], prompts: list[bytes]) -> dict:
 def test_one_pair_shows_no_difference():
     verdict = decide_for([1.0], [b"a"])
     assert verdict["better"] is None
-    assert verdict["text"].endswith("is shown: 1 held-out prompt is too few for an interval, which needs 10.")
+    assert verdict["text"].endswith("is shown: 1 held-out prompt is too few for a verdict, which needs 10.")
 
 
 @pytest.mark.parametrize(("prompts", "better"), [(9, None), (10, True)])

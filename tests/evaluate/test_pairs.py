@@ -70,7 +70,8 @@ def test_numbers_equal_the_trainers_own_evaluation(changes, tiny_gpt2, tmp_path)
     assert record["tuned"]["margin"]["value"] != 0.0
     for name, metric in names.items():
         assert record["tuned"][name]["value"] == pytest.approx(trained[f"eval_{metric}"], rel=1e-4, abs=1e-5), name
-    assert json.loads(run.pairs_json.read_text()) == json.loads(json.dumps(record))
+    (files,) = run.evaluations()
+    assert json.loads(files.pairs_json.read_text()) == json.loads(json.dumps(record))
 
 
 def test_drift_is_the_kl_of_whole_distributions(run, tiny_gpt2):
@@ -140,7 +141,9 @@ def test_two_processes_give_the_numbers_of_one_process(run):
     command = [sys.executable, *launcher, "-m", "dpokit.cli", "evaluate", str(run.path), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads(done.stdout[done.stdout.index("{") :]) == json.loads(json.dumps(record))
+    of_two = json.loads(done.stdout[done.stdout.index("{") :])
+    assert of_two == json.loads(json.dumps(record)) | {"made": of_two["made"]}
+    assert len(run.evaluations()) == 2
 
 
 def test_the_command_prints_table_and_verdict_in_80_columns(run):

@@ -63,12 +63,12 @@ def train_on_hh(context: Context, model: Path) -> Values:
     command = ["-m", "dpokit.cli", "evaluate", str(context.work / "run")]
     evaluated = subprocess.run([*PYTHON, *command], capture_output=True, text=True, check=False)
     print(evaluated.stderr[-2000:])
-    file = context.work / "run" / "eval" / "pairs.json"
-    if not file.is_file():
+    files = sorted((context.work / "run" / "eval").glob("*/pairs.json"))
+    if not files:
         return values | {
             "error": f"dpokit evaluate ended with {evaluated.returncode}: {find_message(evaluated.stderr)}"
         }
-    return values | {"evaluation": json.loads(file.read_text())}
+    return values | {"evaluation": json.loads(files[-1].read_text())}
 
 
 def run_quickstart(context: Context) -> Values:

@@ -24,6 +24,7 @@ MOST_SECONDS = 20.0
 FILES = (
     *("run.json", "metrics.jsonl", "data.json", "README.md", "votes.jsonl", "report/report.html"),
     *("eval/pairs.json", "eval/answers.json", "eval/answers.jsonl", "eval/judge.json", "merged/merge.json"),
+    *("eval/later/pairs.json", "eval/later/answers.jsonl"),
     *("model/config.json", "model/tokenizer.json", "model/tokenizer_config.json", "model/generation_config.json"),
     *("model/chat_template.jinja", "model/special_tokens_map.json", "model/notes.txt"),
     *("checkpoint-3/manifest.json", "checkpoint-3/trainer_state.json", "checkpoint-3/progress_0.json"),

@@ -30,7 +30,7 @@ from dpokit.rundir import MetricsFile, RunDir
 FILES = (
     *("run.json", "metrics.jsonl", "data.json", "README.md", "votes.jsonl"),
     *("model/config.json", "model/tokenizer.json", "model/model.safetensors", "figures/loss.png"),
-    *("eval/pairs.json", "eval/answers.jsonl", "report/report.html"),
+    *("eval/pairs.json", "eval/answers.jsonl", "eval/later/pairs.json", "report/report.html"),
 )
 FOLDERS = ("model", "adapter", "merged", "eval", "report", "figures")
 VERBS: dict[str, Callable[[RunDir], object]] = {

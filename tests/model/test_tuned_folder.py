@@ -149,7 +149,7 @@ def test_the_end_of_a_turn_ends_all_sampling(trained):
     assert json.loads(run.run_json.read_text())["answers_of_base"]["ended"] == 1.0
     described = {"base": None, "data": None, "split": None, "limit": 4, "argv": []}
     run_evaluation(str(run.path), **described, answers=2, sampling=Sampling(max_new_tokens=5))
-    answers = json.loads((run.eval / "answers.json").read_text())
+    answers = json.loads(run.evaluations()[-1].answers_json.read_text())
     assert (answers["base"]["ended"], answers["tuned"]["ended"]) == (1.0, 1.0)
     models = LocalModels(str(run.path), None, ["--use_cpu", "true"])
     models.load()

@@ -23,8 +23,7 @@ def test_an_outdated_evaluation_gives_no_verdict(tmp_path):
     assert "evaluation loss" in written.verdict
     page = written.report.read_text()
     assert verdict not in page
-    assert "eval/pairs.json is out of date" in page
-    assert "eval/answers.json is out of date" in page
+    assert "out of date, because the run was trained further, and left out: eval/pairs.json, eval/answers.json" in page
     run = load_run(folder, name="run")
     assert (run.pairs, run.answers, run.answer_numbers) == (None, [], None)
 

@@ -8,10 +8,11 @@ import pytest
 from run_folders import add_evaluation, make_run, make_starts, make_steps, v
 
 from dpokit.errors import RunFolderError, SettingsError
+from dpokit.report.comparison import sort_runs
 from dpokit.report.page import write_report
 from dpokit.report.read import load_run, load_runs
 from dpokit.report.tables import compare_runs, interval, list_evaluations, list_restarts
-from dpokit.report.verdict import build_verdict, sort_runs
+from dpokit.report.verdict import build_verdict
 
 
 def page_of(folder, **more) -> str:

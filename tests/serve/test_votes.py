@@ -12,7 +12,8 @@ from conftest import ROOT
 
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import RunFolderError
-from dpokit.report.votes import count_votes, find_wilson, is_between, read_votes
+from dpokit.intervals import find_wilson
+from dpokit.report.votes import count_votes, is_between, read_votes
 from dpokit.serve.votes import LINE_START, append_vote, build_vote, check_votes
 from dpokit.settings.flags import DataArguments
 

@@ -126,3 +126,24 @@ def test_a_switch_takes_every_boolean_of_yaml(switch, pruned, read):
 def test_trials_share_reference_log_probs_if_possible(text, shared, read):
     recipe = f"recipe: {ROOT / 'recipes' / 'dpo_gpt2.py'}\n"
     assert read(recipe + text).settings.get("precompute_ref_log_probs") == shared
+
+
+@pytest.mark.parametrize(
+    ("text", "metric", "obstacles"),
+    [
+        ("parameters: {learning_rate: [1e-5, 2e-5]}", "eval_loss", []),
+        ("parameters: {learning_rate: [1e-5, 2e-5], beta: [0.1, 0.1]}", "eval_loss", []),
+        ("parameters: {beta: [0.1, 0.3]}", "eval_rewards/accuracies", []),
+        ("search: tpe\ntrials: 2\nparameters: {beta: {low: 0.1, high: 0.3}}", "eval_rewards/accuracies", []),
+        ("configurations: [{loss_type: [ipo]}, {learning_rate: 1e-5}]", "eval_rewards/accuracies", []),
+        ("configurations: [{max_length: 128}, {max_length: 256}]", "eval_rewards/accuracies", ["max_length"]),
+        ("metric: eval_loss\nparameters: {beta: [0.1, 0.3], seed: [1, 2]}", "eval_loss", ["beta"]),
+        ("metric: eval_rewards/margins\nparameters: {loss_type: [[ipo], [hinge]]}", "eval_rewards/margins", []),
+        ("metric: eval_rewards/margins\nparameters: {beta: [0.1, 0.3]}", "eval_rewards/margins", ["beta"]),
+        ("metric: tokens_per_second\nparameters: {max_length: [64, 128]}", "tokens_per_second", []),
+    ],
+)
+def test_trials_are_ranked_by_values_that_can_be_compared(text, metric, obstacles, read):
+    space = read(text)
+    assert (space.metric, space.find_obstacles()) == (metric, obstacles)
+    assert read(f"prune: true\n{text}").prune is not bool(obstacles)

@@ -76,6 +76,7 @@ def write_card(
     base_model: str | None = None,
     contact: str | None = None,
     weights: Weights | None = None,
+    evaluation: str | None = None,
 ) -> Path:
     """Writes RUN/README.md and its pictures in RUN/figures/; returns the card's path.
 
@@ -86,9 +87,10 @@ def write_card(
         base_model: the base's id on the Hub, for a run that was trained on a local folder.
         contact: where readers can ask questions.
         weights: the published weights: "model", "adapter", or "both"; None for the whole model if there is one.
+        evaluation: the evaluation that it shows, as for `load_run`.
 
     Raises:
-        SettingsError: the Hub does not know the licence, or would refuse a name or a language.
+        SettingsError: the Hub does not know the licence, or would refuse a name or a language; no such evaluation.
         RunFolderError: a folder without a run, a damaged file, a README.md that dpokit did not write or that was edited
             since, or a disk error.
     """
@@ -104,7 +106,7 @@ def write_card(
         if name is not None:
             check_hub_id(name, flag)
     publisher = Publisher(license, license_name, license_link, tuple(language), repo_id, contact)
-    record = load_run(run.path, name=run.path.resolve().name)
+    record = load_run(run.path, name=run.path.resolve().name, evaluation=evaluation)
     lineage = find_lineage(run, record, weights=weights, base_model=base_model)
     drawings = [draw(figure, software=CARD_MARK) for figure in build_figures([record])]
     record = replace(record, path=Path("RUN"))  # the verdict may name the path

@@ -58,6 +58,9 @@ class PreparedData:
     def record(self) -> dict[str, Any]:
         """Returns the content of data.json."""
         splits = {name: tally.record() for name, tally in self.tallies.items()}
+        for name, split in (("train", self.train), ("eval", self.eval)):
+            if isinstance(split, Dataset):
+                splits[name]["fingerprint"] = fingerprint_ids([split])
         facts = {name: getattr(self, name) for name in ("findings", "fingerprint", "unused_columns", "prompt_form")}
         return {"train": None, "eval": None} | splits | facts
 

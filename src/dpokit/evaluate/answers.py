@@ -106,7 +106,7 @@ def write_answers(
     batch's number sets its rows and its seed: the answers do not depend on the number of processes.
 
     Args:
-        folder: exists; files of these names are replaced.
+        folder: exists, without answers; a new folder for each evaluation.
         prompts: at least one.
         base: None if `tuned` is a PeftModel on it: its adapter is then switched off. If a run continued the training of
             an adapter, its base is the adapter before that run, and must be passed.
@@ -224,15 +224,10 @@ def _record(answer: Answer) -> dict[str, Any]:
 
 
 def _write(folder: Path, records: Iterable[Mapping[str, Any]], outcome: dict[str, Any]) -> None:
-    """Writes both files. The old answers.json and judge.json are deleted first and answers.json is written last.
-
-    So neither of them ever describes other answers than those in answers.jsonl.
-    """
+    """Writes both files, answers.json last: so it never describes other answers than those in answers.jsonl."""
     path = folder / "answers.jsonl"
     part = folder / f".{path.name}.part-{os.getpid()}"
     try:
-        for name in ("answers.json", "judge.json"):
-            (folder / name).unlink(missing_ok=True)
         part.unlink(missing_ok=True)
         with part.open("x") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)

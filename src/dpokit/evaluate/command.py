@@ -1,6 +1,7 @@
 """The steps of `dpokit evaluate`: load models and pairs, score, sample answers, judge, write the records."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ from dpokit.apikey import check_url, read_api_key
 from dpokit.atomic_files import write_json
 from dpokit.console import quiet_dependencies, say
 from dpokit.distributed.coordination import decide_on_main_process, peer_errors
-from dpokit.errors import SettingsError, find_disk_trouble
+from dpokit.distributed.processes import is_main_process
+from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.evaluate.answers import Sampling, build_prompts, find_prompt_limit, write_answers
 from dpokit.evaluate.inputs import Subject, load_subject
 from dpokit.evaluate.judge import REPLY_TOKENS, judge_answers
 from dpokit.evaluate.pairs import evaluate_pairs
 from dpokit.model.reference import find_cache_folder
-from dpokit.rundir import lost_folder_errors
+from dpokit.report.read import choose_evaluation, read_evaluations
+from dpokit.rundir import RunDir, lost_folder_errors
 
 
 @dataclass(frozen=True)
@@ -59,9 +62,9 @@ def run_evaluation(
     sampling: Sampling | None = None,
     judge: Judge | None = None,
 ) -> dict[str, Any]:
-    """Returns the content of eval/pairs.json, and those of answers.json and judge.json as `answers` and `judge`.
+    """Returns the content of pairs.json, and those of answers.json and judge.json as `answers` and `judge`.
 
-    Collective. For a run, its folder keeps the records and answers. For a model they are only returned.
+    Collective. A run keeps the records and answers in a new folder of eval/. For a model they are only returned.
 
     Args:
         run_or_model, base, data, split, argv: as for `load_subject`.
@@ -85,14 +88,15 @@ def run_evaluation(
             find_prompt_limit(subject.base, subject.tuned, sampling)
         with peer_errors(subject.settings.training.ddp_timeout):
             record = evaluate_pairs(subject, limit=limit)
+            folder = None
             if subject.run is not None:
-                path, record["end"] = subject.run.pairs_json, subject.run.find_end()
-                decide_on_main_process(lambda: _write(path, record))
-                say(str(path))
+                run, record["end"] = subject.run, subject.run.find_end()
+                folder = decide_on_main_process(lambda: _write_pairs(run, record))
             if answers:
                 with TemporaryDirectory(prefix="dpokit-answers-") as temporary:
-                    folder = Path(temporary) if subject.run is None else subject.run.eval
-                    record |= _answer(subject, folder, answers, sampling, judge)
+                    record |= _answer(subject, folder or Path(temporary), answers, sampling, judge)
+            if subject.run is not None and folder is not None and is_main_process():
+                _say_choice(subject.run, folder)
         return record
 
 
@@ -125,14 +129,37 @@ def _judge(folder: Path, judge: Judge) -> dict[str, Any]:
         max_reply_tokens=judge.max_tokens,
     )
     record = {"model": judge.model, "url": judge.url, **counts}
-    _write(folder / "judge.json", record)
+    try:
+        write_json(folder / "judge.json", record)
+    except OSError as error:
+        raise find_disk_trouble(error) or error from error
     return record
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def _say_choice(run: RunDir, folder: Path) -> None:
+    """Says which evaluation reports and cards show, if it is another one."""
     try:
-        if not path.parent.exists():
-            path.parent.mkdir()
-        write_json(path, record)
+        shown = choose_evaluation(read_evaluations(run, []))
+    except RunFolderError:  # reports and cards show it
+        return
+    if shown is not None and run.path / shown.name != folder:
+        say(f"reports and the card show {shown.name}, unless --evaluation {folder.name} names this one")
+
+
+def _write_pairs(run: RunDir, record: dict[str, Any]) -> Path:
+    """Writes pairs.json to a new folder of eval/, which it returns: no evaluation replaces another."""
+    try:
+        files = run.make_evaluation(_name_evaluation(record))
+        write_json(files.pairs_json, record)
     except OSError as error:
         raise find_disk_trouble(error) or error from error
+    say(str(files.pairs_json))
+    return files.folder
+
+
+def _name_evaluation(record: dict[str, Any]) -> str:
+    """`20261129-171026-own-20-pairs`: date, data (`own` are the run's held-out pairs), number of pairs."""
+    data = record["data"]
+    name = "own" if data["own"] else re.sub(r"[^A-Za-z0-9._]+", "-", data["name"].rpartition("/")[2])[:40].strip("-.")
+    date = re.sub(r"[-:]|\+.*", "", record["made"]).replace("T", "-")
+    return f"{date}-{name or 'data'}-{data['pairs']}-pair{'' if data['pairs'] == 1 else 's'}"

@@ -12,6 +12,9 @@ from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import Settings, load_settings
 
+# Training flags on which loss, margin and log-probs of the same pairs depend.
+RESULT_FLAGS = ("beta", *flags_with(Fact.LENGTH))
+
 
 @dataclass
 class Subject(Sides):
@@ -20,10 +23,12 @@ class Subject(Sides):
     Attributes:
         held_out: the pairs.
         own_data: the pairs are the run's own held-out split.
+        changed: flags on the command line that make the numbers others than those of training, such as `beta`.
     """
 
     held_out: HeldOut
     own_data: bool
+    changed: list[str]
 
 
 def load_subject(
@@ -56,7 +61,11 @@ def load_subject(
     held_out = build_on_each_machine_first(
         lambda: _prepare(settings, sides), timeout_seconds=settings.training.ddp_timeout
     )
-    return Subject(**vars(sides), held_out=held_out, own_data=own_data)
+    changed = [name for name in RESULT_FLAGS if settings.origins.get(name) == "command line"]
+    changed = [name for name in changed if settings.values()[name] != run_defaults.get(name)]
+    if base is not None and sides.base_name != run_defaults.get("model_name_or_path"):
+        changed.insert(0, "base")
+    return Subject(**vars(sides), held_out=held_out, own_data=own_data, changed=changed)
 
 
 def _prepare(settings: Settings, sides: Sides) -> HeldOut:

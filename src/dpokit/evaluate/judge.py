@@ -13,7 +13,7 @@ from dpokit.atomic_files import write_json
 from dpokit.console import track_progress
 from dpokit.errors import JudgeError, SettingsError, find_disk_trouble
 from dpokit.evaluate.endpoint import Endpoint, Reply
-from dpokit.report.votes import find_wilson
+from dpokit.intervals import find_wilson
 
 INSTRUCTION = (
     "You compare two answers of assistants to the last message of a conversation. You are given JSON with the "

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from dpokit.evaluate.intervals import Value, find_intervals, find_p_value
+from dpokit.intervals import LEAST_PROMPTS, Value, find_intervals, find_p_value
+from dpokit.metrics import MEASURED
 from dpokit.untrained_loss import LN_2
 
 LENGTH_BANDS = 4
-# Fewer independent values carry no interval. In 1,000 simulated samples the nominal 95 % interval of a normal mean
-# covered the truth in 50 % of samples of 2, 85 % of samples of 5 and 92 % of samples of 10; that of 1 has no width.
-LEAST_VALUES = 10
+SHARES = tuple(name for name, measure in MEASURED.items() if measure.is_share)
 COLLAPSE_PER_TOKEN = 0.5  # nats: each chosen token is 1.6 times less probable than in the base
 
 
@@ -36,8 +35,7 @@ def summarize_scores(
 ) -> dict[str, dict[str, Any]]:
     """Returns `tuned`, `difference`, `always_longer`, and with a base `base`: all means with their intervals.
 
-    Drift is measured on some of the pairs only: `pairs` is their number. With fewer than `LEAST_VALUES` of them it has
-    no interval.
+    Drift is measured on some of the pairs only: `pairs` is their number.
     """
     measured = {"tuned": describe_model(scores.tuned, scores.tokens)}
     if scores.base is not None:
@@ -51,13 +49,15 @@ def summarize_scores(
     columns["always_longer"] = (chosen > rejected) + 0.5 * (chosen == rejected)
     shared = sorted(set(measured["tuned"]) & set(measured.get("base", {})))
     columns |= {f"difference {name}": measured["tuned"][name].astype(float) - measured["base"][name] for name in shared}
-    values = find_intervals(columns, prompts)
+    values = find_intervals(
+        columns,
+        prompts,
+        shares=["always_longer", *(f"{side} {name}" for side in measured for name in SHARES)],
+        share_differences=[f"difference {name}" for name in SHARES],
+    )
     sides = {side: {name: values[f"{side} {name}"] for name in table} for side, table in measured.items()}
     if drift is not None:
-        pairs = int(np.isfinite(drift).sum())
-        keys = {"value", "low", "high"} if pairs >= LEAST_VALUES else {"value"}
-        kl = {key: number for key, number in sides["tuned"]["kl_per_token"].items() if key in keys}
-        sides["tuned"]["kl_per_token"] = kl | {"pairs": pairs}
+        sides["tuned"]["kl_per_token"]["pairs"] = int(np.isfinite(drift).sum())
     difference: dict[str, Any] = {
         name: values[f"difference {name}"]
         | {"p": find_p_value(measured["tuned"][name].astype(float), measured["base"][name].astype(float), prompts)}
@@ -118,7 +118,7 @@ def _describe_kind(
     for name in sorted(set(names), key=_by_number):
         members = [at for at, other in enumerate(names) if other == name]
         selected = {column: columns[column][members] for column in ("accuracy", "margin", "loss")}
-        intervals = find_intervals(selected, [prompts[at] for at in members])
+        intervals = find_intervals(selected, [prompts[at] for at in members], shares=SHARES)
         groups.append({"name": name, "pairs": len(members), **intervals})
     return groups
 
@@ -149,15 +149,15 @@ def name_gap(chosen: int, rejected: int) -> str:
 def decide_verdict(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `{text, better}`: the verdict in words, and as True, False, or None if no difference is shown.
 
-    Fewer than `LEAST_VALUES` prompts, or the same loss for all pairs, carry no interval and never show a difference.
+    Fewer than LEAST_PROMPTS prompts, or the same loss for all pairs, never show a difference.
     """
     tuned, pairs, prompts = record["tuned"], record["data"]["pairs"], record["data"]["prompts"]
     loss, accuracy = tuned["loss"], tuned["accuracy"]
     reason = ""
-    if prompts < LEAST_VALUES:
+    if prompts < LEAST_PROMPTS:
         subject = "1 held-out prompt is" if prompts == 1 else f"{prompts} held-out prompts are"
-        reason = f"{subject} too few for an interval, which needs {LEAST_VALUES}"
-    elif math.isclose(loss["low"], loss["high"], rel_tol=1e-9):  # means of equal losses may differ in their last bits
+        reason = f"{subject} too few for a verdict, which needs {LEAST_PROMPTS}"
+    elif "low" not in loss:
         reason = f"all {pairs:,} held-out pairs have the same loss, so it has no interval"
     if reason:
         return {"text": f"No difference to its base is shown: {reason}.", "better": None}
@@ -176,7 +176,7 @@ def decide_verdict(record: Mapping[str, Any]) -> dict[str, Any]:
         conclusion = "No difference to its base is shown"
     change = record["difference"]["logps_per_token/chosen"]
     text = f"{conclusion}: {evidence}."
-    if change["high"] < -COLLAPSE_PER_TOKEN:
+    if change.get("high", change["value"]) < -COLLAPSE_PER_TOKEN:
         text += f" But its chosen answers lost {-change['value']:.2f} nats a token: look at what it writes."
     return {"text": text, "better": better}
 

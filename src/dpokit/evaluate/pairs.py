@@ -1,6 +1,7 @@
 """Scores base and tuned model on held-out pairs: loss, accuracies, margin, drift, groups of pairs, verdict."""
 
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ DRIFT_TOKENS = 1024  # scored chosen tokens whose whole distributions are compar
 
 
 def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, Any]:
-    """Returns the content of eval/pairs.json, the same on every rank and for any number of ranks. Collective.
+    """Returns the content of pairs.json, the same on every rank and for any number of ranks. Collective.
 
     Args:
         subject: the models and the pairs.
@@ -54,13 +55,16 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
     beta = float(getattr(subject.settings.training, "beta", DPOConfig.beta))  # a supervised run has no beta
     record: dict[str, Any] = {
         "format": FORMAT,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": {
             "name": held_out.tally.source,
             "own": subject.own_data,
             "pairs": len(rows),
+            "available": len(held_out.pairs),
             "prompts": len(set(prompts)),
             "fingerprint": fingerprint,
         },
+        "changed": subject.changed,
         "beta": beta,
         **summarize_scores(scores, drift, prompts, beta=beta),
     }

@@ -16,15 +16,10 @@ from dpokit.atomic_files import write_whole
 from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble
 from dpokit.figures import Drawing, css, draw
 from dpokit.report import tables
+from dpokit.report.comparison import build_comparison, check_logged_metric, find_obstacles, sort_runs
 from dpokit.report.curves import build_figures, explain_figures, letter
 from dpokit.report.read import EVAL_LOSS, Run, load_runs, mapping
-from dpokit.report.verdict import (
-    build_comparison,
-    build_verdict,
-    check_logged_metric,
-    find_evaluation_verdict,
-    sort_runs,
-)
+from dpokit.report.verdict import build_verdict, find_evaluation_verdict
 from dpokit.rundir import RunDir
 from dpokit.terminal import escape_controls
 
@@ -46,21 +41,24 @@ class Report:
         return {"report": str(self.report), "pngs": [str(png) for png in self.pngs], "verdict": self.verdict}
 
 
-def write_report(paths: Sequence[Path], *, output: Path | None = None, metric: str | None = None) -> Report:
+def write_report(
+    paths: Sequence[Path], *, output: Path | None = None, metric: str | None = None, evaluation: str | None = None
+) -> Report:
     """Reads the folders, draws the figures, and writes each file atomically.
 
     Args:
         paths: run folders; one gives its own report, several give a comparison.
         output: the HTML file; None for RUN/report/report.html, or ./report.html for several runs.
-        metric: sorts the runs and selects the best evaluation; None for eval_loss.
+        metric: sorts the runs, if its values can be compared, and selects the best evaluation; None for eval_loss.
+        evaluation: as for `load_run`.
 
     Raises:
         RunFolderError: a folder without a run, a file that is damaged or has values of other types, a target file that
             dpokit did not write, or a disk error.
-        SettingsError: a run has no value of the metric.
+        SettingsError: a run has no value of the metric, or not this evaluation.
     """
     try:
-        return _write_report(paths, output=output, metric=metric)
+        return _write_report(paths, output=output, metric=metric, evaluation=evaluation)
     except (TypeError, ValueError, AttributeError, LookupError) as error:
         # Values of a wrong type in valid JSON end here, because not every value of a file is checked by itself.
         raise RunFolderError(
@@ -70,18 +68,19 @@ def write_report(paths: Sequence[Path], *, output: Path | None = None, metric: s
         ) from error
 
 
-def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | None) -> Report:
+def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | None, evaluation: str | None) -> Report:
     for path in paths:
         RunDir(path).check_links()
-    runs = load_runs(paths)
-    if len(runs) > 1:
+    runs = load_runs(paths, evaluation=evaluation)
+    if len(runs) > 1 or metric is not None:
+        check_logged_metric(runs, metric or EVAL_LOSS)
+    obstacles = find_obstacles(runs, metric or EVAL_LOSS)
+    if len(runs) > 1 and not obstacles:
         runs = sort_runs(runs, metric or EVAL_LOSS)
-    elif metric is not None:
-        check_logged_metric(runs, metric)
     if output is None:
         output = RunDir(runs[0].path).report / "report.html" if len(runs) == 1 else Path("report.html")
     drawings = [draw(figure, software=SIGNATURE) for figure in build_figures(runs)]
-    page = build_page(runs, drawings, metric=metric or EVAL_LOSS)
+    page = build_page(runs, drawings, metric=metric or EVAL_LOSS, obstacles=obstacles)
     pngs = [_png(output, drawing.figure.key) for drawing in drawings]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,22 +97,29 @@ def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | N
     return Report(output, pngs, page["verdict"])
 
 
-def build_page(runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str) -> dict[str, Any]:
-    """The template's values. Only the figures' SVG is markup; all else is plain text."""
+def build_page(
+    runs: Sequence[Run], drawings: Sequence[Drawing], *, metric: str, obstacles: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The template's values. Only the figures' SVG is markup; all else is plain text.
+
+    Args:
+        obstacles: of `find_obstacles`; without them, several runs must be sorted by the metric.
+    """
     several = len(runs) > 1
     first = runs[0]
     notes = [f"{run.name}: {note}" if several else note for run in runs for note in (*list_alarms(run), *run.notes)]
     notes += [] if several else [str(finding) for finding in (first.data or {}).get("findings") or []]
     verdicts = [find_evaluation_verdict(run) for run in runs] if several else []
     judgements = [f"{letter(number)}: {text}" for number, text in enumerate(verdicts) if text]
-    top = tables.compare_runs(runs, metric) if several else tables.list_pairs(first)[:1]
-    below = [] if several else [*tables.list_pairs(first)[1:], tables.list_votes(first)]
+    top = tables.compare_runs(runs, metric, is_ranked=not obstacles) if several else tables.list_pairs(first)[:1]
+    below = [] if several else [*tables.list_pairs(first)[1:], tables.list_all_evaluations(first)]
+    below += [] if several else [tables.list_votes(first)]
     below += [] if several else [tables.list_evaluations(first, metric), tables.list_answers(first)]
     samples, count = ([], 0) if several else find_samples(first)
     end = [] if several else [*tables.list_data(first), tables.list_restarts(first), *tables.list_settings(first)]
     return {
         "title": f"{len(runs)} runs compared" if several else first.name,
-        "verdict": build_comparison(runs, metric) if several else build_verdict(first, metric),
+        "verdict": build_comparison(runs, metric, obstacles) if several else build_verdict(first, metric),
         "proven": not several and find_evaluation_verdict(first) is not None,
         "judgements": judgements,
         "facts": [] if several else list_facts(first),

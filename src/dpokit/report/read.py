@@ -2,18 +2,56 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpokit.errors import RunFolderError
+from dpokit.errors import RunFolderError, SettingsError
 from dpokit.metrics import is_lower_better
 from dpokit.report.votes import is_between
 from dpokit.rundir import RunDir
 
 PAIRS_FORMAT = 1
 EVAL_LOSS = "eval_loss"
+MOST_NAMES = 3  # of files in a note
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run's present weights by `dpokit evaluate`.
+
+    Attributes:
+        name: its folder in the run folder: `eval/NAME`, or `eval` if an older version wrote it.
+        pairs, answer_numbers: pairs.json; answers.json with judge.json as `judge`. None if they are missing.
+        answers_file: answers.jsonl; None if it is missing.
+    """
+
+    name: str
+    pairs: dict[str, Any] | None
+    answer_numbers: dict[str, Any] | None
+    answers_file: Path | None
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The scored data: `name`, `own`, `pairs`, `available`, `prompts`, `fingerprint`."""
+        return mapping(mapping(self.pairs).get("data"))
+
+    @property
+    def changed(self) -> list[str]:
+        """The flags by which it differs from an evaluation as in training, such as `base` and `beta`."""
+        changed = mapping(self.pairs).get("changed")
+        return [str(name) for name in changed] if isinstance(changed, list) else []
+
+    @property
+    def made(self) -> str:
+        """Its time, UTC in ISO format; "" in old records."""
+        return str(mapping(self.pairs).get("made") or "")
+
+    def rank(self, number: object) -> tuple[bool, bool, int, str, str]:
+        """Larger for the run's own pairs, scored as in training; then for a larger number; of equals for the newest."""
+        is_own = self.data.get("own") is not False
+        return is_own and not self.changed, is_own, number if isinstance(number, int) else 0, self.made, self.name
 
 
 @dataclass(frozen=True)
@@ -25,8 +63,9 @@ class Run:
         record: run.json.
         metrics: records of metrics.jsonl, each with its `step`.
         data: data.json; None if it is missing.
-        pairs, answer_numbers: eval/pairs.json and eval/answers.json; None if these weights were not evaluated.
-        answers: records of eval/answers.jsonl.
+        evaluations: of these weights, oldest first.
+        evaluation, answered: the one that is shown, and the one whose sampled answers are shown; None without one.
+        answers: the sampled answers: records of answers.jsonl.
         votes: records of votes.jsonl that compare this run's model, and no earlier run's, with its base.
         notes: sentences on defects of the files.
     """
@@ -36,11 +75,22 @@ class Run:
     record: dict[str, Any]
     metrics: list[dict[str, Any]]
     data: dict[str, Any] | None = None
-    pairs: dict[str, Any] | None = None
+    evaluations: list[Evaluation] = field(default_factory=list)
+    evaluation: Evaluation | None = None
+    answered: Evaluation | None = None
     answers: list[dict[str, Any]] = field(default_factory=list)
-    answer_numbers: dict[str, Any] | None = None
     votes: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> dict[str, Any] | None:
+        """The content of the shown evaluation's pairs.json; None if these weights were not evaluated."""
+        return None if self.evaluation is None else self.evaluation.pairs
+
+    @property
+    def answer_numbers(self) -> dict[str, Any] | None:
+        """The statistics of the shown answers; None without them."""
+        return None if self.answered is None else self.answered.answer_numbers
 
     @property
     def starts(self) -> list[dict[str, Any]]:
@@ -92,22 +142,35 @@ def mapping(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Reads each folder once, in the order of `paths`.
+def load_runs(paths: Sequence[Path], *, evaluation: str | None = None) -> list[Run]:
+    """Reads each folder once, in the order of `paths`; `evaluation` as for `load_run`.
 
     Raises:
         RunFolderError: a folder without a run, or a damaged file.
+        SettingsError: no such evaluation, or one is named for several runs.
     """
     folders = list({path.resolve(): path for path in paths}.items())
     names = [resolved.name for resolved, _ in folders]
+    if evaluation is not None and len(folders) > 1:
+        raise SettingsError(
+            f"--evaluation {evaluation} names an evaluation of one run, and there are {len(folders)} runs",
+            expected="one run, or no --evaluation",
+            do="report this run by itself",
+        )
     return [
-        load_run(path, name=str(path) if names.count(resolved.name) > 1 else resolved.name)
+        load_run(path, name=str(path) if names.count(resolved.name) > 1 else resolved.name, evaluation=evaluation)
         for resolved, path in folders
     ]
 
 
-def load_run(path: Path, *, name: str) -> Run:
-    """Reads one run folder. Raises: RunFolderError as `load_runs`."""
+def load_run(path: Path, *, name: str, evaluation: str | None = None) -> Run:
+    """Reads one run folder.
+
+    Args:
+        evaluation: the folder in eval/ of the evaluation that is shown; None for the largest of the run's own pairs.
+
+    Raises: RunFolderError, SettingsError: as `load_runs`.
+    """
     folder = RunDir(path)
     if not folder.run_json.is_file():
         raise RunFolderError(
@@ -116,26 +179,28 @@ def load_run(path: Path, *, name: str) -> Run:
             do="correct the path, or read the log of the job: a run that never started has no folder",
         )
     notes: list[str] = []
-    again = f"dpokit evaluate {path}"
-    stale = _is_stale(folder.pairs_json, folder, notes, do="dpokit evaluate RUN")
-    pairs = None if stale else read_object(folder.pairs_json, do=again)
-    answers_stale = _is_stale(folder.answers_json, folder, notes, do="dpokit evaluate RUN --answers 50")
-    if pairs is not None and pairs.get("format") != PAIRS_FORMAT:
-        notes.append(f"eval/pairs.json has format {pairs.get('format')}, which this version cannot read: left out")
-        pairs = None
+    evaluations = read_evaluations(folder, notes)
+    shown, answered = _choose_evaluations(path, evaluations, evaluation)
     restore = "restore it from a copy of the folder; a run that is resumed or started again also writes it"
-    measured = mapping(mapping(pairs).get("data"))
-    if measured.get("own") is False:
-        notes.append(f"eval/pairs.json was measured on other pairs than the run holds out: {measured.get('name')}")
+    if shown is not None and shown.data.get("own") is False:
+        data = shown.data.get("name")
+        notes.append(f"{shown.name}/pairs.json was measured on other pairs than the run holds out: {data}")
+    if shown is not None and shown.changed:
+        notes.append(
+            f"{shown.name}/pairs.json was measured with another value than the run's of {', '.join(shown.changed)}"
+        )
     run = Run(
         path=path,
         name=name,
         record=read_object(folder.run_json, do=restore) or {},
         metrics=[_as_metrics(folder.metrics_jsonl, n, r) for n, r in _read_lines(folder.metrics_jsonl, notes)],
         data=read_object(folder.data_json, do=restore),
-        pairs=pairs,
-        answers=[] if answers_stale else [record for _, record in _read_lines(folder.answers_jsonl, notes)],
-        answer_numbers=None if answers_stale else _read_answer_numbers(folder, again),
+        evaluations=evaluations,
+        evaluation=shown,
+        answered=answered,
+        answers=[record for _, record in _read_lines(answered.answers_file, notes)]
+        if answered is not None and answered.answers_file is not None
+        else [],
         votes=[record for _, record in _read_lines(folder.votes_jsonl, notes)],
         notes=notes,
     )
@@ -144,14 +209,70 @@ def load_run(path: Path, *, name: str) -> Run:
     return run
 
 
-def _is_stale(path: Path, folder: RunDir, notes: list[str], *, do: str) -> bool:
-    """Whether an evaluation's file describes earlier weights; if so, adds a note."""
-    stale = folder.is_outdated(path)
-    if stale:
+def read_evaluations(folder: RunDir, notes: list[str]) -> list[Evaluation]:
+    """The evaluations of the run's present weights, oldest first; others are left out, with a note.
+
+    Raises: RunFolderError: a file is damaged.
+    """
+    evaluations, outdated = [], []
+    for files in folder.evaluations():
+        name, pairs, answers, answers_file = str(files.folder.relative_to(folder.path)), None, None, None
+        do = f"delete it; dpokit evaluate {folder.path} makes a new evaluation"
+        is_old = folder.is_outdated(files.pairs_json)
+        if is_old:
+            outdated.append(f"{name}/{files.pairs_json.name}")
+        else:
+            pairs = read_object(files.pairs_json, do=do)
+        if folder.is_outdated(files.answers_json):
+            outdated.append(f"{name}/{files.answers_json.name}")
+        elif files.answers_json.exists() or not is_old:  # if sampling was interrupted, there is no answers.json
+            answers, judgement = (read_object(file, do=do) for file in (files.answers_json, files.judge_json))
+            answers = answers if answers is None or judgement is None else answers | {"judge": judgement}
+            answers_file = files.answers_jsonl if files.answers_jsonl.exists() else None
+        if pairs is not None and pairs.get("format") != PAIRS_FORMAT:
+            form = pairs.get("format")
+            notes.append(f"{name}/pairs.json has format {form}, which this version cannot read: left out")
+            pairs = None
+        if any(part is not None for part in (pairs, answers, answers_file)):
+            evaluations.append(Evaluation(name, pairs, answers, answers_file))
+    if outdated:
+        more = f" and {len(outdated) - MOST_NAMES} more" if len(outdated) > MOST_NAMES else ""
         notes.append(
-            f"eval/{path.name} is out of date, because the run was trained further: left out ({do} writes it again)"
+            f"out of date, because the run was trained further, and left out: {', '.join(outdated[:MOST_NAMES])}{more} "
+            "(dpokit evaluate RUN evaluates the present weights)"
         )
-    return stale
+    return evaluations
+
+
+def _choose_evaluations(
+    path: Path, evaluations: Sequence[Evaluation], name: str | None
+) -> tuple[Evaluation | None, Evaluation | None]:
+    """The evaluation to show, and the one whose answers are shown.
+
+    Raises: SettingsError: no evaluation of the present weights has this name.
+    """
+    if name is not None:
+        short = Path(name).name
+        named = next((evaluation for evaluation in evaluations if Path(evaluation.name).name == short), None)
+        if named is None:
+            names = [evaluation.name for evaluation in evaluations]
+            raise SettingsError(
+                f"{path} has no evaluation {name!r} of its present weights",
+                expected=", ".join(names) or f"an evaluation: dpokit evaluate {path}",
+                do="--evaluation with one of them" if names else "evaluate the run",
+            )
+        return named, named
+    return choose_evaluation(evaluations), max(
+        (other for other in evaluations if other.answers_file is not None or other.answer_numbers is not None),
+        key=lambda other: other.rank(mapping(mapping(other.answer_numbers).get("settings")).get("prompts")),
+        default=None,
+    )
+
+
+def choose_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:
+    """The largest evaluation of the run's own held-out pairs, else of other pairs; None without one."""
+    scored = (evaluation for evaluation in evaluations if evaluation.pairs is not None)
+    return max(scored, key=lambda evaluation: evaluation.rank(evaluation.data.get("pairs")), default=None)
 
 
 def _keep_votes(run: Run) -> None:
@@ -161,11 +282,6 @@ def _keep_votes(run: Run) -> None:
     if len(run.votes) < len(votes):
         left_out = len(votes) - len(run.votes)
         run.notes.append(f"{left_out:,} votes in votes.jsonl are against another base, and left out")
-
-
-def _read_answer_numbers(folder: RunDir, do: str) -> dict[str, Any] | None:
-    numbers, judge = (read_object(file, do=do) for file in (folder.answers_json, folder.judge_json))
-    return numbers if numbers is None or judge is None else numbers | {"judge": judge}
 
 
 def _read_bytes(path: Path) -> bytes | None:

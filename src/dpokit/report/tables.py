@@ -9,7 +9,7 @@ from typing import Any
 from dpokit.data.tally import CUT
 from dpokit.metrics import is_lower_better, list_report_columns
 from dpokit.report.curves import letter
-from dpokit.report.read import EVAL_LOSS, Run, finite, mapping
+from dpokit.report.read import EVAL_LOSS, Run, choose_evaluation, finite, mapping
 from dpokit.report.votes import CHOICES, count_votes
 from dpokit.settings.flag_facts import Fact, flags_with
 
@@ -155,9 +155,7 @@ def list_pairs(run: Run) -> list[Table]:
     names = dict.fromkeys(name for side in sides.values() for name in side if name != "model")
     changes = mapping(pairs.get("difference"))
     rows = [[n, *(interval(side.get(n)) for side in sides.values()), interval(changes.get(n))] for n in names]
-    data = mapping(pairs.get("data"))
-    count = number(data["pairs"]) if "pairs" in data else "the"
-    note = f"{count} pairs of {data.get('name', 'the data')}, with 95 % intervals."
+    note = describe_choice(run)
     if pairs.get("always_longer") is not None:
         note += f" Always preferring the longer answer has an accuracy of {interval(pairs['always_longer'])}."
     tables = [Table("Held-out pairs, base and tuned", ["", *sides, "difference"], rows, note=note)]
@@ -172,6 +170,50 @@ def list_pairs(run: Run) -> list[Table]:
     return tables
 
 
+def describe_choice(run: Run) -> str:
+    """Sentences on the evaluation that is shown: its pairs, and its name and rank among several."""
+    if (shown := run.evaluation) is None:
+        return ""
+    data = shown.data
+    count, available = (number(data[name]) if name in data else "" for name in ("pairs", "available"))
+    count = f"{count} of {available} pairs" if available not in ("", count) else f"{count or 'The'} pairs"
+    text = f"{count} of {data.get('name', 'the data')}, with 95 % intervals."
+    scored = [evaluation for evaluation in run.evaluations if evaluation.pairs is not None]
+    if len(scored) < 2:
+        return text
+    kind = "of the run's own held-out pairs" if shown.rank(0)[0] else "of the run"
+    reason = (
+        f"the largest {kind} among {len(scored)} evaluations"
+        if shown is choose_evaluation(scored)
+        else (f"chosen among {len(scored)} evaluations")
+    )
+    return f"{text} This is {shown.name}, {reason}."
+
+
+def list_all_evaluations(run: Run) -> Table | None:
+    """All evaluations by `dpokit evaluate`, the one that is shown marked; None for fewer than two."""
+    scored = [evaluation for evaluation in run.evaluations if evaluation.pairs is not None]
+    if len(scored) < 2:
+        return None
+    rows = []
+    for evaluation in scored:
+        data, tuned = evaluation.data, mapping(mapping(evaluation.pairs).get("tuned"))
+        better = mapping(mapping(evaluation.pairs).get("verdict")).get("better")
+        verdict = "better" if better is True else "worse" if better is False else "no difference shown"
+        cells = [evaluation.made.replace("T", " ")[:16] or MISSING, str(data.get("name", MISSING))]
+        cells += [number(data["pairs"]) if "pairs" in data else MISSING, ", ".join(evaluation.changed) or MISSING]
+        rows.append([evaluation.name, *cells, interval(tuned.get("accuracy")), interval(tuned.get("loss")), verdict])
+    marked = next((index for index, other in enumerate(scored) if other is run.evaluation), None)
+    return Table(
+        "Evaluations by dpokit evaluate",
+        ["evaluation", "made, UTC", "data", "pairs", "changed", "accuracy", "loss", "verdict"],
+        rows,
+        note="dpokit report RUN --evaluation NAME shows another one; dpokit card RUN too.",
+        marked=marked,
+        mark="" if marked is None else "shown above",
+    )
+
+
 def list_answers(run: Run) -> Table | None:
     """Measures of the sampled answers; None without sampled answers."""
     numbers = run.answer_numbers or {}
@@ -179,10 +221,10 @@ def list_answers(run: Run) -> Table | None:
     names = dict.fromkeys(name for side in sides.values() for name in side)
     rows = [[name, *(interval(side.get(name)) for side in sides.values())] for name in names]
     judge = numbers.get("judge")
-    note = ""
+    note = f"From {run.answered.name}. " if run.answered is not None and run.answered is not run.evaluation else ""
     if isinstance(judge, dict):
         counts = ", ".join(f"{number(judge[n])} {n}" for n in ("wins", "ties", "losses") if n in judge)
-        note = f"A judge compared tuned with base: {counts}; win rate {interval(judge.get('win_rate'))}."
+        note += f"A judge compared tuned with base: {counts}; win rate {interval(judge.get('win_rate'))}."
     return Table("Sampled answers", ["", *sides], rows, note=note) if rows else None
 
 
@@ -208,8 +250,12 @@ def list_settings(run: Run) -> list[Table]:
     return tables + ([Table(title, head, defaults, folded=True)] if defaults else [])
 
 
-def compare_runs(runs: Sequence[Run], metric: str) -> list[Table]:
-    """One table of the runs with their best values and differing settings, and one of the settings that they share."""
+def compare_runs(runs: Sequence[Run], metric: str, *, is_ranked: bool = True) -> list[Table]:
+    """One table of the runs with their best values and differing settings, and one of the settings that they share.
+
+    Args:
+        is_ranked: whether the runs are sorted by the metric, the best first.
+    """
     names = sorted({name for run in runs for name in run.settings()}.difference(flags_with(Fact.RUN_NAME)))
     chosen = {name for run in runs for name, entry in run.settings().items() if entry.get("origin") != "default"}
     differ = [name for name in names if len({text_of(run.setting(name)) for run in runs}) > 1]
@@ -220,11 +266,11 @@ def compare_runs(runs: Sequence[Run], metric: str) -> list[Table]:
         rows.append([letter(index), run.name, number(value), f"{step:,}", *state, *_cells(run, differ)])
     end = "lowest" if is_lower_better(metric) else "highest"
     head = ["", "run", f"{end} {metric}", "at step", "state", "last step", *differ]
-    note = f"Sorted by {metric}. " + (
-        "The columns after the last step: settings that differ." if differ else "No setting differs."
-    )
+    note = f"Sorted by {metric}. " if is_ranked else "In the order of the command. "
+    note += "The columns after the last step: settings that differ." if differ else "No setting differs."
     shared = [[name, text_of(runs[0].setting(name))] for name in names if name not in differ and name in chosen]
-    tables = [Table("Runs", head, rows, note=note, marked=0, mark=f"{end} {metric}")]
+    marked, mark = (0, f"{end} {metric}") if is_ranked else (None, "")
+    tables = [Table("Runs", head, rows, note=note, marked=marked, mark=mark)]
     return tables + ([Table("Settings that all share", ["setting", "value"], shared)] if shared else [])
 
 

@@ -1,10 +1,7 @@
-"""The verdict of a report in one sentence, and the order of its runs. No torch."""
+"""The verdict on one run in one sentence. No torch."""
 
-from collections.abc import Sequence
-
-from dpokit.errors import SettingsError
 from dpokit.metrics import is_lower_better
-from dpokit.report.curves import find_start_loss, letter
+from dpokit.report.curves import find_start_loss
 from dpokit.report.read import EVAL_LOSS, Run, mapping
 
 
@@ -49,36 +46,3 @@ def _compare(value: float, start: tuple[float, str] | None) -> str:
         return ""
     side = "below" if value < start[0] else "not below"
     return f"; the best is {side} {start[1]}, the loss of an untrained model"
-
-
-def build_comparison(runs: Sequence[Run], metric: str) -> str:
-    """One sentence on several runs, which must be sorted by the metric, the best first."""
-    points = [run.best(metric) or (0.0, 0) for run in runs]
-    end = "lowest" if is_lower_better(metric) else "highest"
-    (first, step), (second, second_step) = points[0], points[1]
-    return (
-        f"{letter(0)} ({runs[0].name}) has the {end} {metric}, {first:.4g} at step {step:,}; next is {letter(1)} "
-        f"({runs[1].name}) with {second:.4g} at step {second_step:,}. This has no interval: "
-        "dpokit evaluate RUN gives one for each."
-    )
-
-
-def sort_runs(runs: Sequence[Run], metric: str) -> list[Run]:
-    """The runs, sorted by their best value of the metric. Raises: SettingsError: a run has no value of the metric."""
-    check_logged_metric(runs, metric)
-    sign = 1 if is_lower_better(metric) else -1
-    return sorted(runs, key=lambda run: sign * (run.best(metric) or (0.0, 0))[0])
-
-
-def check_logged_metric(runs: Sequence[Run], metric: str) -> None:
-    """Raises SettingsError if a run has no finite value of the metric."""
-    without = [run.name for run in runs if run.best(metric) is None]
-    if not without:
-        return
-    common = sorted(set.intersection(*(run.metric_names() for run in runs)))
-    shown = ", ".join(without[:5]) + (f" and {len(without) - 5} more" if len(without) > 5 else "")
-    raise SettingsError(
-        f"--metric {metric}: no value of it in {shown}",
-        expected=f"a metric that every run has: {', '.join(common) or 'they have no common metric'}",
-        do=f"--metric {'loss' if 'loss' in common else common[0]}" if common else "report these runs one by one",
-    )

@@ -1,16 +1,15 @@
 """Counts the votes of people who compared base and tuned, with a win rate and its interval. No torch."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+from dpokit.intervals import find_wilson
+
 CHOICES = ("tuned", "base", "tie", "both_bad")
-Z = NormalDist().inv_cdf(0.975)  # of a 95 % interval
 
 
 @dataclass(frozen=True)
@@ -35,19 +34,6 @@ def count_votes(votes: Iterable[Mapping[str, Any]]) -> VoteCount:
     totals = Counter(vote.get("vote") for vote in votes if isinstance(vote.get("vote"), str))
     counts = {choice: totals[choice] for choice in CHOICES}
     return VoteCount(counts, find_wilson(counts["tuned"], counts["tuned"] + counts["base"]))
-
-
-def find_wilson(wins: float, decided: int) -> dict[str, float] | None:
-    """Returns the share of wins with its 95 % Wilson interval, `{value, low, high}`; None if `decided` is 0.
-
-    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
-    """
-    if not decided:
-        return None
-    share, weight = wins / decided, Z * Z / decided
-    middle = (share + weight / 2) / (1 + weight)
-    reach = Z * math.sqrt(share * (1 - share) / decided + weight / (4 * decided)) / (1 + weight)
-    return {"value": share, "low": max(0.0, middle - reach), "high": min(1.0, middle + reach)}
 
 
 def is_between(vote: Mapping[str, Any], names: Mapping[str, str], *, run: str | None) -> bool:

@@ -18,6 +18,8 @@ class Fact(Flag):
     BY_SWEEP = auto()  # a sweep sets it for each trial, so a search space must not set it
     MACHINE = auto()  # its default depends on the machine; a plan for other devices decides it again
     HELD_OUT = auto()  # the choice of held-out pairs depends on it
+    LENGTH = auto()  # it cuts prompts or answers, of held-out pairs too
+    LOSS = auto()  # the loss of a pair depends on it, for the same log-probs
     LORA = auto()  # describes an adapter
     FOUR_BIT = auto()  # describes how weights are quantised to 4 bits
     RUN_NAME = auto()  # differs between any two runs, and no result depends on it
@@ -26,7 +28,7 @@ class Fact(Flag):
 
 NONE, IDENTITY, EXACT, FROM_RUN, SAME_TOKENS = Fact.NONE, Fact.IDENTITY, Fact.EXACT, Fact.FROM_RUN, Fact.SAME_TOKENS
 BY_SWEEP, MACHINE, HELD_OUT, LORA, FOUR_BIT = Fact.BY_SWEEP, Fact.MACHINE, Fact.HELD_OUT, Fact.LORA, Fact.FOUR_BIT
-RUN_NAME, PRIVATE = Fact.RUN_NAME, Fact.PRIVATE
+LENGTH, LOSS, RUN_NAME, PRIVATE = Fact.LENGTH, Fact.LOSS, Fact.RUN_NAME, Fact.PRIVATE
 
 ORDER = "rows are read in a seeded random order, which a resume can repeat"
 AT_THE_END = "the model is uploaded once, at the end of the run"
@@ -54,14 +56,14 @@ FLAG_FACTS: dict[str, Fact | str] = {
     ),
     "average_tokens_across_devices": NONE,
     "batch_eval_metrics": SUMS,
-    "beta": EXACT | FROM_RUN | SAME_TOKENS,
+    "beta": EXACT | FROM_RUN | SAME_TOKENS | LOSS,
     "bf16": EXACT | MACHINE,
     "bf16_full_eval": IN_TRAINING,
     "bnb_4bit_quant_storage": EXACT | FROM_RUN | FOUR_BIT,
     "bnb_4bit_quant_type": EXACT | FROM_RUN | FOUR_BIT,
     "chat_template_path": TOKENIZER,
     "columns": FROM_RUN | HELD_OUT,
-    "completion_only_loss": EXACT | FROM_RUN,
+    "completion_only_loss": EXACT | FROM_RUN | LOSS,
     "data_seed": EXACT | FROM_RUN | SAME_TOKENS,
     "dataloader_drop_last": EXACT,
     "dataloader_in_order": NONE,
@@ -90,7 +92,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "deepspeed": NONE,
     "disable_dropout": EXACT | FROM_RUN,
     "disable_tqdm": NONE,
-    "discopop_tau": EXACT | FROM_RUN,
+    "discopop_tau": EXACT | FROM_RUN | LOSS,
     "do_eval": ALWAYS_TRAINS,
     "do_predict": ALWAYS_TRAINS,
     "do_train": ALWAYS_TRAINS,
@@ -107,8 +109,8 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "eval_steps": SAME_TOKENS,
     "eval_strategy": NONE,
     "eval_use_gather_object": SUMS,
-    "f_alpha_divergence_coef": EXACT | FROM_RUN,
-    "f_divergence_type": EXACT | FROM_RUN | SAME_TOKENS,
+    "f_alpha_divergence_coef": EXACT | FROM_RUN | LOSS,
+    "f_divergence_type": EXACT | FROM_RUN | SAME_TOKENS | LOSS,
     "format": EXACT | FROM_RUN | HELD_OUT,
     "fp16": EXACT | MACHINE,
     "fp16_full_eval": IN_TRAINING,
@@ -133,11 +135,11 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "ignore_data_skip": NONE,
     "include_for_metrics": SUMS,
     "include_num_input_tokens_seen": NONE,
-    "kind": FROM_RUN,
+    "kind": FROM_RUN | LOSS,
     "label_names": SUMS,
-    "label_smoothing": EXACT | FROM_RUN | SAME_TOKENS,
+    "label_smoothing": EXACT | FROM_RUN | SAME_TOKENS | LOSS,
     "label_smoothing_factor": NONE,
-    "ld_alpha": EXACT | FROM_RUN,
+    "ld_alpha": EXACT | FROM_RUN | LOSS,
     "learning_rate": EXACT | SAME_TOKENS,
     "length_column_name": ORDER,
     "liger_kernel_config": NONE,
@@ -159,15 +161,15 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "lora_target_modules": EXACT | FROM_RUN | SAME_TOKENS | LORA,
     "lora_target_parameters": EXACT | FROM_RUN | LORA,
     "lora_task_type": LORA,
-    "loss_type": EXACT | FROM_RUN | SAME_TOKENS,
-    "loss_weights": EXACT | FROM_RUN | SAME_TOKENS,
+    "loss_type": EXACT | FROM_RUN | SAME_TOKENS | LOSS,
+    "loss_weights": EXACT | FROM_RUN | SAME_TOKENS | LOSS,
     "lr_scheduler_kwargs": EXACT | SAME_TOKENS,
     "lr_scheduler_type": EXACT | SAME_TOKENS,
-    "max_completion_length": FROM_RUN,
+    "max_completion_length": FROM_RUN | LENGTH,
     "max_eval_samples": FROM_RUN | HELD_OUT,
     "max_grad_norm": EXACT | SAME_TOKENS,
-    "max_length": FROM_RUN,
-    "max_prompt_length": FROM_RUN,
+    "max_length": FROM_RUN | LENGTH,
+    "max_prompt_length": FROM_RUN | LENGTH,
     "max_steps": EXACT | SAME_TOKENS,
     "max_train_samples": FROM_RUN,
     "merge_after_training": NONE,
@@ -197,16 +199,16 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "preempt_signal": NONE,
     "project": PRIVATE,
     "prompt_format": EXACT | FROM_RUN | HELD_OUT,
-    "prompt_share": FROM_RUN,
+    "prompt_share": FROM_RUN | LENGTH,
     "push_to_hub": NONE,
     "ranked": EXACT | FROM_RUN | HELD_OUT,
-    "ref_model_mixup_alpha": EXACT,
-    "ref_model_sync_steps": EXACT,
+    "ref_model_mixup_alpha": EXACT | LOSS,
+    "ref_model_sync_steps": EXACT | LOSS,
     "remove_unused_columns": NONE,
     "report_to": NONE,
     "restore_callback_states_from_checkpoint": "a resume restores what dpokit's callbacks need by itself",
     "resume_from_checkpoint": BY_SWEEP,
-    "router_aux_loss_coef": EXACT | FROM_RUN,
+    "router_aux_loss_coef": EXACT | FROM_RUN | LOSS,
     "run_group": BY_SWEEP | PRIVATE,
     "run_name": RUN_NAME | PRIVATE,
     "run_tags": SAME_TOKENS | PRIVATE,
@@ -221,7 +223,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "shuffle_dataset": ORDER,
     "skip_bad_rows": FROM_RUN,
     "skip_memory_metrics": NONE,
-    "sync_ref_model": EXACT,
+    "sync_ref_model": EXACT | LOSS,
     "template_date": FROM_RUN | HELD_OUT,
     "tf32": EXACT,
     "torch_compile": NONE,
@@ -242,7 +244,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "use_liger_kernel": NONE,
     "use_peft": EXACT | FROM_RUN,
     "use_rslora": EXACT | FROM_RUN | SAME_TOKENS | LORA,
-    "use_weighting": EXACT | FROM_RUN,
+    "use_weighting": EXACT | FROM_RUN | LOSS,
     "warmup_steps": EXACT | SAME_TOKENS,
     "weight_decay": EXACT | SAME_TOKENS,
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpokit.cluster.slurm import SlurmJob
+from dpokit.console import say
 from dpokit.errors import MachineError, SettingsError
 from dpokit.sweep.slurm import Queue
 from dpokit.sweep.space import Space, load_space
@@ -42,11 +43,13 @@ def run_sweep(
     if importlib.util.find_spec("optuna") is None:
         raise MachineError("Optuna is not installed", expected="the extra `sweep`", do="pip install 'dpokit[sweep]'")
     from dpokit.sweep.live_table import Screen, watch
-    from dpokit.sweep.ranking import write_outcome
+    from dpokit.sweep.ranking import describe_obstacles, write_outcome
     from dpokit.sweep.study import Search
     from dpokit.sweep.worker import Worker
 
     space = load_space(path)
+    if obstacles := space.find_obstacles():
+        say(f"{describe_obstacles(space.metric, obstacles)} No trial is pruned, and none is the best.")
     folder = output_dir or Path("sweeps") / path.stem
     _check_same_mode(folder, storage=storage, watch_only=watch_only, slurm=job is not None)
     search = Search(space, folder, storage=storage, name=folder.resolve().name)

@@ -14,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 from dpokit.atomic_files import write_json, write_whole
 from dpokit.console import say
 from dpokit.errors import DpokitError
+from dpokit.intervals import find_t
 from dpokit.metrics import is_lower_better
 from dpokit.report.page import write_report
 from dpokit.rundir import RunDir
@@ -22,25 +23,6 @@ from dpokit.sweep.study import SETTINGS, WHY, Search
 from dpokit.sweep.trial import find_best_value, name_runs
 
 LEAST_TRIALS = 8  # fewer trials give no reliable importance of a parameter
-# Student's t, 97.5 % quantile, by degrees of freedom (from any table of the distribution).
-T_97_5: tuple[float, ...] = (
-    12.71,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-)
-T_97_5 += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 
 
 @dataclass(frozen=True)
@@ -84,16 +66,17 @@ STATES = {
 
 
 def rank(space: Space, search: Search) -> list[Ranked]:
-    """All trials, finished ones first, best first."""
+    """All trials, finished ones first, best first; in the order of their numbers if they cannot be compared."""
     trials = [_read_trial(space, search.folder, trial) for trial in search.trials()]
     sign = 1 if is_lower_better(space.metric) else -1
     states = list(STATES.values())
     worst = math.inf
+    is_ranked = not space.find_obstacles()
     return sorted(
         trials,
         key=lambda trial: (
             states.index(trial.state),
-            worst if trial.value is None else sign * trial.value,
+            sign * trial.value if is_ranked and trial.value is not None else worst,
             trial.number,
         ),
     )
@@ -121,11 +104,17 @@ def find_importances(search: Search) -> dict[str, float]:
         return {}
 
 
-def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
-    """A sentence on whether the best trial differs from the second by more than the noise between seeds."""
+def compare_best_two(ranked: Sequence[Ranked], metric: str, obstacles: Sequence[str] = ()) -> str:
+    """A sentence on whether the best trial differs from the second by more than the noise between seeds.
+
+    Args:
+        obstacles: the settings because of which trials cannot be compared; the sentence then names them.
+    """
     finished = [trial for trial in ranked if trial.value is not None]
     if not finished:
         return "No trial has finished."
+    if obstacles:
+        return describe_obstacles(metric, obstacles)
     first = finished[0]
     sentence = (
         f"Trial {first.number} has the {'lowest' if is_lower_better(metric) else 'highest'} {metric}, {first.value:.4g}"
@@ -136,7 +125,10 @@ def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
     sentence += f"; next is trial {second.number} with {second.value:.4g}."
     if min(len(first.values), len(second.values)) < 2:
         return f"{sentence} Each has one seed, so the noise is unknown: set seeds: 3 to estimate it."
-    low, high = find_interval(first.values, second.values)
+    interval = find_interval(first.values, second.values)
+    if interval is None:
+        return f"{sentence} Their seeds gave equal values, so the noise is unknown."
+    low, high = interval
     is_within_noise = low <= 0 <= high
     return (
         f"{sentence} By their {len(first.values)} seeds the difference is {low:+.2g} to {high:+.2g} (95 %, Welch's t): "
@@ -144,18 +136,25 @@ def compare_best_two(ranked: Sequence[Ranked], metric: str) -> str:
     )
 
 
-def find_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of the difference of two means, of two or more values each, by Welch's t (Welch, 1947)."""
+def describe_obstacles(metric: str, obstacles: Sequence[str]) -> str:
+    """A sentence on why the trials of a search are not ranked."""
+    return f"Not ranked, because {metric} of trials with different {' and '.join(obstacles)} cannot be compared."
+
+
+def find_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the difference of two means, of two or more values each, by Welch's t (Welch, 1947).
+
+    None if neither mean's values differ: they show no noise to compare with.
+    """
     squared_errors = [statistics.variance(values) / len(values) for values in (first, second)]
     difference, error = statistics.fmean(first) - statistics.fmean(second), math.sqrt(sum(squared_errors))
     if error == 0:
-        return difference, difference
+        return None
     denominator = sum(
         squared_error**2 / (len(values) - 1)
         for squared_error, values in zip(squared_errors, (first, second), strict=True)
     )
-    freedom = int(sum(squared_errors) ** 2 / denominator)  # rounded down, which gives the wider interval
-    width = (T_97_5[freedom - 1] if freedom <= len(T_97_5) else 1.96) * error
+    width = find_t(sum(squared_errors) ** 2 / denominator) * error
     return difference - width, difference + width
 
 
@@ -171,10 +170,11 @@ def write_outcome(space: Space, search: Search) -> dict[str, Any]:
             report = write_report(runs, output=output, metric=space.metric).report
     except DpokitError as error:
         say(f"no report could be written: {error.seen}")
-    best = _link_best(search.folder, ranked)
+    obstacles = space.find_obstacles()
+    best = _link_best(search.folder, [] if obstacles else ranked)
     outcome = {
         "metric": space.metric,
-        "verdict": compare_best_two(ranked, space.metric),
+        "verdict": compare_best_two(ranked, space.metric, obstacles),
         "best": None if best is None else str(best),
         "report": None if report is None else str(report),
         "importances": importances,
@@ -189,6 +189,8 @@ def _link_best(folder: Path, ranked: Sequence[Ranked]) -> Path | None:
     """Points the link `best` to a run of the best trial and returns its folder; None without a finished trial."""
     link = folder / "best"
     if not ranked or ranked[0].value is None:
+        if link.is_symlink():  # of an earlier metric or version
+            link.unlink(missing_ok=True)
         return None
     first = ranked[0]
     distances = [abs(value - first.value) for value in first.values] if first.value is not None else []

@@ -13,6 +13,7 @@ from transformers.hf_argparser import string_to_bool
 
 from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
+from dpokit.metrics import find_needs
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import FlagParser, split_kind
 from dpokit.settings.layers import find_recipe, read_defaults, read_yaml
@@ -26,7 +27,7 @@ KEYS = {
     "configurations": "for search: listed, a list of {name: value}",
     "trials": "the number of trials, for random and tpe",
     "seeds": "the number of runs of each configuration, each with its own seed",
-    "metric": "the metric that ranks trials, at its best evaluation",
+    "metric": "the metric that ranks trials, at its best evaluation: eval_loss, or the accuracy if the loss varies",
     "prune": "whether to end a trial early that is worse than the median of the others",
     "config_file": "the placement, as for accelerate launch",
     "sampler_seed": "the seed of the search itself, for random and tpe",
@@ -103,6 +104,26 @@ class Space:
         }
         return dict(json.loads(json.dumps(identity, default=str)))
 
+    def find_varied(self) -> list[str]:
+        """The settings that differ between trials."""
+        choices = {name: values for name, values in self.parameters.items() if not isinstance(values, Range)}
+        names = dict.fromkeys(name for configuration in self.configurations for name in configuration)
+        choices |= {name: [configuration.get(name) for configuration in self.configurations] for name in names}
+        ranges = [name for name, values in self.parameters.items() if isinstance(values, Range)]
+        return ranges + [
+            name for name, values in choices.items() if len({json.dumps(v, default=str) for v in values}) > 1
+        ]
+
+    def find_obstacles(self) -> list[str]:
+        """The varied settings because of which trials cannot be compared by the metric.
+
+        As in a report: losses need the same pairs, loss and beta, rewards the same pairs and beta.
+        """
+        needs = find_needs(self.metric)
+        flags = set(flags_with(Fact.LOSS)) if needs == "loss" else {"beta"} if needs == "beta" else set()
+        flags |= {*flags_with(Fact.HELD_OUT), *flags_with(Fact.LENGTH)} if needs else set()
+        return [name for name in self.find_varied() if name in flags]
+
     def check_trial(self, number: int, settings: Mapping[str, Any]) -> None:
         """Raises SettingsError for settings in the study that this space cannot have drawn."""
         if self.search in ("grid", "listed"):
@@ -161,6 +182,10 @@ def load_space(path: Path) -> Space:
         sampler_seed=_read_number(path, content, "sampler_seed", 0, least=0),
     )
     _check_flags(space)
+    if content.get("metric") is None and space.find_obstacles() and split_kind(defaults)[0] == "dpo":
+        space = replace(space, metric="eval_rewards/accuracies")
+    if space.find_obstacles():
+        space = replace(space, prune=False)  # it would compare trials that cannot be compared
     if _can_share_reference(space):
         space.settings[PRECOMPUTE] = True
     return space

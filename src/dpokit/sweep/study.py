@@ -121,7 +121,7 @@ class Search:
                 f"the study {name} has trials that are ranked by another metric; {self.space.metric} is better "
                 f"when {'lower' if direction == 'minimize' else 'higher'}, and the former metric is not",
                 expected="a metric that improves in the same direction",
-                do="set the former metric, or start a search in another --output-dir",
+                do="set the former metric (eval_loss if the space named none), or search in another --output-dir",
             )
         return study
 

@@ -34,7 +34,7 @@ def evaluate(
     judge_max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply, thoughts included.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record on stdout.")] = False,
 ) -> None:
-    """Compares base and tuned model on held-out pairs, with intervals, and their answers; results go to RUN/eval/.
+    """Compares base and tuned model on held-out pairs, with intervals, and their answers; adds a folder to RUN/eval.
 
     Every other flag is a training flag that overrides the run's: --beta 0.3, --max_length 512. On several devices:
     accelerate launch -m dpokit.cli evaluate RUN.
@@ -77,11 +77,15 @@ def report(
         str | None,
         typer.Option(metavar="NAME", help="The metric that sorts the runs; by default the lowest eval_loss."),
     ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The folder in RUN/eval; by default the largest of the run's own pairs."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print {report, pngs, verdict} on stdout.")] = False,
 ) -> None:
     """Writes curves, evaluations, samples, data and settings to one HTML file, and each figure to a PNG beside it."""
     from dpokit.report.page import write_report
 
     with errors_without_torch():
-        written = write_report(runs, output=output, metric=metric)
+        written = write_report(runs, output=output, metric=metric, evaluation=evaluation)
     echo(json.dumps(written.record(), indent=2) if as_json else one_line(written.report))

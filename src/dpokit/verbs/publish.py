@@ -73,6 +73,10 @@ def card(
         Literal["model", "adapter", "both"] | None,
         typer.Option(help="The weights to publish; by default the whole model if it exists."),
     ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The folder in RUN/eval; by default the largest of the run's own pairs."),
+    ] = None,
 ) -> None:
     """Writes the model card, RUN/README.md, from the run folder alone, without the network."""
     from dpokit.card.card import write_card
@@ -89,6 +93,7 @@ def card(
             base_model=base_model,
             contact=contact,
             weights=weights,
+            evaluation=evaluation,
         )
     echo(one_line(written))
 
