@@ -49,7 +49,7 @@ def run_sweep(
     space = load_space(path)
     folder = output_dir or Path("sweeps") / path.stem
     _check_same_mode(folder, storage=storage, watch_only=watch_only, slurm=job is not None)
-    search = Search(space, folder, storage=storage, name=folder.resolve().name)
+    search = Search(space, folder, storage=storage, name=folder.resolve().name, watch_only=watch_only)
     if watch_only:
         search.leave()
         watch(space, search)
