@@ -25,7 +25,17 @@ FLOORS = [
     {"card"},
     {"report"},  # below the model card, which shows its tables and verdict
     {"checkpoint", "model", "data", "figures"},
-    {"settings", "rundir", "distributed", "errors", "console", "metrics", "untrained_loss", "torch_build_locks"}
+    {
+        "settings",
+        "rundir",
+        "run_starts",
+        "distributed",
+        "errors",
+        "console",
+        "metrics",
+        "untrained_loss",
+        "torch_build_locks",
+    }
     | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"}
     | {"file_hashes", "starter", "atomic_files", "caches", "intervals"},
 ]

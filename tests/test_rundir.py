@@ -1,10 +1,15 @@
 """The run folder: its records and metrics survive interruptions, and damaged ones are reported."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import pytest
 
 from dpokit.errors import RunFolderError
+from dpokit.run_starts import clear_folder, count_starts, has_only_failed_starts
 from dpokit.rundir import MetricsFile, RunDir, read_metrics
 
 
@@ -47,6 +52,55 @@ def test_clearing_deletes_a_runs_files_and_nothing_else(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     run.clear()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-best", "notes.txt"]
+
+
+@pytest.fixture(scope="module")
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+# state, other fields of run.json, files beside it; whether the folder holds only failed starts
+HOST = socket.gethostname()
+STEP_0, STEP_5 = '{"step": 0, "eval_loss": 0.7}\n', '{"step": 5, "loss": 0.7}\n'
+FAILED_STARTS = {
+    "failed": ("failed", {}, {}, True),
+    "ended by Ctrl-C": ("preempted", {}, {"data.json": "{}", "metrics.jsonl": ""}, True),
+    "failed after an evaluation at step 0": ("failed", {}, {"metrics.jsonl": STEP_0}, True),
+    "ended while it took over the folder": (None, {}, {}, True),
+    "killed, its process is gone": ("running", {"host": HOST, "pid": "dead"}, {}, True),
+    "alive": ("running", {"host": HOST, "pid": os.getpid()}, {}, False),
+    "alive or killed on another machine": ("running", {"host": f"{HOST}2", "pid": "dead"}, {}, False),
+    "running, of a version without pids": ("running", {"host": HOST}, {}, False),
+    "running, with a pid that is none": ("running", {"host": HOST, "pid": 10**30}, {}, False),
+    "failed after a step that was not logged": ("failed", {"shared_prefix": "on"}, {}, False),
+    "failed after a logged step": ("failed", {}, {"metrics.jsonl": STEP_0 + STEP_5}, False),
+    "failed after a checkpoint": ("preempted", {}, {"checkpoint-5/manifest.json": "{"}, False),
+    "failed while it was trained further": ("failed", {}, {"model/config.json": "{}"}, False),
+    "finished": ("finished", {}, {}, False),
+}
+
+
+@pytest.mark.parametrize("name", FAILED_STARTS)
+def test_a_folder_without_a_step_holds_only_failed_starts(name, tmp_path, dead_pid):
+    state, fields, files, expected = FAILED_STARTS[name]
+    start = {key: dead_pid if value == "dead" else value for key, value in fields.items() if key in ("host", "pid")}
+    rest = {key: value for key, value in fields.items() if key not in start}
+    RunDir(tmp_path).write_run(state=state, generations=[{"token": "t0", **start}], **rest)
+    for path, text in files.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert has_only_failed_starts(RunDir(tmp_path)) == expected
+
+
+def test_the_starts_of_a_cleared_run_still_count(tmp_path):
+    """A job compares the number of starts before and after its own."""
+    for _ in range(3):
+        run = RunDir(tmp_path)
+        run.take_possession(0, former_starts=clear_folder(run))
+    assert len(run.read_run()["generations"]) == 1
+    assert count_starts(run.read_run()) == 3
 
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):

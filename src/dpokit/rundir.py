@@ -21,7 +21,7 @@ RECORD: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("recipe", "state", "why", "error", "placement", "model_fingerprint"), (str, type(None))),
     **dict.fromkeys(("settings", "versions", "machine"), (dict,)),
     **dict.fromkeys(("generations", "accepted_changes", "local"), (list,)),
-    "world_size": (int,),
+    **dict.fromkeys(("world_size", "former_starts"), (int,)),
     "best": (dict, type(None)),
 }
 # Limits for a file that is read into memory; a tokenizer has some 30 MB, the metrics of a million steps some 500 MB.
@@ -225,8 +225,14 @@ class RunDir:
         self._check_possession(record)
         write_json(self.run_json, {**record, **changes})
 
-    def take_possession(self, resumed_step: int) -> str:
-        """Makes this start the owner of the folder and returns its token; run.json lists every start."""
+    def take_possession(self, resumed_step: int, *, former_starts: int = 0) -> str:
+        """Makes this start the owner of the folder and returns its token; run.json lists every start of the run.
+
+        Args:
+            resumed_step: where it starts.
+            former_starts: the number of starts of runs that the folder no longer holds, from
+                `run_starts.clear_folder`.
+        """
         record = self.read_run() or {}
         starts = record.get("generations", [])
         if starts:
@@ -235,9 +241,10 @@ class RunDir:
         token = secrets.token_hex(6)
         began = datetime.now(UTC).isoformat(timespec="seconds")
         start = {"token": token, "host": socket.gethostname(), "began": began, "resumed_step": resumed_step}
-        starts.append(start | {"job": os.environ.get("SLURM_JOB_ID"), "launcher": os.getppid()})
+        starts.append(start | {"job": os.environ.get("SLURM_JOB_ID"), "launcher": os.getppid(), "pid": os.getpid()})
         self.token = token  # set before the write: a signal in between records its reason, which needs the token
-        write_json(self.run_json, {**record, "generations": starts})
+        former = {"former_starts": former_starts} if former_starts else {}
+        write_json(self.run_json, {**record, **former, "generations": starts})
         return token
 
     def check_possession(self) -> None:

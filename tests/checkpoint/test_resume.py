@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dpokit.checkpoint.resume import claim_folder, compare_settings, describe_identity
 from dpokit.checkpoint.store import find_checkpoints, write_manifest
-from dpokit.errors import RunFolderError, SettingsError
+from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.interrupts import Preempted
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
@@ -320,6 +320,41 @@ def test_sizes_are_named_if_the_global_batch_cannot_be_kept(defaults, broken):
     with pytest.raises(RunFolderError, match="a step of this run has 4 pairs, which 2 processes cannot split") as error:
         claim(defaults, broken, "--per_device_train_batch_size", "3", world_size=2)
     assert "--per_device_train_batch_size 1 or 2" in error.value.do
+
+
+# The mistakes of a start that ends before its first step, and the error of it
+MISTAKES = {
+    "no such data": ({"dataset_name": "/no/such/pairs.jsonl"}, DataError),
+    "no such model": ({"model_name_or_path": "/no/such/model"}, ModelError),
+    "another recipe, and data without a usable pair": ({"max_length": 2}, DataError),
+    "a conflict that TRL finds": ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, SettingsError),
+}
+
+
+def test_a_corrected_command_works_after_starts_without_a_step(defaults, tmp_path, capfd):
+    run = RunDir(tmp_path / "run")
+    changed = {**defaults, "output_dir": str(run.path), "max_steps": 2}
+    for number, (mistake, error) in enumerate(MISTAKES.values()):
+        with pytest.raises(error):
+            train(f"recipe_{number}", {**changed, **mistake}, [])
+    train("dpo_test", changed, [])
+    record = run.read_run()
+    assert (record["state"], record["recipe"], len(record["generations"])) == ("finished", "dpo_test", 1)
+    assert "held only a start of another run that ended before its first step" in capfd.readouterr().err
+    with pytest.raises(RunFolderError, match="holds another run"):
+        train("another", changed, [])
+
+
+def test_a_run_whose_first_step_was_not_logged_is_kept(defaults, tmp_path, monkeypatch):
+    """It is killed before its first log and its first checkpoint."""
+    run = RunDir(tmp_path / "run")
+    changed = {**defaults, "output_dir": str(run.path), "logging_steps": 100, "save_steps": 100}
+    monkeypatch.setattr(PreemptCallback, "on_step_end", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train("dpo_test", changed, [])
+    assert not run.checkpoints() and not read_metrics(run.metrics_jsonl)
+    with pytest.raises(RunFolderError, match="holds another run"):
+        train("another", changed, [])
 
 
 OVER = ("--overwrite_run", "true")

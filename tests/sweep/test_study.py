@@ -10,6 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from dpokit.errors import MachineError, SettingsError
+from dpokit.rundir import RunDir
 from dpokit.sweep.command import _check_same_mode, run_sweep
 from dpokit.sweep.space import load_space
 from dpokit.sweep.study import SETTINGS, Search
@@ -94,6 +95,47 @@ def test_another_space_is_refused_and_more_trials_are_not(open_search):
     open_search(text.replace("trials: 6", "trials: 7"))
     with pytest.raises(SettingsError, match="was started with another space: search was random, now tpe"):
         open_search(f"search: tpe\n{DRAWN}")
+
+
+def fail(search: Search, **record: object) -> None:
+    """Takes a trial, and records its run as failed."""
+    trial = search.take()
+    folder = search.folder / f"trial-{trial.number}"
+    RunDir(folder).make()
+    RunDir(folder).write_run(state="failed", **record)
+    search.tell(trial.number, TrialState.FAIL, why="DataError: there is no such file")
+
+
+def test_a_corrected_space_starts_again_if_no_trial_took_a_step(open_search, capfd):
+    wrong, right = (f"settings: {{dataset_name: {name}}}\n{GRID}" for name in ("parris.jsonl", "pairs.jsonl"))
+    fail(open_search(wrong))
+    search = open_search(right)
+    assert "no trial of the search in" in capfd.readouterr().err
+    assert [trial.state for trial in search.trials()] == [TrialState.WAITING] * 4
+    fail(search)
+    open_search(right)  # the data was put in its place
+    fail(search, shared_prefix="on")
+    with pytest.raises(SettingsError, match="was started with another space"):
+        open_search(wrong)
+
+
+@pytest.mark.parametrize("state", ["alive", "queued", "pruned", "only watched"])
+def test_a_search_in_use_is_not_started_again(state, open_search, tmp_path):
+    search = open_search(GRID)
+    fail(search)
+    trial = search.take()
+    if state == "queued":
+        search.leave()
+        (tmp_path / "sweep" / f"trial-{trial.number}.job").write_text("12_1")
+    if state == "pruned":
+        search.tell(trial.number, TrialState.PRUNED)
+    if state == "only watched":
+        search.leave()
+        space = load_space(tmp_path / "space.yaml")
+        Search(space, tmp_path / "sweep", storage=None, name="sweep", watch_only=True)
+    else:
+        open_search(GRID)
+    assert search.look_up(0).state == TrialState.FAIL
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from dpokit.checkpoint.store import (
 from dpokit.checkpoint.universal import convert_shards
 from dpokit.console import say
 from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
+from dpokit.run_starts import clear_folder, has_only_failed_starts
 from dpokit.rundir import RunDir
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.load import Settings
@@ -59,7 +60,8 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
 
     An unfinished run of the same recipe, model and data is resumed, from the newest checkpoint that verifies. A
     finished run is changed only with `--resume_from_checkpoint auto|PATH` or `--overwrite_run`, another run only with
-    the latter. A restart by the launcher (`--max_restarts`) resumes its run, whatever the flags of its first start.
+    the latter. A restart by the launcher (`--max_restarts`) resumes its run, whatever the flags of its first start. A
+    folder whose starts all ended before their first step is free for any run.
 
     Raises:
         RunFolderError: the folder holds another or a finished run, or one with other settings; or it is not writable.
@@ -77,10 +79,11 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
         checkpoints = find_checkpoints(run, deep=False)
         if requested == "never" or any(checkpoint.resume_problem is None for checkpoint in checkpoints):
             requested = None
+    former_starts = 0
     try:
         run.make()
-        if overwrite:
-            run.clear()
+        if overwrite or _is_free(run, settings):
+            former_starts = clear_folder(run)
     except OSError as error:
         raise find_disk_trouble(error) or error from error
     _check_owner(run, settings, requested)
@@ -101,7 +104,7 @@ def claim_folder(run: RunDir, settings: Settings, *, world_size: int, placement:
             expected=f"the same date in every prompt: {first_day}",
             do="leave out template_date",
         )
-    start.token = run.take_possession(0 if checkpoint is None else checkpoint.step)
+    start.token = run.take_possession(0 if checkpoint is None else checkpoint.step, former_starts=former_starts)
     sweep_parts(run)
     if start.universal and start.checkpoint is not None:
         convert_shards(start.checkpoint)
@@ -261,6 +264,30 @@ def _keep_global_batch(batch: int, settings: Settings, world_size: int) -> int:
     )
 
 
+def _describe_run(settings: Settings) -> dict[str, Any]:
+    """The recipe, the model and the data by which a folder's run is recognised."""
+    model, data = settings.model.model_name_or_path, settings.data.dataset_name
+    return {"recipe": settings.recipe, "model_name_or_path": model, "dataset_name": data}
+
+
+def _describe_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """As `_describe_run`, of the run that a run.json describes."""
+    then = {name: record.get("settings", {}).get(name, {}).get("value") for name in flags_with(Fact.IDENTITY)}
+    return {"recipe": record.get("recipe"), **then}
+
+
+def _is_free(run: RunDir, settings: Settings) -> bool:
+    """Whether the folder holds only failed starts of another run; prints a line if it does."""
+    record = run.read_run() or {}
+    if "recipe" not in record or _describe_record(record) == _describe_run(settings):
+        return False
+    if not has_only_failed_starts(run):
+        return False
+    why = f" ({str(record['why']).splitlines()[0]})" if record.get("why") else ""
+    say(f"{run.path} held only a start of another run that ended before its first step{why}: this run replaces it")
+    return True
+
+
 def _check_owner(run: RunDir, settings: Settings, requested: str | None) -> None:
     """Raises RunFolderError if the folder holds no run of this toolkit, another run, or one that may not be resumed."""
     record = run.read_run()
@@ -275,13 +302,12 @@ def _check_owner(run: RunDir, settings: Settings, requested: str | None) -> None
         return
     if "recipe" not in record:  # the process ended right after it had made the file
         return
-    then = {name: record.get("settings", {}).get(name, {}).get("value") for name in flags_with(Fact.IDENTITY)}
-    now = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
-    if record.get("recipe") != settings.recipe or then != now:
+    then, now = _describe_record(record), _describe_run(settings)
+    if then != now:
         raise RunFolderError(
-            f"{run.path} holds another run: recipe {record.get('recipe')}, model {then['model_name_or_path']}, "
+            f"{run.path} holds another run: recipe {then['recipe']}, model {then['model_name_or_path']}, "
             f"data {then['dataset_name']}",
-            expected=f"recipe {settings.recipe}, model {now['model_name_or_path']}, data {now['dataset_name']}",
+            expected=f"recipe {now['recipe']}, model {now['model_name_or_path']}, data {now['dataset_name']}",
             do=remedy,
         )
     if record.get("state") == "finished" and requested in (None, "never"):
@@ -291,7 +317,7 @@ def _check_owner(run: RunDir, settings: Settings, requested: str | None) -> None
             do=f"{remedy}; to train it further, raise the number of steps with --resume_from_checkpoint auto "
             "--accept_changes num_train_epochs (or max_steps)",
         )
-    if requested == "never":
+    if requested == "never" and not has_only_failed_starts(run):
         raise RunFolderError(
             f"{run.path} holds an unfinished run, and resume_from_checkpoint is never",
             expected="an empty or a new folder",

@@ -191,7 +191,7 @@ def collect_job_variables(arguments: Sequence[str], environment: Mapping[str, st
     restart_arguments = build_restart_flags(command, status) if is_restart else []
     return {
         "run": str(run.path),
-        "began": str(status.generations),
+        "began": str(status.began),
         "finished": "yes" if is_finished else "",
         "notice": str(command.find_setting("preempt_signal") or "SIGUSR1").upper().removeprefix("SIG"),
         "words": [*job_arguments, *command.launcher, str(command.recipe), *command.flags, *restart_arguments],

@@ -13,6 +13,7 @@ from typing import Any
 from dpokit import errors
 from dpokit.checkpoint.store import find_checkpoints
 from dpokit.errors import DpokitError, RunFolderError
+from dpokit.run_starts import count_starts
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.terminal import one_line
 
@@ -34,6 +35,7 @@ class Status:
         last_sign: when the run last wrote to its metrics, ISO 8601; None before the first time.
         good_step: the step of the newest complete checkpoint; None without one.
         generations: how often the run was started.
+        began: how many starts the folder has seen, also those of runs that it no longer holds (for `--since`).
         restarts: the number of starts after the first.
         after_crash: the number of starts, in the job that ran last, that followed a crash.
         lost_steps: the number of steps that restarts trained again.
@@ -50,6 +52,7 @@ class Status:
     last_sign: str | None
     good_step: int | None
     generations: int
+    began: int
     restarts: int
     after_crash: int
     lost_steps: int
@@ -67,8 +70,8 @@ class Attempt:
     """A start of a job, for which `decide_next` decides what the job does next.
 
     Attributes:
-        since: how many starts the run folder listed before it. If the folder lists no more now, this start never began,
-            and the folder describes an older one.
+        since: how many starts the run folder had seen before it (`Status.began`). If it has seen no more now, this
+            start never began, and the folder describes an older one.
         host: the host of its first process. If the folder's last start is on another host, that one has taken over
             the run. (Several starts on one host are the launcher's own restarts.)
         job: the job's number; None outside Slurm.
@@ -117,6 +120,7 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
         last_sign=_read_modification_time(run.metrics_jsonl) if metrics else None,
         good_step=good,
         generations=len(generations),
+        began=count_starts(record),
         restarts=max(0, len(generations) - 1),
         after_crash=after_crash,
         lost_steps=lost,
@@ -143,7 +147,7 @@ def decide_next(
         attempt: as for `read_status`.
     """
     state, generations = record.get("state"), record.get("generations") or []
-    if attempt is not None and len(generations) <= attempt.since:
+    if attempt is not None and count_starts(record) <= attempt.since:
         return _decide_before_first_record(attempt, record, max_restarts)
     if attempt is not None and generations[-1].get("host") != attempt.host:
         return "stop", f"a later start, on {generations[-1].get('host')}, has taken the run over"

@@ -52,7 +52,7 @@ def run_sweep(
         say(f"{describe_obstacles(space.metric, obstacles)} No trial is pruned, and none is the best.")
     folder = output_dir or Path("sweeps") / path.stem
     _check_same_mode(folder, storage=storage, watch_only=watch_only, slurm=job is not None)
-    search = Search(space, folder, storage=storage, name=folder.resolve().name)
+    search = Search(space, folder, storage=storage, name=folder.resolve().name, watch_only=watch_only)
     if watch_only:
         search.leave()
         watch(space, search)

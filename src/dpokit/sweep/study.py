@@ -23,8 +23,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dpokit.atomic_files import write_json
+from dpokit.console import say
 from dpokit.errors import MachineError, SettingsError
 from dpokit.metrics import is_lower_better
+from dpokit.run_starts import has_only_failed_starts
+from dpokit.rundir import RunDir
 from dpokit.sweep.space import Range, Space
 
 SPACE, SETTINGS, WORKER, WHY = "space", "settings", "worker", "why"
@@ -65,13 +68,14 @@ class Search:
         folder: the search's folder, the same for all workers.
         storage: Optuna's URL; None for a SQLite file in the folder.
         name: the study's name.
+        watch_only: only reads the study.
 
     Raises:
         MachineError: the storage cannot be reached.
         SettingsError: the study has another space, or the folder is not writable.
     """
 
-    def __init__(self, space: Space, folder: Path, *, storage: str | None, name: str) -> None:
+    def __init__(self, space: Space, folder: Path, *, storage: str | None, name: str, watch_only: bool = False) -> None:
         self.space = space
         self.folder = folder
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -91,10 +95,10 @@ class Search:
                 do="set another --output-dir",
             ) from error
         with self._locked():
-            self.study = self._open(self.url, name)
+            self.study = self._open(self.url, name, watch_only=watch_only)
             self._fill()
 
-    def _open(self, url: str, name: str) -> optuna.Study:
+    def _open(self, url: str, name: str, *, watch_only: bool) -> optuna.Study:
         direction = "minimize" if is_lower_better(self.space.metric) else "maximize"
         options = {"storage": url, "study_name": name, "direction": direction, "load_if_exists": True}
         options["pruner"] = optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1)
@@ -104,6 +108,10 @@ class Search:
                 trial.state == TrialState.COMPLETE or self._is_alive(trial.user_attrs.get(WORKER))
                 for trial in study.get_trials(deepcopy=False)
             ):  # the metric was corrected; finished runs are read again from their folders
+                optuna.delete_study(study_name=name, storage=url)
+                study = optuna.create_study(**options)
+            elif not watch_only and self._has_only_failed_starts(study):
+                say(f"no trial of the search in {self.folder} took a step: it starts again")
                 optuna.delete_study(study_name=name, storage=url)
                 study = optuna.create_study(**options)
             saved_space = study.user_attrs.get(SPACE)
@@ -124,6 +132,17 @@ class Search:
                 do="set the former metric (eval_loss if the space named none), or search in another --output-dir",
             )
         return study
+
+    def _has_only_failed_starts(self, study: optuna.Study) -> bool:
+        """Whether a trial failed, none took a step, and none is running or in Slurm's queue."""
+        states = [trial.state for trial in study.get_trials(deepcopy=False)]
+        if TrialState.FAIL not in states or not {*states} <= {TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING}:
+            return False
+        for trial in study.get_trials(deepcopy=False):
+            queued = (self.folder / f"trial-{trial.number}.job").exists()  # as `QueuedRun.job_file`
+            if trial.state == TrialState.RUNNING and (queued or self._is_alive(trial.user_attrs.get(WORKER))):
+                return False
+        return all(has_only_failed_starts(RunDir(path)) for path in self.folder.glob("trial-*") if path.is_dir())
 
     def _fill(self) -> None:
         """Adds the configurations of grid and listed to the study, except those that a killed worker has added."""
