@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
 
 from dpokit.data.messages import ROLE_NAMES
 from dpokit.safe_console import SafeConsole
@@ -209,10 +208,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         table.add_column(name, justify="left" if name in ("split", "format") else "right")
     splits = {name: report[name] for name in ("train", "eval") if report.get(name)}
     for name, split in splits.items():
-        for label, part in ((name, split), *((f"  {part['source']}", part) for part in split.get("sources", ()))):
-            counts = [part["rows"], part["kept"], part["rows"] - part["kept"], *part.get("shortened", {}).values()]
-            shown = ("-" if split.get("streamed") else f"{count:,}" for count in counts)
-            table.add_row(Text(label), part["format"], *shown)
+        counts = [split["rows"], split["kept"], split["rows"] - split["kept"], *split["shortened"].values()]
+        table.add_row(name, split["format"], *("-" if split.get("streamed") else f"{count:,}" for count in counts))
     console.print(table)
     if report.get("prompt_form"):
         console.print(f"  form of the prompts: {report['prompt_form']}")
@@ -220,6 +217,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         if split.get("streamed"):
             console.print(f"  {name}: a stream; its rows are counted while they are read")
             continue
+        for part in split.get("sources", ()):
+            counts = f"{part['rows']:,} rows, {part['kept']:,} kept"
+            console.print(f"  {name}: {part['source']} ({part['format']}): {counts}", markup=False)
         for reason, count in split["dropped"].items():
             console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
         for note, count in split["notes"].items():

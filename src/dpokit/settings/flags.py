@@ -150,7 +150,8 @@ class DataArguments(ScriptArguments):
         """Returns the sources of the pairs. Raises: SettingsError as `parse_sources` and `read_columns`."""
         sources = parse_sources(vars(self))
         for source in sources:
-            read_columns(source.columns or {})
+            if source.columns is not None:
+                read_columns(source.columns)
         return sources
 
 
