@@ -158,7 +158,8 @@ def mix_streams(
     """Returns a function that yields the pairs of all streams, in the same order at each call.
 
     A seeded choice decides which source gives the next pair: in proportion to their fractions until one source ends,
-    and without fractions each source equally often until all have ended. A `count` is the most that a source gives.
+    and without fractions each source equally often until all have ended. A `count` is the most that a source gives, a
+    `weight` the probability of each of its pairs, and of duplicates the one that is read first is kept.
 
     Args:
         tally: the counts of the whole split; each row counts once, however often the streams are read.

@@ -217,9 +217,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         if split.get("streamed"):
             console.print(f"  {name}: a stream; its rows are counted while they are read")
             continue
-        for part in split.get("sources", ()):
-            counts = f"{part['rows']:,} rows, {part['kept']:,} kept"
-            console.print(f"  {name}: {part['source']} ({part['format']}): {counts}", markup=False)
+        for source in split.get("sources", ()):
+            kept = f"{source['rows']:,} rows, {source['kept']:,} kept"
+            console.print(f"  {name}: {source['source']} ({source['format']}): {kept}", markup=False)
         for reason, count in split["dropped"].items():
             console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
         for note, count in split["notes"].items():
