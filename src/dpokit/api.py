@@ -56,8 +56,8 @@ def load_pairs(
 
     from dpokit.console import quiet_dependencies, say
     from dpokit.data.messages import UnusableError
-    from dpokit.data.prepare import find_layout
     from dpokit.data.ranking import PairChoice
+    from dpokit.data.source_rows import find_layout
     from dpokit.data.sources import get_split, load_splits
     from dpokit.settings.flags import parse_columns
 

@@ -99,6 +99,8 @@ _DISK_TROUBLE = {
 
 
 # Allocators of the CPU and of GPUs, the operating system and C++ name it so.
+# Errors of reading the data; the others (ENOSPC, EROFS, ...) come from writing the cache.
+READ_ERRORS = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|std::bad_alloc", re.IGNORECASE)
 
 
@@ -127,6 +129,12 @@ def _walk_causes(error: BaseException) -> Iterator[tuple[BaseException, int | No
         number = cause.errno if isinstance(cause, OSError) else None
         yield cause, number or _read_number(str(cause))
         cause = cause.__cause__ or cause.__context__
+
+
+def find_disk_trouble_or(error: BaseException, problem: str, expected: str, do: str) -> Exception:
+    """Returns the error of the disk if it is full or failing while the cache is written, else a DataError."""
+    trouble = None if getattr(error, "errno", None) in READ_ERRORS else find_disk_trouble(error)
+    return trouble or DataError(problem, expected=expected, do=do)
 
 
 def _read_number(text: str) -> int | None:

@@ -20,6 +20,7 @@ from dpokit.errors import DpokitError, RunFolderError, find_disk_trouble, is_mis
 from dpokit.interrupts import Preempted, find_interruption
 from dpokit.rundir import RunDir
 from dpokit.settings.load import Settings
+from dpokit.settings.mixture import is_local
 
 SPACE_SECONDS = 10.0
 DELETION_SECONDS = 5.0
@@ -120,9 +121,17 @@ def _record_patiently(write: Callable[[], None]) -> None:
 
 
 def find_local(settings: Settings) -> list[str]:
-    """The flags of model and data that name local paths, which a model card must not take for names on the Hub."""
-    names = {"model_name_or_path": settings.model.model_name_or_path, "dataset_name": settings.data.dataset_name}
-    return [flag for flag, name in names.items() if name and Path(name).expanduser().exists()]
+    """The flags of model and data that name local paths; of a mixture, the places of the sources that do.
+
+    A model card must not take them for names on the Hub.
+    """
+    name = settings.model.model_name_or_path
+    sources = [source for source in settings.data.sources() if is_local(source)]
+    is_single = settings.data.dataset_name is not None and len(settings.data.sources()) == 1
+    return [
+        *(["model_name_or_path"] if name and Path(name).expanduser().exists() else []),
+        *("dataset_name" if is_single else source.place for source in sources),
+    ]
 
 
 def find_kept_evaluation(trainer: Trainer) -> dict[str, Any] | None:

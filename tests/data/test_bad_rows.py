@@ -5,6 +5,7 @@ import json
 import pytest
 
 from dpokit.data.prepare import prepare_data
+from dpokit.data.sources import load_splits
 from dpokit.errors import DataError, SettingsError
 from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import load_settings
@@ -57,9 +58,9 @@ def test_a_late_value_of_another_type_does_not_become_text(value, streaming, tmp
     lines = [write(number, chosen=f" n{number}." + " yes" * 200) for number in range(15_000)]
     (tmp_path / "late.jsonl").write_text("".join(lines) + write(0, chosen=value) + GOOD[0])
     data = DataArguments(dataset_name=str(tmp_path / "late.jsonl"), dataset_streaming=streaming)
-    from dpokit.data.prepare import _load, find_layout
+    from dpokit.data.source_rows import find_layout
 
-    rows = _load(data, streaming=streaming)["train"]
+    rows = load_splits(data.dataset_name, None, streaming=streaming)["train"]
     *_, late, last = rows
     assert late["chosen"] == value and isinstance(last["chosen"], str)
     assert find_layout(rows, "late").name == "explicit, plain"

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset
 
 from dpokit.data.messages import ROLE_NAMES, UnusableError, read_template_kwargs, read_tools, read_turns
-from dpokit.data.prepare import find_layout
+from dpokit.data.source_rows import find_layout
 from dpokit.data.sources import load_splits
 
 WHY = {"role": "user", "content": "Why?"}

@@ -10,8 +10,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from test_tokens import EXPECTED, FLAGS, encode
 from transformers import AutoTokenizer
 
-from dpokit.data import prepare as preparation
-from dpokit.data import tokens
+from dpokit.data import source_rows, tokens
 from dpokit.data.columns import IDS, MASKS
 from dpokit.data.prepare import prepare_data, prepare_held_out
 from dpokit.data.tally import MOST_DETAILS, Tally, print_report
@@ -396,9 +395,9 @@ def test_each_side_of_a_hold_out_has_a_prompt(fraction, pairs_file, plain_tokeni
 @pytest.mark.parametrize("arguments", [{"eval_fraction": 0.25}, {"dataset_test_split": "train"}])
 def test_held_out_pairs_are_loaded_once(arguments, pairs_file, plain_tokenizer, monkeypatch):
     loaded = []
-    load_splits = preparation.load_splits
+    load_splits = source_rows.load_splits
     monkeypatch.setattr(
-        preparation, "load_splits", lambda *args, **options: loaded.append(args) or load_splits(*args, **options)
+        source_rows, "load_splits", lambda *args, **options: loaded.append(args) or load_splits(*args, **options)
     )
     data = DataArguments(dataset_name=str(pairs_file), **arguments)
     held_out = prepare_held_out(data, plain_tokenizer, max_length=None)

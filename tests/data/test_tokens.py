@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerFast
 from dpokit.data import text_cache
 from dpokit.data.formats import FORMATS, Pair
 from dpokit.data.layouts import match_layout
-from dpokit.data.prepare import find_layout
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
+from dpokit.data.source_rows import find_layout
 from dpokit.data.text_cache import TextCache
 from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import parse_transcript

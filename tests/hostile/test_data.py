@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, Dataset, DatasetDict, Features, Image, List, Value, load_dataset_builder
 
-from dpokit.data import check_file, rendering, sources
+from dpokit.data import check_file, hub_source, rendering
 from dpokit.data import check_lines as limits
 from dpokit.data.files import read_split_rows
 from dpokit.data.prepare import prepare_data
@@ -469,7 +469,7 @@ HUB = {
 def test_a_hub_dataset_of_other_types_or_files_is_refused(case, folder):
     build, message = HUB[case]
     with pytest.raises(DataError, match=message):
-        sources._check_hub_builder("own/set", build(folder))
+        hub_source.check_hub_builder("own/set", build(folder))
 
 
 @pytest.mark.usefixtures("small")
@@ -480,7 +480,7 @@ def test_a_hub_file_that_expands_too_much_is_refused(case, tmp_path):
     make(tmp_path / name)
     kind = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}[name.split(".")[1]]
     with pytest.raises(DataError, match=message):
-        sources._check_downloads(load_dataset_builder(kind, data_files=str(tmp_path / name)))
+        hub_source.check_downloads(load_dataset_builder(kind, data_files=str(tmp_path / name)))
 
 
 def test_a_changed_file_with_the_same_time_is_read_again(tmp_path):

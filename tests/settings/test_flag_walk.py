@@ -256,6 +256,13 @@ CHANGES: dict[str, Change] = {
     "dataloader_prefetch_factor": Change("3", of_loader("prefetch_factor"), 3, WORKER),
     "dataset_config": Change("second", loss, given={"dataset_name": "configs", "dataset_config": "first"}),
     "dataset_name": Change("other.jsonl", recorded("data_fingerprint")),
+    "datasets": Change('{"path": "other.jsonl", "count": 6}', data("train", "kept"), 4),
+    "dataset_mixer": Change('{"other.jsonl": 0.6}', data("train", "kept"), 4),
+    "mixture_seed": Change("7", loss, given={"max_pairs_per_source": 6}),
+    "balance_sources": Change("true", data("train", "kept"), 14, given={"dataset_name": "pairs.jsonl,other.jsonl"}),
+    "max_pairs_per_source": Change("6", data("train", "kept"), 4),
+    "max_length_gap": Change("6", data("train", "dropped")),
+    "drop_duplicates": Change("true", data("train", "dropped"), given={"dataset_name": "doubled.jsonl"}),
     "dataset_num_proc": Change("2", lambda observed: observed.processes, [2]),
     "dataset_streaming": Change(
         "true", of_trainer(lambda trainer: type(trainer.train_dataset).__name__), "IterableDataset", WHOLE
@@ -454,7 +461,10 @@ class Walker:
     def defaults(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The defaults of a recipe; models and data are named by their keys in `names`."""
         named = {"model_name_or_path": "tiny_gpt2", "dataset_name": "pairs.jsonl"} | dict(given)
-        places = {name: str(self.names[named[name]]) for name in ("model_name_or_path", "dataset_name")}
+        places = {
+            name: ",".join(str(self.names[each]) for each in named[name].split(","))
+            for name in ("model_name_or_path", "dataset_name")
+        }
         return {**BASE, **given, **places}
 
     def observe_plain(self, change: Change) -> Observation:
@@ -519,10 +529,14 @@ class Walker:
 
 def write_data(folder: Path) -> dict[str, Path]:
     """Files and folders of pairs, by name: `splits` has three splits, `configs` two configurations."""
-    paths = {name: folder / name for name in ("pairs.jsonl", "other.jsonl", "repeated.jsonl", "splits", "configs")}
+    paths = {
+        name: folder / name
+        for name in ("pairs.jsonl", "other.jsonl", "repeated.jsonl", "doubled.jsonl", "splits", "configs")
+    }
     write_pairs(paths["pairs.jsonl"], 12)
     write_pairs(paths["repeated.jsonl"], 24, of_a_prompt=3)
     write_pairs(paths["other.jsonl"], 10)
+    paths["doubled.jsonl"].write_text(paths["pairs.jsonl"].read_text() + paths["other.jsonl"].read_text())
     paths["splits"].mkdir()
     for split, number in (("train", 8), ("test", 4), ("validation", 5)):
         write_pairs(paths["splits"] / f"{split}.jsonl", number)
@@ -585,6 +599,8 @@ def argument(walker: Walker, name: str, value: str) -> list[str]:
     """The flag on the command line, by its key in the table."""
     name = name.partition(" ")[0]
     values = value.split() if name == "loss_weights" else [str(walker.names.get(value, value))]
+    if name in ("datasets", "dataset_mixer"):
+        values = [value.replace("other.jsonl", str(walker.names["other.jsonl"]))]
     return [f"--{name}", *values]
 
 

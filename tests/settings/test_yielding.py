@@ -107,6 +107,18 @@ TABLE = {
         {"eval_fraction": 0.05},
         {"dataset_test_split": ...},
     ),
+    "a mixture for a dataset": (
+        {"dataset_name": "a", "dataset_train_split": "train_prefs", "columns": ["prompt=question"]},
+        {"datasets": [{"path": "a"}, {"path": "b"}]},
+        {"dataset_name": ..., "dataset_train_split": ..., "columns": ...},
+    ),
+    "a mixer for a dataset": (
+        {"dataset_name": "a", "dataset_config": "c"},
+        {"dataset_mixer": {"a": 0.5, "b": 1.0}},
+        {"dataset_name": ..., "dataset_config": ...},
+    ),
+    "a dataset for a mixture": ({"datasets": [{"path": "a"}]}, {"dataset_name": "b"}, {"datasets": ...}),
+    "a mixer for a mixture": ({"datasets": [{"path": "a"}]}, {"dataset_mixer": {"b": 1.0}}, {"datasets": ...}),
     "the same data": ({"dataset_name": "a", "dataset_train_split": "train_prefs"}, {"dataset_name": "a"}, {}),
     "a stream": ({"precompute_ref_log_probs": True}, {"dataset_streaming": True}, {"precompute_ref_log_probs": False}),
     "no workers": (

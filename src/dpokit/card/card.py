@@ -158,7 +158,7 @@ def build_card(
 
 def render_card(card: dict[str, Any], run: Run) -> str:
     """The card's text. Every value except Markup is escaped, and its local paths are shortened."""
-    names = [run.setting(name) for name in ("dataset_name", "model_name_or_path", "output_dir", "deepspeed")]
+    names = [run.setting(name) for name in ("model_name_or_path", "output_dir", "deepspeed")] + run.data_names()
     names.append(str(mapping((run.pairs or {}).get("data")).get("name")).rpartition(", split ")[0])
     local = local_names(run)
     mask = Mask(name for name in names if isinstance(name, str) and (name in local or not is_hub_id(name)))

@@ -74,12 +74,11 @@ def find_lineage(folder: RunDir, run: Run, *, weights: Weights | None, base_mode
         base = _as_source(adapter_base, on_disk=is_on_disk(adapter_base))
     elif model or adapter_base:
         base = _find_source(run, "model_name_or_path", str(model or adapter_base))
-    data = run.setting("dataset_name")
     return Lineage(
         weights=weights,
         base=Source(base_model, True) if base_model else base,
         continued=continued,
-        datasets=[_find_source(run, "dataset_name", data)] if data else [],
+        datasets=[_find_dataset(run, name) for name in run.data_names()],
         measured_on=_find_measured(run),
     )
 
@@ -142,6 +141,12 @@ def _find_source(run: Run, flag: str, name: str) -> Source:
     return _as_source(name, on_disk=flag in local if isinstance(local, list) else is_on_disk(name))
 
 
+def _find_dataset(run: Run, name: str) -> Source:
+    """A source of the run's pairs. Of a mixture, run.json has the names of the local ones."""
+    is_single = name == run.setting("dataset_name")
+    return _find_source(run, "dataset_name" if is_single else name, name)
+
+
 def _as_source(name: str, *, on_disk: bool) -> Source:
     on_hub = not on_disk and is_hub_id(name)
     return Source(name if on_hub else last_name(name), on_hub)
@@ -153,9 +158,9 @@ def _find_measured(run: Run) -> tuple[Source, str | None] | None:
         return None
     name, comma, split = full_name.rpartition(", split ")
     if not comma:  # the pairs were held out of the training data
-        name = str(run.setting("dataset_name") or "")
-    is_run_data = name == run.setting("dataset_name")
-    source = _find_source(run, "dataset_name", name) if is_run_data else _as_source(name, on_disk=is_on_disk(name))
+        name = " + ".join(run.data_names())
+    is_run_data = name in run.data_names()
+    source = _find_dataset(run, name) if is_run_data else _as_source(name, on_disk=is_on_disk(name))
     return source, split if comma else None
 
 

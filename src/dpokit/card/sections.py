@@ -51,7 +51,10 @@ def show_settings(run: Run, table: Table) -> Table:
 def local_names(run: Run) -> set[object]:
     """Names of models and data that were local files."""
     local = run.record.get("local")
-    return {run.setting(name) for name in local if isinstance(name, str)} if isinstance(local, list) else set()
+    if not isinstance(local, list):
+        return set()
+    names = {name for name in local if isinstance(name, str)}
+    return {run.setting(name) for name in names} | names.intersection(run.data_names())
 
 
 def list_limits(run: Run, lineage: Lineage, *, language: Sequence[str], is_evaluated: bool) -> list[str]:

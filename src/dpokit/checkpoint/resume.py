@@ -1,7 +1,7 @@
 """Decides, before anything is loaded, whether a run may start in a folder, and from which checkpoint."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
 from dpokit.run_starts import clear_folder, has_only_failed_starts
 from dpokit.rundir import RunDir
 from dpokit.settings.flag_facts import Fact, flags_with
+from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import Settings
 
 # Flags that a resume compares; each kind of recipe has some of them.
@@ -201,7 +202,8 @@ def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], settings: 
     # stream has none, so a user has to say it.
     is_old = "prompt_format" not in then
     raw = {"prompt_format": now.get("prompt_format")} if then.get(DATA) is not None else {}
-    then = {"group_by_prompt": False, "format": None, "ranked": "best_worst", "min_score_gap": 0.0, **raw, **then}
+    newer = {flag.name: flag.default for flag in fields(DataArguments) if flag.name in EXACT}
+    then = {**newer, "group_by_prompt": False, **raw, **then}
     changed = {name: [then.get(name), value] for name, value in now.items() if then.get(name) != value}
     accepted = find_accepted(settings)
     refused = {name: both for name, both in changed.items() if name not in accepted}

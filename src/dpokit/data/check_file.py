@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -109,16 +110,34 @@ def write_lines(path: Path, target: Path) -> None:
 
 
 def unpack(path: Path, target: Path) -> None:
-    """Unpacks a gzip file. Raises: DataError if it expands beyond its limit or is broken."""
+    """Unpacks a file of gzip or zstd. Raises: DataError if it expands beyond its limit or is broken."""
+    is_zstd = path.suffix == ".zst"
+    limit = find_limit(path)
+    with target.open("wb") as plain, path.open("rb") as file:
+        for block in _unpack_zstd(file, path) if is_zstd else _unpack_gzip(file, path):
+            if plain.tell() + len(block) > limit:
+                raise too_large(path, limit)
+            plain.write(block)
+
+
+def _unpack_gzip(file: IO[bytes], path: Path) -> Iterator[bytes]:
     try:
-        with gzip.open(path) as packed, target.open("wb") as plain:
-            limit = find_limit(path)
-            while block := packed.read(1 << 20):
-                if plain.tell() + len(block) > limit:
-                    raise too_large(path, limit)
-                plain.write(block)
+        with gzip.open(file) as packed:
+            while block := packed.read(BLOCK_BYTES):
+                yield block
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise refuse(path, "the gzip data is cut off or broken", "download or pack it again") from error
+
+
+def _unpack_zstd(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    try:
+        with pa.CompressedInputStream(file, "zstd") as packed:
+            while block := packed.read(BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        if error.errno:  # of the disk
+            raise
+        raise refuse(path, "the zstd data is cut off or broken", "download or pack it again") from error
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -70,6 +70,25 @@ def hash_prompts(split: Dataset) -> list[bytes]:
     return keys
 
 
+def hash_pairs(split: Dataset) -> list[bytes]:
+    """Returns a key for each pair; keys are equal if the uncut prompts and the answers as they are trained are."""
+    keys: list[bytes] = []
+    for batch in _batches(split, "prompt_key", "chosen_ids", "rejected_ids"):
+        sides = []
+        for name in ("chosen_ids", "rejected_ids"):
+            lengths, flat = _read_ids(batch[name])
+            sides.append([flat[end - size : end] for end, size in zip(np.cumsum(lengths), lengths, strict=True)])
+        prompts = batch["prompt_key"].to_pylist()
+        keys += [hash_pair(*pair) for pair in zip(prompts, *sides, strict=True)]
+    return keys
+
+
+def hash_pair(prompt_key: bytes, chosen: Sequence[int], rejected: Sequence[int]) -> bytes:
+    """Returns the key of one pair, as `hash_pairs`."""
+    sides = [np.asarray(ids, "<i4").tobytes() for ids in (chosen, rejected)]
+    return hashlib.blake2b(b"|".join((prompt_key, str(len(chosen)).encode(), *sides)), digest_size=16).digest()
+
+
 def _hash(ids: np.ndarray) -> bytes:
     return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
 

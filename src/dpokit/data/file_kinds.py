@@ -6,12 +6,13 @@ from pathlib import Path
 
 from dpokit.errors import DataError
 
+ZSTD = b"(\xb5/\xfd"
 # The first bytes, what they begin, and what to do.
 KINDS = (
     (b"version https://git-lfs", "a Git LFS pointer, not the data itself", "download the data: git lfs pull"),
     (b"\x1f\x8b", "packed with gzip", "give its name the ending .gz"),
     (b"PK\x03\x04", "a zip archive", "unzip it"),
-    (b"(\xb5/\xfd", "packed with zstd", "unpack it: zstd -d"),
+    (ZSTD, "packed with zstd", "give its name the ending .zst"),
     (b"\xfd7zXZ\0", "packed with xz", "unpack it: xz -d"),
     (b"BZh", "packed with bzip2", "unpack it: bzip2 -d"),
     (b"PAR1", "a Parquet file", "give its name the ending .parquet"),
@@ -34,6 +35,10 @@ def check_kind(path: Path, builder: str) -> None:
     """
     with path.open("rb") as file:
         start = file.read(LONGEST)
+    if path.suffix == ".zst":
+        if not start.startswith(ZSTD):
+            raise _refuse(path, *(_describe(start) or ("not packed with zstd", "remove the ending .zst from its name")))
+        return  # its content is checked after it is unpacked
     if path.suffix == ".gz":
         if not start.startswith(b"\x1f\x8b"):
             problem, do = _describe(start) or ("not packed with gzip", "remove the ending .gz from its name")

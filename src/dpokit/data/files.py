@@ -17,6 +17,7 @@ from datasets.splits import Split
 from dpokit.errors import DataError
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+PACKED = (".gz", ".zst")
 # The file names that `push_to_hub` gives to a split.
 SHARD = re.compile(r"data/(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*")
 CARD_BYTES = 1 << 20
@@ -28,7 +29,8 @@ Splits = dict[str, list[Path]]
 
 def find_builder(path: PurePath) -> str | None:
     """Returns the builder of `datasets` for a file of this name, also packed: json, csv, parquet, or None."""
-    return BUILDERS.get(Path(path.name.removesuffix(".gz")).suffix.lower())
+    plain = path.with_suffix("") if path.suffix in PACKED else path
+    return BUILDERS.get(plain.suffix.lower())
 
 
 def find_files(folder: Path, config: str | None) -> tuple[str, Splits]:

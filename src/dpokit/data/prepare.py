@@ -1,34 +1,31 @@
 """Prepares the data of a run: tokenised splits, counts and held-out pairs."""
 
 import math
-import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset, Features, IterableDataset, LargeList, List
+from datasets import Dataset, IterableDataset
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from transformers import PreTrainedTokenizerBase
 
-from dpokit.console import has_bars, say
-from dpokit.data.columns import FEATURES, fingerprint_ids, hash_prompts, read_column
+from dpokit.console import has_bars
+from dpokit.data.columns import fingerprint_ids, hash_prompts, read_column
+from dpokit.data.encode_rows import encode_rows, refuse_empty
 from dpokit.data.formats import Pair
-from dpokit.data.layouts import ONE_PAIR, Layout, match_layout
 from dpokit.data.messages import Messages
-from dpokit.data.ranking import PairChoice
+from dpokit.data.mixture import Mixture, MixtureRules, Part, StreamPart, mix_pairs, mix_streams
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
-from dpokit.data.sources import Rows, get_split, load_splits
-from dpokit.data.tally import Tally, find_remedies
+from dpokit.data.source_rows import SourceRows, choose_rows, load_sources, naming_source
+from dpokit.data.tally import Tally
+from dpokit.data.text_columns import Rows
 from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError
-from dpokit.settings.flags import DataArguments, parse_columns
+from dpokit.settings.flags import DataArguments
 
-SAMPLE_ROWS = 32
 STREAM_BUFFER_ROWS = 10_000
 MOST_CUT = 0.05  # of the pairs, without a warning
 
@@ -90,14 +87,10 @@ def prepare_data(
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
     renderer = Renderer(tokenizer, data.template_date, data.prompt_format)
-    splits = _load(data, streaming=data.dataset_streaming)
-    return _prepare_splits(
-        splits, data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed
-    )
+    return _prepare(data, renderer, max_length=max_length, with_eval=with_eval, processes=processes, seed=seed)[0]
 
 
-def _prepare_splits(
-    splits: dict[str, Rows],
+def _prepare(
     data: DataArguments,
     renderer: Renderer,
     *,
@@ -105,45 +98,56 @@ def _prepare_splits(
     with_eval: bool,
     processes: int | None,
     seed: int = 0,
-) -> PreparedData:
-    """Prepares splits that are already loaded; see `prepare_data`."""
-    limits = find_limits(data, max_length)
-    train_rows = get_split(splits, data.dataset_train_split, "dataset_train_split")
-    eval_rows = None
-    if with_eval and data.eval_fraction is None:
-        eval_rows = get_split(splits, data.dataset_test_split, "dataset_test_split")
-    if data.max_train_samples is not None:
-        train_rows = _take(train_rows, data.max_train_samples)
-    if eval_rows is not None and data.max_eval_samples is not None:
-        eval_rows = _take(eval_rows, data.max_eval_samples)
+    streaming: bool | None = None,
+) -> tuple[PreparedData, list[SourceRows], list[int]]:
+    """Prepares the data; see `prepare_data`.
 
-    name = f"{data.dataset_name}, split {data.dataset_train_split}"
-    layout = _find_layout_for(data, train_rows, name)
-    encoder = Encoder(renderer, layout, limits)
-    tallies = {"train": Tally(name, layout.name)}
-    if isinstance(train_rows, IterableDataset):
-        tallies["train"].is_stream = True
-        train: Rows = _encode_stream(train_rows, encoder, tallies["train"], seed)
+    Returns:
+        The prepared data; the rows of each source of the held-out pairs, and the number of each held-out pair's source.
+    """
+    limits = find_limits(data, max_length)
+    loaded = load_sources(data, streaming=data.dataset_streaming if streaming is None else streaming)
+    title = " + ".join(source.title for source, _ in loaded)
+    rules = MixtureRules(
+        data.max_length_gap, data.drop_duplicates, data.max_pairs_per_source, data.balance_sources, data.mixture_seed
+    )
+    train_rows = choose_rows(data, loaded, training=True)
+    eval_rows: list[SourceRows] = []
+    if with_eval and data.eval_fraction is None:
+        eval_rows = choose_rows(data, loaded, training=False)
+    findings = []
+    tallies = {}
+    origins: list[int] = []
+    if isinstance(train_rows[0].rows, IterableDataset):
+        train: Rows
+        train, tallies["train"] = _stream(train_rows, renderer, limits, rules, title, seed)
     else:
-        train = _encode(train_rows, encoder, tallies["train"], processes)
+        mixture = _encode_parts(train_rows, renderer, limits, rules, processes)
+        tallies["train"] = Tally.of([part.tally for part in train_rows], title)
+        train, origins = mixture.pairs, mixture.origins
+        if mixture.shared:
+            findings.append(
+                f"{mixture.shared:,} usable pairs are in an earlier source, too: --drop_duplicates true leaves them out"
+            )
     held_out = None
-    if eval_rows is not None:
-        name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        eval_layout = _find_layout_for(data, eval_rows, name)
-        tallies["eval"] = Tally(name, eval_layout.name)
-        if isinstance(eval_rows, IterableDataset):
-            eval_rows = Dataset.from_list(list(eval_rows))  # bounded by max_eval_samples, which streams require
-        held_out = _encode(eval_rows, Encoder(renderer, eval_layout, limits), tallies["eval"], processes)
+    if eval_rows:
+        for part in eval_rows:
+            if isinstance(part.rows, IterableDataset):
+                part.rows = Dataset.from_list(list(part.rows))  # bounded by max_eval_samples, which streams require
+        whole = _encode_parts(eval_rows, renderer, limits, MixtureRules(), processes, shares=False)
+        tallies["eval"] = Tally.of([part.tally for part in eval_rows], title)
+        held_out, origins = whole.pairs, whole.origins
     elif isinstance(train, Dataset) and data.eval_fraction is not None:  # held out also if the run does not evaluate
-        train, held_out = _hold_out(train, data.eval_fraction, data.max_eval_samples)
-        tallies["eval"] = Tally(f"{data.eval_fraction:.2%} of the training pairs", layout.name, rows=len(held_out))
-        tallies["train"].rows -= len(held_out)
+        rest, taken = choose_held_out(train, data.eval_fraction, data.max_eval_samples)
+        held_out, train = train.select(taken), train.select(rest)
+        tallies["eval"] = _move(tallies["train"], [origins[pair] for pair in taken], data.eval_fraction)
+        origins = [origins[pair] for pair in taken]
         surplus = len(held_out) - (data.max_eval_samples or len(held_out))
         if surplus > 0:  # a single prompt has more pairs than max_eval_samples
             tallies["eval"].dropped["over_max_eval_samples"] = surplus
             held_out = held_out.select(range(data.max_eval_samples or 0))
+        eval_rows = train_rows
 
-    findings = []
     if held_out is not None and isinstance(train, Dataset):
         trained_on = set(hash_prompts(train))
         repeated = sum(key in trained_on for key in hash_prompts(held_out))
@@ -157,8 +161,56 @@ def _prepare_splits(
         train = _count_changed(train, tallies["train"]).remove_columns("prompt_key")
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
     findings += [line for name, tally in tallies.items() if (line := _describe_glued(name, tally))]
-    held_out = held_out if with_eval else None
-    return PreparedData(train, held_out, tallies, findings, fingerprint, list(layout.unused), renderer.prompt_form)
+    unused = list(dict.fromkeys(column for part in train_rows for column in part.layout.unused))
+    prepared = PreparedData(
+        train, held_out if with_eval else None, tallies, findings, fingerprint, unused, renderer.prompt_form
+    )
+    return prepared, eval_rows, origins
+
+
+def _encode_parts(
+    parts: Sequence[SourceRows],
+    renderer: Renderer,
+    limits: LengthLimits,
+    rules: MixtureRules,
+    processes: int | None,
+    *,
+    shares: bool = True,
+) -> Mixture:
+    """Returns the pairs of all sources; without `shares`, all of each."""
+    encoded = []
+    for number, part in enumerate(parts, 1):
+        with naming_source(part.source, number, len(parts)):
+            pairs = encode_rows(part.rows, Encoder(renderer, part.layout, limits), part.tally, processes)
+        source = part.source if shares else replace(part.source, fraction=None, weight=None, count=None)
+        encoded.append(Part(source, pairs, part.tally))
+    return mix_pairs(encoded, rules)
+
+
+def _stream(
+    parts: Sequence[SourceRows], renderer: Renderer, limits: LengthLimits, rules: MixtureRules, title: str, seed: int
+) -> tuple[IterableDataset, Tally]:
+    """Returns the shuffled pairs of streams, and their counts, which grow while the streams are read."""
+    for part in parts:
+        part.tally.is_stream = True
+    tally = Tally.of([part.tally for part in parts], title)
+    streams = [StreamPart(part.source, part.rows, Encoder(renderer, part.layout, limits), part.tally) for part in parts]
+    pairs = IterableDataset.from_generator(mix_streams(streams, rules, tally))
+    if not any(True for _ in pairs.take(1)):
+        raise refuse_empty(tally)
+    return pairs.shuffle(seed=seed, buffer_size=STREAM_BUFFER_ROWS), tally
+
+
+def _move(train: Tally, origins: Sequence[int], fraction: float) -> Tally:
+    """Moves held-out pairs from the counts of the training split, and returns those of the held-out pairs."""
+    name = f"{fraction:.2%} of the training pairs"
+    counts = Counter(origins)
+    held_out = Tally(name, train.layout, rows=len(origins))
+    train.rows -= len(origins)
+    for number, source in enumerate(train.sources):
+        source.rows -= counts[number]
+        held_out.sources.append(Tally(source.source, source.layout, rows=counts[number]))
+    return held_out
 
 
 def _describe_glued(name: str, tally: Tally) -> str:
@@ -200,25 +252,26 @@ def prepare_held_out(
     """
     (enable_progress_bar if has_bars() else disable_progress_bar)()
     renderer = Renderer(tokenizer, data.template_date, data.prompt_format)
-    splits = _load(data, streaming=False)
     if data.eval_fraction is None:
-        raw = get_split(splits, data.dataset_test_split, "dataset_test_split")
-        raw = raw if data.max_eval_samples is None else _take(raw, data.max_eval_samples)
-        name = f"{data.dataset_name}, split {data.dataset_test_split}"
-        layout = _find_layout_for(data, raw, name)
-        tally = Tally(name, layout.name)
-        limits = find_limits(data, max_length)
-        pairs = _count_changed(_encode(raw, Encoder(renderer, layout, limits), tally, processes), tally)
+        chosen = choose_rows(data, load_sources(data, streaming=False), training=False)
+        mixture = _encode_parts(
+            chosen, renderer, find_limits(data, max_length), MixtureRules(), processes, shares=False
+        )
+        tally = Tally.of([part.tally for part in chosen], " + ".join(part.source.title for part in chosen))
+        pairs, origins = _count_changed(mixture.pairs, tally), mixture.origins
     else:
-        prepared = _prepare_splits(splits, data, renderer, max_length=max_length, with_eval=True, processes=processes)
-        raw = get_split(splits, data.dataset_train_split, "dataset_train_split")
-        layout = _find_layout_for(data, raw, str(data.dataset_name))
+        prepared, chosen, origins = _prepare(
+            data, renderer, max_length=max_length, with_eval=True, processes=processes, streaming=False
+        )
         tally = prepared.tallies["eval"]
         assert prepared.eval is not None
         pairs = prepared.eval
-    rows = [raw[row] for row in read_column(pairs, "row")]
-    prompts = [next(pair.prompt for pair in layout.to_pairs(row) if isinstance(pair, Pair)) for row in rows]
-    sources = [str(row.get("source") or "") for row in rows]
+    prompts, sources = [], []
+    for number, row_number in zip(origins, read_column(pairs, "row"), strict=False):
+        part = chosen[number]
+        row = part.rows[row_number]
+        prompts.append(next(pair.prompt for pair in part.layout.to_pairs(row) if isinstance(pair, Pair)))
+        sources.append(str(row.get("source") or ""))
     return HeldOut(pairs, sources, prompts, [count_turns(prompt) for prompt in prompts], tally)
 
 
@@ -231,96 +284,6 @@ def count_turns(prompt: str | Messages) -> int:
     """Counts the questions in a prompt; a plain text is one question."""
     messages = parse_transcript(prompt) if isinstance(prompt, str) else prompt
     return sum(message["role"] == "user" for message in messages)
-
-
-def _take(rows: Rows, number: int) -> Rows:
-    return rows.take(number) if isinstance(rows, IterableDataset) else rows.select(range(min(number, len(rows))))
-
-
-def _read(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    """Yields the rows. Raises: DataError: files of a stream are read only now, with errors of various types."""
-    try:
-        yield from rows
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise DataError(
-            f"{name} cannot be read: {' '.join(str(cause).split())[:300]}",
-            expected="complete files with the same columns in every row",
-            do="correct the file that the first line names, or name another",
-        ) from error
-
-
-def _load(data: DataArguments, *, streaming: bool) -> dict[str, Rows]:
-    ignore = data.ignore_columns or ()
-    skip_bad = data.skip_bad_rows
-    return load_splits(data.dataset_name, data.dataset_config, streaming=streaming, ignore=ignore, skip_bad=skip_bad)
-
-
-def _find_layout_for(data: DataArguments, rows: Rows, name: str) -> Layout:
-    choice = PairChoice(data.ranked, data.min_score_gap)
-    return find_layout(rows, name, parse_columns(data.columns), data.ignore_columns or (), data.format, choice)
-
-
-def find_layout(
-    rows: Rows,
-    name: str,
-    columns: Mapping[str, str] | None = None,
-    ignored: Collection[str] = (),
-    form: str | None = None,
-    choice: PairChoice = ONE_PAIR,
-) -> Layout:
-    """Returns the layout of the first rows, with the columns of `--columns` in place of its own.
-
-    Raises: DataError if there are no rows, if no known layout fits, or if an unused column looks like content.
-    """
-    first = islice(_read(rows, name), 10 * SAMPLE_ROWS)  # some of them may be bad rows, which are empty
-    sample = list(islice((row for row in first if any(value is not None for value in row.values())), SAMPLE_ROWS))
-    if not sample:
-        raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
-    features: Features = rows.features or {}
-    unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
-    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored, form=form, choice=choice)
-
-
-def _has_structs(feature: Any) -> bool:
-    """Whether a column has Arrow structs, which have the keys of all rows; the objects of a JSON column do not."""
-    return isinstance(feature, Mapping) or (isinstance(feature, (List, LargeList)) and _has_structs(feature.feature))
-
-
-def _encode(rows: Dataset, encoder: Encoder, tally: Tally, processes: int | None) -> Dataset:
-    began = time.time()
-    several = encoder.layout.gives_several
-    encoded = rows.map(
-        encoder if several else encoder.encode_usable,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        num_proc=processes,
-        desc=f"tokenising {tally.source}",
-    )
-    computed_now = any(Path(file["filename"]).stat().st_mtime >= began for file in encoded.cache_files)
-    if computed_now and not has_bars():  # without a progress bar, a log gets one line
-        say(f"tokenising {tally.source}: {len(rows):,} rows, {len(rows) / (time.time() - began):,.0f} rows/s")
-    if several:  # the reason of a dropped pair cannot be told from the rows that are left
-        reasons = read_column(encoded, "dropped")
-        encoded = encoded.select([number for number, reason in enumerate(reasons) if not reason])
-        tally.rows = len(encoded)
-        for reason in filter(None, reasons):
-            tally.add(reason)
-        if not len(encoded):
-            raise _no_pair_left(tally)
-        return encoded.remove_columns("dropped")
-    # The cache keeps only usable rows, contiguous on disk; the few others are encoded again for their reason.
-    used = set(read_column(encoded, "row"))
-    tally.rows = len(used)
-    unusable = rows.select([row for row in range(len(rows)) if row not in used])
-    for batch in unusable.iter(batch_size=1000):
-        for reason in encoder(batch, range(len(next(iter(batch.values())))))["dropped"]:
-            tally.add(reason)
-    if not used:
-        raise _no_pair_left(tally)
-    return encoded.remove_columns("dropped")
 
 
 def _count_changed(split: Dataset, tally: Tally) -> Dataset:
@@ -347,29 +310,15 @@ def _describe_cuts(split: Dataset, limits: LengthLimits) -> list[str]:
     return [f"{text}: {'; '.join(advice)}"]
 
 
-def _encode_stream(rows: IterableDataset, encoder: Encoder, tally: Tally, seed: int) -> IterableDataset:
-    names = list(next(iter(rows)))
-    encoded = rows.map(encoder, batched=True, batch_size=256, with_indices=True, remove_columns=names)
+def choose_held_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the training pairs and of the held-out ones.
 
-    def kept_pairs() -> Iterator[dict[str, Any]]:
-        # Every look at the first rows and every epoch starts the stream anew; each row counts once.
-        for position, row in enumerate(_read(encoded, tally.source)):
-            dropped, cut, notes = row.pop("dropped"), row.pop("cut"), row.pop("notes")
-            del row["prompt_key"], row["whole_tokens"]
-            if tally.add(dropped, cut, notes) if position >= tally.rows else not dropped:
-                yield row
-
-    kept = IterableDataset.from_generator(kept_pairs)
-    if not any(True for _ in kept.take(1)):
-        raise _no_pair_left(tally)
-    return kept.shuffle(seed=seed, buffer_size=STREAM_BUFFER_ROWS)
-
-
-def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[Dataset, Dataset]:
-    """Splits into training and held-out pairs; all pairs of a prompt are on one side, and no seed decides on which.
+    All pairs of a prompt are on one side, and no seed decides on which.
 
     The number of held-out pairs differs from the fraction by less than the pairs of one prompt. If `most_pairs` is
     reached, the remaining prompts stay in training.
+
+    Raises: DataError if all pairs have one prompt.
     """
     keys = hash_prompts(train)
     pairs_of = Counter(keys)
@@ -393,13 +342,4 @@ def _hold_out(train: Dataset, fraction: float, most_pairs: int | None) -> tuple[
         chosen.remove(max(chosen))
     held_out = [i for i, key in enumerate(keys) if key in chosen]
     rest = [i for i, key in enumerate(keys) if key not in chosen]
-    return train.select(rest), train.select(held_out)
-
-
-def _no_pair_left(tally: Tally) -> DataError:
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.dropped.most_common())
-    return DataError(
-        f"no usable pair is left of the {tally.rows:,} rows of {tally.source} ({tally.layout}): {reasons}",
-        expected="rows with a prompt and two different answers that fit the length limits",
-        do=find_remedies(tally.dropped),
-    )
+    return rest, held_out

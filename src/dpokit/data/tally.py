@@ -1,7 +1,7 @@
 """Counts of a split's rows: kept, dropped by reason, and shortened."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,10 @@ REASONS = {
     "missing_label": "the row has no label or score, or one that is not known",
     "one_answer": "the row has fewer than two answers",
     "equal_answers": "chosen and rejected are the same",
+    "length_gap": "the answers' lengths differ by more than --max_length_gap tokens",
+    "duplicate_pair": "an earlier row or source has the same prompt and answers",
+    "over_source_cap": "the source has more pairs than --max_pairs_per_source",
+    "over_share": "the source has more pairs than its share of the mixture",
     "equal_after_cut": "chosen and rejected are the same within the length limits",
     "over_max_eval_samples": "the held-out prompt has more pairs than max_eval_samples",
     "no_room": "the length limits leave no token of the prompt and of each answer",
@@ -94,6 +98,10 @@ REMEDIES = {
     "missing_label": "write the label or the score as the layout has it, or leave out such rows",
     "one_answer": "write two or more answers into each row",
     "equal_answers": "give each row two different answers",
+    "length_gap": "raise --max_length_gap",
+    "duplicate_pair": "leave the source out: an earlier one has all of its pairs",
+    "over_source_cap": "raise --max_pairs_per_source",
+    "over_share": "raise the fraction, weight or count of this source",
     "equal_after_cut": _LENGTHS,
     "over_max_eval_samples": "raise --max_eval_samples",
     "no_room": _LENGTHS,
@@ -127,6 +135,28 @@ class Tally:
     shortened: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
     is_stream: bool = False  # the counts grow while the split is read
+    sources: list["Tally"] = field(default_factory=list)  # of a mixture; their sums are the split's own counts
+
+    @classmethod
+    def of(cls, parts: Sequence["Tally"], source: str) -> "Tally":
+        """Returns the counts of a split with these sources; of one source, its own."""
+        if len(parts) == 1:
+            return parts[0]
+        layout = ", ".join(dict.fromkeys(part.layout for part in parts))
+        whole = cls(source, layout, is_stream=parts[0].is_stream, sources=list(parts))
+        for part in parts:
+            whole.rows += part.rows
+            whole.dropped += part.dropped
+        return whole
+
+    def drop(self, reason: str, number: int) -> None:
+        """Counts usable pairs that are left out of the mixture; their rows are counted already."""
+        if number:
+            self.dropped[reason] += number
+
+    def hold_out(self, number: int) -> None:
+        """Moves so many pairs to another split."""
+        self.rows -= number
 
     def add(self, dropped: str, cut: str = "", notes: str = "") -> bool:
         """Counts one encoded row; returns whether it is kept."""
@@ -155,6 +185,18 @@ class Tally:
             "dropped": dict(self.dropped.most_common()),
             "shortened": {part: self.shortened[part] for part in CUT},
             "notes": dict(self.notes.most_common()),
+            **({"sources": [source.record_source() for source in self.sources]} if self.sources else {}),
+        }
+
+    def record_source(self) -> dict[str, Any]:
+        """Returns the part of data.json of one source of a mixture."""
+        dropped = dict(self.dropped.most_common())
+        return {
+            "source": self.source,
+            "format": self.layout,
+            "rows": self.rows,
+            "kept": self.kept,
+            "dropped": dropped,
         }
 
 
@@ -175,6 +217,9 @@ def print_report(report: Mapping[str, Any]) -> None:
         if split.get("streamed"):
             console.print(f"  {name}: a stream; its rows are counted while they are read")
             continue
+        for source in split.get("sources", ()):
+            kept = f"{source['rows']:,} rows, {source['kept']:,} kept"
+            console.print(f"  {name}: {source['source']} ({source['format']}): {kept}", markup=False)
         for reason, count in split["dropped"].items():
             console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
         for note, count in split["notes"].items():

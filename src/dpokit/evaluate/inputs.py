@@ -11,6 +11,7 @@ from dpokit.model.base_and_tuned import Sides, find_run, load_sides, read_run_de
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import Settings, load_settings
+from dpokit.settings.yielding import OF_SOURCES
 
 # Training flags on which loss, margin and log-probs of the same pairs depend.
 RESULT_FLAGS = ("beta", *flags_with(Fact.LENGTH))
@@ -52,7 +53,7 @@ def load_subject(
         defaults |= dict.fromkeys(("eval_fraction", "max_eval_samples"))  # they select the run's own held-out split
     if data is not None:
         # They belong to the run's own data.
-        defaults |= dict.fromkeys(("dataset_config", "columns", "ignore_columns", "format", "ranked", "min_score_gap"))
+        defaults |= dict.fromkeys(OF_SOURCES)
     settings = load_settings("evaluate", {name: value for name, value in defaults.items() if value is not None}, flags)
     _check_data(settings)
     own_values = {name: run_defaults.get(name, getattr(DataArguments, name)) for name in flags_with(Fact.HELD_OUT)}
@@ -91,5 +92,5 @@ def _build_flags(*, base: str | None, data: str | None, split: str | None) -> li
 
 def _check_data(settings: Settings) -> None:
     """Raises SettingsError if neither the run nor a flag names held-out pairs."""
-    if not settings.data.dataset_name:
+    if not settings.data.sources():
         raise SettingsError("no data was named", expected="held-out pairs", do="--data ID|FILE|FOLDER [--split NAME]")

@@ -24,6 +24,7 @@ from dpokit.model.load import find_base, find_max_length, load_frozen, name_mode
 from dpokit.model.rounding import try_in_fp32
 from dpokit.model.score import PairScorer, keep_scored
 from dpokit.settings.load import Settings
+from dpokit.settings.mixture import is_local
 
 BATCH_PAIRS = 8
 SIDES = ("chosen", "rejected")
@@ -70,9 +71,10 @@ class DriftCheck:
             ) from error
         pairs = held_out.pairs.select(range(min(limit or len(held_out.pairs), len(held_out.pairs))))
         self._rows = pairs.select_columns([*IDS, *MASKS]).to_list()
-        name, source = str(settings.data.dataset_name), held_out.tally.source
-        if Path(name).exists():  # merge.json is published, so it holds no local path
-            source = source.replace(name, Path(name).name)
+        source = held_out.tally.source
+        for part in settings.data.sources():
+            if is_local(part):  # merge.json is published, so it holds no local path
+                source = source.replace(part.title, Path(part.title).name)
         self._data = {"name": source, "fingerprint": fingerprint_ids([pairs])}
         self._computes_in_fp32 = True
         self._roundings: list[torch.Tensor] = []

@@ -167,7 +167,7 @@ def list_facts(run: Run) -> list[tuple[str, str]]:
         "state": state,
         "last step": steps,
         "model": run.setting("model_name_or_path"),
-        "data": run.setting("dataset_name"),
+        "data": " + ".join(run.data_names()) or None,
         "recipe": record.get("recipe"),
         "time": _duration(run.metrics[-1].get("seconds")) if run.metrics else None,
         "placement": record.get("placement"),

@@ -245,7 +245,7 @@ def find_examples(models: Models) -> list[Messages]:
     if not isinstance(models, LocalModels) or models.run is None:
         return []
     settings = models.settings
-    if not settings.data.dataset_name or settings.data.dataset_streaming:
+    if not settings.data.sources() or settings.data.dataset_streaming:
         return []
     try:
         tokenizer = load_tokenizer(name_model(settings, models.names["tuned"]))

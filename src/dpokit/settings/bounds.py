@@ -55,7 +55,7 @@ SHARE, SHARE_BELOW_1 = Bound(0, 1), Bound(0, 1, without_most=True)
 SEED, PROCESSES = Bound(0, MOST_SEED), Bound(1, MOST_PROCESSES)
 
 BOUNDS: dict[str, Bound] = {
-    **dict.fromkeys(("max_train_samples", "max_eval_samples"), ONE_OR_MORE),
+    **dict.fromkeys(("max_train_samples", "max_eval_samples", "max_pairs_per_source"), ONE_OR_MORE),
     **dict.fromkeys(("max_prompt_length", "max_completion_length", "precompute_ref_batch_size"), ONE_OR_MORE),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), ONE_OR_MORE),
     **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps", "ref_model_sync_steps"), ONE_OR_MORE),
@@ -70,12 +70,12 @@ BOUNDS: dict[str, Bound] = {
     **dict.fromkeys(("learning_rate", "beta", "discopop_tau", "adam_epsilon"), POSITIVE),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), POSITIVE),
     **dict.fromkeys(("warmup_steps", "weight_decay", "max_grad_norm", "eval_delay"), ZERO_OR_MORE),
-    "min_score_gap": ZERO_OR_MORE,
+    **dict.fromkeys(("min_score_gap", "max_length_gap"), ZERO_OR_MORE),
     **dict.fromkeys(("save_before_seconds", "neftune_noise_alpha", "router_aux_loss_coef"), ZERO_OR_MORE),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout", "label_smoothing_factor"), SHARE_BELOW_1),
     "label_smoothing": Bound(0, 0.5, without_most=True, why="the share of pairs whose labels are wrong"),
     **dict.fromkeys(("ld_alpha", "ref_model_mixup_alpha", "prompt_share"), SHARE),
-    **dict.fromkeys(("seed", "data_seed"), SEED),
+    **dict.fromkeys(("seed", "data_seed", "mixture_seed"), SEED),
     "dataset_num_proc": PROCESSES,
     "dataloader_num_workers": Bound(0, MOST_PROCESSES),
     "lora_r": Bound(1, 2**14),

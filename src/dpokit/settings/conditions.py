@@ -16,6 +16,7 @@ from dpokit.credentials import HIDDEN, SECRET_SETTING
 from dpokit.errors import SettingsError
 from dpokit.settings.flag_facts import ORDER, Fact, flags_with
 from dpokit.settings.flags import KINDS, DataArguments
+from dpokit.settings.mixture import FLAGS, NAMES, SHARES, parse_sources
 
 Values = Mapping[str, Any]
 
@@ -144,6 +145,25 @@ def _has_configurations(values: Values) -> bool:
     """Whether the dataset may have configurations: neither a file nor a folder of `save_to_disk` has."""
     name = str(values["dataset_name"])
     return not (_is_file(name) or _is_file(name, "dataset_dict.json") or _is_file(name, "state.json"))
+
+
+def _has_source_without(key: str) -> Callable[[Values], bool]:
+    """Whether the flag of this key holds for a source; only the sources that name a test split are evaluated on."""
+
+    def holds(values: Values) -> bool:
+        own = [getattr(source, key) is not None for source in parse_sources(values)]
+        return values["datasets"] is None or not (any(own) if key == "test_split" else all(own))
+
+    return holds
+
+
+def _has_shares(values: Values) -> bool:
+    return any(getattr(source, share) is not None for source in parse_sources(values) for share in SHARES)
+
+
+def _is_mixture_random(values: Values) -> bool:
+    is_part = values["balance_sources"] or values["max_pairs_per_source"] or _has_shares(values)
+    return bool(is_part or (values["dataset_streaming"] and len(parse_sources(values)) > 1))
 
 
 def _moves_in_time(values: Values) -> bool:
@@ -431,6 +451,36 @@ CONDITIONS = (
         ("eval_fraction",),
         lambda values: values["eval_fraction"] is None,
         "choose one: a split of the data, or a share of the training pairs",
+    ),
+    Condition(
+        NAMES,
+        (),
+        lambda values: sum(values[name] is not None for name in NAMES) <= 1,
+        "name the pairs by one of the three",
+        why="one of them alone says which pairs are read",
+    ),
+    *(
+        Condition((flag,), ("datasets",), _has_source_without(key), f"leave {key} out of a source")
+        for key, flag in FLAGS.items()
+    ),
+    Condition(
+        ("balance_sources",),
+        NAMES,
+        lambda values: len(parse_sources(values)) > 1,
+        "name several sources",
+    ),
+    Condition(
+        ("balance_sources", *NAMES),
+        (),
+        lambda values: not (values["balance_sources"] and _has_shares(values)),
+        "leave balance_sources out, or fraction, weight and count of all sources",
+        why="balance_sources decides how many pairs each source gives, and so do these shares",
+    ),
+    Condition(
+        ("mixture_seed",),
+        (*NAMES, "balance_sources", "max_pairs_per_source"),
+        _is_mixture_random,
+        "take only a part of a source: fraction, weight, count, --balance_sources or --max_pairs_per_source",
     ),
     Condition(
         ("dataset_config",),

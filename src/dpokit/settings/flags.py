@@ -10,12 +10,41 @@ from typing import Any, Literal, Never, get_args, get_type_hints
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from dpokit.errors import SettingsError
+from dpokit.settings.mixture import DataSource, parse_sources
 
 
 @dataclasses.dataclass
 class DataArguments(ScriptArguments):
     """TRL's dataset flags, and all flags that dpokit adds."""
 
+    datasets: list[dict[str, Any]] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "A mixture, as TRL's list in YAML: path, name, split, columns, and fraction, weight or count."
+        },
+    )
+    dataset_mixer: dict[str, float] | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": 'A mixture, as names with the share that is taken of each: {"a.jsonl": 1.0, "b.jsonl": 0.5}.'
+        },
+    )
+    mixture_seed: int = dataclasses.field(
+        default=0, metadata={"help": "Decides which pairs are taken of a source that does not give all of them."}
+    )
+    balance_sources: bool = dataclasses.field(
+        default=False, metadata={"help": "Take as many pairs of each source as the smallest one has."}
+    )
+    max_pairs_per_source: int | None = dataclasses.field(
+        default=None, metadata={"help": "Take at most N training pairs of each source."}
+    )
+    max_length_gap: int | None = dataclasses.field(
+        default=None, metadata={"help": "Leave out training pairs whose answers differ by more than N tokens."}
+    )
+    drop_duplicates: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "Leave out training pairs with the prompt and answers of an earlier row or source."},
+    )
     eval_fraction: float | None = dataclasses.field(
         default=None,
         metadata={"help": "Hold out this share of the training pairs, by prompt, instead of a test split."},
@@ -114,7 +143,16 @@ class DataArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         self.columns = [f"{name}={path}" for name, path in parse_columns(self.columns).items()] or None
+        self.sources()
         self.ignore_columns = _split_items(",".join(self.ignore_columns or ()), "ignore_columns") or None
+
+    def sources(self) -> list[DataSource]:
+        """Returns the sources of the pairs. Raises: SettingsError as `parse_sources` and `read_columns`."""
+        sources = parse_sources(vars(self))
+        for source in sources:
+            if source.columns is not None:
+                read_columns(source.columns)
+        return sources
 
 
 # The names that --columns gives to columns; data/layouts.py reads them.
@@ -156,6 +194,17 @@ def parse_columns(values: Sequence[str] | None) -> dict[str, str]:
     return columns
 
 
+def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str] | list[str]:
+    """Returns the columns of a source of a mixture: a column by each name, as `--columns`, or the only columns to read.
+
+    Raises: SettingsError as `parse_columns`.
+    """
+    if isinstance(value, Mapping):
+        return parse_columns([json.dumps(value)])
+    items = _split_items(value if isinstance(value, str) else ",".join(value), "columns")
+    return parse_columns(items) if any("=" in item for item in items) else items
+
+
 def json_object(text: str) -> Any:
     """Returns the value of a flag with options; argparse shows this function's name for a text that is no JSON."""
     return json.loads(text)
@@ -191,7 +240,9 @@ RETIRED = {
     "max_target_length": "max_completion_length",
     "rpo_alpha": "loss_type: [sigmoid, sft] with loss_weights: [1.0, alpha]",
     "precompute_ref_eval_batch_size": "precompute_ref_batch_size",
-    "dataset_mixer": "dataset_name",
+    "dataset_mixture": "datasets (the list alone), mixture_seed and eval_fraction",
+    "streaming": "dataset_streaming",
+    "test_split_size": "eval_fraction",
     "dataset_splits": "dataset_train_split and dataset_test_split",
     "model_name": "model_name_or_path",
     "is_encoder_decoder": "remove it: only causal language models are trained",
@@ -257,8 +308,8 @@ class FlagParser(TrlParser):
         if sum(argument.partition("=")[0] == "--dataset_name" for argument in argv) > 1:
             raise SettingsError(
                 f"{layer}: --dataset_name is given twice",
-                expected="one dataset: argparse would take the last one alone",
-                do="put the files into one folder, and name the folder",
+                expected="one flag: argparse would take the last one alone",
+                do="--dataset_name A,B takes several datasets",
             )
         for action in self._actions:
             action.default = argparse.SUPPRESS
@@ -282,7 +333,9 @@ class FlagParser(TrlParser):
             elif isinstance(value, (list, tuple)):
                 if not self._takes_several(name):
                     self.error(f"{name} is a list")
-                argv += [f"--{name}", *(str(item) for item in value)]
+                if not value:
+                    self.error(f"{name} is empty")
+                argv += [f"--{name}", *(json.dumps(item) if isinstance(item, Mapping) else str(item) for item in value)]
             else:  # as one argument, because a value may begin with a dash
                 argv.append(f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
         return self.parse_layer(argv, layer) | nones

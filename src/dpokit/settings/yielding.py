@@ -6,6 +6,7 @@ from typing import Any
 
 from dpokit.settings.conditions import WORKER_OPTIONS
 from dpokit.settings.flag_facts import Fact, flags_with
+from dpokit.settings.mixture import NAMES
 
 Values = Mapping[str, Any]
 DEFAULT = object()  # marks a setting to be removed, so that TRL's default holds
@@ -73,11 +74,17 @@ def _is_off(flag: str) -> Callable[[Values], bool]:
     return lambda values: not values[flag]
 
 
+def _is_named(flag: str) -> Callable[[Values], bool]:
+    return lambda values: values[flag] is not None
+
+
 def _always(_: Values) -> bool:
     return True
 
 
 OF_ROWS = ("columns", "ignore_columns", "format", "ranked", "min_score_gap")
+OF_MIXTURE = ("balance_sources", "max_pairs_per_source", "max_length_gap", "drop_duplicates", "mixture_seed")
+OF_SOURCES = (*NAMES, "dataset_config", *OF_ROWS, *OF_MIXTURE)
 COUPLES = (
     # Evaluation, saving, the best checkpoint.
     Couple(
@@ -125,11 +132,22 @@ COUPLES = (
     Couple(("precompute_ref_log_probs",), _is_on("precompute_ref_log_probs"), _set(sync_ref_model=False)),
     # Data.
     Couple(("dataloader_num_workers",), _is_off("dataloader_num_workers"), _drop(*WORKER_OPTIONS)),
-    Couple(
-        ("dataset_name",),
-        _always,
-        _drop("dataset_config", "dataset_train_split", "dataset_test_split", *OF_ROWS),
-        if_changed=True,
+    *(
+        Couple(
+            (name,),
+            _is_named(name),
+            _drop(*(other for other in NAMES if other != name)),
+        )
+        for name in NAMES
+    ),
+    *(
+        Couple(
+            (name,),
+            _always,
+            _drop("dataset_config", "dataset_train_split", "dataset_test_split", *OF_ROWS),
+            if_changed=True,
+        )
+        for name in NAMES
     ),
     Couple(("dataset_streaming",), _is_on("dataset_streaming"), _set(precompute_ref_log_probs=False)),
     Couple(("dataset_test_split",), lambda values: values.get("eval_fraction") is not None, _drop("eval_fraction")),

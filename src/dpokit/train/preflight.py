@@ -97,11 +97,13 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
 
 def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
     now = settings.data
-    names = ("dataset_config", "dataset_train_split", "columns", "format")
+    names = ("dataset_config", "dataset_train_split", "columns", "format", "datasets", "dataset_mixer")
     if any(getattr(now, name) != then.get(name) for name in names):
         return False
     a, b = (str(name or "") for name in (now.dataset_name, then.get("dataset_name")))
-    return bool(a) and (a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve()))
+    if not a:
+        return bool(now.sources())  # the same mixture
+    return a == b or (Path(a).exists() and Path(a).resolve() == Path(b).resolve())
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:

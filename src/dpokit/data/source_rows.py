@@ -1,0 +1,129 @@
+"""Loads the rows of each source of a run, and recognises their layouts."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from datasets import Features, IterableDataset, LargeList, List
+
+from dpokit.data.encode_rows import read_rows
+from dpokit.data.layouts import ONE_PAIR, Layout, match_layout
+from dpokit.data.ranking import PairChoice
+from dpokit.data.sources import get_split, load_splits
+from dpokit.data.tally import Tally
+from dpokit.data.text_columns import Rows
+from dpokit.errors import DataError
+from dpokit.settings.flags import DataArguments, parse_columns, read_columns
+from dpokit.settings.mixture import DataSource
+
+SAMPLE_ROWS = 32
+
+
+@dataclass
+class SourceRows:
+    """The rows of one source of a split, not yet encoded."""
+
+    source: DataSource
+    rows: Rows
+    layout: Layout
+    tally: Tally
+
+
+def load_sources(data: DataArguments, *, streaming: bool) -> list[tuple[DataSource, dict[str, Rows]]]:
+    """Returns the splits of each source. Raises: DataError that names the source."""
+    sources = data.sources()
+    if not sources:
+        load_splits(None, None, streaming=streaming)  # raises
+    loaded = []
+    for number, source in enumerate(sources, 1):
+        with naming_source(source, number, len(sources)):
+            columns = None if source.columns is None else read_columns(source.columns)
+            splits = load_splits(
+                source.location,
+                source.name or data.dataset_config,
+                streaming=streaming,
+                ignore=_list_ignored(data, source),
+                keep=columns if isinstance(columns, list) else None,
+                skip_bad=data.skip_bad_rows,
+            )
+        loaded.append((source, splits))
+    return loaded
+
+
+@contextmanager
+def naming_source(source: DataSource, number: int, of: int) -> Iterator[None]:
+    """Names the source of a mixture in the DataErrors inside."""
+    try:
+        yield
+    except DataError as error:
+        if of == 1:
+            raise
+        seen = f"source {number} of {of}, {source.title}: {error.seen}"
+        raise DataError(seen, expected=error.expected, do=error.do) from error
+
+
+def choose_rows(
+    data: DataArguments, loaded: Sequence[tuple[DataSource, dict[str, Rows]]], *, training: bool
+) -> list[SourceRows]:
+    """Returns the rows of a split of each source. Raises: DataError that names the source."""
+    flag = "dataset_train_split" if training else "dataset_test_split"
+    if not training and any(source.test_split for source, _ in loaded):
+        loaded = [entry for entry in loaded if entry[0].test_split]  # the others are not evaluated on
+    most = data.max_train_samples if training else data.max_eval_samples
+    chosen = []
+    for number, (source, splits) in enumerate(loaded, 1):
+        own = source.split if training else source.test_split
+        split = own or getattr(data, flag)
+        with naming_source(source, number, len(loaded)):
+            rows = get_split(splits, split, ("split:" if training else "test_split:") if own else flag)
+            rows = rows if most is None else _take(rows, most)
+            name = f"{source.title}, split {split}"
+            layout = _find_layout_for(data, source, rows, name)
+        chosen.append(SourceRows(source, rows, layout, Tally(name, layout.name)))
+    return chosen
+
+
+def _take(rows: Rows, number: int) -> Rows:
+    return rows.take(number) if isinstance(rows, IterableDataset) else rows.select(range(min(number, len(rows))))
+
+
+def _list_ignored(data: DataArguments, source: DataSource) -> tuple[str, ...]:
+    own = source.ignore_columns
+    return tuple(own.split(",") if isinstance(own, str) else own if own is not None else data.ignore_columns or ())
+
+
+def _find_layout_for(data: DataArguments, source: DataSource, rows: Rows, name: str) -> Layout:
+    """Returns the layout of a source, by its own keys and else by the flags."""
+    columns = parse_columns(data.columns) if source.columns is None else read_columns(source.columns)
+    gap = data.min_score_gap if source.min_score_gap is None else source.min_score_gap
+    choice = PairChoice(source.ranked or data.ranked, gap)
+    mapping = columns if isinstance(columns, dict) else {}
+    return find_layout(rows, name, mapping, _list_ignored(data, source), source.format or data.format, choice)
+
+
+def find_layout(
+    rows: Rows,
+    name: str,
+    columns: Mapping[str, str] | None = None,
+    ignored: Collection[str] = (),
+    form: str | None = None,
+    choice: PairChoice = ONE_PAIR,
+) -> Layout:
+    """Returns the layout of the first rows, with the columns of `--columns` in place of its own.
+
+    Raises: DataError if there are no rows, if no known layout fits, or if an unused column looks like content.
+    """
+    first = islice(read_rows(rows, name), 10 * SAMPLE_ROWS)  # some of them may be bad rows, which are empty
+    sample = list(islice((row for row in first if any(value is not None for value in row.values())), SAMPLE_ROWS))
+    if not sample:
+        raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")
+    features: Features = rows.features or {}
+    unpadded = [column for column, feature in features.items() if not _has_structs(feature)]
+    return match_layout(sample, name, columns, unpadded=unpadded, ignored=ignored, form=form, choice=choice)
+
+
+def _has_structs(feature: Any) -> bool:
+    """Whether a column has Arrow structs, which have the keys of all rows; the objects of a JSON column do not."""
+    return isinstance(feature, Mapping) or (isinstance(feature, (List, LargeList)) and _has_structs(feature.feature))
