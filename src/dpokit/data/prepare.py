@@ -22,7 +22,7 @@ from dpokit.data.ranking import PairChoice
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
 from dpokit.data.sources import Rows, get_split, load_splits
-from dpokit.data.tally import Tally, find_remedies
+from dpokit.data.tally import Tally, describe_losses, find_remedies
 from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import parse_transcript
 from dpokit.errors import DataError
@@ -153,7 +153,8 @@ def _prepare_splits(
         findings += _describe_cuts(train, limits)
         train = _count_changed(train, tallies["train"]).remove_columns("prompt_key")
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
-    findings += [line for name, tally in tallies.items() if (line := _describe_glued(name, tally))]
+    for describe in (describe_losses, _describe_glued):
+        findings += [line for name, tally in tallies.items() if (line := describe(name, tally))]
     held_out = held_out if with_eval else None
     return PreparedData(train, held_out, tallies, findings, fingerprint, list(layout.unused), renderer.prompt_form)
 

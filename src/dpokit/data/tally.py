@@ -98,6 +98,7 @@ REMEDIES = {
     "over_max_eval_samples": "raise --max_eval_samples",
     "no_room": _LENGTHS,
 }
+MOST_DROPPED = 0.1  # of a split's rows, without a warning
 MOST_DETAILS = 10  # of one reason; data.json counts further ones without their detail
 
 
@@ -156,6 +157,18 @@ class Tally:
             "shortened": {part: self.shortened[part] for part in CUT},
             "notes": dict(self.notes.most_common()),
         }
+
+
+def describe_losses(name: str, tally: Tally) -> str:
+    """Returns a finding that names the main reason if more than MOST_DROPPED of a split's rows are dropped; else ""."""
+    dropped = Counter({reason: count for reason, count in tally.dropped.items() if reason != "over_max_eval_samples"})
+    if tally.is_stream or dropped.total() <= MOST_DROPPED * tally.rows:
+        return ""
+    reason, count = dropped.most_common(1)[0]
+    return (
+        f"{dropped.total():,} of {tally.rows:,} {name} rows ({dropped.total() / tally.rows:.0%}) are dropped, {count:,} of "
+        f"them as {reason} ({describe_reason(reason)}): {find_remedies(Counter({reason: count}))}"
+    )
 
 
 def print_report(report: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from dpokit.data.doctor.shortcuts import FAMILIES, Accuracy, measure_scores, mea
 from dpokit.data.doctor.texts import PATTERNS, show_text
 from dpokit.data.prepare import find_limits
 from dpokit.data.rendering import Renderer
+from dpokit.data.shorten import LengthLimits
 from dpokit.data.tally import find_remedies
 from dpokit.settings.flags import DataArguments
 
@@ -34,7 +35,7 @@ def check_data(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_length: int | None = None,
     has_test_flag: bool = False,
-    on_progress: Callable[[int], None] = lambda count: None,
+    on_progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of data-check.json: counts, findings and measures of the pairs that training would get.
 
@@ -58,7 +59,8 @@ def check_data(
     for number, part in enumerate(parts):
         for batch in read_pairs(part, renderer, limits):
             table.add(number, batch)
-            on_progress(len(batch))
+            if on_progress is not None:
+                on_progress(len(batch))
     table.finish()
     training = np.flatnonzero(~table.is_held_out)
     shortcuts = _measure_shortcuts(table, training)
@@ -67,8 +69,8 @@ def check_data(
         *_list_repeated(table, training),
         *_list_conflicts(table, training),
         *_list_leaks(table),
-        *_list_shortcuts(table, training, shortcuts),
-        *_list_cut(parts, max_length),
+        *_list_shortcuts(shortcuts),
+        *(_list_cut(parts) if tokenizer is not None and limits != LengthLimits() else []),
         *_list_characters(table),
     ]
     missing = [] if table.signs else [NO_RENSA]
@@ -97,7 +99,7 @@ def check_data(
             "difference": count_bins({"chosen minus rejected": lengths[:, 1] - lengths[:, 2]}),
         },
         "limits": [
-            measure_cuts(*tokens.T, replace(limits, total_tokens=limit))
+            measure_cuts(tokens, replace(limits, total_tokens=limit))
             for limit in sorted({*LIMITS, max_length or LIMITS[0]})
             if len(tokens)
         ],
@@ -214,7 +216,7 @@ def _measure_shortcuts(table: PairTable, training: np.ndarray) -> dict[str, Accu
     return {"always_longer": longer} | families
 
 
-def _list_shortcuts(table: PairTable, training: np.ndarray, shortcuts: dict[str, Accuracy]) -> list[Finding]:
+def _list_shortcuts(shortcuts: dict[str, Accuracy]) -> list[Finding]:
     findings = []
     for kind in (*FAMILIES, "opening", "all_shortcuts"):
         accuracy = shortcuts[kind]
@@ -231,13 +233,11 @@ def _rank_openings(table: PairTable, training: np.ndarray) -> list[dict[str, Any
     return [{"opening": show_text(text), "chosen": wins, "rejected": losses} for text, wins, losses in ranked]
 
 
-def _list_cut(parts: Sequence[Part], max_length: int | None) -> list[Finding]:
+def _list_cut(parts: Sequence[Part]) -> list[Finding]:
     kept = sum(part.tally.kept for part in parts if not part.is_held_out)
     cuts: Counter[str] = Counter()
     for part in parts:
         cuts.update(part.tally.shortened if not part.is_held_out else {})
-    if max_length is None and not cuts:
-        return []
     detail = ", ".join(f"{count:,} lose {name}" for name, count in cuts.most_common())
     return [Finding("cut", sum(part.cut_pairs for part in parts if not part.is_held_out), kept, detail=detail)]
 

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 MOST_LOOPS = 100  # each is found by a search of its own
 
@@ -51,7 +52,7 @@ def _find_loops(row_of: dict[tuple[int, int], int], most: int) -> list[list[int]
             TopologicalSorter(better_than).prepare()
         except CycleError as error:
             answers = error.args[1]  # each answer is worse than the next one
-            loops.append([row_of[better, worse] for worse, better in zip(answers, answers[1:], strict=False)])
+            loops.append([row_of[better, worse] for worse, better in pairwise(answers)])
             better_than[answers[1]].discard(answers[0])
         else:
             break

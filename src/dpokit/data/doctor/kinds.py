@@ -60,12 +60,12 @@ KINDS = {
         "Leave out one pair of each loop; or tell the loss that labels are wrong: --label_smoothing 0.1.",
     ),
     "leaked_prompts": Kind(
-        "held-out prompts in training",
+        "held-out prompts also trained",
         "The evaluation then measures memory, and its accuracy says less about new prompts.",
         "Leave these rows out of one split; or hold prompts out of the training split: --eval_fraction 0.05.",
     ),
     "near_leaked_prompts": Kind(
-        "held-out prompts nearly in training",
+        "held-out prompts nearly trained",
         "A prompt that differs in a few letters from a trained one says little about new prompts.",
         "Leave these rows out of the held-out split, or name another one with --dataset_test_split.",
         share=0.01,
@@ -86,7 +86,7 @@ KINDS = {
         "Add pairs in which the refusal is the other answer.",
     ),
     "markup": Kind(
-        "lists and headings as a shortcut",
+        "lists, headings as a shortcut",
         "Lists, headings, bold text and code tell which answer is preferred, so the model learns a look.",
         "Add pairs whose answers both have lists, or leave out those in which only one has.",
     ),
@@ -106,7 +106,7 @@ KINDS = {
         "Handle the strongest shortcut of this table first, and check the data again.",
     ),
     "cut": Kind(
-        "pairs cut by the length limits",
+        "pairs cut by length limits",
         "The model never sees what is cut: the start of a prompt, or the end of an answer.",
         "Raise --max_length; the table of lengths says what each limit costs.",
         share=0.05,
@@ -117,7 +117,7 @@ KINDS = {
         "Remove them and write the file again, or leave these rows out.",
     ),
     "invisible_answers": Kind(
-        "answers without a visible letter",
+        "answers without a visible mark",
         "The answer holds only characters of no width, so the model learns to say nothing.",
         "Leave these rows out.",
     ),

@@ -26,12 +26,17 @@ def count_bins(values: dict[str, np.ndarray]) -> dict[str, Any]:
     return {"edges": edges[:-1].astype(int).tolist(), "over": over, "counts": counts}
 
 
-def measure_cuts(prompts: np.ndarray, chosen: np.ndarray, rejected: np.ndarray, limits: LengthLimits) -> dict[str, Any]:
-    """Returns what length limits would do to pairs of so many tokens.
+def measure_cuts(tokens: np.ndarray, limits: LengthLimits) -> dict[str, Any]:
+    """Returns what length limits would do to pairs.
+
+    Args:
+        tokens: of prompt, chosen and rejected answer, (pairs, 3).
+        limits: the limits.
 
     Returns: `max_length`; `cut`, the share of pairs that lose a token; `prompt` and `answer`, the shares of all tokens
         of prompts and of answers that are lost.
     """
+    prompts, chosen, rejected = tokens.T
     longer = np.maximum(chosen, rejected)
     kept = [limits.fit(int(prompt), int(answer)) for prompt, answer in zip(prompts, longer, strict=True)]
     kept_prompts, kept_answers = np.asarray(kept, dtype=np.int64).reshape(-1, 2).T

@@ -133,7 +133,9 @@ def read_pairs(part: Part, renderer: Renderer | None, limits: LengthLimits) -> I
     for batch in part.rows.iter(batch_size=BATCH_ROWS):
         size = len(next(iter(batch.values())))
         rows = [{name: values[number] for name, values in batch.items()} for number in range(size)]
-        pairs = [(number, place, p) for number in range(size) for place, p in enumerate(part.layout.to_pairs(rows[number]))]
+        pairs = [
+            (number, place, p) for number in range(size) for place, p in enumerate(part.layout.to_pairs(rows[number]))
+        ]
         if encoder is None or whole_encoder is None:
             columns = whole = {"dropped": [_find_reason(pair) for _, _, pair in pairs]}
         else:

@@ -63,9 +63,7 @@ def find_place(kind: str, text: str) -> int | None:
 
 # Quick tests that pass every text with the kind: most texts are printable apart from their line ends, and so on.
 _QUICK: Mapping[str, Callable[[str], bool]] = {
-    "control_characters": lambda text: (
-        not text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable()
-    ),
+    "control_characters": lambda text: not text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable(),
     "damaged_text": lambda text: not text.isascii(),
     "emails": lambda text: "@" in text,
     "phones": lambda text: not text.isalpha(),
