@@ -166,8 +166,8 @@ def describe_losses(name: str, tally: Tally) -> str:
         return ""
     reason, count = dropped.most_common(1)[0]
     return (
-        f"{dropped.total():,} of {tally.rows:,} {name} rows ({dropped.total() / tally.rows:.0%}) are dropped, {count:,} of "
-        f"them as {reason} ({describe_reason(reason)}): {find_remedies(Counter({reason: count}))}"
+        f"{dropped.total():,} of {tally.rows:,} {name} rows ({dropped.total() / tally.rows:.0%}) are dropped, {count:,} "
+        f"of them as {reason} ({describe_reason(reason)}): {find_remedies(Counter({reason: count}))}"
     )
 
 

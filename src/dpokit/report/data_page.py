@@ -82,13 +82,12 @@ def _list_findings(findings: Sequence[Mapping[str, Any]]) -> Table:
             number(finding["count"]),
             f"{number(finding['total'])} {finding['unit']}",
             finding["detail"] or "-",
-            finding["do"] if finding["is_problem"] else "-",
         ]
         for finding in findings
         if finding["kind"] not in SHORTCUTS
     ]
     note = "An exclamation mark marks a finding, on which --strict ends with exit code 2."
-    return Table("Checks", ["check", "count", "of", "detail", "what to do"], rows, note=note)
+    return Table("Checks", ["check", "count", "of", "detail"], rows, note=note)
 
 
 def _list_accuracies(record: Mapping[str, Any]) -> Table:

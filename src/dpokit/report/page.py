@@ -140,7 +140,10 @@ def list_alarms(run: Run) -> list[str]:
 
 
 def render_page(page: dict[str, Any], signature: str = SIGNATURE) -> str:
-    """The page as HTML, with the name of the verb that made it. The template engine escapes every value except the figures' SVG and the style sheet."""
+    """The page as HTML. The template engine escapes every value except the figures' SVG and the style sheet.
+
+    `signature` is the verb that made it, by which dpokit recognises its own files.
+    """
     folder = files("dpokit.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable

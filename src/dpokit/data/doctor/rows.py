@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset, IterableDataset
@@ -79,7 +80,8 @@ def load_parts(source: str, data: DataArguments, *, has_test_flag: bool) -> list
 
     Raises: DataError as in training.
     """
-    data = replace(data, dataset_name=source)
+    data = copy(data)
+    data.dataset_name = source
     if data.dataset_streaming and data.max_train_samples is None:
         raise DataError(
             f"--dataset_streaming: {source} has no end that a check could wait for",
@@ -133,9 +135,8 @@ def read_pairs(part: Part, renderer: Renderer | None, limits: LengthLimits) -> I
     for batch in part.rows.iter(batch_size=BATCH_ROWS):
         size = len(next(iter(batch.values())))
         rows = [{name: values[number] for name, values in batch.items()} for number in range(size)]
-        pairs = [
-            (number, place, p) for number in range(size) for place, p in enumerate(part.layout.to_pairs(rows[number]))
-        ]
+        several = map(part.layout.to_pairs, rows)
+        pairs = [(number, place, pair) for number, row in enumerate(several) for place, pair in enumerate(row)]
         if encoder is None or whole_encoder is None:
             columns = whole = {"dropped": [_find_reason(pair) for _, _, pair in pairs]}
         else:

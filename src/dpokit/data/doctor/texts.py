@@ -15,7 +15,7 @@ _BLANK = frozenset("\u2800\u3164\uffa0\u115f\u1160")
 
 # The characters that the bytes 0x80 to 0xbf become in Latin-1 and in Windows-1252.
 _REST = re.escape("".join({chr(byte) + bytes([byte]).decode("cp1252", "ignore") for byte in range(0x80, 0xC0)}))
-# UTF-8 that was decoded as one of the two. A lead byte alone proves nothing: a French word may end with \u00e9\u2026\u00bb.
+# UTF-8 that was decoded as one of the two. A lead byte alone proves nothing: a French quotation may end so, too.
 _DAMAGE = re.compile(
     rf"[\u00c2\u00c3][{_REST}]"  # Latin letters, spaces
     rf"|\u00e2[\u20ac\u201a\u201e\u2026\u2020\u2030\u201d\u2022\u0080-\u0095][{_REST}]"  # quotes, dashes, signs
@@ -31,6 +31,7 @@ _PHONE = re.compile(
 )
 
 
+_DIGITS = re.compile(r"\d\d")
 # Up to its end, or to the end of the text.
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.S)
 PATTERNS: Mapping[str, re.Pattern[str]] = {
@@ -66,8 +67,8 @@ _QUICK: Mapping[str, Callable[[str], bool]] = {
     "control_characters": lambda text: not text.replace("\n", "").replace("\r", "").replace("\t", "").isprintable(),
     "damaged_text": lambda text: not text.isascii(),
     "emails": lambda text: "@" in text,
-    "phones": lambda text: not text.isalpha(),
-    "keys": lambda text: True,
+    "phones": lambda text: _DIGITS.search(text) is not None,
+    "keys": bool,
 }
 
 
