@@ -165,9 +165,10 @@ def describe_losses(name: str, tally: Tally) -> str:
     if tally.is_stream or dropped.total() <= MOST_DROPPED * tally.rows:
         return ""
     reason, count = dropped.most_common(1)[0]
+    share = dropped.total() / tally.rows
     return (
-        f"{dropped.total():,} of {tally.rows:,} {name} rows ({dropped.total() / tally.rows:.0%}) are dropped, {count:,} "
-        f"of them as {reason} ({describe_reason(reason)}): {find_remedies(Counter({reason: count}))}"
+        f"{dropped.total():,} of {tally.rows:,} {name} rows ({share:.0%}) are dropped, {count:,} of them as "
+        f"{reason} ({describe_reason(reason)}): {find_remedies(Counter({reason: count}))}"
     )
 
 

@@ -34,7 +34,7 @@ KINDS = {
     "repeated_pairs": Kind(
         "repeated pairs",
         "A pair that is there twice counts twice in the loss, and its answers are learnt by heart.",
-        "Keep one row of each; `sort --unique` finds equal lines of a JSONL file.",
+        "Keep one row of each; the examples name the first ones.",
         share=0.01,
     ),
     "near_pairs": Kind(

@@ -19,7 +19,7 @@ def describe_length_bias(train: Dataset) -> list[str]:
         if accuracy.is_certain:
             return [
                 f"always taking the {side} answer is right in {accuracy.value:.0%} of {accuracy.pairs:,} training "
-                "pairs, so the model may learn a length: --ld_alpha 0.5 weighs the tokens beyond the shorter answer less, and "
-                "`dpokit data check` looks for other shortcuts"
+                "pairs, so the model may learn a length: --ld_alpha 0.5 weighs the tokens beyond the shorter answer "
+                "less, and `dpokit data check` looks for other shortcuts"
             ]
     return []
