@@ -16,7 +16,7 @@ from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import read_layers
 
 
-def run_check(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]:
+def check_sources(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]:
     """Returns the content of data-check.json.
 
     Args:

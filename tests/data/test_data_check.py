@@ -67,7 +67,7 @@ def planted(tmp_path_factory):
     rows = build_rows(300)
     clean, held_out = rows[:], build_rows(40, seed=1)
     rows += clean[:12]
-    rows += [{name: change_a_word(text) for name, text in row.items()} for row in clean[20:40] if len(row["chosen"]) > 0]
+    rows += [{name: change_a_word(text) for name, text in row.items()} for row in clean[20:40]]
     rows += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in clean[50:53]]
     loop = [("A", "B"), ("B", "C"), ("C", "A")]
     rows += [{"prompt": "which?", "chosen": a, "rejected": b} for a, b in loop]

@@ -7,7 +7,7 @@ import pytest
 
 from dpokit.data.doctor.conflicts import find_conflicts
 from dpokit.data.doctor.near import find_twins, sign_texts
-from dpokit.data.doctor.shortcuts import is_refusal
+from dpokit.data.doctor.shortcuts import begins_as_refusal
 from dpokit.data.doctor.texts import find_kinds, find_place, mask, show_text
 
 WORDS = random.Random(1)
@@ -56,7 +56,8 @@ def test_case_and_white_space_make_no_difference(same):
 
 
 def test_swapped_answers_are_not_near():
-    twins = find_twins(sign_texts([["the first answer", "the second answer"], ["the second answer", "the first answer"]]))
+    answers = ["the first answer", "the second answer"]
+    twins = find_twins(sign_texts([answers, answers[::-1]]))
     assert twins.tolist() == [-1, -1]
 
 
@@ -177,4 +178,4 @@ def test_no_part_of_a_private_key_is_shown():
     ],
 )
 def test_a_refusal_is_recognised_at_the_start(text, refuses):
-    assert is_refusal(text) is refuses
+    assert begins_as_refusal(text) is refuses

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dpokit.atomic_files import write_json, write_whole
-from dpokit.data.doctor.screen import SHORTCUTS, describe_check, describe_split, list_shortcuts, name_split
+from dpokit.data.doctor.screen import SHORTCUTS, describe_findings, describe_split, list_shortcuts, name_split
 from dpokit.data.tally import describe_reason
 from dpokit.figures import Figure, Line, draw
 from dpokit.report.page import check_report_overwrite, find_report_trouble, render_page
@@ -19,7 +19,7 @@ CHECK_SIGNATURE = "dpokit data check"  # in both files, so that no other file is
 
 @dataclass(frozen=True)
 class CheckFiles:
-    """The written files."""
+    """The files of a check."""
 
     record: Path
     page: Path
@@ -34,17 +34,26 @@ def write_check(folder: Path, record: Mapping[str, Any]) -> CheckFiles:
 
     Raises: RunFolderError for files that this verb did not write, or a disk error.
     """
-    written = CheckFiles(folder / "data-check.json", folder / "data-check.html")
+    written = make_check_folder(folder)
     page = render_page(build_check_page(record), CHECK_SIGNATURE)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in (written.record, written.page):
-            check_report_overwrite(path, CHECK_SIGNATURE)
         write_json(written.record, {"made_by": CHECK_SIGNATURE} | dict(record))
         write_whole(written.page, page.encode(errors="replace"))  # a row may hold a lone surrogate
     except OSError as error:
         raise find_report_trouble(error) or error from None
     return written
+
+
+def make_check_folder(folder: Path) -> CheckFiles:
+    """Makes the folder, and returns the files to write. Raises: as `write_check`."""
+    files = CheckFiles(folder / "data-check.json", folder / "data-check.html")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in (files.record, files.page):
+            check_report_overwrite(path, CHECK_SIGNATURE)
+    except OSError as error:
+        raise find_report_trouble(error) or error from None
+    return files
 
 
 def build_check_page(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def build_check_page(record: Mapping[str, Any]) -> dict[str, Any]:
     samples = [sample for number, sample in enumerate(samples) if sample not in samples[:number]]
     return {
         "title": f"Data check of {', '.join(record['sources'])}",
-        "verdict": describe_check(record),
+        "verdict": describe_findings(record),
         "proven": not problems,
         "judgements": [],
         "facts": [(name_split(split), describe_split(split)) for split in record["splits"]],

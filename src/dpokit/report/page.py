@@ -246,5 +246,5 @@ def find_report_trouble(error: OSError) -> DpokitError | None:
     if trouble is None:
         return None
     return RunFolderError(
-        trouble.seen, expected="a folder that a report can be written to", do="--output with another file"
+        trouble.seen, expected="a folder that a report can be written to", do="--output with another path"
     )

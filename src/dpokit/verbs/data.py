@@ -36,10 +36,12 @@ def check(
     first_flag = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     with redirect_stdout(sys.stderr), errors_without_torch():
         from dpokit.data.doctor.screen import print_check
-        from dpokit.data_check import run_check
-        from dpokit.report.data_page import write_check
+        from dpokit.data_check import check_sources
+        from dpokit.report.data_page import make_check_folder, write_check
 
-        record = run_check(arguments[:first_flag], arguments[first_flag:])
+        if output is not None:
+            make_check_folder(output)  # a problem with the folder shows before the rows are read
+        record = check_sources(arguments[:first_flag], arguments[first_flag:])
         written = None if output is None else write_check(output, record)
     if as_json:
         echo(json.dumps(record, indent=2))

@@ -197,8 +197,8 @@ def _list_leaks(table: PairTable) -> list[Finding]:
     if not table.signs:
         return findings
     # Prompts are numbered in the order of the splits, so those that only held-out pairs have come last.
-    known = int(table.prompt_numbers[training].max(initial=-1)) + 1
-    twins = find_twins(table.prompt_signatures, others=known)
+    number_of_trained = int(table.prompt_numbers[training].max(initial=-1)) + 1
+    twins = find_twins(table.prompt_signatures, others=number_of_trained)
     near = held_out[twins[table.prompt_numbers[held_out]] >= 0]
     examples = []
     for row in near[:MOST_EXAMPLES]:

@@ -13,7 +13,7 @@ import numpy as np
 from dpokit.data.doctor.near import can_sign, sign_texts
 from dpokit.data.doctor.rows import Part, Usable
 from dpokit.data.doctor.shortcuts import FEATURES, MOST_OPENINGS, read_features, read_opening, read_scripts
-from dpokit.data.doctor.texts import find_kinds, read_text, show_pair
+from dpokit.data.doctor.texts import find_kinds, join_texts, show_pair
 
 MOST_OPENINGS_COUNTED = 100_000
 
@@ -61,7 +61,7 @@ class PairTable:
         new_prompts: list[tuple[str]] = []
         answers: list[tuple[str, str]] = []
         for usable in batch:
-            prompt, chosen, rejected = read_texts(usable)
+            prompt, chosen, rejected = list_pair_texts(usable)
             number = len(self)
             self._part.append(part)
             self._place.append(min(usable.place, 65535))
@@ -95,9 +95,9 @@ class PairTable:
         self.differences = np.asarray(self._differences, np.float32).reshape(-1, len(FEATURES))
         self.prompt_numbers = np.asarray(self._prompt_numbers, np.int64)
         if self.signs:
-            self.prompt_signatures = np.concatenate([sign_texts([]), *self._prompt_signatures])
-            self.answer_signatures = np.concatenate([sign_texts([]), *self._answer_signatures])
-        self._prompt_signatures, self._answer_signatures, self._prompt_rows = [], [], {}
+            self.prompt_signatures = _join(self._prompt_signatures)
+            self.answer_signatures = _join(self._answer_signatures)
+        self._prompt_rows = {}
         held_out = [number for number, part in enumerate(self.parts) if part.is_held_out]
         self.is_held_out = np.isin(self.part, held_out)
 
@@ -120,7 +120,7 @@ class PairTable:
     def show(self, number: int, kind: str = "", **more: str) -> dict[str, str]:
         """Returns a pair as an example of a kind of finding."""
         pair = self.parts[self._part[number]].read_pair(self._row[number], self._place[number])
-        texts = (read_text(pair.prompt), read_text(pair.chosen), read_text(pair.rejected))
+        texts = (join_texts(pair.prompt), join_texts(pair.chosen), join_texts(pair.rejected))
         return show_pair(self.name_row(number), texts, kind, **more)
 
     def _number_opening(self, text: str) -> int:
@@ -130,7 +130,14 @@ class PairTable:
         return self._opening_numbers.setdefault(opening, len(self._opening_numbers))
 
 
-def read_texts(usable: Usable) -> tuple[str, str, str]:
+def _join(signatures: list[np.ndarray]) -> np.ndarray:
+    """Returns one array, and empties the list, so that no more than one of them is in memory twice."""
+    joined = np.concatenate([sign_texts([]), *signatures])
+    signatures.clear()
+    return joined
+
+
+def list_pair_texts(usable: Usable) -> tuple[str, str, str]:
     """Returns the texts of a pair's prompt, its chosen and its rejected answer."""
     pair = usable.pair
-    return read_text(pair.prompt), read_text(pair.chosen), read_text(pair.rejected)
+    return join_texts(pair.prompt), join_texts(pair.chosen), join_texts(pair.rejected)

@@ -25,7 +25,7 @@ def print_check(record: Mapping[str, Any]) -> None:
         console.print(_build_limits(record["limits"]))
     for line in record["not_checked"]:
         console.print(f"  not checked: {line}", markup=False)
-    console.print(f"\n{describe_check(record)}", markup=False)
+    console.print(f"\n{describe_findings(record)}", markup=False)
     for finding in record["findings"]:
         if finding["is_problem"]:
             detail = f" ({finding['detail']})" if finding["detail"] else ""
@@ -83,7 +83,7 @@ def list_shortcuts(record: Mapping[str, Any]) -> list[tuple[str, str, str, str, 
     ]
 
 
-def describe_check(record: Mapping[str, Any]) -> str:
+def describe_findings(record: Mapping[str, Any]) -> str:
     """One sentence on all findings."""
     findings = record["findings"]
     names = [finding["title"] for finding in findings if finding["is_problem"]]

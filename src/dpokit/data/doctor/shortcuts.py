@@ -64,7 +64,7 @@ def read_features(text: str, prompt_scripts: tuple[float, float]) -> list[float]
     letters, *others = map(math.log1p, counts)
     other_script = sum(abs(share - other) for share, other in zip(scripts, prompt_scripts, strict=True))
     ends = [float(tail in ".!?\u3002\uff01\uff1f" and tail != ""), float(tail in ("?", "\uff1f"))]
-    return [letters, float(is_refusal(text)), *others, *ends, *scripts, other_script]
+    return [letters, float(begins_as_refusal(text)), *others, *ends, *scripts, other_script]
 
 
 def read_scripts(text: str) -> tuple[float, float]:
@@ -74,7 +74,7 @@ def read_scripts(text: str) -> tuple[float, float]:
     return len(_NOT_LATIN.findall(text)) / len(text), len(_ACCENTED.findall(text)) / len(text)
 
 
-def is_refusal(text: str) -> bool:
+def begins_as_refusal(text: str) -> bool:
     """Whether an answer begins with the words by which models refuse, in one of six languages."""
     return _REFUSAL.search(text[:_REFUSAL_LETTERS].translate(_QUOTES)) is not None
 

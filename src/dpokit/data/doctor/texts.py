@@ -45,7 +45,7 @@ PATTERNS: Mapping[str, re.Pattern[str]] = {
 _PART_LETTERS, _OVERLAP = 4000, 200
 
 
-def read_text(part: str | Messages) -> str:
+def join_texts(part: str | Messages) -> str:
     """Returns all texts of a prompt or an answer; of messages, their contents and what else they say."""
     if isinstance(part, str):
         return part
