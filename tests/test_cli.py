@@ -24,7 +24,14 @@ def dpokit(*argv: str, cwd=ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=cwd, env=environment)
 
 
-@pytest.mark.parametrize("argv", [["--help"], *([verb, "--help"] for verb in typer.main.get_command(app).commands)])
+def find_verbs() -> dict[tuple[str, ...], typer.core.TyperCommand]:
+    """All verbs, and groups of verbs such as `data`, by their names."""
+    verbs = {(name,): verb for name, verb in typer.main.get_command(app).commands.items()}
+    groups = {names: verb.commands for names, verb in verbs.items() if hasattr(verb, "commands")}
+    return verbs | {(*names, name): verb for names, inner in groups.items() for name, verb in inner.items()}
+
+
+@pytest.mark.parametrize("argv", [["--help"], *([*names, "--help"] for names in find_verbs())])
 @pytest.mark.cold
 def test_help_needs_no_torch(argv):
     code = (
@@ -35,7 +42,7 @@ def test_help_needs_no_torch(argv):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
     assert done.stdout.endswith("heavy: []\n"), done.stderr
-    arguments = ("RECIPE", "RUN", "SPACE", "FOLDER", "prepare")
+    arguments = ("RECIPE", "RUN", "SPACE", "FOLDER", "SOURCE", "prepare")
     assert any(word in done.stdout for word in arguments), f"its help has none of {arguments}: {done.stdout}"
 
 
@@ -60,9 +67,10 @@ def documented() -> list[list[str]]:
 
 @pytest.mark.parametrize("argv", documented(), ids=" ".join)
 def test_a_documented_verb_takes_these_options(argv):
-    verb = typer.main.get_command(app).commands[argv[1]]
-    context = verb.make_context(argv[1], argv[2:])
-    flags = {word.removeprefix("--") for word in context.args if word.startswith("--")}
+    names = max((names for names in find_verbs() if tuple(argv[1 : 1 + len(names)]) == names), key=len)
+    context = find_verbs()[names].make_context(names[-1], argv[1 + len(names) :])
+    arguments = [*context.args, *context.params.get("arguments", [])]
+    flags = {word.removeprefix("--") for word in arguments if word.startswith("--")}
     assert flags <= set(FlagParser(prog="any").names())
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"story"},
     {"run"},
     {"after_training"},
-    {"train", "evaluate", "merge", "push", "serve", "cluster", "run_state"},
+    {"train", "evaluate", "merge", "push", "serve", "cluster", "run_state", "data_check"},
     {"card"},
     {"report"},  # below the model card, which shows its tables and verdict
     {"checkpoint", "model", "data", "figures"},

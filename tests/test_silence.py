@@ -73,6 +73,7 @@ def list_calls(folder: Path, gpt2: Path, qwen2: Path) -> dict[str, list[str]]:
             *("submit", *recipe("dpo_gpt2", *small, "--output_dir", "new"), "--dry-run", "--config-file"),
             str(ROOT / "accelerate_configs" / "ddp_cpu.yaml"),
         ),
+        "data": verb("data", "check", *data[1:], *small[:2]),
         "sweep": verb("sweep", str(folder / "space.yaml")),
         "status": verb("status", run),
         "verify": verb("verify", run),

@@ -15,7 +15,7 @@ MIN_SECRET_LETTERS = 16  # a shorter value of such a variable is an ordinary wor
 
 TOKENS = {
     "a Hugging Face token": re.compile(r"\b(hf|hf_oauth|api_org)_[A-Za-z0-9]{20,}"),
-    "an API key": re.compile(r"\bsk-(?=[A-Za-z_-]*\d)[\w-]{20,}"),
+    "an API key": re.compile(r"\bsk-(?=[A-Za-z_-]{0,200}\d)[\w-]{20,}"),
     "a Weights & Biases key": re.compile(r"\bwandb_v\d_\w{20,}"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_|github_pat_)\w{20,}"),
     "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),

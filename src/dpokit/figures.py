@@ -95,6 +95,8 @@ class Figure:
         level, level_label: height and label of a horizontal reference line; None for no line.
         restarts: (step, style); style None draws a vertical line, a number a marker in the colour of that line.
         log: whether the vertical axis is logarithmic, which needs values above 0.
+        across: name and unit of the horizontal axis. With another one than `step`, the figure is a histogram: the
+            steps are the beginnings of its bins.
     """
 
     key: str
@@ -104,6 +106,12 @@ class Figure:
     level_label: str = ""
     restarts: Sequence[tuple[int, int | None]] = ()
     log: bool = False
+    across: str = "step"
+
+    @property
+    def is_histogram(self) -> bool:
+        """Whether the lines are counts of bins."""
+        return self.across != "step"
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,8 @@ def _draw_lines(axes: Axes, figure: Figure) -> list[Line2D]:
         colour, marker = LINES[line.style % len(LINES)], MARKERS[line.style % len(MARKERS)]
         steps, values = thin(line.steps, line.values)
         look: dict[str, Any] = {"color": colour, "linestyle": DASHES[line.style % len(DASHES)], "linewidth": 1.6}
+        if figure.is_histogram:
+            look["drawstyle"] = "steps-post"
         if line.dots or sum(value is not None for value in values) < 3:  # a line with one point would be invisible
             look |= {"marker": marker, "markersize": 4.2 if len(steps) <= NOISY_FROM_POINTS else 2.2, "linewidth": 1.2}
         if line.noisy and len(line.steps) >= NOISY_FROM_POINTS:
@@ -168,7 +178,7 @@ def _draw_lines(axes: Axes, figure: Figure) -> list[Line2D]:
 
 def _draw_axes(axes: Axes, figure: Figure) -> None:
     axes.set_title(figure.title, loc="left", fontsize=11, fontweight="bold")
-    axes.set_xlabel("step", loc="right", labelpad=0)
+    axes.set_xlabel(figure.across, loc="right", labelpad=0)
     axes.grid(linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=3, labelsize=9.5)
@@ -244,6 +254,12 @@ def describe_figure(figure: Figure) -> str:
             parts.append(f"{line.label}: no finite value.")
             continue
         (first, first_step), (last, last_step), low, high = points[0], points[-1], min(points), max(points)
+        if figure.is_histogram:
+            parts.append(
+                f"{line.label}: the highest bar, {high[0]:,.0f}, begins at {high[1]:,} {figure.across}; the bars begin "
+                f"at {first_step:,} and end after {last_step:,}."
+            )
+            continue
         parts.append(
             f"{line.label}: {first:.4g} at step {first_step:,}, {last:.4g} at step {last_step:,}; "
             f"lowest {low[0]:.4g} at step {low[1]:,}, highest {high[0]:.4g} at step {high[1]:,}."

@@ -17,6 +17,7 @@ from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_res
 from dpokit.checkpoint.resume import MODEL, Start, claim_folder
 from dpokit.console import hide_progress, quiet_dependencies, say
 from dpokit.data.columns import fingerprint_ids
+from dpokit.data.doctor.short import describe_length_bias
 from dpokit.data.prepare import PreparedData, prepare_data
 from dpokit.data.tally import print_report
 from dpokit.distributed.coordination import build_on_each_machine_first, decide_on_main_process, peer_errors
@@ -205,6 +206,8 @@ def build_trainer(
         ),
         timeout_seconds=training.ddp_timeout,
     )
+    if settings.kind == "dpo" and isinstance(data.train, Dataset):
+        data.findings += describe_length_bias(data.train)
     if is_main_process():
         write_json(run.data_json, data.record())
         run.write_run(data_fingerprint=data.fingerprint)

@@ -236,11 +236,11 @@ def test_a_report_is_overwritten_but_no_foreign_file(tmp_path):
     folder = make_run(tmp_path / "run", make_steps(3, every=0))
     first = write_report([folder])
     (tmp_path / "mine.html").write_text("<p>mine</p>")
-    with pytest.raises(RunFolderError, match="is not a report by dpokit"):
+    with pytest.raises(RunFolderError, match="dpokit report did not write it"):
         write_report([folder], output=tmp_path / "mine.html")
     assert (tmp_path / "mine.html").read_text() == "<p>mine</p>"
     first.pngs[0].write_bytes(b"a picture of mine")
-    with pytest.raises(RunFolderError, match="is not a report by dpokit"):
+    with pytest.raises(RunFolderError, match="dpokit report did not write it"):
         write_report([folder])
     first.pngs[0].unlink()
     assert write_report([folder]).record() == first.record()

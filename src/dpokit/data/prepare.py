@@ -19,7 +19,7 @@ from dpokit.data.mixture import Mixture, MixtureRules, Part, StreamPart, mix_pai
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
 from dpokit.data.source_rows import SourceRows, choose_rows, load_sources, naming_source
-from dpokit.data.tally import Tally
+from dpokit.data.tally import Tally, describe_losses
 from dpokit.data.text_columns import Rows
 from dpokit.data.tokens import Encoder
 from dpokit.data.transcripts import parse_transcript
@@ -160,7 +160,8 @@ def _prepare(
         findings += _describe_cuts(train, limits)
         train = _count_changed(train, tallies["train"]).remove_columns("prompt_key")
         fingerprint = fingerprint_ids([train] if held_out is None else [train, held_out])
-    findings += [line for name, tally in tallies.items() if (line := _describe_glued(name, tally))]
+    for describe in (describe_losses, _describe_glued):
+        findings += [line for name, tally in tallies.items() if (line := describe(name, tally))]
     unused = list(dict.fromkeys(column for part in train_rows for column in part.layout.unused))
     prepared = PreparedData(
         train, held_out if with_eval else None, tallies, findings, fingerprint, unused, renderer.prompt_form

@@ -144,13 +144,7 @@ class Renderer:
 
     def render(self, pair: Pair) -> RenderedPair:
         """Returns the texts of a pair. Raises: UnusableError with the reason for dropping the pair."""
-        if not (pair.prompt.strip() if isinstance(pair.prompt, str) else pair.prompt):
-            raise UnusableError("empty_prompt")
-        if max(count_letters(part) for part in (pair.prompt, pair.chosen, pair.rejected)) > TEXT_LETTERS:
-            raise UnusableError("too_long_text")
-        for answer in (pair.chosen, pair.rejected):
-            if not (answer.strip() if isinstance(answer, str) else answer):
-                raise UnusableError("empty_answer")
+        check_texts(pair)
         rendered = self._render_plain(pair) if self.chat is None else self._render_chat(self.chat, pair)
         if rendered.chosen == rendered.rejected:
             raise UnusableError("equal_answers")
@@ -312,6 +306,17 @@ class Renderer:
         newline = self.encode(["\n"])[0]
         rows = zip(self.encode(["\n" + text for text in texts]), self.encode(texts), strict=True)
         return [row[len(newline) :] if row[: len(newline)] == newline else plain for row, plain in rows]
+
+
+def check_texts(pair: Pair) -> None:
+    """Raises UnusableError for a pair that no model can use: a prompt or an answer is empty or too long."""
+    if not (pair.prompt.strip() if isinstance(pair.prompt, str) else pair.prompt):
+        raise UnusableError("empty_prompt")
+    if max(count_letters(part) for part in (pair.prompt, pair.chosen, pair.rejected)) > TEXT_LETTERS:
+        raise UnusableError("too_long_text")
+    for answer in (pair.chosen, pair.rejected):
+        if not (answer.strip() if isinstance(answer, str) else answer):
+            raise UnusableError("empty_answer")
 
 
 def _is_one_text(part: str | Messages) -> bool:

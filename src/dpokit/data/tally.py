@@ -106,6 +106,7 @@ REMEDIES = {
     "over_max_eval_samples": "raise --max_eval_samples",
     "no_room": _LENGTHS,
 }
+MOST_DROPPED = 0.1  # of a split's rows, without a warning
 MOST_DETAILS = 10  # of one reason; data.json counts further ones without their detail
 
 
@@ -198,6 +199,19 @@ class Tally:
             "kept": self.kept,
             "dropped": dropped,
         }
+
+
+def describe_losses(name: str, tally: Tally) -> str:
+    """Returns a finding that names the main reason if more than MOST_DROPPED of a split's rows are dropped; else ""."""
+    dropped = Counter({reason: count for reason, count in tally.dropped.items() if reason != "over_max_eval_samples"})
+    if tally.is_stream or dropped.total() <= MOST_DROPPED * tally.rows:
+        return ""
+    reason, count = dropped.most_common(1)[0]
+    share = dropped.total() / tally.rows
+    return (
+        f"{dropped.total():,} of {tally.rows:,} {name} rows ({share:.0%}) are dropped, {count:,} of them as "
+        f"{reason} ({describe_reason(reason)}): {find_remedies(Counter({reason: count}))}"
+    )
 
 
 def print_report(report: Mapping[str, Any]) -> None:

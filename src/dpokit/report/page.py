@@ -93,7 +93,7 @@ def _write_report(paths: Sequence[Path], *, output: Path | None, metric: str | N
                 old.unlink()
         write_whole(output, render_page(page).encode(errors="replace"))  # a sample may hold a lone surrogate
     except OSError as error:
-        raise _find_trouble(error) or error from None
+        raise find_report_trouble(error) or error from None
     return Report(output, pngs, page["verdict"])
 
 
@@ -131,7 +131,10 @@ def build_page(
         "samples": samples,
         "sample_count": count,
         "end": [table for table in end if table is not None],
-        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "figures_title": "Curves",
+        "samples_title": "Samples",
+        "samples_note": "Chosen is the data's answer; base and tuned are sampled.",
+        "footer": f"{SIGNATURE}, made {datetime.now(UTC):%Y-%m-%d %H:%M UTC} from the run folder alone.",
     }
 
 
@@ -142,15 +145,18 @@ def list_alarms(run: Run) -> list[str]:
     return [f"alarm at step {alarm.get('step')}: {alarm.get('text')}" for alarm in valid]
 
 
-def render_page(page: dict[str, Any]) -> str:
-    """The page as HTML. The template engine escapes every value except the figures' SVG and the style sheet."""
+def render_page(page: dict[str, Any], signature: str = SIGNATURE) -> str:
+    """The page as HTML. The template engine escapes every value except the figures' SVG and the style sheet.
+
+    `signature` is the verb that made it, by which dpokit recognises its own files.
+    """
     folder = files("dpokit.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["breakable"] = _breakable
     environment.finalize = lambda value: escape_controls(value) if type(value) is str else value
     template = environment.from_string((folder / "page.html").read_text())
     style = (folder / "page.css").read_text().replace("LIGHT;", css(0)).replace("DARK;", css(1))
-    return template.render(page, style=Markup(style), signature=SIGNATURE)
+    return template.render(page, style=Markup(style), signature=signature)
 
 
 def list_facts(run: Run) -> list[tuple[str, str]]:
@@ -189,15 +195,15 @@ def find_samples(run: Run) -> tuple[list[dict[str, Any]], int]:
             cut = isinstance(answer, dict) and answer.get("ended") is False
             if text is not None:
                 answers.append({"side": side, "text": _shorten(text), "cut": cut})
-        samples.append({"prompt": _shorten(record.get("prompt", "")), "answers": answers})
+        samples.append({"title": "", "name": "", "prompt": _shorten(record.get("prompt", "")), "answers": answers})
     return samples, len(run.answers)
 
 
-def check_report_overwrite(path: Path) -> None:
-    """Raises RunFolderError if the path exists and is not a file of a report."""
-    if path.exists() and not is_report_file(path):
+def check_report_overwrite(path: Path, signature: str = SIGNATURE) -> None:
+    """Raises RunFolderError if the path exists and is not a file of a report, or of the verb with this signature."""
+    if path.exists() and not is_report_file(path, signature):
         raise RunFolderError(
-            f"{path} exists, and is not a report by dpokit",
+            f"{path} exists, and {signature} did not write it",
             expected="a free name, or an older report to replace",
             do="--output with another file, or move this one away",
         )
@@ -213,12 +219,12 @@ def _png(output: Path, key: str) -> Path:
     return output.with_name(f"{output.stem}-{key}.png")
 
 
-def is_report_file(path: Path) -> bool:
-    """Whether `dpokit report` wrote this file."""
+def is_report_file(path: Path, signature: str = SIGNATURE) -> bool:
+    """Whether the verb with this signature wrote this file."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
-        return SIGNATURE.encode() in file.read(4096)
+        return signature.encode() in file.read(4096)
 
 
 def _shorten(value: object) -> str:
@@ -240,10 +246,11 @@ def _duration(seconds: object) -> str | None:
     return f"{hours:,} h {minutes} min" if hours else (f"{minutes} min {rest} s" if minutes else f"{rest} s")
 
 
-def _find_trouble(error: OSError) -> DpokitError | None:
+def find_report_trouble(error: OSError) -> DpokitError | None:
+    """The error for a disk that is full, read-only and so on, where a report is written; None for any other error."""
     trouble = find_disk_trouble(error)
     if trouble is None:
         return None
     return RunFolderError(
-        trouble.seen, expected="a folder that a report can be written to", do="--output with another file"
+        trouble.seen, expected="a folder that a report can be written to", do="--output with another path"
     )

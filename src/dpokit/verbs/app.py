@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dpokit.verbs import evaluation, publish, runs, search, start, talk
+from dpokit.verbs import data, evaluation, publish, runs, search, start, talk
 
 app = typer.Typer(
     add_completion=False,
@@ -14,7 +14,7 @@ app = typer.Typer(
     # Training flags have underscores, so a verb's own options accept underscores as well as dashes.
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
 )
-for module in (start, runs, evaluation, publish, search, talk):  # the order in which --help lists them
+for module in (start, data, runs, evaluation, publish, search, talk):  # the order in which --help lists them
     app.add_typer(module.app)
 
 

@@ -1,0 +1,60 @@
+"""`dpokit data check`: flags as in training, the model's tokenizer, and the check."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from trl import ModelConfig
+
+from dpokit.console import quiet_dependencies, track_progress
+from dpokit.data.doctor.check import check_data
+from dpokit.errors import SettingsError
+from dpokit.model.load import load_tokenizer
+from dpokit.rundir import find_model
+from dpokit.settings.bounds import check_bounds, check_date
+from dpokit.settings.flags import DataArguments
+from dpokit.settings.load import read_layers
+
+
+def check_sources(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]:
+    """Returns the content of data-check.json.
+
+    Args:
+        sources: Hub ids, files or folders; [] for the `dataset_name` of the flags.
+        argv: training flags. Those of the data, of the model's tokenizer and of the lengths count; the others may stay,
+            so that a run's flags or its YAML file can be given as they are.
+
+    Raises: SettingsError for flags that no run would take, DataError and ModelError as in training.
+    """
+    quiet_dependencies()
+    _, layers = read_layers("data check", {}, argv)
+    values = {name: value for _, layer in layers for name, value in layer.items()}
+    origins = {name: layer for layer, settings in layers for name in settings}
+    check_bounds(values, origins)
+    check_date(values)
+    sources = list(sources) or [name for name in [values.get("dataset_name")] if name]
+    if not sources:
+        raise SettingsError(
+            "no source was named", expected="a Hub id, a file or a folder", do="dpokit data check SOURCE"
+        )
+    tokenizer = None
+    if values.get("model_name_or_path"):
+        values["model_name_or_path"] = find_model(values["model_name_or_path"])
+        tokenizer = load_tokenizer(
+            _pick(ModelConfig, values), trust_remote_code=bool(values.get("trust_remote_code", False))
+        )
+    with track_progress(desc="checking", unit="pair") as bar:
+        return check_data(
+            sources,
+            _pick(DataArguments, values),
+            tokenizer=tokenizer,
+            max_length=values.get("max_length"),
+            has_test_flag="dataset_test_split" in values,
+            on_progress=bar.update,
+        )
+
+
+def _pick(group: type[Any], values: Mapping[str, Any]) -> Any:
+    """Builds one of TRL's groups of flags from the values that it has."""
+    names = {field.name for field in dataclasses.fields(group) if field.init}
+    return group(**{name: value for name, value in values.items() if name in names})
