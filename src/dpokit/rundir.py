@@ -20,7 +20,7 @@ RECORD: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("recipe", "state", "why", "error", "placement", "model_fingerprint"), (str, type(None))),
     **dict.fromkeys(("settings", "versions", "machine"), (dict,)),
     **dict.fromkeys(("generations", "accepted_changes", "local"), (list,)),
-    "world_size": (int,),
+    **dict.fromkeys(("world_size", "steps"), (int,)),
     "best": (dict, type(None)),
 }
 # Limits for a file that is read into memory; a tokenizer has some 30 MB, the metrics of a million steps some 500 MB.
