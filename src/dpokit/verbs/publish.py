@@ -13,6 +13,12 @@ from dpokit.verbs.common import PASS_ON, errors_without_torch
 
 app = typer.Typer()
 
+# The choice of weights, the same for both verbs.
+Weights = Annotated[
+    Literal["model", "adapter", "both"] | None,
+    typer.Option(help="The weights to publish; by default the whole model if it exists, else the adapter."),
+]
+
 
 @app.command(context_settings=PASS_ON)
 def merge(
@@ -69,10 +75,7 @@ def card(
         str | None, typer.Option(metavar="ID", help="The base's id on the Hub, if the run used a local folder.")
     ] = None,
     contact: Annotated[str | None, typer.Option(help="The person or address for questions.")] = None,
-    weights: Annotated[
-        Literal["model", "adapter", "both"] | None,
-        typer.Option(help="The weights to publish; by default the whole model if it exists."),
-    ] = None,
+    weights: Weights = None,
 ) -> None:
     """Writes the model card, RUN/README.md, from the run folder alone, without the network."""
     from dpokit.card.card import write_card
@@ -99,12 +102,8 @@ def push(
     repo_id: Annotated[
         str, typer.Option(metavar="USER/NAME", help="The repository on the Hub; it is created if it does not exist.")
     ],
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--what", metavar="merged|adapter|both", help="By default the whole model if it exists, else the adapter."
-        ),
-    ] = None,
+    weights: Weights = None,
+    what: Annotated[Literal["merged", "adapter", "both"] | None, typer.Option("--what", hidden=True)] = None,
     base_model: Annotated[
         str | None, typer.Option(metavar="ID", help="The base's id on the Hub, if the run used a local folder.")
     ] = None,
@@ -125,6 +124,9 @@ def push(
         from dpokit.push.hub import PushTarget
         from dpokit.push.push import push_run
 
+        if what is not None:  # the name in 0.1; delete it in 0.3
+            echo("--what is now --weights, and its value merged is now model", err=True)
+            weights = "model" if what == "merged" else what
         target = PushTarget(repo_id, public=public, revision=revision, message=commit_message)
         outcome = push_run(
             run, target, weights=weights, base_model=base_model, license=license, dry_run=dry_run, yes=yes
