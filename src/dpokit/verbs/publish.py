@@ -103,7 +103,7 @@ def push(
         str, typer.Option(metavar="USER/NAME", help="The repository on the Hub; it is created if it does not exist.")
     ],
     weights: Weights = None,
-    what: Annotated[Literal["merged", "adapter", "both"] | None, typer.Option("--what", hidden=True)] = None,
+    old_weights: Annotated[Literal["merged", "adapter", "both"] | None, typer.Option("--what", hidden=True)] = None,
     base_model: Annotated[
         str | None, typer.Option(metavar="ID", help="The base's id on the Hub, if the run used a local folder.")
     ] = None,
@@ -124,9 +124,9 @@ def push(
         from dpokit.push.hub import PushTarget
         from dpokit.push.push import push_run
 
-        if what is not None:  # the name in 0.1; delete it in 0.3
+        if old_weights is not None:  # the name in 0.1; delete it in 0.3
             echo("--what is now --weights, and its value merged is now model", err=True)
-            weights = "model" if what == "merged" else what
+            weights = "model" if old_weights == "merged" else old_weights
         target = PushTarget(repo_id, public=public, revision=revision, message=commit_message)
         outcome = push_run(
             run, target, weights=weights, base_model=base_model, license=license, dry_run=dry_run, yes=yes
