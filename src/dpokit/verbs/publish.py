@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from dpokit.terminal import echo, one_line
-from dpokit.verbs.common import PASS_ON, errors_without_torch
+from dpokit.verbs.common import PASS_ON, complete_run, errors_without_torch
 
 app = typer.Typer()
 
@@ -23,7 +23,9 @@ Weights = Annotated[
 @app.command(context_settings=PASS_ON)
 def merge(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder. It comes first.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder. It comes first.", autocompletion=complete_run)
+    ],
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16; by default the run's --dtype, or that of its base."),
@@ -63,7 +65,7 @@ def merge(
 
 @app.command()
 def card(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_run)],
     license: Annotated[str, typer.Option(help="The Hub's identifier of the licence (apache-2.0, mit), or other.")] = "",
     license_name: Annotated[str | None, typer.Option(help="The licence's name, with --license other.")] = None,
     license_link: Annotated[str | None, typer.Option(help="The licence's URL, or LICENSE.")] = None,
@@ -98,7 +100,7 @@ def card(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_run)],
     repo_id: Annotated[
         str, typer.Option(metavar="USER/NAME", help="The repository on the Hub; it is created if it does not exist.")
     ],

@@ -10,15 +10,15 @@ from typing import Annotated
 import typer
 
 from dpokit.terminal import echo, one_line
-from dpokit.verbs.common import PASS_ON, errors_without_torch
+from dpokit.verbs.common import PASS_ON, Recipe, TrainingCommand, complete_run, errors_without_torch
 
 app = typer.Typer()
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(cls=TrainingCommand, context_settings=PASS_ON)
 def plan(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    recipe: Recipe,
     gpus: Annotated[
         str | None, typer.Option(metavar="NxGIB", help="Plan for these GPUs: 8x80. By default for this machine.")
     ] = None,
@@ -50,10 +50,10 @@ def plan(
         print_plan(made, checked)
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(cls=TrainingCommand, context_settings=PASS_ON)
 def prepare(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    recipe: Recipe,
     as_json: Annotated[bool, typer.Option("--json", help="Print the future content of data.json on stdout.")] = False,
 ) -> None:
     """Computes tokens and reference log-probs of a run in advance; the run then finds them in the caches.
@@ -72,10 +72,10 @@ def prepare(
         echo(json.dumps(record, indent=2))
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(cls=TrainingCommand, context_settings=PASS_ON)
 def submit(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    recipe: Recipe,
     config_file: Annotated[Path, typer.Option(metavar="FILE", help="accelerate's config file of a placement.")] = Path(
         "accelerate_configs/single_gpu.yaml"
     ),
@@ -166,7 +166,10 @@ def submit(
 
 @app.command()
 def status(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN [RUN ...]", help="Run folders: their --output_dir.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN [RUN ...]", help="Run folders: their --output_dir.", autocompletion=complete_run),
+    ],
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the runs until all have ended; exit code 1 if one has failed.")
     ] = False,
@@ -212,7 +215,7 @@ def status(
 
 @app.command()
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_run)],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a list of {checkpoint, step, usable, why} on stdout.")
     ] = False,
