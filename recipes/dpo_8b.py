@@ -6,7 +6,7 @@
 
 Weights, gradients and optimizer states of 8B parameters need more memory than one GPU has; `dpokit plan
 recipes/dpo_8b.py --gpus 8x80` shows where they fit. Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments
-works; `--help` lists them.
+works; `--help-all` lists them.
 """
 
 from dpokit.story import main

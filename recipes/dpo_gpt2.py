@@ -6,7 +6,7 @@
     accelerate launch recipes/dpo_gpt2.py --use_peft --learning_rate 1e-4 --output_dir runs/gpt2_lora
     accelerate launch --config_file accelerate_configs/ddp.yaml recipes/dpo_gpt2.py
 
-Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments works; `--help` lists them.
+Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments works; `--help-all` lists them.
 """
 
 from dpokit.story import main

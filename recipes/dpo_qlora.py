@@ -6,7 +6,7 @@
     accelerate launch --config_file accelerate_configs/zero3.yaml recipes/dpo_qlora.py
     accelerate launch recipes/dpo_qlora.py --model_name_or_path Qwen/Qwen2.5-7B-Instruct --output_dir runs/qwen_qlora
 
-Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments works; `--help` lists them.
+Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments works; `--help-all` lists them.
 """
 
 from dpokit.story import main

@@ -4,7 +4,7 @@
     accelerate launch recipes/dpo_qwen2.py --config recipes/presets/qwen2_dahoas.yaml
     accelerate launch recipes/dpo_qwen2.py --use_peft --learning_rate 1e-5 --output_dir runs/qwen2_lora
 
-Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments works; `--help` lists them.
+Every flag of TRL's DPOConfig, ModelConfig and ScriptArguments works; `--help-all` lists them.
 """
 
 from dpokit.story import main

@@ -4,7 +4,7 @@
     accelerate launch recipes/dpo_gpt2.py --model_name_or_path runs/sft_gpt2
 
 The second command starts from the model of the first one, which is also its reference. Every flag of TRL's SFTConfig,
-ModelConfig and ScriptArguments works; `--help` lists them.
+ModelConfig and ScriptArguments works; `--help-all` lists them.
 """
 
 from dpokit.story import main

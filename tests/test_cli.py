@@ -42,7 +42,7 @@ def test_help_needs_no_torch(argv):
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, env=environment)
     assert done.stdout.endswith("heavy: []\n"), done.stderr
-    arguments = ("RECIPE", "RUN", "SPACE", "FOLDER", "SOURCE", "prepare")
+    arguments = ("RECIPE", "RUN", "SPACE", "FOLDER", "SOURCE", "prepare", "versions")
     assert any(word in done.stdout for word in arguments), f"its help has none of {arguments}: {done.stdout}"
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,26 @@ def write_whole(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def apply_umask(path: Path) -> None:
+    """Gives a file, or the files below a folder, the permissions of any new file if only their owner can read them.
+
+    safetensors writes a temporary file, which nobody else can read, and renames it.
+    """
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
+    private = [file for file in files if stat.S_IMODE(file.stat().st_mode) == stat.S_IRUSR | stat.S_IWUSR]
+    if not private:
+        return
+    # A new file shows the umask; to ask the kernel for it, a process must change it for all of its threads.
+    probe = path.parent / f".umask-{os.getpid()}-{threading.get_native_id()}"
+    try:
+        probe.touch(exist_ok=False)
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink(missing_ok=True)
+    for file in private:
+        file.chmod(mode)
+
+
 def sync_folder(path: Path) -> None:
     """Flushes a folder's list of names to disk."""
     folder = os.open(path, os.O_RDONLY)
@@ -58,6 +79,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     part.mkdir(parents=True)
     try:
         yield part
+        apply_umask(part)
         remove_tree(path)
         part.replace(path)
     finally:

@@ -21,7 +21,7 @@ RECORD: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("recipe", "state", "why", "error", "placement", "model_fingerprint"), (str, type(None))),
     **dict.fromkeys(("settings", "versions", "machine"), (dict,)),
     **dict.fromkeys(("generations", "accepted_changes", "local"), (list,)),
-    **dict.fromkeys(("world_size", "former_starts"), (int,)),
+    **dict.fromkeys(("world_size", "former_starts", "steps"), (int,)),
     "best": (dict, type(None)),
 }
 # Limits for a file that is read into memory; a tokenizer has some 30 MB, the metrics of a million steps some 500 MB.

@@ -3,7 +3,7 @@
 import gc
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,9 @@ def main(recipe: str, defaults: Mapping[str, Any], program: str = "dpokit.run.tr
     An error that the user can correct ends in one message on rank 0 and exit code 2; a signal in one line and exit code
     75; any other error keeps its traceback.
     """
+    if {"-h", "--help", "--help-all", "--help_all"} & set(sys.argv[1:]):
+        show_help(recipe, defaults, sys.argv[1:])
+        return
     with ending_on_signals():
         if os.environ.get("RANK", "0") == "0":
             print(f"{Path(recipe).stem}: importing torch, transformers and TRL", file=sys.stderr, flush=True)
@@ -32,6 +35,24 @@ def main(recipe: str, defaults: Mapping[str, Any], program: str = "dpokit.run.tr
         train = getattr(import_module(module), function)
         with user_errors():
             train(recipe, defaults, sys.argv[1:])
+
+
+def show_help(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str]) -> None:
+    """Prints the flags of a recipe: the most used ones without importing torch, or all with `--help-all`."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        if {"-h", "--help"} & set(argv):
+            from dpokit.settings.help_page import render_help
+
+            print(render_help(recipe, defaults, argv))
+        else:
+            from dpokit.settings.flags import FlagParser, split_kind
+
+            FlagParser(split_kind(defaults)[0], prog=Path(recipe).name).print_all_flags()
+    except DpokitError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager

@@ -91,14 +91,16 @@ def test_a_run_on_two_nodes_completes_its_job(uninterrupted):
 
 def test_dpokit_submit_queues_a_job_on_one_node(cluster, training_flags, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
-    run = tmp_path / "run"
-    options = ["--config-file", str(ONE), f"--sbatch=--output={run}.%j.out"]
-    done = dpokit("submit", str(RECIPE), *options, *training_flags, "--output_dir", str(run))
+    run = tmp_path / "100% my run"
+    done = dpokit("submit", str(RECIPE), "--config-file", str(ONE), *training_flags, "--output_dir", str(run))
     assert done.returncode == 0, done.stderr
     job = done.stdout.strip()
-    assert end_of(cluster, job, run) == "COMPLETED", log_of(run)[-3000:]
+    log = run / f"slurm-{job}.out"
+    assert f"log: {log}\n" in done.stderr
+    assert end_of(cluster, job, run) == "COMPLETED", log.read_text()[-3000:]
     assert cluster.show(job)["Restarts"] == "0"
-    assert json.loads(dpokit("status", str(run), "--json").stdout)["next"] == "done"
+    status = json.loads(dpokit("status", str(run), "--json").stdout)
+    assert (status["next"], status["steps"], status["percent"]) == ("done", STEPS, 100.0)
 
 
 def test_a_run_preempted_twice_ends_with_the_same_metrics(cluster, training_flags, uninterrupted, tmp_path):

@@ -40,7 +40,7 @@ def options_of(text: str) -> list[str]:
 
 def arguments_of(text: str) -> list[str]:
     """The arguments after the script's name, as its own bash reads them."""
-    setting = text[text.index("\nset -- ") : text.index("\nset -u\n")]
+    setting = text[text.index("\nset -- ") : text.index("\nif [ -n ")]
     command = f"{setting}\n{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))' \"$@\""
     return json.loads(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
 
@@ -70,24 +70,33 @@ def test_every_option_reaches_sbatch():
     many_options = job(
         nodes=4,
         gpus_per_node=8,
+        cpus_per_task=16,
+        mem="500G",
         partition="gpu",
         account="lab",
+        qos="long",
         time="2-00:00:00",
         exclusive=True,
         job_name="mine",
+        output="logs/my run/%j.out",
+        setup=Path("my set-up.sh"),
         signal_seconds=600,
         max_restarts=7,
         processes_per_node=2,
         sbatch=("--constraint=h100", "--mem=0"),
     )
     text = render_job(many_options)
-    assert options_of(text)[-10:] == [
+    assert options_of(text)[-14:] == [
         "--job-name=mine",
         "--nodes=4",
         "--gpus-per-node=8",
+        "--cpus-per-task=16",
+        "--mem=500G",
         "--partition=gpu",
         "--account=lab",
+        "--qos=long",
         "--time=2-00:00:00",
+        "--output=logs/my run/%j.out",
         "--signal=B:USR1@600",
         "--exclusive",
         "--constraint=h100",
@@ -95,6 +104,7 @@ def test_every_option_reaches_sbatch():
     ]
     assert "DPOKIT_MAX_RESTARTS=7" in text
     assert "DPOKIT_PROCESSES_PER_NODE=2" in text
+    assert f"DPOKIT_SETUP='{ROOT / 'my set-up.sh'}'" in text
 
 
 def test_the_script_of_an_array_keeps_the_index_mark():
@@ -132,6 +142,10 @@ def test_options_of_sbatch_are_quoted_or_refused():
         ({"processes_per_node": 0}, "--processes-per-node is 0"),
         ({"max_restarts": -1}, "--max-restarts is -1"),
         ({"signal_seconds": 0}, "--signal-seconds is 0"),
+        ({"cpus_per_task": 0}, "--cpus-per-task is 0"),
+        ({"mem": "64"}, "--mem 64 has no unit"),
+        ({"setup": Path("nothing.sh")}, "--setup nothing.sh: there is no such file"),
+        ({"setup": ROOT / "README.md"}, "is no script that bash reads"),
         ({"time": "soon"}, "--time 'soon' is not a time"),
         ({"time": "5"}, "--time 5 is 300 s"),
         ({"array": "a-b"}, "--array 'a-b' is not an array"),
@@ -194,7 +208,9 @@ def test_a_documented_sbatch_names_a_recipe_that_exists(arguments):
 def test_a_documented_submit_passes_its_checks(arguments):
     verb = typer.main.get_command(app).commands["submit"]
     context = verb.make_context("submit", arguments[2:])
-    options = {name: value for name, value in context.params.items() if name not in ("dry_run", "recipe", "sbatch")}
+    options = {
+        name: value for name, value in context.params.items() if name not in ("dry_run", "recipe", "sbatch", "setup")
+    }
     check_job(SlurmJob(recipe=Path(context.params["recipe"]), flags=tuple(context.args), **options))
 
 

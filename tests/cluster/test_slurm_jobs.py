@@ -96,3 +96,21 @@ def test_one_job_of_an_array_is_requeued_without_the_others(cluster, tmp_path):
     cluster.wait_for(f"{job}_3", ["COMPLETED"])
     cluster.wait_for(f"{job}_4", ["COMPLETED"])
     assert [len(record_of(run)["generations"]) for run in (first, last)] == [1, 2]
+
+
+def test_a_job_has_its_cpus_and_the_variables_of_its_setup(cluster, tmp_path):
+    run, setup = tmp_path / "run", tmp_path / "my set-up.sh"
+    setup.write_text(f"module() {{ false; true; }}\nmodule load x\necho $SLURM_CPUS_PER_TASK > '{run}.cpus'\ncd /\n")
+    job = stand_in(cluster, run, "--steps", "1000", setup=setup, cpus_per_task=2, mem="500M")
+    # A step that got one CPU of the job's two would train half as fast.
+    step = ("scontrol", "--oneliner", "show", "step", f"{job}.0")
+    cluster.wait_until(lambda: "CPUs=2 " in cluster.run(*step), "a step with two CPUs", more=lambda: log_of(run))
+    assert run.with_suffix(".cpus").read_text() == "2\n"
+    cluster.wait_until(lambda: record_of(run).get("step", 0) >= 1, "step 1", more=lambda: log_of(run))
+    other, setup = tmp_path / "other", tmp_path / "setup.sh"
+    setup.write_text("module load no_such_module\n")
+    job = stand_in(cluster, other, setup=setup)
+    assert end_of(cluster, job, other) == "FAILED"
+    assert cluster.show(job)["Restarts"] == "0"
+    assert log_of(other).endswith(f"{setup} failed in line 1 (exit code 127); correct it and submit again\n")
+    assert not other.exists()

@@ -137,6 +137,30 @@ def test_steps_trained_twice_are_counted_and_timed(tmp_path):
         assert line in text
 
 
+@pytest.mark.parametrize(
+    ("steps", "records", "more", "expected"),
+    [
+        (100, [(10, 30.0), (20, 50.0)], {}, (20.0, 160.0)),
+        (100, [(10, 30.0)], {}, (10.0, None)),
+        (100, [], {}, (0.0, None)),
+        (None, [(1, 1.0), (2, 2.0)], {}, (None, None)),
+        (None, [(1, 1.0), (2, 2.0)], {"settings": {"max_steps": {"value": 4}}}, (50.0, 2.0)),
+        (None, [(1, 1.0), (2, 2.0)], {"settings": {"max_steps": {"value": -1}}}, (None, None)),
+        (2, [(1, 1.0), (2, 2.0)], {"state": "finished"}, (100.0, None)),
+        (4, [(1, 1e300), (2, -1e300)], {}, (50.0, None)),
+        (4, [(1, float("nan")), (2, 2.0)], {}, (50.0, None)),
+        # Only the latest 50 records count: the first step waited for a compilation.
+        (200, [(1, 900.0), *((n, 900.0 + n) for n in range(2, 101))], {}, (50.0, 100.0)),
+    ],
+)
+def test_percent_and_time_left_follow_from_the_latest_steps(steps, records, more, expected, tmp_path):
+    run = make_run(tmp_path, start(0), **{"state": "running", "steps": steps or 0} | more)
+    run.metrics_jsonl.write_text("".join(json.dumps({"step": n, "seconds": s}) + "\n" for n, s in records))
+    status = read_status(run)
+    assert (status.percent, status.seconds_left) == expected
+    assert describe_status(status)
+
+
 def test_a_checkpoint_counts_only_if_it_matches_its_manifest(tmp_path):
     run = make_run(tmp_path, start(0), state="running", checkpoints=(1, 2, 3, 4))
     assert find_good_step(run) == 4
@@ -166,6 +190,13 @@ def test_the_verb_prints_lines_or_json_without_torch(tmp_path):
     assert "requeue: the run was preempted" in shown.stdout
     record = json.loads(dpokit("status", str(tmp_path / "run"), "--json").stdout)
     assert (record["next"], record["good_step"], record["generations"]) == ("requeue", 3, 1)
+    (tmp_path / "queued").mkdir()
+    folders = [str(tmp_path / name) for name in ("run", "queued")]
+    assert [record["state"] for record in json.loads(dpokit("status", *folders, "--json").stdout)] == [
+        "preempted",
+        "none",
+    ]
+    assert "not begun" in dpokit("status", *folders).stdout
     nowhere = dpokit("status", str(tmp_path / "nowhere"))
     assert nowhere.returncode == 2
     assert "there is no folder" in nowhere.stderr

@@ -37,7 +37,7 @@ def edit(path: Path, **changes) -> None:
     ("weights", "sent"),
     [
         (None, MODEL | {"merge.json"}),
-        ("merged", MODEL | {"merge.json"}),
+        ("model", MODEL | {"merge.json"}),
         ("adapter", ADAPTER),
         ("both", MODEL | {"merge.json"} | {f"adapter/{name}" for name in ADAPTER}),
     ],
@@ -50,16 +50,16 @@ def test_the_layout_is_that_of_a_loadable_repository(run, weights, sent):
 def test_without_a_merged_model_the_trained_weights_are_sent(tmp_path, tiny_gpt2, adapter):
     run = make_run(tmp_path / "run", tiny_gpt2, adapter=adapter)
     bundle = build_bundle(run)
-    assert (bundle.weights, paths(bundle)) == (("adapter", ALWAYS | ADAPTER) if adapter else ("merged", ALWAYS | MODEL))
+    assert (bundle.weights, paths(bundle)) == (("adapter", ALWAYS | ADAPTER) if adapter else ("model", ALWAYS | MODEL))
 
 
 @pytest.mark.parametrize(
     ("adapter", "weights", "says"),
     [
-        (True, "merged", "an adapter that is not merged"),
+        (True, "model", "an adapter that is not merged"),
         (True, "both", "an adapter that is not merged"),
         (False, "adapter", "the whole model was trained"),
-        (False, "weights", "--what weights is unknown"),
+        (False, "weights", "--weights weights is unknown"),
     ],
 )
 def test_weights_that_a_run_lacks_are_refused(tmp_path, tiny_gpt2, adapter, weights, says):
@@ -267,7 +267,7 @@ def test_an_adapter_of_a_local_base_needs_the_base_on_the_hub(run, tiny_gpt2):
 
 @pytest.mark.parametrize(
     ("weights", "base_model", "says"),
-    [("adapter", "/models/base", "is a local folder"), ("merged", BASE, "has no effect")],
+    [("adapter", "/models/base", "is a local folder"), ("model", BASE, "has no effect")],
 )
 def test_an_unusable_base_model_is_refused(run, weights, base_model, says):
     with pytest.raises(SettingsError, match=says):

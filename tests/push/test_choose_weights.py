@@ -3,13 +3,15 @@
 import json
 
 import pytest
-from pushing import REPO, make_run
+from pushing import REPO, hash_tree, make_run
+from typer.testing import CliRunner
 
 from dpokit.card.card import write_card
-from dpokit.errors import HubError
+from dpokit.errors import HubError, RunFolderError, SettingsError
 from dpokit.push.bundle import build_bundle
 from dpokit.push.hub import PushTarget
 from dpokit.push.push import push_run
+from dpokit.verbs.app import app
 
 
 @pytest.fixture
@@ -29,13 +31,13 @@ def train_on(run):
     run.token = ""
 
 
-@pytest.mark.parametrize("weights", [None, "merged", "both"])
+@pytest.mark.parametrize("weights", [None, "model", "both"])
 @pytest.mark.parametrize("licence", [None, "mit"])
 def test_an_outdated_merge_is_not_sent(run, weights, licence):
     train_on(run)
     with pytest.raises(HubError, match="merged is out of date") as error:
         list_bundle(run, weights=weights, license=licence)
-    assert error.value.do == f"delete {run.merged} and run dpokit merge {run.path}; or --what adapter"
+    assert error.value.do == f"delete {run.merged} and run dpokit merge {run.path}; or --weights adapter"
     assert {folder.name for folder in list_bundle(run, weights="adapter").folders} == {"adapter"}
 
 
@@ -48,6 +50,64 @@ def test_a_card_describes_the_adapter_if_the_merge_is_outdated(run):
     assert f'"{run.path.name}/adapter"' in card
 
 
+OTHER = {"license": "other", "license_name": "mine", "license_link": "https://a.b/c"}
+
+
+@pytest.mark.parametrize(
+    ("card", "licence", "kept"),
+    [
+        ({"license": "mit", "language": ["en", "de"]}, "apache-2.0", ["license: apache-2.0", "- en\n- de"]),
+        ({"license": "mit", "language": ["en"]}, "mit", ["license: mit", "language:\n- en"]),
+        (
+            {"license": "mit", "contact": 'M\u00e9 "of" <a@b.c> #1'},
+            "mit",
+            ['# contact: "M\\u00e9 \\"of\\" <a@b.c> #1"\n', "## Contact"],
+        ),
+        (OTHER, "other", ["license_name: mine", "license_link: https://a.b/c"]),
+        (OTHER, "mit", ["license: mit"]),
+    ],
+)
+def test_a_push_with_a_licence_keeps_the_rest_of_the_card(run, card, licence, kept):
+    run.card.unlink()
+    first = write_card(run, **card, repo_id=REPO).read_text()
+    list_bundle(run, license=licence)
+    again = run.card.read_text()
+    assert all(text in again for text in kept)
+    assert ("license_name" in again) is (licence == "other")
+    if licence == card["license"]:
+        assert again == first
+
+
+def test_a_push_with_a_licence_keeps_an_edited_card(run):
+    run.card.unlink()
+    write_card(run, license="mit", contact="me").write_text(f"{run.card.read_text()}\nmore\n")
+    before = run.card.read_bytes()
+    with pytest.raises(RunFolderError, match="was edited since"):
+        list_bundle(run, license="mit")
+    assert run.card.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("weights", "base_model"), [("adapter", "/models/base"), ("model", "org/base"), (None, "org/b")]
+)
+def test_an_unusable_base_is_refused_before_a_card_is_written(run, weights, base_model):
+    run.card.unlink()
+    before = hash_tree(run.path)
+    with pytest.raises(SettingsError, match="--base-model"):
+        list_bundle(run, weights=weights, base_model=base_model, license="mit")
+    assert hash_tree(run.path) == before
+
+
+def test_the_old_name_of_the_weights_flag_prints_a_line(run):
+    shown = [
+        CliRunner().invoke(app, ["push", str(run.path), "--repo-id", REPO, *flags, "--dry-run", "--json"])
+        for flags in (["--what", "merged"], ["--weights", "model"])
+    ]
+    assert [json.loads(result.stdout)["weights"] for result in shown] == ["model", "model"]
+    assert "--what is now --weights" in shown[0].stderr
+    assert "--what" not in shown[1].stderr
+
+
 @pytest.mark.parametrize("state", ["running", "failed", "preempted"])
 def test_an_unfinished_run_sends_no_older_weights(run, state):
     run.write_run(state=state)
@@ -58,12 +118,12 @@ def test_an_unfinished_run_sends_no_older_weights(run, state):
 def test_a_merged_checkpoint_of_a_failed_run_is_sent(run):
     run.adapter.rename(run.path / "away")
     run.write_run(state="failed")
-    assert list_bundle(run).weights == "merged"
+    assert list_bundle(run).weights == "model"
 
 
 @pytest.mark.parametrize(
     ("written", "pushed", "repo_id"),
-    [("adapter", "merged", REPO), ("merged", "adapter", REPO), ("merged", "merged", "tester/other")],
+    [("adapter", "model", REPO), ("model", "adapter", REPO), ("model", "model", "tester/other")],
 )
 def test_a_generated_card_of_other_weights_is_refused(run, written, pushed, repo_id):
     run.card.unlink()

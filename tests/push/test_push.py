@@ -149,7 +149,7 @@ def test_stale_weights_of_an_earlier_push_are_removed(hub, tmp_path, tiny_gpt2, 
     run = make_run(tmp_path / "run", tiny_gpt2, adapter=True, merged=True)
     push(run, weights="adapter")
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub.files(REPO))
-    outcome = push(run, weights="merged")
+    outcome = push(run, weights="model")
     assert outcome.pushed.removed == ("adapter_config.json", "adapter_model.safetensors")
     assert set(hub.files(REPO)) == SENT_BY_A_MODEL | {".gitattributes", "merge.json"}
 
@@ -242,7 +242,7 @@ def test_a_hub_that_keeps_failing_names_the_command_to_repeat(hub, run, call, mo
     before = hash_tree(run.path)
     with pytest.raises(HubError, match=r"answered 503 to .*, 3 times in a row") as error:
         push(run, PushTarget(REPO, message="it's mine"))
-    command = f"dpokit push {run.path} --repo-id {REPO} --what merged --commit-message 'it'\"'\"'s mine'"
+    command = f"dpokit push {run.path} --repo-id {REPO} --weights model --commit-message 'it'\"'\"'s mine'"
     assert str(error.value).endswith(command)
     assert "trying again in 0.02 s (3 of 3)" in capsys.readouterr().err
     assert hash_tree(run.path) == before
@@ -259,7 +259,7 @@ def test_a_call_that_huggingface_hub_gives_up_names_the_command(hub, run, call, 
     with pytest.raises(HubError, match=r"sending: the Hub answered 503 to P[A-Z]+ /") as error:
         push(run, retry=RetryPolicy(tries=1))
     assert "Signature" not in str(error.value)
-    assert str(error.value).endswith(f"dpokit push {run.path} --repo-id {REPO} --what merged")
+    assert str(error.value).endswith(f"dpokit push {run.path} --repo-id {REPO} --weights model")
 
 
 def test_a_push_waits_as_long_as_the_hub_asks(hub, run, monkeypatch, capsys):
@@ -372,7 +372,7 @@ def test_a_dry_run_sends_no_request_and_lists_all_files(hub, run):
     client = start_push(run, hub, "--dry-run", "--json")
     record = json.loads(client.communicate(timeout=60)[0])
     assert hub.requests == []
-    assert (record["repo_id"], record["private"], record["what"]) == (REPO, True, "merged")
+    assert (record["repo_id"], record["private"], record["weights"]) == (REPO, True, "model")
     named = {file["path"]: file for file in record["files"]}
     assert set(named) == SENT_BY_A_MODEL
     assert named["config.json"]["from"] == str(run.model / "config.json")

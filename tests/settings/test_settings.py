@@ -42,7 +42,7 @@ def test_each_layer_overrides_the_one_before_and_is_remembered(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("bta", "beta"), ("learning_rat", "learning_rate"), ("lr", "lr_scheduler"), ("eval_strat", "eval_str")],
+    [("bta", "beta"), ("learning_rat", "learning_rate"), ("lr", "learning_rate"), ("eval_strat", "eval_str")],
 )
 def test_a_misspelt_or_short_name_is_an_error_in_every_layer(name, hint, tmp_path):
     config = yaml_file(tmp_path, f"{name}: 1\n")

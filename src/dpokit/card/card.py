@@ -1,6 +1,7 @@
 """Writes the model card from the run folder alone: the model, its training and its results. No torch."""
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,14 @@ from markupsafe import Markup
 from dpokit.atomic_files import write_whole
 from dpokit.card.citations import list_citations
 from dpokit.card.escape import Mask, escape
-from dpokit.card.front_matter import check_front_matter, check_hub_id, check_languages, check_licence, is_hub_id
+from dpokit.card.front_matter import (
+    check_front_matter,
+    check_hub_id,
+    check_languages,
+    check_licence,
+    is_hub_id,
+    read_front_matter,
+)
 from dpokit.card.origin import Lineage, Source, Weights, build_front_matter, find_lineage, is_supervised
 from dpokit.card.sections import list_limits, list_training, local_names, show_sample, show_settings
 from dpokit.card.usage import build_usage
@@ -33,6 +41,7 @@ from dpokit.rundir import CARD_MARK, RunDir, is_card_file
 FIRST_FIGURES = ("loss", "margins", "accuracies", "rewards", "logps", "grad_norm")
 FIRST_ROWS = ("accuracy", "margin", "loss", "kl_per_token")
 MOST_SAMPLES = 5
+CONTACT = "# contact: "  # a YAML comment, from which the card can be written again
 MERGE = {
     "pairs": "held-out pairs scored before and after",
     "mean_drift": "mean change of a token's log-prob",
@@ -113,10 +122,31 @@ def write_card(
     title = repo_id.rpartition("/")[2] if repo_id else record.name
     head = build_front_matter(record, lineage, model_name=title, language=language, licence=publisher.licence())
     body = render_card(build_card(run, record, lineage, publisher, drawings, title=title), record)
+    if contact is not None:  # its text in the body is escaped
+        head = f"{CONTACT}{json.dumps(contact)}\n{head}"
     text = sign_card(f"---\n{head}\n---\n\n{body}")
     check_front_matter(text)
     _write(run, text, drawings)
     return run.card
+
+
+def read_publisher(run: RunDir) -> Publisher:
+    """The facts of the publication in the run's card, which `write_card` wrote; without a card, none.
+
+    Raises: RunFolderError as `check_card_overwrite`.
+    """
+    check_card_overwrite(run.card)
+    text = run.card.read_bytes().decode(errors="replace") if run.card.exists() else ""
+    head = read_front_matter(text)
+    language = head.get("language") or ()
+    contact = re.search(rf"^{CONTACT}(.*)$", text.partition("\n---\n")[0], re.MULTILINE)
+    return Publisher(
+        str(head.get("license") or ""),
+        head.get("license_name"),
+        head.get("license_link"),
+        (language,) if isinstance(language, str) else tuple(map(str, language)),
+        contact=json.loads(contact[1]) if contact else None,
+    )
 
 
 def build_card(

@@ -132,6 +132,16 @@ def check_languages(codes: Sequence[str]) -> None:
             )
 
 
+def read_front_matter(text: str) -> dict[str, Any]:
+    """The front matter of a card; {} if it is missing or unreadable, which the Hub reports for a hand-written card."""
+    block = BLOCK.match(text)
+    try:
+        head = yaml.safe_load(block[1]) if block else None
+    except yaml.YAMLError:
+        head = None
+    return head if isinstance(head, dict) else {}
+
+
 def check_front_matter(text: str) -> dict[str, Any]:
     """Returns the parsed front matter of a card.
 

@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dpokit.atomic_files import read_record, remove_tree, sync_folder, write_json
+from dpokit.atomic_files import apply_umask, read_record, remove_tree, sync_folder, write_json
 from dpokit.checkpoint.origin import find_key_file, is_signed_here, sign_checkpoint
 from dpokit.checkpoint.pickles import find_pickle_problem, needs_trust
 from dpokit.errors import RunFolderError
@@ -227,6 +227,7 @@ def seal(run: RunDir, step: int, files: Files, facts: Mapping[str, Any]) -> Path
         OSError: the disk is full, or fails.
     """
     part, path = find_part(run, step), run.path / f"checkpoint-{step}"
+    apply_umask(part)
     for folder in {(part / name).parent for name in files}:
         sync_folder(folder)
     write_manifest(part, step, files, facts)

@@ -30,7 +30,10 @@ class SlurmJob:
         flags: the training flags.
         nodes, gpus_per_node: as in sbatch; 0 GPUs for a run on CPUs.
         processes_per_node: None takes the number from the placement or the GPUs.
-        partition, account, time, array, job_name: as in sbatch.
+        cpus_per_task, mem: CPUs and memory of each node, as in sbatch, because a job has one task on each node.
+        partition, account, qos, time, array, job_name: as in sbatch.
+        output: the job's log, as in sbatch; None takes sbatch's own default.
+        setup: a file that the job sources before anything else; None for none.
         exclusive: the job shares its nodes with no other job.
         signal_seconds: how many seconds before the time limit Slurm signals the run to save and end.
         max_restarts: how many crashes lead to another start.
@@ -43,12 +46,17 @@ class SlurmJob:
     nodes: int = 1
     gpus_per_node: int = 0
     processes_per_node: int | None = None
+    cpus_per_task: int | None = None
+    mem: str | None = None
     partition: str | None = None
     account: str | None = None
+    qos: str | None = None
     time: str | None = None
     array: str | None = None
     exclusive: bool = False
     job_name: str | None = None
+    output: str | None = None
+    setup: Path | None = None
     signal_seconds: int = SIGNAL_SECONDS
     max_restarts: int = MAX_RESTARTS
     sbatch: tuple[str, ...] = ()
@@ -70,10 +78,14 @@ class SlurmJob:
             "job-name": self.job_name or self.recipe.stem,
             "nodes": self.nodes,
             "gpus-per-node": self.gpus_per_node or None,
+            "cpus-per-task": self.cpus_per_task,
+            "mem": self.mem,
             "partition": self.partition,
             "account": self.account,
+            "qos": self.qos,
             "time": self.time,
             "array": self.array,
+            "output": self.output,
             "signal": f"B:USR1@{self.signal_seconds}",
         }
         options = [f"--{name}={value}" for name, value in named.items() if value is not None]
@@ -95,6 +107,8 @@ def render_job(job: SlurmJob) -> str:
     variables = [f"DPOKIT_MAX_RESTARTS={job.max_restarts}", f"DPOKIT_PYTHON={shlex.quote(sys.executable)}"]
     if job.processes_per_node is not None:
         variables.append(f"DPOKIT_PROCESSES_PER_NODE={job.processes_per_node}")
+    if job.setup is not None:
+        variables.append(f"DPOKIT_SETUP={shlex.quote(str(job.setup.absolute()))}")
     job_lines = [f"export {' '.join(variables)}", f"set -- {shlex.join(job.arguments())}"]
     return "\n".join(
         [
@@ -164,10 +178,12 @@ def check_job(job: SlurmJob) -> None:
     """Checks a job before it is queued, except its training flags, whose check needs torch.
 
     Raises:
-        SettingsError: an invalid placement, array, time or number.
+        SettingsError: an invalid placement, array, time, number or set-up file.
         RunFolderError: the run folder is not writable, or holds a finished run.
     """
     _check_numbers(job)
+    if job.setup is not None:
+        check_setup(job.setup)
     if not job.config_file.is_file():
         placements = ", ".join(sorted(path.stem for path in Path("accelerate_configs").glob("*.yaml"))) or "none"
         raise SettingsError(
@@ -202,18 +218,42 @@ def _check_numbers(job: SlurmJob) -> None:
         "nodes": (job.nodes, 1),
         "gpus-per-node": (job.gpus_per_node, 0),
         "processes-per-node": (job.processes_per_node, 1),
+        "cpus-per-task": (job.cpus_per_task, 1),
         "signal-seconds": (job.signal_seconds, 1),
         "max-restarts": (job.max_restarts, 0),
     }
     for name, (number, least) in numbers.items():
         if number is not None and number < least:
             raise SettingsError(f"--{name} is {number}", expected=f"at least {least}", do=f"correct --{name}")
+    if job.mem is not None and job.mem.isdigit() and int(job.mem) > 0:
+        raise SettingsError(
+            f"--mem {job.mem} has no unit: Slurm would give each node {job.mem} megabytes",
+            expected="a number and a unit; 0 for all memory of a node",
+            do=f"--mem {job.mem}G for gigabytes, or --mem {job.mem}M",
+        )
     limit = None if job.time is None else parse_seconds(job.time)
     if limit is not None and limit <= job.signal_seconds:
         raise SettingsError(
             f"--time {job.time} is {limit} s, and the run is to end {job.signal_seconds} s before that limit: at once",
             expected="a --time above --signal-seconds",
             do="raise --time, or set --signal-seconds 60, enough for a step and a checkpoint",
+        )
+
+
+def check_setup(path: Path) -> None:
+    """Raises SettingsError if the set-up file does not exist or bash cannot parse it."""
+    if not path.is_file():
+        raise SettingsError(
+            f"--setup {path}: there is no such file",
+            expected="a file of shell commands, on a disk that all nodes share",
+            do="write one, such as: module load cuda",
+        )
+    parsed = subprocess.run(["bash", "-n", str(path.absolute())], capture_output=True, text=True, check=False)
+    if parsed.returncode != 0:
+        raise SettingsError(
+            f"--setup {path} is no script that bash reads: {' '.join(parsed.stderr.split())[:500]}",
+            expected="shell commands, such as: module load cuda",
+            do="correct the line that bash names",
         )
 
 

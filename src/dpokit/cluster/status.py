@@ -5,7 +5,7 @@ import socket
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from dpokit.terminal import one_line
 
 # How many crashes of one job lead to another start; preemptions are not counted.
 MAX_RESTARTS = 3
+RECENT = 50  # logged steps by which the time left is estimated
+MOST_SECONDS = 1e9  # a longer time is a damaged record
 # Errors that another start may avoid, perhaps on other nodes. The user has to correct every other DpokitError.
 RETRYABLE_ERRORS = ("MachineError", "OutOfMemoryError")
 
@@ -32,6 +34,10 @@ class Status:
         state: `running` (or killed, as no end is recorded), `preempted`, `finished`, `failed`; `none` without run.json.
         why, error: the cause of a failed run, as text and as the name of the error's class.
         last_step: the last logged step; None before the first.
+        steps: the number of steps of the whole run; None if it is not recorded yet.
+        percent: the share of them that is done; None without `steps`.
+        seconds_left: how long the other steps will take, by the latest ones; None without `steps`, before a second
+            logged step, and after the end.
         last_sign: when the run last wrote to its metrics, ISO 8601; None before the first time.
         good_step: the step of the newest complete checkpoint; None without one.
         generations: how often the run was started.
@@ -49,6 +55,9 @@ class Status:
     why: str | None
     error: str | None
     last_step: int | None
+    steps: int | None
+    percent: float | None
+    seconds_left: float | None
     last_sign: str | None
     good_step: int | None
     generations: int
@@ -108,6 +117,8 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
     after_crash = count_crashes(generations)
     lost = sum(_count_lost_steps(generations))
     step_seconds = _median_step_seconds(metrics)
+    steps = _find_steps(record)
+    last_step = metrics[-1]["step"] if metrics else None
     decided, reason = decide_next(
         record, good_step=good, after_crash=after_crash, max_restarts=max_restarts, attempt=attempt
     )
@@ -116,7 +127,10 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
         state=record.get("state") or "none",
         why=record.get("why"),
         error=record.get("error"),
-        last_step=metrics[-1]["step"] if metrics else None,
+        last_step=last_step,
+        steps=steps,
+        percent=None if steps is None else round(100 * (last_step or 0) / steps, 1),
+        seconds_left=find_seconds_left(metrics, steps) if record.get("state") != "finished" else None,
         last_sign=_read_modification_time(run.metrics_jsonl) if metrics else None,
         good_step=good,
         generations=len(generations),
@@ -231,6 +245,22 @@ def _median_step_seconds(metrics: Sequence[Mapping[str, Any]]) -> float | None:
     return statistics.median(step_seconds) if step_seconds else None
 
 
+def _find_steps(record: Mapping[str, Any]) -> int | None:
+    """The number of steps of the whole run; None if it is unknown, as in a record of dpokit 0.1 without max_steps."""
+    steps = record.get("steps") or record.get("settings", {}).get("max_steps", {}).get("value")
+    return steps if isinstance(steps, int) and steps > 0 else None
+
+
+def find_seconds_left(metrics: Sequence[Mapping[str, Any]], steps: int | None) -> float | None:
+    """The seconds of the steps that are left, by the mean of the latest RECENT logged ones, with their evaluations."""
+    latest = [record for record in metrics[-RECENT:] if isinstance(record.get("seconds"), int | float)]
+    if steps is None or len(latest) < 2 or latest[-1]["step"] <= latest[0]["step"]:
+        return None
+    step_seconds = (latest[-1]["seconds"] - latest[0]["seconds"]) / (latest[-1]["step"] - latest[0]["step"])
+    seconds = (steps - latest[-1]["step"]) * step_seconds
+    return round(max(0.0, seconds), 1) if abs(seconds) < MOST_SECONDS else None
+
+
 def _read_modification_time(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
 
@@ -241,8 +271,22 @@ def check_run(run: RunDir) -> None:
         raise RunFolderError(
             f"{run.path} holds no run.json" if run.path.is_dir() else f"there is no folder {run.path}",
             expected="the folder of a run: its --output_dir",
-            do="correct the path, or read the log of the job: a run that never began has no folder",
+            do="correct the path; a run that has not begun, or never did, has no run.json: read the log of its job",
         )
+
+
+def describe_progress(status: Status) -> str:
+    """The last step of all, the share that is done and the time left: `1,200 of 3,000, 40.0 %, 0:31:10 left`."""
+    step = "none yet" if status.last_step is None else f"{status.last_step:,}"
+    if status.steps is None:
+        return step
+    left = "" if status.seconds_left is None else f", {describe_seconds(status.seconds_left)} left"
+    return f"{step} of {status.steps:,}, {status.percent:.1f} %{left}"
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration as `0:31:10` or `2 days, 1:00:00`."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def describe_status(status: Status) -> str:
@@ -256,7 +300,7 @@ def describe_status(status: Status) -> str:
     lines = {
         "run": status.run,
         "state": state,
-        "last logged step": "none yet" if status.last_step is None else f"{status.last_step:,}",
+        "last logged step": describe_progress(status),
         "last good checkpoint": "none yet" if status.good_step is None else f"checkpoint-{status.good_step}",
         "restarts": f"{status.restarts} ({status.after_crash} after a crash)" if status.restarts else "0",
         "lost": lost,

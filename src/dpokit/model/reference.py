@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers.utils import cached_file
 from trl import DPOConfig, get_quantization_config
 
+from dpokit.atomic_files import apply_umask
 from dpokit.caches import find_caches
 from dpokit.console import say
 from dpokit.distributed.placement import find_precompute_trouble
@@ -183,6 +184,7 @@ class ReferenceCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(scores.tensors(), temporary, metadata={"sha256": _hash(scores)})
+            apply_umask(temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
             if not self._has_failed:

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from dpokit.atomic_files import read_record
 from dpokit.card.front_matter import is_on_disk
+from dpokit.card.origin import Weights
 from dpokit.errors import HubError
 from dpokit.push.card_files import find_card_files
-from dpokit.push.choose_weights import WEIGHTS, ChosenWeights, check_base_model, choose_weights
+from dpokit.push.choose_weights import WEIGHTS, check_base_model, choose_weights
 from dpokit.push.leak_scan import LeakFinder
 from dpokit.rundir import RunDir
 
@@ -79,7 +80,7 @@ class Bundle:
     """
 
     run: RunDir
-    weights: ChosenWeights
+    weights: Weights
     folders: tuple[Path, ...]
     base_model: str | None
     files: tuple[BundleFile, ...]
@@ -92,7 +93,7 @@ class Bundle:
     def record(self) -> dict[str, Any]:
         """JSON values: the files to send, their sources, and the files that are not sent."""
         return {
-            "what": self.weights,
+            "weights": self.weights,
             "files": [{"path": f.path, "bytes": f.size_bytes, "from": str(f.source)} for f in self.files],
             "total_bytes": self.size_bytes,
             "left": [{"file": str(path), "why": why} for path, why in self.left],
@@ -132,7 +133,7 @@ def build_bundle(
     chosen, whole = choose_weights(run, weights), run.find_whole()
     check_base_model(chosen, base_model)
     folders = [] if chosen == "adapter" or whole is None else [(whole, "")]
-    folders += [] if chosen == "merged" else [(run.adapter, "adapter/" if chosen == "both" else "")]
+    folders += [] if chosen == "model" else [(run.adapter, "adapter/" if chosen == "both" else "")]
     card_files = find_card_files(run, is_adapter=chosen == "adapter", repo_id=repo_id)
     files, left = [], []
     for name, source in card_files:
@@ -193,7 +194,7 @@ def _read_file(path: Path, name: str, base_model: str | None) -> BundleFile:
             raise HubError(
                 f"{path}: the adapter's base is {base}, a folder or file of this machine",
                 expected="a base that others can load, too",
-                do="--base-model ID, the base's id on the Hub; or --what merged",
+                do="--base-model ID, the base's id on the Hub; or --weights model",
             )
         if base_model not in (None, base):
             config["base_model_name_or_path"] = base_model

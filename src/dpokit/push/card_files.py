@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from dpokit.card.front_matter import BLOCK, LICENCE_FILE
+from dpokit.card.front_matter import LICENCE_FILE, read_front_matter
 from dpokit.errors import HubError
 from dpokit.rundir import CARD_MARK, RunDir
 
@@ -32,7 +30,7 @@ def find_card_files(run: RunDir, *, is_adapter: bool, repo_id: str | None) -> It
             do="--license apache-2.0 (or another licence) writes it",
         )
     text = run.card.read_bytes().decode(errors="replace")
-    head = _read_head(text)
+    head = read_front_matter(text)
     if CARD_MARK in text:
         _check_card(run, text, head, is_adapter=is_adapter, repo_id=repo_id)
     yield "README.md", run.card
@@ -48,16 +46,6 @@ def find_card_files(run: RunDir, *, is_adapter: bool, repo_id: str | None) -> It
                 do="add the file" if name == link else "write the card again",
             )
         yield name, source
-
-
-def _read_head(text: str) -> dict[str, Any]:
-    """The front matter; {} if it is missing or unreadable, which the Hub reports for a hand-written card."""
-    block = BLOCK.match(text)
-    try:
-        head = yaml.safe_load(block[1]) if block else None
-    except yaml.YAMLError:
-        head = None
-    return head if isinstance(head, dict) else {}
 
 
 def _check_card(run: RunDir, text: str, head: dict[str, Any], *, is_adapter: bool, repo_id: str | None) -> None:

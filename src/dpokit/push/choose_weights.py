@@ -1,24 +1,26 @@
 """The weights of a run that are sent: the whole model, its adapter, or both. No torch."""
 
-from typing import Literal
-
 from dpokit.card.front_matter import is_on_disk
+from dpokit.card.origin import Weights
 from dpokit.errors import HubError, SettingsError
 from dpokit.rundir import RunDir
 
-ChosenWeights = Literal["merged", "adapter", "both"]
-WEIGHTS = {"merged": "the whole model", "adapter": "the adapter", "both": "the whole model and its adapter"}
+WEIGHTS: dict[Weights, str] = {
+    "model": "the whole model",
+    "adapter": "the adapter",
+    "both": "the whole model and its adapter",
+}
 
 
-def choose_weights(run: RunDir, weights: str | None) -> ChosenWeights:
-    """Returns the weights to send: `weights` (the value of --what) if set; else the whole model if any, or the adapter.
+def choose_weights(run: RunDir, weights: str | None) -> Weights:
+    """Returns the weights to send: those of --weights if set; else the whole model if there is one, or the adapter.
 
     Raises:
         SettingsError: the run does not have these weights.
         HubError: the run has no weights, or they are older than its last training.
     """
     if weights is not None and weights not in WEIGHTS:
-        raise SettingsError(f"--what {weights} is unknown", expected=" or ".join(WEIGHTS), do="correct --what")
+        raise SettingsError(f"--weights {weights} is unknown", expected=" or ".join(WEIGHTS), do="correct --weights")
     whole, adapter = run.merged.is_dir() or run.model.is_dir(), run.adapter.is_dir()
     final, state = run.find_weights(), (run.read_run() or {}).get("state")
     if not whole and not adapter:
@@ -37,33 +39,33 @@ def choose_weights(run: RunDir, weights: str | None) -> ChosenWeights:
         raise HubError(
             f"{run.merged} is out of date: the run was trained further after the merge",
             expected="a merge of the final weights",
-            do=f"delete {run.merged} and run dpokit merge {run.path}" + ("; or --what adapter" if adapter else ""),
+            do=f"delete {run.merged} and run dpokit merge {run.path}" + ("; or --weights adapter" if adapter else ""),
         )
-    if weights in ("merged", "both") and not whole:
+    if weights in ("model", "both") and not whole:
         raise SettingsError(
-            f"--what {weights}, but {run.path} holds an adapter that is not merged",
+            f"--weights {weights}, but {run.path} holds an adapter that is not merged",
             expected="a whole model: merged/ or model/",
-            do=f"dpokit merge {run.path}; or --what adapter",
+            do=f"dpokit merge {run.path}; or --weights adapter",
         )
     if weights in ("adapter", "both") and not adapter:
         raise SettingsError(
-            f"--what {weights}, but {run.path} has no adapter: the whole model was trained",
-            expected="--what merged",
-            do="leave --what out",
+            f"--weights {weights}, but {run.path} has no adapter: the whole model was trained",
+            expected="--weights model",
+            do="leave --weights out",
         )
-    if weights is not None:
-        return "merged" if weights == "merged" else "adapter" if weights == "adapter" else "both"
-    return "merged" if whole else "adapter"
+    if weights is None:
+        return "model" if whole else "adapter"
+    return next(name for name in WEIGHTS if name == weights)
 
 
-def check_base_model(weights: ChosenWeights, base_model: str | None) -> None:
+def check_base_model(weights: Weights, base_model: str | None) -> None:
     """Raises SettingsError for a base model that has no effect, or that others cannot load."""
     if base_model is None:
         return
-    if weights == "merged":
+    if weights == "model":
         raise SettingsError(
             f"--base-model {base_model} has no effect: no adapter is sent",
-            expected="--base-model with --what adapter or both",
+            expected="--base-model with --weights adapter or both",
             do="leave --base-model out",
         )
     if is_on_disk(base_model):

@@ -135,7 +135,7 @@ def push_bundle(
 
 def find_command(bundle: Bundle, target: PushTarget) -> str:
     """The shell command that repeats the push."""
-    command = ["dpokit", "push", str(bundle.run.path), "--repo-id", target.repo_id, "--what", bundle.weights]
+    command = ["dpokit", "push", str(bundle.run.path), "--repo-id", target.repo_id, "--weights", bundle.weights]
     command += ["--base-model", bundle.base_model] if bundle.base_model else []
     return shlex.join([*command, *target.flags()])
 

@@ -1,22 +1,19 @@
 """Pushes a run folder to the Hub: the work of `dpokit push`."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpokit.card.card import write_card
-from dpokit.card.origin import Weights
+from dpokit.card.card import read_publisher, write_card
 from dpokit.console import say
 from dpokit.errors import SettingsError
 from dpokit.push.bundle import Bundle, build_bundle
-from dpokit.push.choose_weights import ChosenWeights, choose_weights
+from dpokit.push.choose_weights import check_base_model, choose_weights
 from dpokit.push.hub import Pushed, PushTarget, push_bundle
 from dpokit.push.permissions import check_repo_id
 from dpokit.push.retry import RetryPolicy
 from dpokit.rundir import RunDir
-
-CARD_WEIGHTS: dict[ChosenWeights, Weights] = {"merged": "model", "adapter": "adapter", "both": "both"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,8 @@ def push_run(
         folder: the run folder.
         target: the repository.
         weights, base_model: as for `build_bundle`.
-        license: writes the card again with this licence; None keeps the present card.
+        license: writes the card again with this licence, and with the language and contact of the present card, if
+            dpokit wrote it; None keeps that card.
         dry_run: send nothing, contact no server and need no token.
         yes: send without asking on the terminal.
         retry: how often and how long failed requests are repeated.
@@ -69,8 +67,13 @@ def push_run(
     check_repo_id(target.repo_id)
     run = RunDir(folder)
     if license is not None:
-        published = CARD_WEIGHTS[choose_weights(run, weights)]
-        write_card(run, license=license, repo_id=target.repo_id, base_model=base_model, weights=published)
+        published = choose_weights(run, weights)
+        check_base_model(published, base_model)
+        publisher = replace(read_publisher(run), repo_id=target.repo_id)
+        if license != "other":
+            publisher = replace(publisher, license_name=None, license_link=None)
+        facts = vars(replace(publisher, license=license))
+        write_card(run, **facts, base_model=base_model, weights=published)
     bundle = build_bundle(run, weights=weights, base_model=base_model, repo_id=target.repo_id)
     if dry_run:
         return Outcome(bundle, target, None)

@@ -14,7 +14,7 @@ from trl import ModelConfig
 
 from dpokit.credentials import HIDDEN, SECRET_SETTING
 from dpokit.errors import SettingsError
-from dpokit.settings.flag_facts import ORDER, Fact, flags_with
+from dpokit.settings.flag_facts import ORDER, WORKER_OPTIONS, Fact, flags_with
 from dpokit.settings.flags import KINDS, DataArguments
 from dpokit.settings.mixture import FLAGS, NAMES, SHARES, parse_sources
 
@@ -40,7 +40,6 @@ OPTIMIZERS_WITH_ARGS = (
 OPTIMIZERS_WITH_TARGETS = ("galore", "apollo")
 OPTIMIZERS_WITH_WARMUP = ("schedule_free_adamw", "schedule_free_sgd")  # whole names
 
-WORKER_OPTIONS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
 LEAST_NORMALISED_BETA = 1.0
 
 

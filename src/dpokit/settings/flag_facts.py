@@ -255,6 +255,8 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "warmup_steps": EXACT | SAME_TOKENS,
     "weight_decay": EXACT | SAME_TOKENS,
 }
+# Settings of the processes that load data.
+WORKER_OPTIONS = ("dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context")
 REFUSED = {name: fact for name, fact in FLAG_FACTS.items() if isinstance(fact, str)}
 
 

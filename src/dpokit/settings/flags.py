@@ -10,6 +10,8 @@ from typing import Any, Literal, Never, get_args, get_type_hints
 from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from dpokit.errors import SettingsError
+from dpokit.settings.flag_facts import REFUSED
+from dpokit.settings.flag_help import LAUNCHER, MEANT, OF_LAUNCHER, own_field
 from dpokit.settings.mixture import DataSource, parse_sources
 
 
@@ -17,129 +19,40 @@ from dpokit.settings.mixture import DataSource, parse_sources
 class DataArguments(ScriptArguments):
     """TRL's dataset flags, and all flags that dpokit adds."""
 
-    datasets: list[dict[str, Any]] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "A mixture, as TRL's list in YAML: path, name, split, columns, and fraction, weight or count."
-        },
-    )
-    dataset_mixer: dict[str, float] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": 'A mixture, as names with the share that is taken of each: {"a.jsonl": 1.0, "b.jsonl": 0.5}.'
-        },
-    )
-    mixture_seed: int = dataclasses.field(
-        default=0, metadata={"help": "Decides which pairs are taken of a source that does not give all of them."}
-    )
-    balance_sources: bool = dataclasses.field(
-        default=False, metadata={"help": "Take as many pairs of each source as the smallest one has."}
-    )
-    max_pairs_per_source: int | None = dataclasses.field(
-        default=None, metadata={"help": "Take at most N training pairs of each source."}
-    )
-    max_length_gap: int | None = dataclasses.field(
-        default=None, metadata={"help": "Leave out training pairs whose answers differ by more than N tokens."}
-    )
-    drop_duplicates: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "Leave out training pairs with the prompt and answers of an earlier row or source."},
-    )
-    eval_fraction: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "Hold out this share of the training pairs, by prompt, instead of a test split."},
-    )
-    columns: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Columns of another name: prompt=question+context,chosen=answers.best (prompt, chosen, ...)."
-        },
-    )
-    ignore_columns: list[str] | None = dataclasses.field(
-        default=None, metadata={"help": "Columns that are left out, separated by commas."}
-    )
-    skip_bad_rows: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "Drop rows of JSONL and CSV files that cannot be read, instead of stopping."},
-    )
-    format: str | None = dataclasses.field(
-        default=None,
-        metadata={"help": "The layout of the rows, for rows that fit several, such as implicit_plain."},
-    )
-    ranked: Literal["best_worst", "adjacent", "all", "random"] = dataclasses.field(
-        default="best_worst", metadata={"help": "The pairs of a row that has several answers with scores."}
-    )
-    min_score_gap: float = dataclasses.field(
-        default=0.0, metadata={"help": "Leave out pairs of answers whose scores differ by less."}
-    )
-    max_train_samples: int | None = dataclasses.field(
-        default=None, metadata={"help": "Use only the first N rows of the training split."}
-    )
-    max_eval_samples: int | None = dataclasses.field(
-        default=None, metadata={"help": "Use only the first N rows of the evaluation split."}
-    )
-    max_prompt_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Keep at most this many tokens of a prompt: whole turns of its end."}
-    )
-    max_completion_length: int | None = dataclasses.field(
-        default=None, metadata={"help": "Keep at most this many tokens of an answer, from its start."}
-    )
-    prompt_share: float = dataclasses.field(
-        default=0.5,
-        metadata={"help": "The share of max_length that a long prompt keeps when long answers are cut."},
-    )
-    template_date: str | None = dataclasses.field(
-        default=None,
-        metadata={
-            "help": "Date, as 2026-11-29, for chat templates that write one; by default that of the first start."
-        },
-    )
-    prompt_format: Literal["transcript", "raw"] = dataclasses.field(
-        default="transcript",
-        metadata={"help": "Without a chat template, join prompt and answer as an HH transcript, or as they are (raw)."},
-    )
-    shared_prefix: bool = dataclasses.field(
-        default=True, metadata={"help": "Compute a prompt once for all of its answers, if the model allows it."}
-    )
-    group_by_prompt: bool = dataclasses.field(
-        default=True, metadata={"help": "Train the pairs of one prompt in the same step, up to 8 of them."}
-    )
-    eval_answers: int = dataclasses.field(
-        default=8,
-        metadata={"help": "Held-out prompts answered at each evaluation, to detect degenerate answers."},
-    )
-    gates: Literal["stop", "warn"] = dataclasses.field(
-        default="stop", metadata={"help": "If a check shows that the result will be wrong: stop, or warn and continue."}
-    )
-    run_group: str | None = dataclasses.field(
-        default=None, metadata={"help": "Group of this run in the tracker, for example the trials of a sweep."}
-    )
-    run_tags: list[str] | None = dataclasses.field(default=None, metadata={"help": "Tags of this run in the tracker."})
-    accept_changes: list[str] | None = dataclasses.field(
-        default=None,
-        metadata={"help": "Settings that a resumed run may change, separated by commas."},
-    )
-    trust_checkpoint: bool = dataclasses.field(
-        default=False,
-        metadata={
-            "help": "Load ZeRO and FSDP2 shards that another user or machine wrote; unpickling them can run any code."
-        },
-    )
-    preempt_signal: str | None = dataclasses.field(
-        default=None, metadata={"help": "The signal on which the run saves and ends; by default SIGTERM and SIGUSR1."}
-    )
-    save_before_seconds: float | None = dataclasses.field(
-        default=None, metadata={"help": "Save and end this long before the Slurm job's time limit."}
-    )
-    merge_after_training: bool = dataclasses.field(
-        default=False, metadata={"help": "After training, run `dpokit merge`: base and adapter become one model."}
-    )
-    hub_license: str | None = dataclasses.field(
-        default=None, metadata={"help": "With --push_to_hub: the Hub's identifier of the model's licence."}
-    )
-    overwrite_run: bool = dataclasses.field(
-        default=False, metadata={"help": "Delete the run that output_dir holds and begin a new one there."}
-    )
+    datasets: list[dict[str, Any]] | None = own_field("datasets")
+    dataset_mixer: dict[str, float] | None = own_field("dataset_mixer")
+    mixture_seed: int = own_field("mixture_seed")
+    balance_sources: bool = own_field("balance_sources")
+    max_pairs_per_source: int | None = own_field("max_pairs_per_source")
+    max_length_gap: int | None = own_field("max_length_gap")
+    drop_duplicates: bool = own_field("drop_duplicates")
+    eval_fraction: float | None = own_field("eval_fraction")
+    columns: list[str] | None = own_field("columns")
+    ignore_columns: list[str] | None = own_field("ignore_columns")
+    skip_bad_rows: bool = own_field("skip_bad_rows")
+    format: str | None = own_field("format")
+    ranked: Literal["best_worst", "adjacent", "all", "random"] = own_field("ranked")
+    min_score_gap: float = own_field("min_score_gap")
+    max_train_samples: int | None = own_field("max_train_samples")
+    max_eval_samples: int | None = own_field("max_eval_samples")
+    max_prompt_length: int | None = own_field("max_prompt_length")
+    max_completion_length: int | None = own_field("max_completion_length")
+    prompt_share: float = own_field("prompt_share")
+    template_date: str | None = own_field("template_date")
+    prompt_format: Literal["transcript", "raw"] = own_field("prompt_format")
+    shared_prefix: bool = own_field("shared_prefix")
+    group_by_prompt: bool = own_field("group_by_prompt")
+    eval_answers: int = own_field("eval_answers")
+    gates: Literal["stop", "warn"] = own_field("gates")
+    run_group: str | None = own_field("run_group")
+    run_tags: list[str] | None = own_field("run_tags")
+    accept_changes: list[str] | None = own_field("accept_changes")
+    trust_checkpoint: bool = own_field("trust_checkpoint")
+    preempt_signal: str | None = own_field("preempt_signal")
+    save_before_seconds: float | None = own_field("save_before_seconds")
+    merge_after_training: bool = own_field("merge_after_training")
+    hub_license: str | None = own_field("hub_license")
+    overwrite_run: bool = own_field("overwrite_run")
 
     def __post_init__(self) -> None:
         self.columns = [f"{name}={path}" for name, path in parse_columns(self.columns).items()] or None
@@ -298,6 +211,14 @@ class FlagParser(TrlParser):
     def _takes_several(self, name: str) -> bool:
         return any(action.dest == name and action.nargs in ("+", "*") for action in self._actions)
 
+    def print_all_flags(self) -> None:
+        """Prints every flag that dpokit supports, with the text and the default of TRL and transformers."""
+        for action in self._actions:
+            if action.dest in REFUSED:
+                action.help = argparse.SUPPRESS
+        self.usage = f"{self.prog} [--config FILE.yaml] [--flag value ...]"
+        self.print_help()
+
     def names(self) -> list[str]:
         names = dict.fromkeys(action.dest for action in self._actions)  # two actions may set one value
         return [name for name in names if name not in ("help", "config")]
@@ -348,6 +269,10 @@ class FlagParser(TrlParser):
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
         if name in RETIRED:
             remedy = ("" if RETIRED[name].startswith("remove it") else "today's name is ") + RETIRED[name]
+        elif name in OF_LAUNCHER:
+            remedy = LAUNCHER
+        elif MEANT.get(name) in self.names():
+            remedy = f"did you mean {MEANT[name]}?"
         else:
             near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.6)
             near = near or [flag for flag in self.names() if flag.startswith(name)][:3]

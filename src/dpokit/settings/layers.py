@@ -66,10 +66,15 @@ _YamlLoader.yaml_implicit_resolvers |= {
 }
 
 
+def parse_yaml(text: str) -> Any:
+    """A YAML text's value. Raises: yaml.YAMLError."""
+    return yaml.load(text, _YamlLoader)
+
+
 def read_yaml(path: str, flag: str) -> dict[str, Any]:
     """A YAML file's mapping. Raises: SettingsError if the file cannot be read or holds no mapping."""
     try:
-        values = yaml.load(Path(path).read_text(), _YamlLoader)
+        values = parse_yaml(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(
             f"{flag} {path}: {error}", expected="a YAML file of settings", do="correct the path or the file"

@@ -4,8 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpokit.settings.conditions import WORKER_OPTIONS
-from dpokit.settings.flag_facts import Fact, flags_with
+from dpokit.settings.flag_facts import WORKER_OPTIONS, Fact, flags_with
 from dpokit.settings.mixture import NAMES
 
 Values = Mapping[str, Any]

@@ -87,7 +87,7 @@ def build_array(job: SlurmJob, pattern: str, trials: list[int], *, group: str) -
     """
     flags = ("--config", f"{pattern}.yaml", "--output_dir", pattern, "--run_group", group)
     array = ",".join(str(trial) for trial in sorted(trials))
-    return replace(job, flags=flags, array=array, job_name=group, sbatch=(f"--output={pattern}.log", *job.sbatch))
+    return replace(job, flags=flags, array=array, job_name=group, output=f"{pattern}.log")
 
 
 @dataclass

@@ -29,7 +29,7 @@ class EpochCallback(TrainerCallback):
 
 
 class PlacementCallback(TrainerCallback):
-    """Writes the placement of the prepared model to run.json, and whether prompts are shared."""
+    """Writes to run.json the placement of the prepared model, the number of steps, and whether prompts are shared."""
 
     def __init__(self, trainer: StepTrainer, run: RunDir) -> None:
         self.is_recorded = False
@@ -38,7 +38,7 @@ class PlacementCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero:
-            self.run.write_run(placement=self.trainer.placement)
+            self.run.write_run(placement=self.trainer.placement, steps=state.max_steps)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.is_world_process_zero and not self.is_recorded:

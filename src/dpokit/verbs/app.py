@@ -8,7 +8,6 @@ import typer
 from dpokit.verbs import data, evaluation, publish, runs, search, start, talk
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     # Training flags have underscores, so a verb's own options accept underscores as well as dashes.

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from dpokit.terminal import echo, one_line
-from dpokit.verbs.common import PASS_ON, errors_without_torch
+from dpokit.verbs.common import PASS_ON, complete_run, errors_without_torch
 
 app = typer.Typer()
 
@@ -17,7 +17,12 @@ app = typer.Typer()
 @app.command(context_settings=PASS_ON)
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model's folder, or a Hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|MODEL", help="A run folder, a model's folder, or a Hub id.", autocompletion=complete_run
+        ),
+    ],
     base: Annotated[str | None, typer.Option(help="The model to compare with; by default the run's base.")] = None,
     data: Annotated[str | None, typer.Option(help="Held-out pairs: Hub id, file or folder; else the run's.")] = None,
     split: Annotated[str | None, typer.Option(help="The split of --data.")] = None,
@@ -68,7 +73,10 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN [RUN ...]", help="Run folders; several are compared.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN [RUN ...]", help="Run folders; several are compared.", autocompletion=complete_run),
+    ],
     output: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="By default RUN/report/report.html; ./report.html for several runs."),

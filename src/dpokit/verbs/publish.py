@@ -9,15 +9,23 @@ from typing import Annotated, Literal
 import typer
 
 from dpokit.terminal import echo, one_line
-from dpokit.verbs.common import PASS_ON, errors_without_torch
+from dpokit.verbs.common import PASS_ON, complete_run, errors_without_torch
 
 app = typer.Typer()
+
+# The choice of weights, the same for both verbs.
+Weights = Annotated[
+    Literal["model", "adapter", "both"] | None,
+    typer.Option(help="The weights to publish; by default the whole model if it exists, else the adapter."),
+]
 
 
 @app.command(context_settings=PASS_ON)
 def merge(
     context: typer.Context,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder. It comes first.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder. It comes first.", autocompletion=complete_run)
+    ],
     dtype: Annotated[
         str | None,
         typer.Option(help="float32, bfloat16 or float16; by default the run's --dtype, or that of its base."),
@@ -57,7 +65,7 @@ def merge(
 
 @app.command()
 def card(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_run)],
     license: Annotated[str, typer.Option(help="The Hub's identifier of the licence (apache-2.0, mit), or other.")] = "",
     license_name: Annotated[str | None, typer.Option(help="The licence's name, with --license other.")] = None,
     license_link: Annotated[str | None, typer.Option(help="The licence's URL, or LICENSE.")] = None,
@@ -69,10 +77,7 @@ def card(
         str | None, typer.Option(metavar="ID", help="The base's id on the Hub, if the run used a local folder.")
     ] = None,
     contact: Annotated[str | None, typer.Option(help="The person or address for questions.")] = None,
-    weights: Annotated[
-        Literal["model", "adapter", "both"] | None,
-        typer.Option(help="The weights to publish; by default the whole model if it exists."),
-    ] = None,
+    weights: Weights = None,
     evaluation: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The folder in RUN/eval; by default the largest of the run's own pairs."),
@@ -100,16 +105,12 @@ def card(
 
 @app.command()
 def push(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_run)],
     repo_id: Annotated[
         str, typer.Option(metavar="USER/NAME", help="The repository on the Hub; it is created if it does not exist.")
     ],
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--what", metavar="merged|adapter|both", help="By default the whole model if it exists, else the adapter."
-        ),
-    ] = None,
+    weights: Weights = None,
+    old_weights: Annotated[Literal["merged", "adapter", "both"] | None, typer.Option("--what", hidden=True)] = None,
     base_model: Annotated[
         str | None, typer.Option(metavar="ID", help="The base's id on the Hub, if the run used a local folder.")
     ] = None,
@@ -130,6 +131,9 @@ def push(
         from dpokit.push.hub import PushTarget
         from dpokit.push.push import push_run
 
+        if old_weights is not None:  # the name in 0.1; delete it in 0.3
+            echo("--what is now --weights, and its value merged is now model", err=True)
+            weights = "model" if old_weights == "merged" else old_weights
         target = PushTarget(repo_id, public=public, revision=revision, message=commit_message)
         outcome = push_run(
             run, target, weights=weights, base_model=base_model, license=license, dry_run=dry_run, yes=yes

@@ -1,6 +1,7 @@
 """Verbs before and during a run: plan, prepare, submit, status, verify."""
 
 import json
+import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -9,15 +10,15 @@ from typing import Annotated
 import typer
 
 from dpokit.terminal import echo, one_line
-from dpokit.verbs.common import PASS_ON, errors_without_torch
+from dpokit.verbs.common import PASS_ON, Recipe, TrainingCommand, complete_run, errors_without_torch
 
 app = typer.Typer()
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(cls=TrainingCommand, context_settings=PASS_ON)
 def plan(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    recipe: Recipe,
     gpus: Annotated[
         str | None, typer.Option(metavar="NxGIB", help="Plan for these GPUs: 8x80. By default for this machine.")
     ] = None,
@@ -49,10 +50,10 @@ def plan(
         print_plan(made, checked)
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(cls=TrainingCommand, context_settings=PASS_ON)
 def prepare(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    recipe: Recipe,
     as_json: Annotated[bool, typer.Option("--json", help="Print the future content of data.json on stdout.")] = False,
 ) -> None:
     """Computes tokens and reference log-probs of a run in advance; the run then finds them in the caches.
@@ -71,10 +72,10 @@ def prepare(
         echo(json.dumps(record, indent=2))
 
 
-@app.command(context_settings=PASS_ON)
+@app.command(cls=TrainingCommand, context_settings=PASS_ON)
 def submit(
     context: typer.Context,
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="recipes/NAME.py, or NAME. It comes first.")],
+    recipe: Recipe,
     config_file: Annotated[Path, typer.Option(metavar="FILE", help="accelerate's config file of a placement.")] = Path(
         "accelerate_configs/single_gpu.yaml"
     ),
@@ -83,12 +84,23 @@ def submit(
     processes_per_node: Annotated[
         int | None, typer.Option(help="By default one per GPU, or the number in the placement's file.")
     ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(help="CPUs of each node; sbatch's default may be one, too few to load data.")
+    ] = None,
+    mem: Annotated[str | None, typer.Option(metavar="64G", help="Memory of each node; 0 for all of it.")] = None,
     partition: Annotated[str | None, typer.Option(help="Passed to sbatch.")] = None,
     account: Annotated[str | None, typer.Option(help="Passed to sbatch.")] = None,
+    qos: Annotated[str | None, typer.Option(help="Passed to sbatch.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit, passed to sbatch: 8:00:00.")] = None,
     array: Annotated[str | None, typer.Option(help="Passed to sbatch: 0-7; %a in a flag is the index.")] = None,
     exclusive: Annotated[bool, typer.Option("--exclusive", help="Use whole nodes.")] = False,
     job_name: Annotated[str | None, typer.Option(help="By default the recipe's name.")] = None,
+    output: Annotated[
+        str | None, typer.Option(metavar="FILE", help="The job's log; by default slurm-JOB.out in the run folder.")
+    ] = None,
+    setup: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Shell commands before all else: module load, conda activate.")
+    ] = None,
     signal_seconds: Annotated[int, typer.Option(help="Save this many seconds before the limit, then requeue.")] = 300,
     max_restarts: Annotated[int, typer.Option(help="Most restarts after crashes.")] = 3,
     sbatch: Annotated[
@@ -101,6 +113,7 @@ def submit(
     Every other flag is a training flag: dpokit submit recipes/dpo_8b.py --nodes 2 --gpus-per-node 8 --beta 0.2.
     """
     with redirect_stdout(sys.stderr):
+        from dpokit.cluster.job_files import describe_log, log_folders, with_log
         from dpokit.cluster.slurm import SlurmJob, check_job, render_job, submit_text
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
@@ -117,12 +130,17 @@ def submit(
                 nodes=nodes,
                 gpus_per_node=gpus_per_node,
                 processes_per_node=processes_per_node,
+                cpus_per_task=cpus_per_task,
+                mem=mem,
                 partition=partition,
                 account=account,
+                qos=qos,
                 time=time,
                 array=array,
                 exclusive=exclusive,
                 job_name=job_name,
+                output=output,
+                setup=setup,
                 signal_seconds=signal_seconds,
                 max_restarts=max_restarts,
                 sbatch=tuple(sbatch or ()),
@@ -131,37 +149,73 @@ def submit(
             # Checks the flags as a run would, for GPUs that this machine may lack; their memory does not matter here.
             gpus = f"{nodes * gpus_per_node}x80" if gpus_per_node else None
             load_request(str(job.recipe), job.command().flags, gpus)
-            answer = render_job(job) if dry_run else submit_text(render_job(job))
-    typer.echo(answer, nl=not dry_run)
+            job = with_log(job)
+            text = render_job(job)
+            if not dry_run:
+                with log_folders(job):
+                    job_id = submit_text(text)
+    if dry_run:
+        typer.echo(text, nl=False)
+        return
+    typer.echo(job_id)
+    if job.output is not None:
+        echo(f"log: {one_line(describe_log(job.output, job_id))}", err=True)
+    if job.array is None:
+        echo(f"dpokit status {shlex.quote(str(job.command().run_folder().path))} --watch shows its progress", err=True)
 
 
 @app.command()
 def status(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder: its --output_dir.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN [RUN ...]", help="Run folders: their --output_dir.", autocompletion=complete_run),
+    ],
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the runs until all have ended; exit code 1 if one has failed.")
+    ] = False,
     max_restarts: Annotated[int, typer.Option(help="Most restarts after crashes.")] = 3,
     since: Annotated[
         int | None,
         typer.Option(help="Judge the start on this host that came after this number of starts (launch/train.sbatch)."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object; a folder without a run is no error.")
+        bool,
+        typer.Option("--json", help="Print a JSON object, or a list for several; a folder without a run is no error."),
     ] = False,
 ) -> None:
-    """Shows state, last step, last good checkpoint and restarts of a run, and what to do with it next."""
-    from dpokit.cluster.status import check_run, describe_status, find_attempt, read_status
+    """Shows state, progress, last good checkpoint and restarts of runs, and what to do with them next."""
+    from dpokit.cluster.status import Status, check_run, describe_status, find_attempt, read_status
+    from dpokit.cluster.watch import print_runs, watch_runs
     from dpokit.rundir import RunDir
 
-    folder = RunDir(run)
+    if watch and as_json:
+        raise typer.BadParameter("--watch shows a table; --json prints the status once")
+    folders = [RunDir(run) for run in runs]
+
+    def read() -> list[Status]:
+        attempt = None if since is None else find_attempt(since)
+        return [read_status(folder, max_restarts=max_restarts, attempt=attempt) for folder in folders]
+
     with errors_without_torch():
-        if not as_json:
-            check_run(folder)
-        state = read_status(folder, max_restarts=max_restarts, attempt=None if since is None else find_attempt(since))
-    echo(json.dumps(state.record(), indent=2) if as_json else describe_status(state))
+        for folder in folders:
+            # `dpokit submit` makes the folder of a job that waits in the queue; runs/* may name such folders.
+            if not (as_json or ((watch or len(folders) > 1) and folder.path.is_dir())):
+                check_run(folder)
+        if watch and not watch_runs(read):
+            raise typer.Exit(1)
+        statuses = [] if watch else read()
+    if as_json:
+        records = [state.record() for state in statuses]
+        echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
+    elif len(statuses) == 1:
+        echo(describe_status(statuses[0]))
+    elif statuses:
+        print_runs(statuses)
 
 
 @app.command()
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", autocompletion=complete_run)],
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a list of {checkpoint, step, usable, why} on stdout.")
     ] = False,
