@@ -178,8 +178,7 @@ def decide_verdict(record: Mapping[str, Any]) -> dict[str, Any]:
         conclusion = "No difference to its base is shown"
     change = record["difference"]["logps_per_token/chosen"]
     text = f"{conclusion}: {evidence}."
-    if change.get("high", change["value"]) < -NONNEGATIVE = ("loss", "kl_per_token")
-COLLAPSE_PER_TOKEN:
+    if change.get("high", change["value"]) < -COLLAPSE_PER_TOKEN:
         text += f" But its chosen answers lost {-change['value']:.2f} nats a token: look at what it writes."
     return {"text": text, "better": better}
 
