@@ -81,6 +81,13 @@ def test_nan_is_left_out_and_nothing_but_nan_is_no_number():
     assert find_p_value(np.full(3, math.nan), np.ones(3), [0, 1, 2]) == 1.0
 
 
+def test_the_interval_of_a_loss_is_not_below_0():
+    values = [0.0] * 19 + [1.0]
+    assert find(values)["low"] < 0.0
+    assert find(values, nonnegative=True) == find(values) | {"low": 0.0}
+    assert find(values[:3], nonnegative=True) == find([math.nan], nonnegative=True) | {"value": 0.0}
+
+
 @pytest.mark.parametrize("values", [[0.0], [1.0], [0.0] * 5, [1.0] * 5, [-1.0] * 300, [0.0] * 300])
 def test_equal_differences_of_shares_have_an_interval_within_1(values):
     interval = find(values, share_differences=True)

@@ -25,6 +25,7 @@ def find_intervals(
     *,
     shares: Collection[str] = (),
     share_differences: Collection[str] = (),
+    nonnegative: Collection[str] = (),
 ) -> dict[str, Value]:
     """Returns `{name: {value, low, high}}`: means of pairs with their 95 % intervals.
 
@@ -36,10 +37,11 @@ def find_intervals(
         prompts: the prompt of each pair.
         shares: names of the columns with values from 0 to 1: Wilson's interval, see `_find_share`.
         share_differences: names of the columns with a difference of two shares, from -1 to 1: see `_find_difference`.
+        nonnegative: names of the columns whose true means cannot be below 0, such as losses: nor are their intervals.
     """
     numbers: dict[Hashable, int] = {}
     at = np.array([numbers.setdefault(prompt, len(numbers)) for prompt in prompts], dtype=int)
-    return {
+    intervals = {
         name: _find_interval(
             np.asarray(column, dtype=float),
             at,
@@ -47,6 +49,9 @@ def find_intervals(
         )
         for name, column in columns.items()
     }
+    for interval in (intervals[name] for name in nonnegative if "low" in intervals.get(name, {})):
+        interval["low"] = max(0.0, interval["low"])
+    return intervals
 
 
 def _find_interval(column: np.ndarray, prompts: np.ndarray, *, find_ends: Any) -> Value:

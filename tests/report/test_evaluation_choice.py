@@ -94,7 +94,9 @@ def test_the_most_sampled_answers_are_shown(first, second, answers, folder):
     assert run.answered is not None
     assert len(run.answers) == answers == run.answered.answer_numbers["settings"]["prompts"]
     is_elsewhere = run.answered is not run.evaluation
-    assert (f"From {run.answered.name}." in write_report([folder]).report.read_text()) is is_elsewhere
+    assert (
+        f"From {run.answered.name}, of Anthropic/hh-rlhf, split test." in write_report([folder]).report.read_text()
+    ) is is_elsewhere
 
 
 def test_a_named_evaluation_without_answers_shows_none(folder):

@@ -143,7 +143,7 @@ def _say_choice(run: RunDir, folder: Path) -> None:
     except RunFolderError:  # reports and cards show it
         return
     if shown is not None and run.path / shown.name != folder:
-        say(f"reports and the card show {shown.name}, unless --evaluation {folder.name} names this one")
+        say(f"reports and the card show {shown.name}; --evaluation {folder.name} shows this one")
 
 
 def _write_pairs(run: RunDir, record: dict[str, Any]) -> Path:
@@ -160,6 +160,6 @@ def _write_pairs(run: RunDir, record: dict[str, Any]) -> Path:
 def _name_evaluation(record: dict[str, Any]) -> str:
     """`20261129-171026-own-20-pairs`: date, data (`own` are the run's held-out pairs), number of pairs."""
     data = record["data"]
-    name = "own" if data["own"] else re.sub(r"[^A-Za-z0-9._]+", "-", data["name"].rpartition("/")[2])[:40].strip("-.")
+    name = "own" if data["own"] else re.sub(r"[^\w.]+", "-", data["name"].rpartition("/")[2])[:40].strip("-.")
     date = re.sub(r"[-:]|\+.*", "", record["made"]).replace("T", "-")
     return f"{date}-{name or 'data'}-{data['pairs']}-pair{'' if data['pairs'] == 1 else 's'}"

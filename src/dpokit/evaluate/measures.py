@@ -13,6 +13,7 @@ from dpokit.untrained_loss import LN_2
 
 LENGTH_BANDS = 4
 SHARES = tuple(name for name, measure in MEASURED.items() if measure.is_share)
+NONNEGATIVE = ("loss", "kl_per_token")
 COLLAPSE_PER_TOKEN = 0.5  # nats: each chosen token is 1.6 times less probable than in the base
 
 
@@ -54,6 +55,7 @@ def summarize_scores(
         prompts,
         shares=["always_longer", *(f"{side} {name}" for side in measured for name in SHARES)],
         share_differences=[f"difference {name}" for name in SHARES],
+        nonnegative=[f"tuned {name}" for name in NONNEGATIVE],
     )
     sides = {side: {name: values[f"{side} {name}"] for name in table} for side, table in measured.items()}
     if drift is not None:
@@ -118,7 +120,7 @@ def _describe_kind(
     for name in sorted(set(names), key=_by_number):
         members = [at for at, other in enumerate(names) if other == name]
         selected = {column: columns[column][members] for column in ("accuracy", "margin", "loss")}
-        intervals = find_intervals(selected, [prompts[at] for at in members], shares=SHARES)
+        intervals = find_intervals(selected, [prompts[at] for at in members], shares=SHARES, nonnegative=NONNEGATIVE)
         groups.append({"name": name, "pairs": len(members), **intervals})
     return groups
 

@@ -50,8 +50,8 @@ def _find_pair_difference(runs: Sequence[Run], split: str) -> str | None:
     groups = _list_groups(runs, lambda run: _describe_split(run, split))
     fingerprints = [mapping(mapping(run.data).get(split)).get("fingerprint") for run in runs]
     of_all = [mapping(run.data).get("fingerprint") for run in runs]
-    for known in (fingerprints, of_all):
-        if None not in known and len(set(map(str, known))) == 1:
+    for hashes in (fingerprints, of_all):
+        if None not in hashes and len(set(map(str, hashes))) == 1:
             return None
     if None not in fingerprints:
         return f"{name} ({groups})"

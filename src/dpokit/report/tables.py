@@ -221,7 +221,9 @@ def list_answers(run: Run) -> Table | None:
     names = dict.fromkeys(name for side in sides.values() for name in side)
     rows = [[name, *(interval(side.get(name)) for side in sides.values())] for name in names]
     judge = numbers.get("judge")
-    note = f"From {run.answered.name}. " if run.answered is not None and run.answered is not run.evaluation else ""
+    note = ""
+    if run.answered is not None and run.answered is not run.evaluation:
+        note = f"From {run.answered.name}, of {run.answered.data.get('name', 'the data')}. "
     if isinstance(judge, dict):
         counts = ", ".join(f"{number(judge[n])} {n}" for n in ("wins", "ties", "losses") if n in judge)
         note += f"A judge compared tuned with base: {counts}; win rate {interval(judge.get('win_rate'))}."
