@@ -40,6 +40,7 @@ from dpokit.data.file_kinds import check_kind
 from dpokit.data.files import BUILDERS, Splits, find_builder, find_files
 from dpokit.errors import DataError, find_disk_trouble
 from dpokit.file_hashes import hash_file
+from dpokit.reachable_hub import use_cache_without_hub
 
 # Only an empty cell of a CSV is missing: "NA", "None" and "null" can be answers.
 OPTIONS: dict[str, dict[str, Any]] = {"csv": {"keep_default_na": False, "na_values": [""]}}
@@ -283,6 +284,7 @@ def _load_saved(folder: Path, *, streaming: bool, ignore: Collection[str]) -> di
 
 
 def _load_from_hub(name: str, config_name: str | None, *, streaming: bool, ignore: Collection[str]) -> dict[str, Rows]:
+    use_cache_without_hub(name)
     try:
         builder = load_dataset_builder(name, config_name)
         _check_hub_builder(name, builder)

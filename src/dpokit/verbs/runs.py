@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from dpokit.run_names import check_file_name, check_run_name
+from dpokit.settings.layers import find_recipe
 from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, errors_without_torch
 
@@ -30,6 +32,8 @@ def plan(
 
     Every other flag is a training flag that overrides the recipe's: dpokit plan recipes/dpo_qlora.py --lora_r 32.
     """
+    with errors_without_torch():
+        find_recipe(recipe)
     with redirect_stdout(sys.stderr):  # output of libraries is no part of the result
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
@@ -59,13 +63,14 @@ def prepare(
 
     Every other flag is a training flag; give those of the run: dpokit prepare recipes/dpo_gpt2.py --max_length 512.
     """
+    with errors_without_torch():
+        path = find_recipe(recipe)
     with redirect_stdout(sys.stderr):
         from dpokit.run import prepare_run
-        from dpokit.settings.layers import find_recipe, read_defaults
+        from dpokit.settings.layers import read_defaults
         from dpokit.story import user_errors
 
         with user_errors():
-            path = find_recipe(recipe)
             record = prepare_run(str(path), read_defaults(path), context.args)
     if as_json:
         echo(json.dumps(record, indent=2))
@@ -100,6 +105,9 @@ def submit(
 
     Every other flag is a training flag: dpokit submit recipes/dpo_8b.py --nodes 2 --gpus-per-node 8 --beta 0.2.
     """
+    with errors_without_torch():
+        path = find_recipe(recipe)
+        check_file_name(config_file, "--config-file")
     with redirect_stdout(sys.stderr):
         from dpokit.cluster.slurm import SlurmJob, check_job, render_job, submit_text
         from dpokit.console import quiet_dependencies
@@ -107,11 +115,10 @@ def submit(
 
         quiet_dependencies()
         from dpokit.plan.request import load_request
-        from dpokit.settings.layers import find_recipe
 
         with user_errors():
             job = SlurmJob(
-                recipe=find_recipe(recipe),
+                recipe=path,
                 flags=tuple(context.args),
                 config_file=config_file,
                 nodes=nodes,
@@ -148,11 +155,13 @@ def status(
     ] = False,
 ) -> None:
     """Shows state, last step, last good checkpoint and restarts of a run, and what to do with it next."""
-    from dpokit.cluster.status import check_run, describe_status, find_attempt, read_status
-    from dpokit.rundir import RunDir
-
-    folder = RunDir(run)
     with errors_without_torch():
+        if not as_json:
+            check_run_name(run)
+        from dpokit.cluster.status import check_run, describe_status, find_attempt, read_status
+        from dpokit.rundir import RunDir
+
+        folder = RunDir(run)
         if not as_json:
             check_run(folder)
         state = read_status(folder, max_restarts=max_restarts, attempt=None if since is None else find_attempt(since))
@@ -167,12 +176,11 @@ def verify(
     ] = False,
 ) -> None:
     """Reads every byte of a run's checkpoints and shows which are whole. Exit code 1 if no checkpoint is."""
-    from dpokit.checkpoint.store import find_checkpoints
-    from dpokit.rundir import RunDir
-
     with errors_without_torch():
-        if not run.is_dir():
-            raise typer.BadParameter(f"there is no folder {run}")
+        check_run_name(run)
+        from dpokit.checkpoint.store import find_checkpoints
+        from dpokit.rundir import RunDir
+
         checkpoints = find_checkpoints(RunDir(run), deep=True)
     usable = [checkpoint for checkpoint in checkpoints if checkpoint.resume_problem is None]
     if as_json:
