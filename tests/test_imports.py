@@ -29,6 +29,8 @@ FLOORS = [
         "settings",
         "rundir",
         "run_starts",
+        "reachable_hub",
+        "run_names",
         "distributed",
         "errors",
         "console",

@@ -179,6 +179,14 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="huggingface_hub has a public call that switches its reports off.",
     ),
     UpstreamName(
+        "huggingface_hub.constants.HF_HUB_OFFLINE",
+        ("reachable_hub.py",),
+        "set",
+        why="A machine without the Hub would wait some 23 s for each file that is not in the cache.",
+        upstream="huggingface_hub/constants.py",
+        delete_when="huggingface_hub repeats no request to a server that refused the one before.",
+    ),
+    UpstreamName(
         "huggingface_hub.utils._http.logger",
         ("push/retry.py",),
         "read",

@@ -8,6 +8,7 @@ import pytest
 
 from dpokit.checkpoint.preempt import SIGNALS, Notice, choose_signals, find_preempted_restart, find_time_limit
 from dpokit.errors import SettingsError
+from dpokit.interrupts import Interrupted
 from dpokit.rundir import RunDir
 
 
@@ -19,6 +20,61 @@ def test_the_first_signal_is_recorded_and_none_ends_the_process():
         os.kill(os.getpid(), signal.SIGTERM)
         assert notice.is_given()
     assert notice.why == "SIGUSR1 on rank 3"
+
+
+INT, TERM, NEVER = signal.SIGINT, signal.SIGTERM, None
+# signals, moment, whether torchrun started the process; index of the signal that ends it at once
+ENDS = {
+    "Ctrl-C before the first step": ([INT], "start", False, 0),
+    "Ctrl-C before the first step, with a launcher": ([INT, INT], "start", True, 0),
+    "Ctrl-C while the reference is computed": ([INT], "reference", False, 0),
+    "Ctrl-C once": ([INT], "training", False, NEVER),
+    "Ctrl-C twice": ([INT, INT], "training", False, 1),
+    "Ctrl-C after SIGTERM": ([TERM, INT], "training", False, 1),
+    "SIGTERM after Ctrl-C": ([INT, TERM], "training", False, NEVER),
+    "Ctrl-C twice, the second one as the launcher passes it on": ([INT, TERM], "training", True, 1),
+    "SIGTERM before the first step": ([TERM], "start", False, 0),
+    "SIGTERM while the reference is computed": ([TERM], "reference", False, NEVER),
+    "SIGTERM twice": ([TERM, TERM], "training", True, NEVER),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_which_signal_ends_a_run_without_a_save(name, monkeypatch):
+    signals, moment, launched, ends = ENDS[name]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    notice = Notice(rank=0)
+    notice.is_training, notice.checked_at_boundaries = moment == "training", moment != "start"
+    now = time.monotonic()
+    for place, number in enumerate(signals):
+        monkeypatch.setattr(time, "monotonic", lambda place=place: now + 2 * place)
+        if place == ends:
+            with pytest.raises(Interrupted):
+                notice.note(number)
+            return
+        notice.note(number)
+    assert notice.is_given()
+
+
+def test_a_signal_that_comes_twice_at_once_counts_once():
+    notice = Notice(rank=0)
+    notice.is_training = True
+    notice.note(INT)
+    notice.note(INT)
+    notice.is_training = False
+    before = Notice(rank=0)
+    with pytest.raises(Interrupted):
+        before.note(INT)
+    before.note(INT)  # the first one is still being handled
+
+
+def test_ctrl_c_named_as_preempt_signal_saves_like_it():
+    notice = Notice(rank=0)
+    with notice.listen(("SIGINT",)):
+        os.kill(os.getpid(), INT)
+    assert notice.is_given()
 
 
 def test_the_former_signal_handlers_are_restored():

@@ -5,8 +5,11 @@ Real processes get real signals. A test recognises a moment by a line of output,
 
 import json
 import os
+import pty
 import random
 import re
+import select
+import shlex
 import shutil
 import subprocess
 import sys
@@ -244,6 +247,7 @@ def test_a_signal_at_a_moment_of_a_run_costs_nothing(moment, signals, world):
         code = process.wait(timeout=60)
     check_end(lives, code)
     assert code == 75 or moment in ("final weights", "evaluating", "saving")
+    assert signals[0] != SIGINT or moment not in ("prepared", "importing") or not lives.run.checkpoints()
     if lives.run.run_json.exists() and code:
         assert lives.run.read_run()["why"].startswith("SIG")
     go_on(lives, world)
@@ -264,19 +268,69 @@ def test_a_signal_at_a_random_moment_of_a_run_costs_nothing(seed, world):
 
 
 @pytest.mark.slow
-def test_ctrl_c_again_ends_a_run_that_is_still_saving(world):
+@pytest.mark.parametrize("config", [None, "ddp_cpu"])
+def test_ctrl_c_again_ends_a_run_that_is_still_saving(config, world):
+    """A launcher of several processes passes the first one on as SIGINT, and the second one as SIGTERM."""
     pairs = write_pairs(world / "many.jsonl", 8000)
-    one_long_step = ["--gradient_accumulation_steps", "6000", "--per_device_train_batch_size", "1"]
-    lives = build_lives(world, "long step", "--dataset_name", str(pairs), *one_long_step)
+    steps = 6000 if config is None else 3000
+    one_long_step = ["--gradient_accumulation_steps", str(steps), "--per_device_train_batch_size", "1"]
+    lives = build_lives(world, f"long step {config}", "--dataset_name", str(pairs), *one_long_step, config=config)
     with until(lives, lambda lives: lives.run.metrics_jsonl.exists()) as process:
+        time.sleep(1.5)  # until the first step has begun
         process.send_signal(SIGINT)
         time.sleep(1.5)
         assert process.poll() is None, lives.last_log()[-3000:]
         process.send_signal(SIGINT)
         code = process.wait(timeout=30)
-    check_end(lives, code)
-    assert code == 75
+        assert not children(process.pid)
     assert lives.run.read_run()["state"] == "preempted"
+    assert not lives.run.checkpoints()
+    assert len(OURS.findall(lives.last_log())) == 1, lives.last_log()
+    if config is None:
+        check_end(lives, code)
+
+
+def read_until(terminal: int, condition: Callable[[bytes], bool]) -> bytes:
+    """The output of a terminal until a condition on it is true."""
+    output, end = b"", time.monotonic() + LIFE_SECONDS
+    while not condition(output):
+        assert time.monotonic() < end, output[-3000:].decode()
+        if select.select([terminal], [], [], 0.05)[0]:
+            output += os.read(terminal, 65536)
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.cold
+def test_ctrl_c_in_a_terminal_ends_the_launcher_and_the_run_saves(world):
+    """accelerate's launcher of one process ends with a traceback; a line then names the process that is left."""
+    pairs = write_pairs(world / "many.jsonl", 8000)
+    one_long_step = ["--gradient_accumulation_steps", "6000", "--per_device_train_batch_size", "1"]
+    lives = build_lives(world, "terminal", "--dataset_name", str(pairs), *one_long_step)
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "dpo_gpt2.py"), *lives.flags]
+    command += ["--use_cpu", "--output_dir", str(lives.run.path)]
+    shell, terminal = pty.fork()
+    if not shell:
+        os.execvpe("bash", ["bash", "--norc", "-i"], os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        os.write(terminal, f"{shlex.join(command)}\n".encode())
+        output = read_until(terminal, lambda _: lives.run.metrics_jsonl.exists())
+        time.sleep(1.5)  # until the first step has begun
+        os.write(terminal, b"\x03")
+        output += read_until(terminal, lambda text: b"and ending" in text)
+        os.write(terminal, b"exit\n")
+        end = time.monotonic() + LIFE_SECONDS
+        while lives.run.read_run()["state"] == "running" and time.monotonic() < end:
+            time.sleep(0.1)
+    finally:
+        kill_tree(shell)
+        os.waitpid(shell, 0)
+        os.close(terminal)
+    text = output.decode()
+    assert "SIGINT: saving at the end of this step" in text
+    assert re.search(r"the launcher ended, but process \d+ is still saving", text), text[-3000:]
+    assert "SIGINT on rank 0: saving step 1 and ending" in text
+    assert [checkpoint.step for checkpoint in find_checkpoints(lives.run, deep=True)] == [1]
 
 
 @pytest.mark.slow
@@ -310,6 +364,8 @@ def test_a_signal_ends_all_ranks_with_one_line(moment, to, world):
         assert not children(launcher.pid)
     assert lives.run.read_run()["state"] == "preempted", lives.last_log()[-3000:]
     assert len(OURS.findall(lives.last_log())) == 1, lives.last_log()[-3000:]
+    # Ctrl-C before the first step ends all ranks at once; SIGTERM may come from a launcher that lost another rank.
+    assert (moment, to) != ("prepared", "terminal") or not lives.run.checkpoints()
 
 
 def children(pid: int) -> list[int]:

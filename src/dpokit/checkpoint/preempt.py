@@ -3,10 +3,12 @@
 A boundary is the end of a step, of a batch of an evaluation, or of a part of the reference that is kept on disk. Before
 the first one, a single process has nothing to save, so a signal ends it at once (interrupts.py).
 
-The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names, and Ctrl-C; a second Ctrl-C ends the
-process without a save. A known time limit has the same effect, `--save_before_seconds` ahead of it.
+The signals are SIGTERM and SIGUSR1, or the one that `--preempt_signal` names, and Ctrl-C. Ctrl-C before the first step
+ends all processes at once; a second Ctrl-C ends them without a save. A known time limit has the same effect as a
+signal, `--save_before_seconds` ahead of it.
 """
 
+import _thread
 import os
 import signal
 import socket
@@ -21,6 +23,8 @@ from dpokit.interrupts import REPEAT_SECONDS, Interrupted, Preempted, end_now, i
 from dpokit.rundir import RunDir
 
 SIGNALS = ("SIGTERM", "SIGUSR1")
+LAUNCHER = "TORCHELASTIC_RUN_ID"  # a variable of the processes that torchrun starts
+LAUNCHER_SECONDS = 10.0  # within this time the launcher of one process ends after Ctrl-C
 NAMES = sorted(name.name for name in signal.Signals if name.name not in ("SIGKILL", "SIGSTOP"))
 
 
@@ -53,6 +57,7 @@ class Notice:
         why: text of the first request; None before it.
         due: when the time limit makes one, by `time.monotonic`; None without a limit.
         checked_at_boundaries: whether the trainer will call `is_given`; if not, a signal raises Interrupted.
+        is_training: whether the first step has begun; before it, Ctrl-C raises Interrupted.
 
     Raises: SettingsError if `save_before_seconds` is set and no time limit is known.
     """
@@ -62,7 +67,9 @@ class Notice:
         self.why: str | None = None
         self.due: float | None = None
         self.checked_at_boundaries = True
-        self._since = 0.0
+        self.is_training = False
+        self._first, self._since = "", 0.0
+        self._is_ending = False
         self._names: tuple[str, ...] = ()
         if save_before_seconds is not None:
             limit = find_time_limit()
@@ -78,15 +85,22 @@ class Notice:
     def note(self, number: int, _: object = None) -> None:
         """Records a signal: the handler. A second Ctrl-C ends the process."""
         name = signal.Signals(number).name
-        before, self.why = self.why, self.why or f"{name} on rank {self.rank}"
-        if not self.checked_at_boundaries:
+        is_ctrl_c = name == "SIGINT" and name not in self._names
+        is_first, self.why = self.why is None, self.why or f"{name} on rank {self.rank}"
+        if is_first:
+            self._first, self._since = name, time.monotonic()
+        if not (self.is_training if is_ctrl_c else self.checked_at_boundaries) and not self._is_ending:
+            self._is_ending = True
             interrupt(name_signal(number))
-        if before is None:
-            self._since = time.monotonic()
-            if name == "SIGINT" and os.isatty(2):
-                write_line("SIGINT: saving at the end of this step (once more: ending now)")
-        elif name == "SIGINT" and name not in self._names and time.monotonic() - self._since > REPEAT_SECONDS:
+        elif is_first and is_ctrl_c and os.isatty(2):
+            _announce_save()
+        elif not is_first and self._is_second_ctrl_c(name, is_ctrl_c):
             end_now(Interrupted(self.why))
+
+    def _is_second_ctrl_c(self, name: str, is_ctrl_c: bool) -> bool:
+        """Whether a signal after the first one comes from a second Ctrl-C; torchrun turns that into SIGTERM."""
+        from_launcher = self._first == "SIGINT" and name == "SIGTERM" and LAUNCHER in os.environ
+        return (is_ctrl_c or from_launcher) and time.monotonic() - self._since > REPEAT_SECONDS
 
     def is_given(self) -> bool:
         """Whether this process has to save and exit; to be called at boundaries."""
@@ -105,6 +119,29 @@ class Notice:
         finally:
             for name, handler in before.items():
                 signal.signal(getattr(signal, name), handler or signal.SIG_DFL)
+
+
+def _announce_save() -> None:
+    """Writes a line to the terminal after the first Ctrl-C; called by a signal handler."""
+    if LAUNCHER in os.environ:
+        seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+        write_line(
+            f"SIGINT: saving at the end of this step; the launcher waits {seconds} s for it (once more: ending now)"
+        )
+    else:
+        write_line("SIGINT: saving at the end of this step (once more: ending now)")
+        _thread.start_new_thread(_report_lost_launcher, (os.getppid(),))
+
+
+def _report_lost_launcher(parent: int) -> None:
+    """Writes a line if accelerate's launcher of one process, the parent, ends at Ctrl-C and leaves this one behind."""
+    end = time.monotonic() + LAUNCHER_SECONDS
+    while time.monotonic() < end:
+        time.sleep(0.1)
+        if os.getppid() != parent:
+            pid = os.getpid()
+            write_line(f"the launcher ended, but process {pid} is still saving (to end it now: kill -INT {pid})")
+            return
 
 
 def choose_signals(flag: str | None) -> tuple[str, ...]:

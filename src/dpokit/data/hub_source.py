@@ -10,6 +10,7 @@ from dpokit.data.files import BUILDERS, find_builder
 from dpokit.data.paths import find_hub_name
 from dpokit.data.text_columns import ColumnChoice, Rows, leave_out
 from dpokit.errors import DataError, find_disk_trouble_or
+from dpokit.reachable_hub import use_cache_without_hub
 
 # Builders of `datasets` that a Hub dataset may use; `cache` reads what another wrote earlier, without a network.
 HUB_BUILDERS = ("json", "csv", "parquet", "arrow", "text", "cache")
@@ -21,6 +22,7 @@ def load_from_hub(name: str, config_name: str | None, *, streaming: bool, choice
     Raises: DataError: it cannot be reached, is not text, or names files outside of its repository.
     """
     identifier, revision = find_hub_name(name)
+    use_cache_without_hub(identifier)
     try:
         builder = load_dataset_builder(identifier, config_name, revision=revision)
         check_hub_builder(name, builder)

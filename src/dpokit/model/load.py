@@ -29,6 +29,7 @@ from dpokit.model.check import (
     is_gguf,
 )
 from dpokit.model.gguf import find_model_folder
+from dpokit.reachable_hub import use_cache_without_hub
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.load import Settings
 
@@ -179,6 +180,7 @@ def find_base(model: ModelConfig) -> str | None:
     name, revision = model.model_name_or_path, model.model_revision
     if is_gguf(name):
         return None
+    use_cache_without_hub(name)
     try:
         file = find_adapter_config_file(name, revision=revision) if name else None
     except OSError:  # no such model: loading it reports the error

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from dpokit.errors import SettingsError
+from dpokit.run_names import suggest
 
 YAML_BOOL = "tag:yaml.org,2002:bool"
 
@@ -17,11 +18,12 @@ def find_recipe(recipe: str) -> Path:
     for path in (Path(recipe), Path("recipes") / f"{recipe}.py"):
         if path.is_file() and path.suffix == ".py":
             return path
-    recipes = ", ".join(sorted(p.stem for p in Path("recipes").glob("*.py"))) or "no recipe in ./recipes"
+    recipes = sorted(p.stem for p in Path("recipes").glob("*.py"))
     raise SettingsError(
         f"there is no recipe {recipe!r}",
-        expected=f"a recipe's file, or the name of one ({recipes})",
-        do="dpokit plan recipes/dpo_gpt2.py [--gpus 8x80] [flags]: the recipe comes first",
+        expected=f"a recipe's file, or the name of one ({', '.join(recipes) or 'no recipe in ./recipes'})",
+        do=suggest(Path(recipe).stem, recipes)
+        or "dpokit plan recipes/dpo_gpt2.py [--gpus 8x80] [flags]: the recipe comes first",
     )
 
 

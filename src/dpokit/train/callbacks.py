@@ -74,6 +74,9 @@ class PreemptCallback(TrainerCallback):
         self.notice = notice
         self.why: str | None = None
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.notice.is_training = True
+
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.raise_write_error()
         if self.trainer.is_finished() and not control.should_evaluate:

@@ -1,5 +1,6 @@
 """Shared by all verbs. Neither this module nor the top of a verb's module imports torch, so `--help` is quick."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,5 +61,6 @@ def errors_without_torch() -> Iterator[None]:
         with working(), path_errors():
             yield
     except DpokitError as error:
-        echo(f"\n{type(error).__name__}: {error}", err=True)
+        if os.environ.get("RANK", "0") == "0":
+            echo(f"\n{type(error).__name__}: {error}", err=True)
         raise typer.Exit(2) from None

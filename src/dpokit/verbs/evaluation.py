@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from dpokit.run_names import check_run_name, check_run_or_model
 from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, complete_run, errors_without_torch
 
@@ -44,6 +45,9 @@ def evaluate(
     Every other flag is a training flag that overrides the run's: --beta 0.3, --max_length 512. On several devices:
     accelerate launch -m dpokit.cli evaluate RUN.
     """
+    with errors_without_torch():
+        check_run_or_model(model)
+        check_run_or_model(base)
     with redirect_stdout(sys.stderr):
         from dpokit.distributed.processes import is_main_process
         from dpokit.evaluate.answers import Sampling
@@ -92,8 +96,10 @@ def report(
     as_json: Annotated[bool, typer.Option("--json", help="Print {report, pngs, verdict} on stdout.")] = False,
 ) -> None:
     """Writes curves, evaluations, samples, data and settings to one HTML file, and each figure to a PNG beside it."""
-    from dpokit.report.page import write_report
-
     with errors_without_torch():
+        for run in runs:
+            check_run_name(run)
+        from dpokit.report.page import write_report
+
         written = write_report(runs, output=output, metric=metric, evaluation=evaluation)
     echo(json.dumps(written.record(), indent=2) if as_json else one_line(written.report))

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from dpokit.run_names import check_run_name
 from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, complete_run, errors_without_torch
 
@@ -52,6 +53,8 @@ def merge(
 
     Every other flag is a training flag that overrides the run's: --model_name_or_path NEW/PLACE/OF/THE/BASE.
     """
+    with errors_without_torch():
+        check_run_name(run)
     with redirect_stdout(sys.stderr):
         from dpokit.merge.merge import MergeOptions, describe_merge, merge_run
         from dpokit.rundir import RunDir
@@ -84,10 +87,11 @@ def card(
     ] = None,
 ) -> None:
     """Writes the model card, RUN/README.md, from the run folder alone, without the network."""
-    from dpokit.card.card import write_card
-    from dpokit.rundir import RunDir
-
     with errors_without_torch():
+        check_run_name(run)
+        from dpokit.card.card import write_card
+        from dpokit.rundir import RunDir
+
         written = write_card(
             RunDir(run),
             license=license,
@@ -128,6 +132,7 @@ def push(
 ) -> None:
     """Uploads a run's model, card and curves to the Hub: private, searched for secrets, and only missing files."""
     with redirect_stdout(sys.stderr), errors_without_torch():
+        check_run_name(run)
         from dpokit.push.hub import PushTarget
         from dpokit.push.push import push_run
 

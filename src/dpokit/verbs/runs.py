@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from dpokit.run_names import check_file_name, check_run_name
+from dpokit.settings.layers import find_recipe
 from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, Recipe, TrainingCommand, complete_run, errors_without_torch
 
@@ -31,6 +33,8 @@ def plan(
 
     Every other flag is a training flag that overrides the recipe's: dpokit plan recipes/dpo_qlora.py --lora_r 32.
     """
+    with errors_without_torch():
+        find_recipe(recipe)
     with redirect_stdout(sys.stderr):  # output of libraries is no part of the result
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
@@ -60,13 +64,14 @@ def prepare(
 
     Every other flag is a training flag; give those of the run: dpokit prepare recipes/dpo_gpt2.py --max_length 512.
     """
+    with errors_without_torch():
+        path = find_recipe(recipe)
     with redirect_stdout(sys.stderr):
         from dpokit.run import prepare_run
-        from dpokit.settings.layers import find_recipe, read_defaults
+        from dpokit.settings.layers import read_defaults
         from dpokit.story import user_errors
 
         with user_errors():
-            path = find_recipe(recipe)
             record = prepare_run(str(path), read_defaults(path), context.args)
     if as_json:
         echo(json.dumps(record, indent=2))
@@ -112,6 +117,9 @@ def submit(
 
     Every other flag is a training flag: dpokit submit recipes/dpo_8b.py --nodes 2 --gpus-per-node 8 --beta 0.2.
     """
+    with errors_without_torch():
+        path = find_recipe(recipe)
+        check_file_name(config_file, "--config-file")
     with redirect_stdout(sys.stderr):
         from dpokit.cluster.job_files import describe_log, log_folders, with_log
         from dpokit.cluster.slurm import SlurmJob, check_job, render_job, submit_text
@@ -120,11 +128,10 @@ def submit(
 
         quiet_dependencies()
         from dpokit.plan.request import load_request
-        from dpokit.settings.layers import find_recipe
 
         with user_errors():
             job = SlurmJob(
-                recipe=find_recipe(recipe),
+                recipe=path,
                 flags=tuple(context.args),
                 config_file=config_file,
                 nodes=nodes,
@@ -184,23 +191,25 @@ def status(
     ] = False,
 ) -> None:
     """Shows state, progress, last good checkpoint and restarts of runs, and what to do with them next."""
-    from dpokit.cluster.status import Status, check_run, describe_status, find_attempt, read_status
-    from dpokit.cluster.watch import print_runs, watch_runs
-    from dpokit.rundir import RunDir
-
     if watch and as_json:
         raise typer.BadParameter("--watch shows a table; --json prints the status once")
-    folders = [RunDir(run) for run in runs]
-
-    def read() -> list[Status]:
-        attempt = None if since is None else find_attempt(since)
-        return [read_status(folder, max_restarts=max_restarts, attempt=attempt) for folder in folders]
-
     with errors_without_torch():
-        for folder in folders:
-            # `dpokit submit` makes the folder of a job that waits in the queue; runs/* may name such folders.
-            if not (as_json or ((watch or len(folders) > 1) and folder.path.is_dir())):
-                check_run(folder)
+        # `dpokit submit` makes the folder of a job that waits in the queue; runs/* may name such folders.
+        named = [] if as_json else [run for run in runs if not ((watch or len(runs) > 1) and Path(run).is_dir())]
+        for run in named:
+            check_run_name(run)
+        from dpokit.cluster.status import Status, check_run, describe_status, find_attempt, read_status
+        from dpokit.cluster.watch import print_runs, watch_runs
+        from dpokit.rundir import RunDir
+
+        folders = [RunDir(run) for run in runs]
+
+        def read() -> list[Status]:
+            attempt = None if since is None else find_attempt(since)
+            return [read_status(folder, max_restarts=max_restarts, attempt=attempt) for folder in folders]
+
+        for run in named:
+            check_run(RunDir(run))
         if watch and not watch_runs(read):
             raise typer.Exit(1)
         statuses = [] if watch else read()
@@ -221,12 +230,11 @@ def verify(
     ] = False,
 ) -> None:
     """Reads every byte of a run's checkpoints and shows which are whole. Exit code 1 if no checkpoint is."""
-    from dpokit.checkpoint.store import find_checkpoints
-    from dpokit.rundir import RunDir
-
     with errors_without_torch():
-        if not run.is_dir():
-            raise typer.BadParameter(f"there is no folder {run}")
+        check_run_name(run)
+        from dpokit.checkpoint.store import find_checkpoints
+        from dpokit.rundir import RunDir
+
         checkpoints = find_checkpoints(RunDir(run), deep=True)
     usable = [checkpoint for checkpoint in checkpoints if checkpoint.resume_problem is None]
     if as_json:

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from dpokit.run_names import check_file_name
 from dpokit.terminal import echo
+from dpokit.verbs.common import errors_without_torch
 
 app = typer.Typer()
 
@@ -47,6 +49,8 @@ def sweep(
     Ctrl-C makes the running trials save and ends the command; jobs in Slurm's queue continue. The exit code is 75 if
     the search is not complete, and 1 if no trial has finished.
     """
+    with errors_without_torch():
+        check_file_name(space, "SPACE.yaml")
     with redirect_stdout(sys.stderr):
         from dpokit.cluster.slurm import SlurmJob
         from dpokit.console import quiet_dependencies

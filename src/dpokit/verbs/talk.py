@@ -11,8 +11,9 @@ import typer
 
 from dpokit.errors import DpokitError
 from dpokit.interrupts import left_to_python
+from dpokit.run_names import check_run_or_model
 from dpokit.terminal import echo
-from dpokit.verbs.common import PASS_ON
+from dpokit.verbs.common import PASS_ON, errors_without_torch
 
 app = typer.Typer()
 
@@ -61,6 +62,9 @@ def serve(
     Every other flag is a training flag that overrides the run's: --dtype bfloat16, --load_in_4bit, --use_cpu.
     """
     stdout = sys.stdout
+    with errors_without_torch():
+        check_run_or_model(model)
+        check_run_or_model(base)
     with redirect_stdout(sys.stderr):
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
@@ -110,6 +114,9 @@ def chat(
     stdout = sys.stdout
     if as_json and prompt is None:
         raise typer.BadParameter("--json needs --prompt TEXT")
+    with errors_without_torch():
+        check_run_or_model(model)
+        check_run_or_model(base)
     with redirect_stdout(sys.stderr):
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
