@@ -60,7 +60,8 @@ def naming_source(source: DataSource, number: int, of: int) -> Iterator[None]:
     except DataError as error:
         if of == 1:
             raise
-        seen = f"source {number} of {of}, {source.title}: {error.seen}"
+        seen = error.seen if error.seen.startswith(source.place) else f"{source.title}: {error.seen}"
+        seen = f"source {number} of {of}, {seen}"
         raise DataError(seen, expected=error.expected, do=error.do) from error
 
 

@@ -465,7 +465,7 @@ CONDITIONS = (
     ),
     Condition(
         ("balance_sources",),
-        NAMES,
+        ("dataset_name",),
         lambda values: len(parse_sources(values)) > 1,
         "name several sources",
     ),
@@ -478,7 +478,7 @@ CONDITIONS = (
     ),
     Condition(
         ("mixture_seed",),
-        (*NAMES, "balance_sources", "max_pairs_per_source"),
+        ("max_pairs_per_source",),
         _is_mixture_random,
         "take only a part of a source: fraction, weight, count, --balance_sources or --max_pairs_per_source",
     ),
