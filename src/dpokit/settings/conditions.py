@@ -151,8 +151,8 @@ def _has_source_without(key: str) -> Callable[[Values], bool]:
     """Whether the flag of this key holds for a source; only the sources that name a test split are evaluated on."""
 
     def holds(values: Values) -> bool:
-        own = [getattr(source, key) is not None for source in parse_sources(values)]
-        return values["datasets"] is None or not (any(own) if key == "test_split" else all(own))
+        has_key = [getattr(source, key) is not None for source in parse_sources(values)]
+        return values["datasets"] is None or not (any(has_key) if key == "test_split" else all(has_key))
 
     return holds
 

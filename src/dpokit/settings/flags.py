@@ -205,7 +205,7 @@ def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str] | l
     """
     if isinstance(value, Mapping):
         return parse_columns([json.dumps(value)])
-    items = _split_items(value if isinstance(value, str) else ",".join(value), "columns")
+    items = _split_items(value, "columns") if isinstance(value, str) else list(value)
     return parse_columns(items) if any("=" in item for item in items) else items
 
 
