@@ -106,7 +106,9 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
     """
     datasets, mixer = values.get("datasets"), values.get("dataset_mixer")
     if datasets is not None:
-        sources = [_parse_source(entry, f"source {number}") for number, entry in enumerate(datasets, 1)]
+        is_whole_list = len(datasets) == 1 and isinstance(datasets[0], list)  # one JSON text on the command line
+        entries = datasets[0] if is_whole_list else datasets
+        sources = [_parse_source(entry, f"source {number}") for number, entry in enumerate(entries, 1)]
     elif mixer is not None:
         if not isinstance(mixer, Mapping):
             _refuse(
