@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from dpokit.card.front_matter import check_licence, is_on_disk
 from dpokit.console import say
-from dpokit.data.sources import load_splits
+from dpokit.data.source_rows import choose_rows, load_sources
 from dpokit.distributed.cores import find_users_number
 from dpokit.errors import DataError, ReleaseError, SettingsError
 from dpokit.interpreter import PYTHON
@@ -78,14 +78,14 @@ def _check_merge(settings: Settings) -> None:
     if (
         settings.training.eval_strategy == "no" and data.eval_fraction is None
     ):  # otherwise training itself checks the pairs
-        splits = load_splits(data.dataset_name, data.dataset_config, streaming=False, ignore=data.ignore_columns or ())
-        names = {part.partition("[")[0].strip() for part in data.dataset_test_split.split("+")}
-        if data.dataset_test_split not in splits and not names <= splits.keys():
+        try:
+            choose_rows(data, load_sources(data, streaming=False), training=False)
+        except DataError as error:
             raise DataError(
-                f"--merge_after_training, but no held-out pairs to check it: no split {data.dataset_test_split!r}",
-                expected=f"--dataset_test_split {' or '.join(splits)}, or --eval_fraction 0.05",
+                f"--merge_after_training, but no held-out pairs to check it: {error.seen}",
+                expected="--dataset_test_split NAME, or --eval_fraction 0.05",
                 do="set one of them, or train without --merge_after_training, then dpokit merge RUN --no-proof",
-            )
+            ) from error
 
 
 def _check_base(settings: Settings) -> None:

@@ -140,6 +140,7 @@ def test_equal_settings_give_equal_bytes_and_a_seed_other_pairs(folder, plain_to
         for seed in (0, 0, 1)
     )
     assert json.dumps(first.record()) == json.dumps(again.record())
+    assert first.fingerprint == again.fingerprint
     assert first.fingerprint != other.fingerprint
     assert count_kept(first) != [15, 12]  # some are held out
     assert sum(count_kept(first)) + sum(count_kept(first, "eval")) == 15 + 12
@@ -221,6 +222,14 @@ def test_held_out_pairs_have_the_prompts_of_their_rows(flags, folder, plain_toke
     assert {*held_out.sources} == {"a", "", "c"}
     prepared = prepare_data(data, plain_tokenizer, max_length=None, with_eval=True)
     assert list_ids(prepared.eval) == list_ids(held_out.pairs)
+
+
+@pytest.mark.parametrize("form", ["texts", "list"])
+def test_sources_on_a_command_line_are_json(form, tmp_path):
+    sources = [{"path": "a", "weight": 0.5}, {"path": "b"}]
+    texts = [json.dumps(sources)] if form == "list" else [json.dumps(source) for source in sources]
+    settings = load_settings("x", {"output_dir": str(tmp_path), "use_cpu": True}, ["--datasets", *texts])
+    assert [(source.path, source.weight) for source in settings.data.sources()] == [("a", 0.5), ("b", None)]
 
 
 def test_columns_of_a_source_are_mapped_or_chosen(folder, plain_tokenizer):

@@ -153,7 +153,7 @@ def test_keys_of_a_source_name_its_files(entry, expected):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[tuple[str, Path, list[int]]]:
-    """The address of an HTTPS server that this process trusts, the folder of its files, and the status of each reply."""
+    """The address of an HTTPS server that this process trusts, its files, and the status of each reply."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder, key, certificate = tmp_path / "site", tmp_path / "key.pem", tmp_path / "certificate.pem"

@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any] | None]] = {
     "ranked": ("all", {"datasets": [{"path": "a", "ranked": "random"}]}, {"datasets": [{"path": "a"}]}),
     "min_score_gap": (2.0, {"datasets": [{"path": "a", "min_score_gap": 1}]}, {"datasets": [{"path": "a"}]}),
     "balance_sources": (True, {"dataset_name": "a"}, {"dataset_name": "a,b"}),
-    "mixture_seed": (1, {"dataset_name": "a,b"}, {"dataset_mixer": {"a": 0.5, "b": 1.0}}),
+    "mixture_seed": (1, {"max_pairs_per_source": None}, {"dataset_mixer": {"a": 0.5, "b": 1.0}}),
     "dataset_num_proc": (2, {"dataset_streaming": True, "max_steps": 3}, {"dataset_streaming": False}),
     "group_by_prompt": (True, {"dataset_streaming": True, "max_steps": 3}, {"dataset_streaming": False}),
     "run_tags": (["a"], {"report_to": "none"}, {"report_to": "tensorboard"}),

@@ -260,7 +260,8 @@ def _introduce(run: Run, lineage: Lineage) -> Markup:
     kept = train.get("kept")
     pairs = Markup(f"{kept:,} preference pairs" if isinstance(kept, int) else "preference pairs")
     if lineage.datasets:
-        pairs += Markup(" of {}").format(_link(lineage.datasets[0], "datasets/"))
+        links = [_link(source, "datasets/") for source in lineage.datasets]
+        pairs += Markup(" of ") + Markup(", ").join(links)
     kind = "A LoRA adapter for" if lineage.is_adapter else "A version of"
     base = "an unknown model" if lineage.base is None else _link(lineage.base)
     how = " (through a LoRA adapter, merged)" if run.setting("use_peft") and not lineage.is_adapter else ""

@@ -203,7 +203,7 @@ def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], settings: 
     is_old = "prompt_format" not in then
     raw = {"prompt_format": now.get("prompt_format")} if then.get(DATA) is not None else {}
     newer = {flag.name: flag.default for flag in fields(DataArguments) if flag.name in EXACT}
-    then = {**newer, "group_by_prompt": False, **raw, **then}
+    then = {**newer, "prompt_format": None, "group_by_prompt": False, **raw, **then}
     changed = {name: [then.get(name), value] for name, value in now.items() if then.get(name) != value}
     accepted = find_accepted(settings)
     refused = {name: both for name, both in changed.items() if name not in accepted}

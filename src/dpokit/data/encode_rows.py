@@ -14,7 +14,7 @@ from dpokit.data.tokens import Encoder
 from dpokit.errors import DataError
 
 
-def read_rows(rows: Iterable[Any], name: str) -> Iterator[Any]:
+def check_reading(rows: Iterable[Any], name: str) -> Iterator[Any]:
     """Yields the rows. Raises: DataError: files of a stream are read only now, with errors of various types."""
     try:
         yield from rows

@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from dpokit.data.columns import count_tokens, hash_pair, hash_pairs
-from dpokit.data.encode_rows import read_rows, refuse_empty
+from dpokit.data.encode_rows import check_reading, refuse_empty
 from dpokit.data.tally import Tally
 from dpokit.data.tokens import Encoder
 from dpokit.errors import DataError
@@ -85,7 +85,7 @@ def mix_pairs(parts: Sequence[Part], rules: MixtureRules) -> Mixture:
     Raises: DataError if a source has no pair left, or fewer than its `count`.
     """
     usable = []
-    seen: dict[bytes, int] = {}
+    owners: dict[bytes, int] = {}
     shared = 0
     for number, part in enumerate(parts):
         kept: Sequence[int] = range(len(part.pairs))
@@ -96,7 +96,7 @@ def mix_pairs(parts: Sequence[Part], rules: MixtureRules) -> Mixture:
             kept = short
         if rules.drops_duplicates or len(parts) > 1:
             keys = hash_pairs(part.pairs)
-            first = [pair for pair in kept if seen.setdefault(keys[pair], number) == number]
+            first = [pair for pair in kept if owners.setdefault(keys[pair], number) == number]
             shared += len(kept) - len(first)
             if rules.drops_duplicates:
                 by_key: dict[bytes, int] = {}
@@ -143,7 +143,7 @@ def _find_sizes(parts: Sequence[Part], usable: Sequence[Sequence[int]], rules: M
 
 
 def _sample(pairs: Sequence[int], size: int, seed: str) -> list[int]:
-    """Returns so many of the pairs, in their order; a larger sample with the same seed has all pairs of a smaller."""
+    """Returns `size` of the pairs, in their order; a larger sample with the same seed has all pairs of a smaller."""
     if size == len(pairs):
         return list(pairs)
     generator = random.Random(seed)
@@ -167,16 +167,16 @@ def mix_streams(
     balanced = rules.balances or parts[0].source.fraction is not None
     encoded = [_encode_stream(part) for part in parts]
 
-    def read_part(number: int, seen: set[bytes]) -> Iterator[dict[str, Any]]:
+    def read_part(number: int, earlier: set[bytes]) -> Iterator[dict[str, Any]]:
         part, generator = parts[number], random.Random(f"{rules.seed} {number}")
         most = min(filter(None, (part.source.count, rules.most_per_source)), default=None)
         taken = 0
-        for position, row in enumerate(read_rows(encoded[number], part.tally.source)):
+        for position, row in enumerate(check_reading(encoded[number], part.tally.source)):
             dropped, cut, notes = row.pop("dropped"), row.pop("cut"), row.pop("notes")
             key = row.pop("prompt_key")
             del row["whole_tokens"]
             if not dropped:
-                dropped = _judge(row, key, rules, seen) or ""
+                dropped = _judge(row, key, rules, earlier) or ""
             if not dropped and part.source.weight is not None and generator.random() >= part.source.weight:
                 dropped = "over_share"
             if position >= part.tally.rows:
@@ -190,8 +190,8 @@ def mix_streams(
                     return
 
     def read_all() -> Iterator[dict[str, Any]]:
-        seen: set[bytes] = set()
-        streams = {number: read_part(number, seen) for number in range(len(parts))}
+        earlier: set[bytes] = set()
+        streams = {number: read_part(number, earlier) for number in range(len(parts))}
         generator = random.Random(rules.seed)
         while streams:
             number = _draw(generator, {number: parts[number].source.fraction or 1.0 for number in streams})
@@ -206,16 +206,16 @@ def mix_streams(
     return read_all
 
 
-def _judge(row: dict[str, Any], prompt_key: bytes, rules: MixtureRules, seen: set[bytes]) -> str | None:
-    """Returns the reason for leaving a pair of a stream out, if any; and adds the pair to those that were seen."""
+def _judge(row: dict[str, Any], prompt_key: bytes, rules: MixtureRules, earlier: set[bytes]) -> str | None:
+    """Returns the reason for leaving a pair of a stream out, if any; and adds the pair to the earlier ones."""
     gap = abs(len(row["chosen_ids"]) - len(row["rejected_ids"]))
     if rules.most_length_gap is not None and gap > rules.most_length_gap:
         return "length_gap"
     if rules.drops_duplicates:
         pair = hash_pair(prompt_key, row["chosen_ids"], row["rejected_ids"])
-        if pair in seen:
+        if pair in earlier:
             return "duplicate_pair"
-        seen.add(pair)
+        earlier.add(pair)
     return None
 
 
@@ -232,6 +232,6 @@ def _draw(generator: random.Random, weights: dict[int, float]) -> int:
 
 
 def _encode_stream(part: StreamPart) -> IterableDataset:
-    names = list(next(iter(read_rows(part.rows, part.tally.source))))
+    names = list(next(iter(check_reading(part.rows, part.tally.source))))
     size = STREAM_BATCH_ROWS
     return part.rows.map(part.encoder, batched=True, batch_size=size, with_indices=True, remove_columns=names)

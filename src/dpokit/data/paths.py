@@ -49,7 +49,7 @@ def find_paths(name: str) -> list[Path]:
 
 
 def find_hub_name(name: str) -> tuple[str, str | None]:
-    """Returns a dataset's Hub id and revision: both may stand in an address, `hf://datasets/owner/name@revision`."""
+    """Returns a dataset's Hub id and revision: an address may have both, `hf://datasets/owner/name@revision`."""
     if not name.startswith(HUB_FILE):
         return name, None
     identifier, _, revision = name.removeprefix(HUB_FILE).partition("@")

@@ -107,7 +107,7 @@ def _prepare(
     """
     limits = find_limits(data, max_length)
     loaded = load_sources(data, streaming=data.dataset_streaming if streaming is None else streaming)
-    title = " + ".join(source.title for source, _ in loaded)
+    title = data.describe()
     rules = MixtureRules(
         data.max_length_gap, data.drop_duplicates, data.max_pairs_per_source, data.balance_sources, data.mixture_seed
     )

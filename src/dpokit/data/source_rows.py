@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Features, IterableDataset, LargeList, List
 
-from dpokit.data.encode_rows import read_rows
+from dpokit.data.encode_rows import check_reading
 from dpokit.data.layouts import ONE_PAIR, Layout, match_layout
 from dpokit.data.ranking import PairChoice
 from dpokit.data.sources import get_split, load_splits
@@ -60,8 +60,8 @@ def naming_source(source: DataSource, number: int, of: int) -> Iterator[None]:
     except DataError as error:
         if of == 1:
             raise
-        seen = f"source {number} of {of}, {source.title}: {error.seen}"
-        raise DataError(seen, expected=error.expected, do=error.do) from error
+        problem = error.seen if error.seen.startswith(source.place) else f"{source.title}: {error.seen}"
+        raise DataError(f"source {number} of {of}, {problem}", expected=error.expected, do=error.do) from error
 
 
 def choose_rows(
@@ -74,10 +74,10 @@ def choose_rows(
     most = data.max_train_samples if training else data.max_eval_samples
     chosen = []
     for number, (source, splits) in enumerate(loaded, 1):
-        own = source.split if training else source.test_split
-        split = own or getattr(data, flag)
+        named = source.split if training else source.test_split
+        split = named or getattr(data, flag)
         with naming_source(source, number, len(loaded)):
-            rows = get_split(splits, split, ("split:" if training else "test_split:") if own else flag)
+            rows = get_split(splits, split, ("split:" if training else "test_split:") if named else flag)
             rows = rows if most is None else _take(rows, most)
             name = f"{source.title}, split {split}"
             layout = _find_layout_for(data, source, rows, name)
@@ -90,8 +90,10 @@ def _take(rows: Rows, number: int) -> Rows:
 
 
 def _list_ignored(data: DataArguments, source: DataSource) -> tuple[str, ...]:
-    own = source.ignore_columns
-    return tuple(own.split(",") if isinstance(own, str) else own if own is not None else data.ignore_columns or ())
+    names = source.ignore_columns
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",")]
+    return tuple(data.ignore_columns or () if names is None else names)
 
 
 def _find_layout_for(data: DataArguments, source: DataSource, rows: Rows, name: str) -> Layout:
@@ -115,7 +117,7 @@ def find_layout(
 
     Raises: DataError if there are no rows, if no known layout fits, or if an unused column looks like content.
     """
-    first = islice(read_rows(rows, name), 10 * SAMPLE_ROWS)  # some of them may be bad rows, which are empty
+    first = islice(check_reading(rows, name), 10 * SAMPLE_ROWS)  # some of them may be bad rows, which are empty
     sample = list(islice((row for row in first if any(value is not None for value in row.values())), SAMPLE_ROWS))
     if not sample:
         raise DataError(f"{name} has no rows", expected="preference pairs", do="name another dataset or split")

@@ -66,8 +66,7 @@ def load_splits(
     names = [name] if isinstance(name, str) else list(name or ())
     if not all(names) or not names:
         raise DataError("no dataset was named", expected="a Hub id, a file or a folder", do="--dataset_name ID|PATH")
-    found = [find_paths(each) for each in names]
-    paths = [path for each in found for path in each]
+    paths = [path for each in names for path in find_paths(each)]
     choice = ColumnChoice(tuple(ignore), None if keep is None else tuple(keep))
     if len(names) > 1 or len(paths) > 1:
         return _load_several(names, paths, streaming=streaming, choice=choice, skip_bad=skip_bad)
@@ -232,8 +231,8 @@ def _make_readable(file: Path, builder: str, *, skip_bad: bool) -> tuple[Path, F
         try:
             return _make_readable(plain, builder, skip_bad=skip_bad)
         except DataError as error:
-            seen = error.seen.replace(str(plain), str(file))
-            raise DataError(seen, expected=error.expected, do=error.do) from error
+            problem = error.seen.replace(str(plain), str(file))
+            raise DataError(problem, expected=error.expected, do=error.do) from error
     if builder == "json" and is_list(file):
         copy = _copy(file, ".jsonl", write_lines)
         return copy, check_lines(copy, builder, name=file)

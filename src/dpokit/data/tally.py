@@ -143,7 +143,7 @@ class Tally:
         """Returns the counts of a split with these sources; of one source, its own."""
         if len(parts) == 1:
             return parts[0]
-        layout = ", ".join(dict.fromkeys(part.layout for part in parts))
+        layout = " + ".join(dict.fromkeys(part.layout for part in parts))
         whole = cls(source, layout, is_stream=parts[0].is_stream, sources=list(parts))
         for part in parts:
             whole.rows += part.rows

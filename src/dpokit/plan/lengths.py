@@ -11,11 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.columns import IDS, MASKS
 from dpokit.data.files import read_split_rows
+from dpokit.data.paths import find_hub_name
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
 from dpokit.model.score import count_scored
 from dpokit.plan.trace import Shape
 from dpokit.settings.load import Settings
+from dpokit.settings.mixture import is_local
 from dpokit.train.batches import Batches
 
 SAMPLE_PAIRS = 500
@@ -100,9 +102,9 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_len
 
     Raises: DataError for unusable local data.
     """
-    name = settings.data.dataset_name
+    sources = settings.data.sources()
     evaluates = settings.training.eval_strategy != "no"
-    if name and Path(name).expanduser().exists() and not settings.data.dataset_streaming:
+    if sources and all(map(is_local, sources)) and not settings.data.dataset_streaming:
         prepared = prepare_data(
             settings.data,
             tokenizer,
@@ -116,7 +118,7 @@ def load_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_len
     try:
         return sample_data(settings, tokenizer, max_length=max_length)
     except DataError as error:
-        if not name:
+        if not sources:
             raise
         return Data([], [], None, f"the data could not be read: {error.seen}", [])
 
@@ -135,7 +137,7 @@ def sample_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_l
         pairs = list(prepared.train)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
-            f"{data.dataset_name} could not be streamed: {' '.join(str(error).split())[:200]}",
+            f"{data.describe()} could not be streamed: {' '.join(str(error).split())[:200]}",
             expected="a dataset that this machine can reach",
             do="check the name and the network",
         ) from error
@@ -151,19 +153,24 @@ def sample_data(settings: Settings, tokenizer: PreTrainedTokenizerBase, *, max_l
 def find_rows(settings: Settings) -> int | None:
     """Returns the rows of the training split, at most `--max_train_samples`; None if the metadata has no number.
 
-    It reads only the metadata, no rows.
+    It reads only the metadata, no rows. A mixture has no number of its own.
     """
     data = settings.data
-    path = Path(str(data.dataset_name)).expanduser()
-    if path.exists():
-        counts = read_split_rows(path, data.dataset_config)
+    source, *others = data.sources()
+    if others or not isinstance(source.location, str):
+        return None
+    config_name = source.name or data.dataset_config
+    if is_local(source):
+        path = Path(source.location).expanduser()
+        counts = read_split_rows(path, config_name) if path.is_dir() else {}
     else:
+        identifier, revision = find_hub_name(source.location)
         try:
-            splits = load_dataset_builder(data.dataset_name, data.dataset_config).info.splits or {}
+            splits = load_dataset_builder(identifier, config_name, revision=revision).info.splits or {}
         except (OSError, ValueError, RuntimeError):
             splits = {}
         counts = {name: split.num_examples for name, split in splits.items()}
-    rows = counts.get(data.dataset_train_split)
+    rows = counts.get(source.split or data.dataset_train_split)
     if not rows:
         return data.max_train_samples
     return int(min(rows, data.max_train_samples or rows))

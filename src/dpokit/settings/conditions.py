@@ -150,8 +150,8 @@ def _has_source_without(key: str) -> Callable[[Values], bool]:
     """Whether the flag of this key holds for a source; only the sources that name a test split are evaluated on."""
 
     def holds(values: Values) -> bool:
-        own = [getattr(source, key) is not None for source in parse_sources(values)]
-        return values["datasets"] is None or not (any(own) if key == "test_split" else all(own))
+        has_key = [getattr(source, key) is not None for source in parse_sources(values)]
+        return values["datasets"] is None or not (any(has_key) if key == "test_split" else all(has_key))
 
     return holds
 
@@ -464,7 +464,7 @@ CONDITIONS = (
     ),
     Condition(
         ("balance_sources",),
-        NAMES,
+        ("dataset_name",),
         lambda values: len(parse_sources(values)) > 1,
         "name several sources",
     ),
@@ -477,7 +477,7 @@ CONDITIONS = (
     ),
     Condition(
         ("mixture_seed",),
-        (*NAMES, "balance_sources", "max_pairs_per_source"),
+        ("max_pairs_per_source",),
         _is_mixture_random,
         "take only a part of a source: fraction, weight, count, --balance_sources or --max_pairs_per_source",
     ),

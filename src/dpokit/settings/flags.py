@@ -67,6 +67,10 @@ class DataArguments(ScriptArguments):
                 read_columns(source.columns)
         return sources
 
+    def describe(self) -> str:
+        """Returns the names of all sources in one text."""
+        return " + ".join(source.title for source in self.sources())
+
 
 # The names that --columns gives to columns; data/layouts.py reads them.
 COLUMN_NAMES = ("prompt", "chosen", "rejected", "system", "tools", "chat_template_kwargs")
@@ -114,13 +118,16 @@ def read_columns(value: Mapping[str, str] | Sequence[str]) -> dict[str, str] | l
     """
     if isinstance(value, Mapping):
         return parse_columns([json.dumps(value)])
-    items = _split_items(value if isinstance(value, str) else ",".join(value), "columns")
+    items = _split_items(value, "columns") if isinstance(value, str) else list(value)
     return parse_columns(items) if any("=" in item for item in items) else items
 
 
 def json_object(text: str) -> Any:
-    """Returns the value of a flag with options; argparse shows this function's name for a text that is no JSON."""
-    return json.loads(text)
+    """Returns the value of a flag with options. Raises: ArgumentTypeError for a text that is no JSON."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is no JSON object, such as \'{{"name": "value"}}\'') from None
 
 
 def _split_items(text: str, flag: str) -> list[str]:

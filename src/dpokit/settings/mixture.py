@@ -106,7 +106,9 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
     """
     datasets, mixer = values.get("datasets"), values.get("dataset_mixer")
     if datasets is not None:
-        sources = [_parse_source(entry, f"source {number}") for number, entry in enumerate(datasets, 1)]
+        is_whole_list = len(datasets) == 1 and isinstance(datasets[0], list)  # one JSON text on the command line
+        entries = datasets[0] if is_whole_list else datasets
+        sources = [_parse_source(entry, f"source {number}") for number, entry in enumerate(entries, 1)]
     elif mixer is not None:
         if not isinstance(mixer, Mapping):
             _refuse(
@@ -132,15 +134,15 @@ def is_local(source: DataSource) -> bool:
 def _parse_source(entry: Any, label: str) -> DataSource:
     if not isinstance(entry, Mapping):
         _refuse(f"{label} of --datasets is {json.dumps(entry)}", "a source with a path", 'write {"path": "ID|PATH"}')
-    known = [field.name for field in fields(DataSource)]
+    keys = [field.name for field in fields(DataSource)]
     values: dict[str, Any] = {}
     for key, value in entry.items():
         name = OTHER_NAMES.get(key, key)
-        if name not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        if name not in keys:
+            near = difflib.get_close_matches(str(key), keys, n=1, cutoff=0.5)
             _refuse(
                 f"{label} has the key {key!r}",
-                "keys of a source: " + ", ".join(known),
+                "keys of a source: " + ", ".join(keys),
                 f"did you mean {near[0]}?" if near else f"remove {key!r}",
             )
         if name in values:
