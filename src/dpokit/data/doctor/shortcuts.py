@@ -174,10 +174,7 @@ def measure_shortcuts(
         picked = np.linspace(0, len(differences) - 1, MOST_PAIRS).astype(int)
         differences, groups = differences[picked], groups[picked]
         openings = (openings[0][picked], openings[1][picked])
-    columns = {
-        family: differences[:, [FEATURES.index(name) for name in names]]
-        for family, names in FAMILIES.items()
-    }
+    columns = {family: differences[:, [FEATURES.index(name) for name in names]] for family, names in FAMILIES.items()}
     columns["opening"] = _count_openings(*openings)
     columns["all_shortcuts"] = np.concatenate(list(columns.values()), axis=1)
     return {family: cross_validate(values, groups) for family, values in columns.items()}
