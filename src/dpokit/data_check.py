@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from datasets.utils.logging import disable_progress_bar, enable_progress_bar
 from trl import ModelConfig
 
-from dpokit.console import quiet_dependencies, track_progress
+from dpokit.console import has_bars, quiet_dependencies, track_progress
 from dpokit.data.doctor.check import check_data
 from dpokit.errors import SettingsError
 from dpokit.model.load import load_tokenizer
@@ -27,6 +28,7 @@ def check_sources(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]
     Raises: SettingsError for flags that no run would take, DataError and ModelError as in training.
     """
     quiet_dependencies()
+    (enable_progress_bar if has_bars() else disable_progress_bar)()
     _, layers = read_layers("data check", {}, argv)
     values = {name: value for _, layer in layers for name, value in layer.items()}
     origins = {name: layer for layer, settings in layers for name in settings}

@@ -233,6 +233,9 @@ ODD = {
     ],
     "Chinese": [{"prompt": "\u4e3a\u4ec0\u4e48" * 9, "chosen": "\u56e0\u4e3a" * 99, "rejected": "\u4e0d"}] * 2,
     "long": [{"prompt": "Why?" * 250_000, "chosen": "sk-" * 300_000, "rejected": "a@" * 400_000}],
+    "white space of a million letters": [
+        {"prompt": "Why?", "chosen": " " * 10**6 + "x", "rejected": "\n" * 10**6 + "y"}
+    ],
     "one letter": [{"prompt": "?", "chosen": "a", "rejected": "b"}] * 2,
     "scored": [{"prompt": "Why?", "responses": ["So.", "No.", "Hm."], "scores": [3, 2, 1]}],
 }

@@ -40,7 +40,7 @@ def test_the_command_prints_the_path_or_with_json_the_record(tmp_path):
             ["run", "--output", "run/run.json/x.html"],
             "RunFolderError: a file is where a folder is needed (run/run",
         ),
-        (["run", "--output", "empty"], "RunFolderError: empty exists, and is not a report"),
+        (["run", "--output", "empty"], "RunFolderError: empty exists, and dpokit report did not write it"),
     ],
 )
 def test_a_mistake_is_one_message_and_exit_code_2(arguments, says, tmp_path):

@@ -30,7 +30,7 @@ CONTROL_TOKENS = re.compile(
     r"<\|(?:im_start|im_end|start_header_id|eot_id|begin_of_text|user|assistant|system|endoftext)\|>|"
     r"<(?:start|end)_of_turn>|\[/?INST\]|<\uff5c(?:User|Assistant)\uff5c>"
 )
-_MESSAGE_TEXT = re.compile(r"""\s*\[?\s*\{\s*["']\w+["']\s*:""")
+_MESSAGE_TEXT = re.compile(r"""\s*(?:\[\s*)?\{\s*["']\w+["']\s*:""")
 
 
 class UnusableError(Exception):

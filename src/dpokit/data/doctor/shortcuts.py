@@ -145,16 +145,16 @@ def fit_logistic(differences: np.ndarray) -> np.ndarray:
 
     By Newton's method, with a penalty of RIDGE / 2 on the squared weights of features in units of their size.
     """
-    sizes = np.sqrt((differences**2).mean(axis=0))
-    scaled = differences / np.where(sizes > 0, sizes, 1)
-    weights = np.zeros(differences.shape[1])
+    sizes = np.sqrt(np.einsum("ij,ij->j", differences, differences) / max(len(differences), 1))
+    scaled = differences / np.where(sizes > 0, sizes, 1).astype(differences.dtype)
+    weights = np.zeros(differences.shape[1], differences.dtype)
     for _ in range(STEPS):
         wrong = 1 / (1 + np.exp(np.clip(scaled @ weights, -30, 30)))
         gradient = scaled.T @ wrong - RIDGE * weights
         curvature = (scaled * (wrong * (1 - wrong))[:, None]).T @ scaled
         step = np.linalg.solve(curvature + RIDGE * np.eye(len(weights)), gradient)
-        weights += step * min(1.0, 5 / max(np.abs(step).max(), 1e-9))
-        if np.abs(step).max() < 1e-4:
+        weights += (step * min(1.0, 5 / max(np.abs(step).max(), 1e-9))).astype(weights.dtype)
+        if np.abs(step).max() < 1e-3:
             break
     weights[sizes == 0] = 0
     return weights / np.where(sizes > 0, sizes, 1)
@@ -174,10 +174,7 @@ def measure_shortcuts(
         picked = np.linspace(0, len(differences) - 1, MOST_PAIRS).astype(int)
         differences, groups = differences[picked], groups[picked]
         openings = (openings[0][picked], openings[1][picked])
-    columns = {
-        family: differences[:, [FEATURES.index(name) for name in names]].astype(float)
-        for family, names in FAMILIES.items()
-    }
+    columns = {family: differences[:, [FEATURES.index(name) for name in names]] for family, names in FAMILIES.items()}
     columns["opening"] = _count_openings(*openings)
     columns["all_shortcuts"] = np.concatenate(list(columns.values()), axis=1)
     return {family: cross_validate(values, groups) for family, values in columns.items()}
@@ -186,7 +183,7 @@ def measure_shortcuts(
 def _count_openings(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     """Returns 1 in the column of the preferred answer's opening and -1 in that of the other one."""
     size = int(max(chosen.max(initial=-1), rejected.max(initial=-1))) + 1
-    table = np.zeros((len(chosen), max(size, 1)))
+    table = np.zeros((len(chosen), max(size, 1)), np.float32)
     rows = np.arange(len(chosen))
     np.add.at(table, (rows[chosen >= 0], chosen[chosen >= 0]), 1)
     np.add.at(table, (rows[rejected >= 0], rejected[rejected >= 0]), -1)
