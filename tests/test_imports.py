@@ -27,7 +27,7 @@ FLOORS = [
     {"checkpoint", "model", "data", "figures"},
     {"settings", "rundir", "distributed", "errors", "console", "metrics", "untrained_loss", "torch_build_locks"}
     | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"}
-    | {"file_hashes", "starter", "atomic_files", "caches", "environment"},
+    | {"file_hashes", "starter", "atomic_files", "caches", "environment", "start_run", "launcher"},
 ]
 LIGHT = ("report", "card", "cluster", "figures", "data.layouts", "data.transcripts", "quickstart.grammar", "rundir")
 LIGHT += ("errors", "atomic_files", "caches", "untrained_loss", "apikey", "credentials", "terminal")
