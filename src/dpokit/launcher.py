@@ -13,9 +13,6 @@ from typing import Any
 
 from dpokit.interrupts import EXIT_CODE
 
-# accelerate's list of defaults, and what torchrun logs of processes that end.
-LOGGERS = ("accelerate.commands.launch", "torch.distributed.run", "torch.distributed.elastic")
-
 
 def launch(arguments: list[str]) -> int:
     """Runs `accelerate launch` in this process; returns 0 or the exit code of the process that failed first.
@@ -26,8 +23,8 @@ def launch(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for name in LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # accelerate's list of defaults, and torchrun's records of processes that end; the processes write their own errors.
+    logging.disable(logging.ERROR)
     # Ctrl-C reaches the run itself, which saves; a launcher of one process waits for it. torchrun sets its own handler.
     signal.signal(signal.SIGINT, _wait_for_the_run)
     try:
@@ -46,8 +43,12 @@ def _wait_for_the_run(*_: Any) -> None:
 
 
 def _as_exit_code(code: int) -> int:
-    """A shell's exit code: 128 and the signal's number for a process that a signal killed."""
-    return 128 - code if code < 0 else code
+    """A shell's exit code: 128 and the signal's number for a process that a signal killed, of which a line tells."""
+    if code >= 0:
+        return code
+    cause = " (often for lack of memory)" if -code == signal.SIGKILL else ""
+    print(f"dpokit: signal {-code} ended a process of the run{cause}", file=sys.stderr)
+    return 128 - code
 
 
 if __name__ == "__main__":

@@ -783,8 +783,8 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         "typer.core.TyperCommand.shell_complete",
         ("verbs/common.py",),
         "override",
-        why="A verb passes unknown flags on to training, and Typer completes only its own; the override adds the training "
-        "flags.",
+        why="A verb passes unknown flags on to training, and Typer completes only the verb's own; the override adds "
+        "the training flags.",
         upstream="typer/_click/core.py",
         delete_when="Typer completes the flags that a command passes on.",
     ),
