@@ -39,7 +39,7 @@ FLOORS = [
         "torch_build_locks",
     }
     | {"apikey", "bounded_http", "credentials", "interpreter", "interrupts", "terminal", "safe_console", "upstream"}
-    | {"file_hashes", "starter", "atomic_files", "caches", "intervals", "environment"},
+    | {"file_hashes", "starter", "atomic_files", "caches", "intervals", "environment", "start_run", "launcher"},
 ]
 LIGHT = ("report", "card", "cluster", "figures", "data.layouts", "data.transcripts", "quickstart.grammar", "rundir")
 LIGHT += ("errors", "atomic_files", "caches", "intervals", "untrained_loss", "apikey", "credentials", "terminal")

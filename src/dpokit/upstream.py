@@ -788,6 +788,15 @@ UPSTREAM_NAMES: tuple[UpstreamName, ...] = (
         delete_when="TRL computes a pair's prompt once.",
     ),
     UpstreamName(
+        "typer.core.TyperCommand.shell_complete",
+        ("verbs/common.py",),
+        "override",
+        why="A verb passes unknown flags on to training, and Typer completes only the verb's own; the override adds "
+        "the training flags.",
+        upstream="typer/_click/core.py",
+        delete_when="Typer completes the flags that a command passes on.",
+    ),
+    UpstreamName(
         "uvicorn.Server.startup",
         ("serve/app.py",),
         "override",

@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dpokit.errors import MachineError
 
-LAUNCHERS = ("accelerate-launch", "accelerate.commands.launch", "torchrun", "torch.distributed.run")
+LAUNCHERS = ("accelerate-launch", "accelerate.commands.launch", "dpokit.launcher", "torchrun", "torch.distributed.run")
 
 
 def is_main_process() -> bool:

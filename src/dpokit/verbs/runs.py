@@ -1,6 +1,7 @@
-"""Verbs before and during a run: plan, prepare, submit, status, verify."""
+"""Verbs before and during a run: train, plan, prepare, submit, status, verify."""
 
 import json
+import os
 import shlex
 import sys
 from contextlib import redirect_stdout
@@ -15,6 +16,30 @@ from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, Recipe, TrainingCommand, complete_run, errors_without_torch
 
 app = typer.Typer()
+
+
+@app.command(cls=TrainingCommand, context_settings=PASS_ON | {"help_option_names": []})
+def train(
+    context: typer.Context,
+    recipe: Recipe,
+    config_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="accelerate's config file of a placement.")
+    ] = None,
+) -> None:
+    """Starts a run as `accelerate launch` does, without its warnings; the exit code is the run's own.
+
+    Every other flag is a training flag: dpokit train dpo_gpt2 --beta 0.2. RECIPE --help shows those of a recipe.
+    """
+    from dpokit.settings.layers import find_recipe
+    from dpokit.start_run import build_run_command
+
+    if recipe in ("--help", "-h"):
+        echo(context.get_help())
+        return
+    with errors_without_torch():
+        command = build_run_command(find_recipe(recipe), context.args, config_file)
+    sys.stdout.flush()
+    os.execv(command[0], command)  # signals then reach the run or its launcher, and the exit code is theirs
 
 
 @app.command(cls=TrainingCommand, context_settings=PASS_ON)
