@@ -103,6 +103,14 @@ def test_the_difference_of_paired_shares_is_bonett_and_prices():
     assert (interval["low"], interval["high"]) == pytest.approx((better - worse - reach, better - worse + reach))
 
 
+@pytest.mark.parametrize("mixture", [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+def test_prompts_with_equal_shares_count_as_one_pair_each(mixture):
+    """Also if their variance is not exactly 0, because a share such as 1/3 is rounded."""
+    size = len(mixture)
+    interval = find(mixture * 10, np.repeat(np.arange(10), size).tolist(), shares=True)
+    assert interval == pytest.approx(find_wilson(10 / size, 10))
+
+
 def test_one_prompt_with_many_pairs_counts_as_one_pair():
     alone = find([1.0] * 50 + [0.0] * 50, ["a"] * 100, shares=True)
     assert alone["high"] - alone["low"] > 0.7

@@ -78,7 +78,9 @@ def _find_share(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     if len(counts) < pairs:
         effective = _count_effective(counts)
         variance, t = _find_variance(sums, counts), find_t(effective - 1)
-        independent = min(pairs, share * (1 - share) / variance * (Z / t) ** 2) if variance > 0 else effective
+        binomial = share * (1 - share)
+        is_known = variance > 1e-9 * binomial / pairs  # not 0 but for rounding
+        independent = min(pairs, binomial / variance * (Z / t) ** 2) if is_known else effective
     return _wilson(share, max(independent, 1e-9))
 
 
