@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import DPOConfig, SFTConfig
 
-from dpokit.after_training import check_after_training, find_commands, run_commands
+from dpokit.after_training import check_after_training, describe_end, find_commands, run_commands
 from dpokit.atomic_files import write_json
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
 from dpokit.checkpoint.resume import MODEL, Start, claim_folder
@@ -81,6 +81,7 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mappin
     if is_main_process():
         commands = list(find_commands(run, settings))
         run_commands(commands, token=settings.training.hub_token, stop_signal=end_signal)
+        say(describe_end(run, settings))
     return run
 
 
