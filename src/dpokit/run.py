@@ -37,6 +37,7 @@ from dpokit.model.load import (
 from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
 from dpokit.run_state import find_kept_evaluation, keep_record, record_preemption
 from dpokit.rundir import RunDir
+from dpokit.settings.checks import show_choices
 from dpokit.settings.load import Settings, load_settings
 from dpokit.train.alarms import AlarmCallback
 from dpokit.train.callbacks import (
@@ -232,7 +233,7 @@ def build_trainer(
             trainer = build_pair_trainer(settings, {**parts, "notice": notice}, max_length)
     except (ValueError, ImportError) as error:  # TRL's own checks of the settings and the model
         raise SettingsError(
-            " ".join(str(error).split())[:500],
+            show_choices(" ".join(str(error).split()))[:500],
             expected="settings that fit each other and this model",
             do="change one of the settings that the first line names",
         ) from error
