@@ -1,6 +1,7 @@
 """The merge and the push after training: checked before it, run by rank 0 alone, under every placement."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ from conftest import ROOT, write_pairs
 from huggingface_hub import HfApi
 from local_hub import READ, WRITE, Fault, serve
 from pushing import REPO, client_environment, connect
+from run_folders import make_run, make_steps
 
-from dpokit.after_training import check_after_training, find_commands, run_commands
+from dpokit.after_training import check_after_training, describe_end, find_commands, run_commands
 from dpokit.errors import DataError, HubError, ReleaseError, SettingsError
 from dpokit.rundir import RunDir
 from dpokit.settings.load import load_settings
@@ -110,13 +112,31 @@ def test_the_commands_are_in_order_and_push_privately_by_default(tmp_path):
     assert push[-4:] == ["--public", "--revision", "v2", "--yes"]
 
 
+def test_the_end_names_the_result_the_files_and_what_comes_next(tmp_path):
+    run = RunDir(make_run(tmp_path / "my run", make_steps(20, every=5), state="finished"))
+    text = describe_end(run, load(tmp_path))
+    verdict, folder, *commands = (line for line in text.splitlines() if line)
+    assert verdict.startswith("The lowest evaluation loss is ")
+    assert "is below ln 2" in verdict
+    assert folder.endswith(str(run.path))
+    assert [shlex.split(line)[:3] for line in commands] == [
+        ["dpokit", verb, str(run.path)] for verb in ("evaluate", "report", "chat")
+    ]
+    assert not any("trust" in line for line in commands)
+    coded = describe_end(run, load(tmp_path, "--trust_remote_code", "true"))
+    assert [line.count("--trust_remote_code true") for line in coded.splitlines() if "dpokit" in line[:8]] == [1, 0, 1]
+    run.eval.mkdir()
+    run.pairs_json.write_text("{")
+    assert "pairs.json" in describe_end(run, load(tmp_path)).splitlines()[1]
+
+
 def test_a_failed_command_names_the_commands_to_repeat(tmp_path, capfd):
     commands = [["verify", str(tmp_path / "none")], ["push", "RUN"]]
     with pytest.raises(ReleaseError) as error:
         run_commands(commands)
     assert "dpokit verify ended with 2; the run itself is finished" in error.value.seen
     assert error.value.do.endswith(f"dpokit verify {tmp_path / 'none'} && dpokit push RUN")
-    assert "there is no folder" in capfd.readouterr().err
+    assert "there is no such run" in capfd.readouterr().err
 
 
 @pytest.mark.cold  # it needs another package of the name dpokit

@@ -13,16 +13,23 @@ from dpokit.card.front_matter import check_licence, is_on_disk
 from dpokit.console import say
 from dpokit.data.source_rows import choose_rows, load_sources
 from dpokit.distributed.cores import find_users_number
-from dpokit.errors import DataError, ReleaseError, SettingsError
+from dpokit.errors import DataError, DpokitError, ReleaseError, SettingsError
 from dpokit.interpreter import PYTHON
 from dpokit.interrupts import Interrupted
 from dpokit.model.load import find_base
 from dpokit.push.hub import PushTarget, check_target
+from dpokit.report.read import load_run
+from dpokit.report.verdict import build_verdict
 from dpokit.rundir import RunDir
 from dpokit.settings.load import Settings
 
 # Enough for intervals of about 4 % and a few samples in the card; `dpokit evaluate RUN` takes all pairs.
 EVALUATE_FLAGS = ("--limit", "500", "--answers", "8", "--max-new-tokens", "128")
+NEXT_VERBS = {
+    "evaluate": "compares base and tuned model on held-out pairs",
+    "report": "writes curves and results to one page",
+    "chat": "asks both models side by side",
+}
 # Prefixes of the environment variables that torchrun and accelerate set in the processes they start.
 LAUNCHER_PREFIXES = (
     *("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "PARALLELISM_CONFIG_", "DEEPSPEED_", "PET_", "GROUP_", "ROLE_"),
@@ -158,6 +165,21 @@ def run_commands(
                 expected="exit code 0",
                 do=f"follow the message above, then: {rest}",
             )
+
+
+def describe_end(run: RunDir, settings: Settings) -> str:
+    """The result of a finished run, the places of its files and the commands that come next, as lines."""
+    try:
+        verdict = build_verdict(load_run(run.path, name=run.path.name))
+    except DpokitError as error:  # such as a damaged evaluation of an earlier run
+        verdict = error.seen
+    merged = [f"the merged model is in {run.merged}"] if run.find_whole() == run.merged else []
+    lines = ["", verdict, *merged, f"settings, metrics and checkpoints are in {run.path}", ""]
+    trust = ["--trust_remote_code", "true"] if settings.training.trust_remote_code else []
+    for verb, purpose in NEXT_VERBS.items():
+        command = shlex.join(["dpokit", verb, str(run.path), *([] if verb == "report" else trust)])
+        lines.append(f"  {command}   {purpose}")
+    return "\n".join(lines)
 
 
 def _run_verb(command: Sequence[str], environment: Mapping[str, str]) -> int:

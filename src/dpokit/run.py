@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PrinterCallback, ProgressCallback
 from trl import DPOConfig, SFTConfig
 
-from dpokit.after_training import check_after_training, find_commands, run_commands
+from dpokit.after_training import check_after_training, describe_end, find_commands, run_commands
 from dpokit.atomic_files import write_json
 from dpokit.checkpoint.preempt import Notice, choose_signals, find_preempted_restart
 from dpokit.checkpoint.resume import MODEL, Start, claim_folder
@@ -38,6 +38,7 @@ from dpokit.model.load import (
 from dpokit.model.reference import can_be_computed_ahead, decide_reference, find_identity, is_kept
 from dpokit.run_state import find_kept_evaluation, keep_record, record_preemption
 from dpokit.rundir import RunDir
+from dpokit.settings.checks import show_choices
 from dpokit.settings.load import Settings, load_settings
 from dpokit.train.alarms import AlarmCallback
 from dpokit.train.callbacks import (
@@ -82,6 +83,7 @@ def train(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] | Mappin
     if is_main_process():
         commands = list(find_commands(run, settings))
         run_commands(commands, token=settings.training.hub_token, stop_signal=end_signal)
+        say(describe_end(run, settings))
     return run
 
 
@@ -234,7 +236,7 @@ def build_trainer(
             trainer = build_pair_trainer(settings, {**parts, "notice": notice}, max_length)
     except (ValueError, ImportError) as error:  # TRL's own checks of the settings and the model
         raise SettingsError(
-            " ".join(str(error).split())[:500],
+            show_choices(" ".join(str(error).split()))[:500],
             expected="settings that fit each other and this model",
             do="change one of the settings that the first line names",
         ) from error

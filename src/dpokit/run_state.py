@@ -55,6 +55,7 @@ def keep_record(run: RunDir, settings: Settings, world_size: int) -> Iterator[No
             state="running",
             why=None,
             error=None,
+            judged=None,
             world_size=world_size,
             versions={name: version(name) for name in PACKAGES},
             settings=settings.record(),

@@ -18,7 +18,7 @@ from dpokit.errors import RunFolderError
 
 # Types of the fields of run.json that are checked on reading; other fields are ignored.
 RECORD: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "state", "why", "error", "placement", "model_fingerprint"), (str, type(None))),
+    **dict.fromkeys(("recipe", "state", "why", "error", "placement", "model_fingerprint", "judged"), (str, type(None))),
     **dict.fromkeys(("settings", "versions", "machine"), (dict,)),
     **dict.fromkeys(("generations", "accepted_changes", "local"), (list,)),
     **dict.fromkeys(("world_size", "former_starts", "steps"), (int,)),

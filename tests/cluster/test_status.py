@@ -199,5 +199,5 @@ def test_the_verb_prints_lines_or_json_without_torch(tmp_path):
     assert "not begun" in dpokit("status", *folders).stdout
     nowhere = dpokit("status", str(tmp_path / "nowhere"))
     assert nowhere.returncode == 2
-    assert "there is no folder" in nowhere.stderr
+    assert "there is no such run" in nowhere.stderr
     assert json.loads(dpokit("status", str(tmp_path / "nowhere"), "--json").stdout)["next"] == "stop"

@@ -305,7 +305,7 @@ def read_until(terminal: int, condition: Callable[[bytes], bool]) -> bytes:
 def test_ctrl_c_in_a_terminal_ends_the_launcher_and_saves(world):
     """accelerate's launcher of one process ends with a traceback; a line then names the process that is left."""
     pairs = write_pairs(world / "many.jsonl", 8000)
-    one_long_step = ["--gradient_accumulation_steps", "6000", "--per_device_train_batch_size", "1"]
+    one_long_step = ["--gradient_accumulation_steps", "2000", "--per_device_train_batch_size", "1"]
     lives = build_lives(world, "terminal", "--dataset_name", str(pairs), *one_long_step)
     command = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "recipes" / "dpo_gpt2.py"), *lives.flags]
     command += ["--use_cpu", "--output_dir", str(lives.run.path)]

@@ -8,11 +8,13 @@ import pytest
 from run_folders import add_evaluation, make_run, make_starts, make_steps, v
 
 from dpokit.errors import RunFolderError, SettingsError
+from dpokit.quickstart.run import describe_shares
 from dpokit.report.comparison import sort_runs
 from dpokit.report.page import write_report
 from dpokit.report.read import load_run, load_runs
 from dpokit.report.tables import compare_runs, interval, list_evaluations, list_restarts
 from dpokit.report.verdict import build_verdict
+from dpokit.rundir import RunDir
 
 
 def page_of(folder, **more) -> str:
@@ -46,6 +48,22 @@ def test_the_verdict_is_that_of_the_evaluation(tmp_path):
     verdict = json.loads((folder / "eval" / "pairs.json").read_text())["verdict"]["text"]
     assert write_report([folder]).verdict == verdict != before
     assert "0.6300 (0.6100\u00a0to\u00a00.6500)" in page_of(folder)
+
+
+def test_a_run_that_judged_its_answers_says_so_first(tmp_path):
+    judged = describe_shares({"base": {"kind": 0.5, "well_formed": 1}, "tuned": {"kind": 0.99, "well_formed": 1}}, 400)
+    assert "400 held-out prompts, 99.0% are kind and 100.0% well-formed; of the base's, 50.0% and 100.0%." in judged
+    folder = make_run(tmp_path, make_steps(20, every=5), judged=judged)
+    assert build_verdict(load_run(folder, name="run")).startswith(f"{judged} The lowest evaluation loss is")
+    assert "99.0% are kind" in page_of(folder)
+    RunDir(folder).write_run(judged="")
+    assert build_verdict(load_run(folder, name="run")).startswith("The lowest")
+
+
+def test_without_a_known_start_the_first_evaluation_is_named(tmp_path):
+    records = [{"step": step, "seconds": 1, "eval_loss": loss} for step, loss in ((5, 2.5), (10, 2.0))]
+    text = build_verdict(load_run(make_run(tmp_path, records, settings={"loss_type": ["sft"]}), name="run"))
+    assert "is 2, at step 10, the last one; the first was 2.5, at step 5." in text
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_the_command_prints_the_path_or_with_json_the_record(tmp_path):
     ("arguments", "says"),
     [
         (["empty"], "RunFolderError: empty holds no run.json"),
-        (["nowhere"], "RunFolderError: there is no folder nowhere"),
+        (["nowhere"], "RunFolderError: there is no such run: nowhere"),
         (["run", "empty"], "RunFolderError: empty holds no run.json"),
         (["run", "--metric", "no_such"], "SettingsError: --metric no_such: no value of it in run"),
         (

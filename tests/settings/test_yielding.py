@@ -202,5 +202,5 @@ def test_one_flag_alone_is_no_contradiction(recipe, flag, tmp_path):
 
 def test_two_flags_that_contradict_each_other_are_an_error(tmp_path):
     argv = ["--eval_strategy", "no", "--load_best_model_at_end", "true", "--output_dir", str(tmp_path), "--use_cpu"]
-    with pytest.raises(SettingsError, match="do not fit together"):
+    with pytest.raises(SettingsError, match="load_best_model_at_end is set, but eval_strategy is no"):
         load_settings("dpo_gpt2", BEST, argv)

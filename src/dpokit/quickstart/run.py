@@ -56,6 +56,7 @@ def judge_run(run: RunDir, corpus: Path, base: Path) -> dict[str, dict[str, floa
     }
     outcome = {name: _shares(judged) for name, judged in verdicts.items()}
     write_json(run.path / "quickstart.json", {"prompts": len(prompts), **outcome})
+    run.write_run(judged=describe_shares(outcome, len(prompts)))
     _show(outcome, prompts, answers)
     return outcome
 
@@ -73,6 +74,15 @@ def _shares(verdicts: list[Verdict]) -> dict[str, float]:
         "kind": sum(verdict.kind for verdict in verdicts) / len(verdicts),
         "well_formed": sum(verdict.well_formed for verdict in verdicts) / len(verdicts),
     }
+
+
+def describe_shares(outcome: Mapping[str, Mapping[str, float]], prompts: int) -> str:
+    """The verdict of the quickstart as a sentence, for its report and its card."""
+    base, tuned = outcome["base"], outcome["tuned"]
+    return (
+        f"Of the tuned model's sampled answers to {prompts} held-out prompts, {tuned['kind']:.1%} are kind and "
+        f"{tuned['well_formed']:.1%} well-formed; of the base's, {base['kind']:.1%} and {base['well_formed']:.1%}."
+    )
 
 
 def _show(outcome: Mapping[str, Mapping[str, float]], prompts: list[str], answers: Mapping[str, list[str]]) -> None:

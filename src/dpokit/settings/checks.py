@@ -11,6 +11,8 @@ from dpokit.errors import SettingsError
 from dpokit.settings.flag_facts import REFUSED
 from dpokit.settings.flags import DataArguments
 
+# How Python writes a choice of transformers' enumerations.
+OF_CHOICE = re.compile(r"<?\b[A-Z][A-Za-z]+(?:Strategy|Type|Names|Option|Mode)\.([A-Z][A-Z_0-9]*)\b(?:: '[^']*'>)?")
 # TRL checks these values only when it computes the first loss.
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 LOSS_TYPES = (
@@ -42,6 +44,42 @@ def check_secrets(values: Mapping[str, Any], origins: Mapping[str, str]) -> None
                 do="pass the secret by an environment variable (HF_TOKEN, WANDB_API_KEY) or `hf auth login`; download "
                 "a file that needs a login first",
             )
+
+
+def check_together(values: Mapping[str, Any]) -> None:
+    """Raises SettingsError for settings of one layer whose conflict TRL and transformers report in their own terms."""
+    kinds, weights = values.get("loss_type") or ["sigmoid"], values.get("loss_weights")
+    if isinstance(kinds, list | tuple) and weights is not None and len(weights) != len(kinds):
+        raise SettingsError(
+            f"loss_weights has {len(weights)} {'number' if len(weights) == 1 else 'numbers'} "
+            f"({' '.join(f'{weight:g}' for weight in weights)}), and loss_type names "
+            f"{len(kinds)} {'loss' if len(kinds) == 1 else 'losses'} ({' '.join(kinds)})",
+            expected="one weight for each loss",
+            do="set both: --loss_type sigmoid sft --loss_weights 1 0.1; or leave out loss_weights",
+        )
+    evaluated, saved = (
+        str(getattr(value, "value", value))
+        for value in (values.get("eval_strategy", "no"), values.get("save_strategy", "steps"))
+    )
+    if not values.get("load_best_model_at_end") or saved == "best":
+        return
+    if evaluated == "no":
+        raise SettingsError(
+            "load_best_model_at_end is set, but eval_strategy is no: no evaluation shows which checkpoint is the best",
+            expected="evaluations on held-out pairs",
+            do="--eval_strategy steps, or --load_best_model_at_end false",
+        )
+    if evaluated != saved:
+        raise SettingsError(
+            f"load_best_model_at_end is set, but eval_strategy is {evaluated} and save_strategy is {saved}",
+            expected="a checkpoint for each evaluation",
+            do=f"--save_strategy {evaluated}, or --load_best_model_at_end false",
+        )
+
+
+def show_choices(text: str) -> str:
+    """The text of a library's error with its choices as they are typed: `no`, not `IntervalStrategy.NO`."""
+    return OF_CHOICE.sub(lambda match: match[1].lower(), text)
 
 
 def check_agreement(data: DataArguments, training: DPOConfig | SFTConfig) -> None:

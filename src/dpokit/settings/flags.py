@@ -280,6 +280,10 @@ class FlagParser(TrlParser):
             remedy = LAUNCHER
         elif MEANT.get(name) in self.names():
             remedy = f"did you mean {MEANT[name]}?"
+        elif other_kinds := [
+            kind for kind, group in KINDS.items() if name in {field.name for field in dataclasses.fields(group)}
+        ]:
+            remedy = f"leave it out: it is a setting of the recipes {other_kinds[0]}_*, and this one is of another kind"
         else:
             near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.6)
             near = near or [flag for flag in self.names() if flag.startswith(name)][:3]

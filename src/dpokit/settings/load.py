@@ -23,7 +23,14 @@ from dpokit.distributed.processes import check_devices, join_world
 from dpokit.errors import DpokitError, MachineError, SettingsError
 from dpokit.rundir import find_model
 from dpokit.settings.bounds import check_bounds, check_date
-from dpokit.settings.checks import check_adapter, check_agreement, check_honoured, check_secrets
+from dpokit.settings.checks import (
+    check_adapter,
+    check_agreement,
+    check_honoured,
+    check_secrets,
+    check_together,
+    show_choices,
+)
 from dpokit.settings.conditions import check_conditions
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import KINDS, DataArguments, FlagParser, split_kind
@@ -122,6 +129,7 @@ def load_settings(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str] 
 
     check_honoured(values, origins)
     notes += check_conditions(kind, values, origins, layers)
+    check_together(values)
     timeout_seconds = values.get("ddp_timeout", DPOConfig.ddp_timeout)
     with peer_errors(timeout_seconds):
         if not values.get("use_cpu"):
@@ -183,7 +191,7 @@ def _build(group: type[Any], values: Mapping[str, Any]) -> Any:
         raise
     except Exception as error:  # transformers and TRL raise errors of any type from these constructors
         raise SettingsError(
-            f"the settings do not fit together: {' '.join(str(error).split())[:500]}",
+            f"the settings do not fit together: {show_choices(' '.join(str(error).split()))[:500]}",
             expected="settings that do not contradict each other",
             do="change one of the settings that the first line names",
         ) from error
