@@ -60,7 +60,7 @@ def _check_files(source: DataSource) -> None:
     if source.path in READERS:
         if not has_files and not Path(source.path).exists():
             raise DataError(
-                f"the path {source.path} reads the files of data_files, and there are none",
+                f"the path {source.path} reads the files of data_files, which is missing",
                 expected="data_files beside it",
                 do="name the file: path: FILE",
             )
