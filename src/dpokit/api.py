@@ -45,9 +45,9 @@ def load_pairs(
 
     Returns:
         A `datasets.Dataset` with the columns `prompt`, `chosen` and `rejected`: texts, or lists of `{role, content}` if
-        the prompts are messages; and `tools` and `chat_template_kwargs`, as JSON, if a row has them. `Dataset.to_json`
-        writes a file that `dataset_name` accepts. Rows that hold no pair are left out; one line on stderr counts them
-        by reason.
+        the prompts are messages; `tools` and `chat_template_kwargs`, as JSON, if a row has them; and `margin`, if a row
+        has such a column or scores of its answers. `Dataset.to_json` writes a file that `dataset_name` accepts. Rows
+        that hold no pair are left out; one line on stderr counts them by reason.
 
     Raises: DataError: the dataset cannot be read, has no known layout, or has a column of content that nothing uses.
         SettingsError: `columns` has an unknown name.
@@ -80,9 +80,13 @@ def load_pairs(
                 values[side] = [{"role": "assistant", "content": values[side]}]
         if layout.has_context:
             values |= {"tools": pair.tools, "chat_template_kwargs": dict(pair.template_kwargs) or None}
+        values["margin"] = pair.margin
         pairs.append(values)
     reasons = "".join(f", {count:,} rows left out ({reason})" for reason, count in dropped.most_common())
     say(f"{name}: {len(pairs):,} pairs of layout {layout.name!r}{reasons}")
+    if all(pair["margin"] is None for pair in pairs):
+        for pair_values in pairs:
+            del pair_values["margin"]
     return Dataset.from_list(pairs)
 
 

@@ -60,8 +60,8 @@ def folder(tmp_path_factory) -> Path:
 def name_sources(folder: Path, *sources: dict[str, Any] | str) -> dict[str, Any]:
     """The flag of a mixture whose sources are named by their files."""
     entries = [{"path": source} if isinstance(source, str) else source for source in sources]
-    suffix = {name: "" if "." in name or name == "splits" else ".jsonl" for name in (e["path"] for e in entries)}
-    return {"datasets": [{**entry, "path": str(folder / (entry["path"] + suffix[entry["path"]]))} for entry in entries]}
+    files = {path.stem: str(path) for path in folder.iterdir()} | {"none": str(folder / "none.jsonl")}
+    return {"datasets": [{**entry, "path": files.get(entry["path"], entry["path"])} for entry in entries]}
 
 
 def mix(folder: Path, tokenizer: Any, *sources: dict[str, Any] | str, with_eval: bool = False, **flags) -> PreparedData:
@@ -297,6 +297,8 @@ BAD_DATA = {
     "labels": ("labels", {}, "source 2 of 3, .*labels.jsonl"),
     "no such split": ({"path": "splits", "split": "valid"}, {}, "source 2 of 3, .*there is no split 'valid'"),
     "no such column": ({"path": "b", "columns": ["prompt", "reward"]}, {}, "source 2 of 3, .*--columns reward"),
+    "files of the Hub": ({"path": "me/x", "data_files": "a.csv"}, {}, "source 2 of 3, .*no folder of this machine"),
+    "a reader without files": ({"path": "json"}, {}, "source 2 of 3, json: the path json reads the files"),
     "a count above the source": ({"path": "b", "count": 26}, {}, "b.jsonl, split train gives 25 usable pairs"),
     "a share of nothing": ({"path": "b", "weight": 0.001}, {}, "no usable pair is left .* 25 over_share"),
     "no pair within the gap": ("b", {"max_length_gap": 0}, "no usable pair is left of the 40 rows"),

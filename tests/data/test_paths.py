@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from datasets import load_dataset_builder
 from test_sources import BOTH_WAYS, KINDS, LINES, ROWS, read, write_rows
 
+from dpokit.data.hub_source import check_downloads
 from dpokit.data.paths import find_hub_name, find_paths
 from dpokit.data.sources import load_splits
 from dpokit.errors import DataError
@@ -32,6 +34,11 @@ def pack_zstd(path: Path) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_file_packed_with_zstd_gives_its_rows(kind, streaming, tmp_path):
     assert read(pack_zstd(write_rows(tmp_path / "rows", kind)), streaming=streaming) == ROWS
+
+
+def test_a_packed_file_of_the_hub_is_left_to_the_library(tmp_path):
+    file = pack_zstd(write_rows(tmp_path / "rows", "jsonl"))
+    check_downloads(load_dataset_builder("json", data_files=str(file)))
 
 
 def test_a_folder_has_splits_packed_with_zstd(tmp_path):

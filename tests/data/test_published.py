@@ -422,7 +422,8 @@ def test_one_pair_a_row_counts_rows(tmp_path, plain_tokenizer):
 
 def test_load_pairs_returns_every_pair(tmp_path, capsys):
     pairs = dpokit.load_pairs(write(tmp_path / "rows.jsonl", RANKED_ROWS), ranked="adjacent")
-    assert list(pairs)[:2] == [{"prompt": "Why 0?", "chosen": chosen, "rejected": "a0"} for chosen in ("b0", "c0")]
+    expected = [{"prompt": "Why 0?", "chosen": chosen, "rejected": "a0", "margin": 1.0} for chosen in ("b0", "c0")]
+    assert list(pairs)[:2] == expected
     assert len(pairs) == 8
     assert "(tie)" in capsys.readouterr().err
 
@@ -433,7 +434,17 @@ def test_objects_in_parquet_are_read_as_in_jsonl(tmp_path):
     names = [write(tmp_path / "rows.jsonl", rows), str(tmp_path / "rows.parquet")]
     pairs = [list(dpokit.load_pairs(name)) for name in names]
     assert pairs[0] == pairs[1]
-    assert pairs[0][0] == {"prompt": "Why 0?", "chosen": "Answer 2.", "rejected": "Answer 1."}
+    assert pairs[0][0] == {"prompt": "Why 0?", "chosen": "Answer 2.", "rejected": "Answer 1.", "margin": 1.0}
+
+
+def test_a_margin_of_a_row_is_carried_through(tmp_path):
+    values = [2.5, None, "high", 1, True, float("inf")]
+    rows = [{"prompt": f"Why {n}?", "chosen": "a", "rejected": "b", "margin": value} for n, value in enumerate(values)]
+    pairs = dpokit.load_pairs(write(tmp_path / "rows.jsonl", rows[:1] * 8 + rows[1:2] + rows[3:4]))
+    assert pairs["margin"][:] == [2.5] * 8 + [None, 1.0]
+    margins = [match_layout(rows, "rows").to_pair(row).margin for row in rows]
+    assert margins == [2.5, None, None, 1.0, None, None]
+    assert "margin" not in dpokit.load_pairs(write(tmp_path / "none.jsonl", rows[1:2])).column_names
 
 
 def test_each_example_of_the_page_has_the_layout_of_its_heading():

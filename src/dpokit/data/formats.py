@@ -9,6 +9,7 @@ from dpokit.data.transcripts import ASSISTANT, HUMAN, parse_transcript, split_tr
 
 PARTS = ("prompt", "chosen", "rejected")
 VOTES = ("tie", "both_bad", "base", "tuned")  # the first two prefer no answer
+MARGIN = "margin"  # a column with the number by which the chosen answer is better
 SYSTEM_ROLES = ("system", "developer")
 SPOKEN = ("role", "content", "name", "tool_call_id")  # keys of messages that templates write, beside SAYINGS
 # The names that columns have in published data. Plus signs join columns, and dots lead into objects.
@@ -46,6 +47,8 @@ class Pair:
         tools: JSON schemas of the tools that the model may call; None without tools.
         template_kwargs: the row's own arguments for the chat template, such as `enable_thinking`.
         source: dataset, split and row.
+        margin: how much better the chosen answer is: the row's `margin`, or the difference of the scores; None if the
+            row has neither.
     """
 
     prompt: str | Messages
@@ -54,6 +57,7 @@ class Pair:
     tools: list[dict[str, Any]] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    margin: float | None = None
 
 
 @dataclass(frozen=True)

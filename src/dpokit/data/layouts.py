@@ -1,12 +1,13 @@
 """Recognises the layout of a dataset by its first rows, and reads the columns of the layout. No torch."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from dpokit.data.formats import FORMATS, PARTS, SYSTEM_ROLES, Format, Pair, Row
+from dpokit.data.formats import FORMATS, MARGIN, PARTS, SYSTEM_ROLES, Format, Pair, Row
 from dpokit.data.messages import (
     UnusableError,
     describe_value,
@@ -106,7 +107,11 @@ class Layout:
             return [error]
         for values in rows:
             try:
-                pairs.append(self._read_pair(values))
+                pair = self._read_pair(values)
+                margin = values.get(MARGIN)
+                if isinstance(margin, int | float) and not isinstance(margin, bool) and math.isfinite(margin):
+                    pair = replace(pair, margin=float(margin))
+                pairs.append(pair)
             except UnusableError as error:
                 pairs.append(error)
         return pairs

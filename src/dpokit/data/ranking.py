@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations, pairwise
 from typing import Any
 
-from dpokit.data.formats import Row
+from dpokit.data.formats import MARGIN, Row
 from dpokit.data.messages import UnusableError
 from dpokit.data.published import Ranking
 
@@ -30,7 +30,7 @@ class PairChoice:
         return self.ranked in ("adjacent", "all")
 
     def build_rows(self, ranking: Ranking) -> list[Row]:
-        """Returns a row of prompt, chosen and rejected for each pair.
+        """Returns a row of prompt, chosen, rejected and margin, the difference of the scores, for each pair.
 
         The choice of "random" depends on the answers alone, so that it is the same in each run and for each seed.
 
@@ -43,7 +43,7 @@ class PairChoice:
         if ordered[0][1] == ordered[-1][1]:
             raise UnusableError("tie")
         couples = [
-            (chosen, rejected)
+            (chosen, rejected, high - low)
             for (chosen, high), (rejected, low) in self._list_couples(ordered)
             if high > low and high - low >= self.min_score_gap
         ]
@@ -52,7 +52,9 @@ class PairChoice:
         if self.ranked == "random":
             couples = [random.Random(repr(ranking.answers)).choice(couples)]
         prompt = {} if ranking.prompt is None else {"prompt": ranking.prompt}
-        return [{**prompt, "chosen": chosen, "rejected": rejected} for chosen, rejected in couples]
+        return [
+            {**prompt, "chosen": chosen, "rejected": rejected, MARGIN: margin} for chosen, rejected, margin in couples
+        ]
 
     def _list_couples(self, ordered: Sequence[tuple[Any, float]]) -> list[tuple[tuple[Any, float], tuple[Any, float]]]:
         if self.ranked == "best_worst":

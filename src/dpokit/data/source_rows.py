@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from datasets import Features, IterableDataset, LargeList, List
@@ -16,7 +17,7 @@ from dpokit.data.tally import Tally
 from dpokit.data.text_columns import Rows
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, parse_columns, read_columns
-from dpokit.settings.mixture import DataSource
+from dpokit.settings.mixture import READERS, DataSource
 
 SAMPLE_ROWS = 32
 
@@ -39,6 +40,7 @@ def load_sources(data: DataArguments, *, streaming: bool) -> list[tuple[DataSour
     loaded = []
     for number, source in enumerate(sources, 1):
         with naming_source(source, number, len(sources)):
+            _check_files(source)
             columns = None if source.columns is None else read_columns(source.columns)
             splits = load_splits(
                 source.location,
@@ -50,6 +52,24 @@ def load_sources(data: DataArguments, *, streaming: bool) -> list[tuple[DataSour
             )
         loaded.append((source, splits))
     return loaded
+
+
+def _check_files(source: DataSource) -> None:
+    """Raises DataError for files below a dataset of the Hub, and for the name of a reader without files."""
+    has_files = source.data_files is not None or source.data_dir is not None
+    if source.path in READERS:
+        if not has_files and not Path(source.path).exists():
+            raise DataError(
+                f"the path {source.path} reads the files of data_files, which is missing",
+                expected="data_files beside it",
+                do="name the file: path: FILE",
+            )
+    elif has_files and not Path(source.path).expanduser().is_dir():
+        raise DataError(
+            f"data_dir and data_files are below {source.path}, which is no folder of this machine",
+            expected="a folder",
+            do=f"name a file of the Hub by its address: path: hf://datasets/{source.path}/FILE",
+        )
 
 
 @contextmanager
