@@ -73,7 +73,7 @@ def build_check_page(record: Mapping[str, Any]) -> dict[str, Any]:
         "top": [_list_findings(findings)],
         "figures_title": "Lengths",
         "figures": [{"svg": Markup(d.svg), "alt": d.alt, "key": d.figure.key} for d in drawings],
-        "explanation": f"The number of training pairs in each bin of {record['lengths']['unit']}; the extreme 1 % is cut off.",
+        "explanation": f"Training pairs in each bin of {record['lengths']['unit']}; the extreme 1 % is cut off.",
         "below": [table for table in (_list_accuracies(record), _list_openings(record), _list_limits(record)) if table],
         "samples_title": "Examples",
         "samples_note": "Keys, e-mail addresses and phone numbers are masked, and long texts are shortened.",
