@@ -34,6 +34,12 @@ def check_sources(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]
     origins = {name: layer for layer, settings in layers for name in settings}
     check_bounds(values, origins)
     check_date(values)
+    if sources and "dataset_name" in layers[-1][1]:
+        raise SettingsError(
+            f"--dataset_name beside {', '.join(sources)}",
+            expected="sources in one place",
+            do="leave --dataset_name out",
+        )
     sources = list(sources) or [name for name in [values.get("dataset_name")] if name]
     if not sources:
         raise SettingsError(

@@ -9,7 +9,7 @@ import pytest
 from conftest import build_tokenizer
 
 from dpokit.data.doctor import near, pairs
-from dpokit.data.doctor.check import NO_HELD_OUT, NO_RENSA, check_data
+from dpokit.data.doctor.check import HELD_OUT_BY_PROMPT, NO_HELD_OUT, NO_RENSA, check_data
 from dpokit.data.doctor.kinds import KINDS
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
@@ -206,6 +206,12 @@ def test_without_rensa_the_record_says_what_is_missing(tmp_path, monkeypatch):
     assert NO_HELD_OUT in record["not_checked"]
     assert not any(finding["kind"].startswith("near") for finding in record["findings"])
     assert near.can_sign()
+
+
+def test_a_hold_out_by_prompt_is_named(tmp_path):
+    record = check_data([write(tmp_path / "pairs.jsonl", build_rows(5))], DataArguments(eval_fraction=0.2))
+    assert HELD_OUT_BY_PROMPT in record["not_checked"]
+    assert NO_HELD_OUT not in record["not_checked"]
 
 
 def test_several_sources_are_checked_together(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from dpokit.data.doctor.short import describe_length_bias
 from dpokit.data.prepare import prepare_data
 from dpokit.data.tally import Tally, describe_losses
+from dpokit.run import prepare_run
 from dpokit.settings.flags import DataArguments
 
 
@@ -65,3 +66,14 @@ def test_length_bias_is_a_finding(tmp_path, plain_tokenizer, chosen, rejected, s
 
 def test_few_pairs_are_no_evidence(tmp_path, plain_tokenizer):
     assert describe_length_bias(prepare(tmp_path, build_rows(20, "So it is", "No"), plain_tokenizer).train) == []
+
+
+@pytest.mark.parametrize(("kind", "number"), [("dpo", 1), ("sft", 0)])
+def test_a_run_records_the_length_bias(tmp_path, tiny_gpt2, kind, number):
+    """Only a loss that compares answers can learn their length."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in build_rows(80, "So it is, and here is why", "No")))
+    flags = {"model_name_or_path": str(tiny_gpt2), "dataset_name": str(file), "max_length": 64, "use_cpu": True}
+    defaults = {"kind": kind, "output_dir": str(tmp_path / "run"), "report_to": "none", **flags}
+    findings = prepare_run("short.py", defaults, [])["findings"]
+    assert sum("always taking the longer answer" in line for line in findings) == number

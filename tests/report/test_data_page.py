@@ -122,6 +122,7 @@ def test_training_flags_reach_the_check(clean, tmp_path, tiny_gpt2):
     [
         (["/nowhere.jsonl"], "there is no such file"),
         (["--columns", "prompt=q"], "no source was named"),
+        (["FILE", "--dataset_name", "other.jsonl"], "--dataset_name beside"),
         (["FILE", "--bta", "0.5"], "there is no setting 'bta'"),
         (["FILE", "--dataset_test_split", "test"], "there is no split 'test'"),
         (["FILE", "--columns", "prompt=nowhere"], "has no column nowhere"),

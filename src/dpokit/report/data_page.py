@@ -73,7 +73,7 @@ def build_check_page(record: Mapping[str, Any]) -> dict[str, Any]:
         "top": [_list_findings(findings)],
         "figures_title": "Lengths",
         "figures": [{"svg": Markup(d.svg), "alt": d.alt, "key": d.figure.key} for d in drawings],
-        "explanation": f"Training pairs by their number of {record['lengths']['unit']}; the longest 1 % are left out.",
+        "explanation": f"Training pairs in each bin of {record['lengths']['unit']}; the extreme 1 % is cut off.",
         "below": [table for table in (_list_accuracies(record), _list_openings(record), _list_limits(record)) if table],
         "samples_title": "Examples",
         "samples_note": "Keys, e-mail addresses and phone numbers are masked, and long texts are shortened.",
@@ -157,8 +157,8 @@ TEXTS = ("source", "prompt", "chosen", "rejected", "row")
 
 def _build_figures(lengths: Mapping[str, Any]) -> list[Figure]:
     titles = {
-        "texts": f"Length in {lengths['unit']}, pairs in each bin",
-        "difference": f"Chosen minus rejected in {lengths['unit']}, pairs in each bin",
+        "texts": f"Pairs by length in {lengths['unit']}",
+        "difference": "Pairs by length, chosen minus rejected",
     }
     return [
         Figure(

@@ -25,6 +25,7 @@ from dpokit.settings.flags import DataArguments
 NO_RENSA = "nearly equal texts were not searched: pip install 'dpokit[data]'"
 NO_MODEL = "tokens were not counted: --model_name_or_path names the model whose tokenizer counts them"
 NO_HELD_OUT = "there is no held-out split, so no leak was searched: --dataset_test_split names one"
+HELD_OUT_BY_PROMPT = "--eval_fraction keeps equal prompts on one side; nearly repeated ones may still be on both"
 SHOWN_OPENINGS = 10
 
 
@@ -75,7 +76,8 @@ def check_data(
     ]
     missing = [] if table.signs else [NO_RENSA]
     missing += [] if tokenizer is not None else [NO_MODEL]
-    missing += [] if any(part.is_held_out for part in parts) else [NO_HELD_OUT]
+    if not any(part.is_held_out for part in parts):
+        missing.append(NO_HELD_OUT if data.eval_fraction is None else HELD_OUT_BY_PROMPT)
     tokens = table.tokens[training] if len(table.tokens) else table.tokens
     lengths = tokens if len(tokens) else table.letters[training]
     return {

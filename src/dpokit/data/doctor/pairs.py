@@ -39,7 +39,7 @@ class PairTable:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
-        self._part, self._place = array("B"), array("H")
+        self._part, self._place = array("H"), array("H")
         self._row = array("q")
         self._hashes = array("Q")
         self._letters, self._tokens = array("i"), array("i")
@@ -87,7 +87,7 @@ class PairTable:
 
     def finish(self) -> None:
         """Turns the arrays into those of numpy, once all pairs are added."""
-        self.part, self.row = np.asarray(self._part, np.uint8), np.asarray(self._row, np.int64)
+        self.part, self.row = np.asarray(self._part, np.uint16), np.asarray(self._row, np.int64)
         hashes = np.asarray(self._hashes, np.uint64).reshape(-1, 3)
         self.prompts, self.chosen, self.rejected = hashes.T
         self.letters = np.asarray(self._letters, np.int64).reshape(-1, 3)

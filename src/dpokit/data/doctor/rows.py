@@ -157,9 +157,8 @@ def _find_reason(pair: Pair | UnusableError) -> str:
 def _keep_example(part: Part, reason: str, row: int, values: dict[str, Any]) -> None:
     examples = part.dropped.setdefault(reason.partition(" (")[0], [])
     if len(examples) < MOST_EXAMPLES:
-        shown = {name: value for name, value in values.items() if value is not None}
         try:
-            text = json.dumps(shown, ensure_ascii=False, default=str)
+            text = json.dumps(values, ensure_ascii=False, default=str)
         except (ValueError, RecursionError):
             text = "a row that cannot be shown"
         examples.append({"source": f"{part.name}, row {row + 1:,}", "reason": reason, "row": show_text(text)})
