@@ -27,6 +27,7 @@ def job(output_dir: str | Path, **options: object) -> SlurmJob:
         ("run", {"output": "logs/%j.out"}, "logs/%j.out", ["logs"]),
         ("run_%a", {"output": "logs/%A_%a.out", "array": "0-9"}, "logs/%A_%a.out", ["logs"]),
         ("run", {"sbatch": ("--output=mine/%j",)}, None, []),
+        ('a "quoted" run', {}, None, []),
     ],
 )
 def test_a_log_lies_in_the_run_folder_or_where_asked(output_dir, options, log, folders, tmp_path, monkeypatch):

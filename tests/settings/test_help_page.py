@@ -98,6 +98,13 @@ def test_a_wrong_value_still_shows_the_page(argv):
     assert "--learning_rate 1e-05           recipe" in text
 
 
+@pytest.mark.parametrize("defaults", [{"kind": "ppo"}, {"nonsense": 3, "learning_rate": "abc", "columns": {"a": "b"}}])
+def test_wrong_defaults_of_a_recipe_still_show_the_page(defaults, tmp_path):
+    text = render_help(str(tmp_path / "no_docstring.py"), defaults, [], width=80)
+    assert "\n\n\n" not in text
+    assert f"--learning_rate {defaults.get('learning_rate', '1e-06')} " in text
+
+
 @pytest.mark.cold
 @pytest.mark.parametrize("flags", [["--help"], ["-h", "--beta", "0.3"], ["--config", "nowhere.yaml", "--help"]])
 def test_help_needs_no_torch_and_no_run(flags, tmp_path):
@@ -115,7 +122,7 @@ def test_help_needs_no_torch_and_no_run(flags, tmp_path):
         assert "ended with 2" in done.stdout
         assert done.stderr.count("do this:") == 1
     else:
-        assert "--help-all shows all" in done.stdout
+        assert "--help-all shows every flag" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,12 +15,14 @@ MOST_INDEX = 4_000_000
 
 
 def with_log(job: SlurmJob) -> SlurmJob:
-    """The job with an absolute path as its log: by default a file in the run folder."""
+    """The job with an absolute path as its log: by default a file in the run folder, if its path allows that."""
     if any(option.startswith("--output=") for option in job.sbatch):
         return job
     if job.output is not None:
         return replace(job, output=str(Path(job.output).absolute()))
     folder = str(split_arguments(job.arguments()).run_folder().path.absolute())
+    if re.search(r'["\\\x00-\x1f]', folder):  # no #SBATCH line can hold it: the log is where sbatch puts it
+        return job
     # In a pattern %% is a percent sign; in an array Slurm replaces %a, as the job does in its flags.
     folder = re.sub(r"%(?!a)" if job.array else "%", "%%", folder)
     return replace(job, output=f"{folder}/slurm-{'%A_%a' if job.array else '%j'}.out")

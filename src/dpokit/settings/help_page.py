@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from dpokit.settings.flag_facts import FLAG_FACTS, REFUSED
 from dpokit.settings.flag_help import GROUPS, HELP, find_default, is_shown
 from dpokit.settings.layers import parse_yaml, read_yaml
 from dpokit.settings.yielding import yield_defaults
@@ -31,19 +30,18 @@ def render_help(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str], *
 
     Raises: SettingsError if the file of `--config` cannot be read.
     """
-    kind = defaults.get("kind", "dpo")
+    kind = "sft" if defaults.get("kind") == "sft" else "dpo"
     values, origins = find_values_in_force(defaults, argv)
     width = min(MOST_WIDTH, max(LEAST_WIDTH, width or shutil.get_terminal_size().columns))
-    number = len(FLAG_FACTS) - len(REFUSED)
+    description = textwrap.wrap(read_first_line(recipe), width)
     lines = [
         f"accelerate launch [--config_file PLACEMENT.yaml] {min(recipe, os.path.relpath(recipe), key=len)}",
         "    [--config FILE.yaml] [--flag value ...]",
         "",
-        *textwrap.wrap(read_first_line(recipe), width),
-        "",
+        *([*description, ""] if description else []),
         *textwrap.wrap(
             "Each flag has its value and where the value comes from: the recipe, a file (--config), a flag, dpokit or "
-            f"TRL. --help-all shows all {number} flags; docs/settings.md explains them.",
+            "TRL. --help-all shows every flag; docs/settings.md explains them.",
             width,
         ),
     ]
