@@ -13,7 +13,7 @@ from dpokit.data.doctor.kinds import MOST_EXAMPLES, Finding
 from dpokit.data.doctor.lengths import LIMITS, count_bins, measure_cuts
 from dpokit.data.doctor.near import compare, find_twins
 from dpokit.data.doctor.pairs import PairTable
-from dpokit.data.doctor.rows import Part, load_parts, read_pairs
+from dpokit.data.doctor.rows import SplitRows, load_parts, read_pairs
 from dpokit.data.doctor.shortcuts import FAMILIES, Accuracy, measure_scores, measure_shortcuts, rank_openings
 from dpokit.data.doctor.texts import PATTERNS, show_text
 from dpokit.data.prepare import find_limits
@@ -108,7 +108,7 @@ def check_data(
     }
 
 
-def _list_dropped(parts: Sequence[Part]) -> list[Finding]:
+def _list_dropped(parts: Sequence[SplitRows]) -> list[Finding]:
     dropped: Counter[str] = Counter()
     for part in parts:
         dropped.update(part.tally.dropped)
@@ -235,7 +235,7 @@ def _rank_openings(table: PairTable, training: np.ndarray) -> list[dict[str, Any
     return [{"opening": show_text(text), "chosen": wins, "rejected": losses} for text, wins, losses in ranked]
 
 
-def _list_cut(parts: Sequence[Part]) -> list[Finding]:
+def _list_cut(parts: Sequence[SplitRows]) -> list[Finding]:
     kept = sum(part.tally.kept for part in parts if not part.is_held_out)
     cuts: Counter[str] = Counter()
     for part in parts:

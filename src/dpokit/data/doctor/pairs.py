@@ -11,7 +11,7 @@ from hashlib import blake2b
 import numpy as np
 
 from dpokit.data.doctor.near import can_sign, sign_texts
-from dpokit.data.doctor.rows import Part, Usable
+from dpokit.data.doctor.rows import SplitRows, Usable
 from dpokit.data.doctor.shortcuts import FEATURES, MOST_OPENINGS, read_features, read_opening, read_scripts
 from dpokit.data.doctor.texts import find_kinds, join_texts, show_pair
 
@@ -37,7 +37,7 @@ class PairTable:
         prompt_signatures, answer_signatures: MinHash signatures of each different prompt, and of each pair's answers.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[SplitRows]) -> None:
         self.parts = parts
         self._part, self._place = array("H"), array("H")
         self._row = array("q")

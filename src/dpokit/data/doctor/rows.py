@@ -42,7 +42,7 @@ class Usable:
 
 
 @dataclass
-class Part:
+class SplitRows:
     """A split of a source.
 
     Attributes:
@@ -68,7 +68,7 @@ class Part:
         return pair
 
 
-def load_parts(source: str, data: DataArguments, *, has_test_flag: bool) -> list[Part]:
+def load_parts(source: str, data: DataArguments, *, has_test_flag: bool) -> list[SplitRows]:
     """Loads the training split of a source, and its held-out split.
 
     Args:
@@ -96,14 +96,14 @@ def load_parts(source: str, data: DataArguments, *, has_test_flag: bool) -> list
     return parts
 
 
-def _build_part(source: SourceRows, *, is_held_out: bool) -> Part:
+def _build_part(source: SourceRows, *, is_held_out: bool) -> SplitRows:
     rows = source.rows
     if isinstance(rows, IterableDataset):
         rows = Dataset.from_list(list(rows), on_mixed_types="use_json")
-    return Part(source.tally.source, is_held_out, rows, source.layout, source.tally)
+    return SplitRows(source.tally.source, is_held_out, rows, source.layout, source.tally)
 
 
-def read_pairs(part: Part, renderer: Renderer | None, limits: LengthLimits) -> Iterator[list[Usable]]:
+def read_pairs(part: SplitRows, renderer: Renderer | None, limits: LengthLimits) -> Iterator[list[Usable]]:
     """Yields the kept pairs of a split in batches, and counts all pairs in its tally.
 
     Args:
@@ -154,7 +154,7 @@ def _find_reason(pair: Pair | UnusableError) -> str:
     return ""
 
 
-def _keep_example(part: Part, reason: str, row: int, values: dict[str, Any]) -> None:
+def _keep_example(part: SplitRows, reason: str, row: int, values: dict[str, Any]) -> None:
     examples = part.dropped.setdefault(reason.partition(" (")[0], [])
     if len(examples) < MOST_EXAMPLES:
         try:
