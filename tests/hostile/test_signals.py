@@ -302,7 +302,7 @@ def read_until(terminal: int, condition: Callable[[bytes], bool]) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.cold
-def test_ctrl_c_in_a_terminal_ends_the_launcher_and_the_run_saves(world):
+def test_ctrl_c_in_a_terminal_saves_without_the_launcher(world):
     """accelerate's launcher of one process ends with a traceback; a line then names the process that is left."""
     pairs = write_pairs(world / "many.jsonl", 8000)
     one_long_step = ["--gradient_accumulation_steps", "2000", "--per_device_train_batch_size", "1"]
