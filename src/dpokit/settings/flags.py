@@ -281,7 +281,9 @@ class FlagParser(TrlParser):
         elif MEANT.get(name) in self.names():
             remedy = f"did you mean {MEANT[name]}?"
         elif other_kinds := [
-            kind for kind, group in KINDS.items() if name in {field.name for field in dataclasses.fields(group)}
+            kind
+            for kind, group in KINDS.items()
+            if name not in self.names() and name in {field.name for field in dataclasses.fields(group)}
         ]:
             remedy = f"leave it out: it is a setting of the recipes {other_kinds[0]}_*, and this one is of another kind"
         else:

@@ -34,7 +34,7 @@ KINDS = {
     "repeated_pairs": Kind(
         "repeated pairs",
         "A pair that is there twice counts twice in the loss, and its answers are learnt by heart.",
-        "Keep one row of each; the examples name the first ones.",
+        "Keep the first row of each: --drop_duplicates true.",
         share=0.01,
     ),
     "near_pairs": Kind(
@@ -73,7 +73,8 @@ KINDS = {
     "length": Kind(
         "length as a shortcut",
         "Who always takes the longer (or the shorter) answer is often right, so the model learns a length.",
-        "Weigh the tokens beyond the shorter answer's length less: --ld_alpha 0.5; or balance the lengths.",
+        "Weigh the tokens beyond the shorter answer's length less: --ld_alpha 0.5; or leave out pairs of very "
+        "different lengths: --max_length_gap 100.",
     ),
     "opening": Kind(
         "first words as a shortcut",
