@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from dpokit.data.doctor import near
 from dpokit.data.doctor.conflicts import find_conflicts
 from dpokit.data.doctor.near import find_twins, sign_texts
 from dpokit.data.doctor.shortcuts import begins_as_refusal
@@ -38,10 +39,10 @@ def test_near_texts_are_found_with_recall_and_precision():
     """Planted: 200 copies with a similarity of 0.8 or little more, and 200 with one of 0.5 to 0.6, which are none."""
     rng = random.Random(0)
     texts = [" ".join(rng.choice(VOCABULARY) for _ in range(rng.randint(30, 90))) for _ in range(600)]
-    near = [change(text, rng, 0.8) for text in texts[:200]]
+    copies = [change(text, rng, 0.8) for text in texts[:200]]
     far = [change(text, rng, rng.uniform(0.5, 0.58)) for text in texts[200:400]]
-    assert np.mean([find_jaccard(a, b) for a, b in zip(texts, near, strict=False)]) < 0.84
-    twins = find_twins(sign_texts([[text] for text in (*texts, *near, *far)]))
+    assert np.mean([find_jaccard(a, b) for a, b in zip(texts, copies, strict=False)]) < 0.84
+    twins = find_twins(sign_texts([[text] for text in (*texts, *copies, *far)]))
     hits = [twins[600 + number] == number for number in range(200)]
     reported = np.flatnonzero(twins >= 0)
     assert np.mean(hits) >= 0.95
@@ -71,6 +72,14 @@ def test_leaks_are_searched_across_the_splits_only():
 
 def test_signatures_are_the_same_in_every_process():
     assert sign_texts([["stable"]])[0, :4].tolist() == SIGNATURE
+
+
+def test_long_texts_are_signed_in_parts(monkeypatch):
+    rows = [[f"text {number} " * 20, "answer"] for number in range(30)]
+    whole = sign_texts(rows)
+    monkeypatch.setattr(near, "PART_LETTERS", 500)
+    assert (sign_texts(rows) == whole).all()
+    assert sign_texts([]).shape == (0, 256)
 
 
 SIGNATURE = [218, 5, 198, 123]

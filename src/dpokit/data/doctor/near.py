@@ -15,6 +15,7 @@ LETTERS = 7  # in a row; with fewer, long texts of one language would look alike
 MEMBERS = 256  # of a signature; the similarity is estimated to 0.025
 BAND_MEMBERS = 8  # one byte each, so a band is one 64-bit number
 LEAST_SIMILARITY = 0.75  # two standard deviations below 0.8
+PART_LETTERS = 2_000_000  # are hashed at once; 16 MB of hashes
 CHUNK = 20_000  # comparisons at once; 10 MB
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 MIXER = np.uint64(0xBF58476D1CE4E5B9)
@@ -44,10 +45,18 @@ def sign_texts(rows: Sequence[Sequence[str]]) -> np.ndarray:
     The first texts of two rows are compared with each other, the second ones, and so on. A member is the low byte of a
     MinHash: two different ones are equal in 1 of 256 cases ("b-bit minwise hashing", Li and Koenig, 2010).
     """
+    parts, first, letters = [np.zeros((0, MEMBERS), np.uint8)], 0, 0
+    for number, row in enumerate(rows):
+        letters += sum(map(len, row))
+        if letters >= PART_LETTERS or number == len(rows) - 1:
+            parts.append(_sign_part(rows[first : number + 1]))
+            first, letters = number + 1, 0
+    return np.concatenate(parts)
+
+
+def _sign_part(rows: Sequence[Sequence[str]]) -> np.ndarray:
     from rensa import RMinHash
 
-    if not rows:
-        return np.zeros((0, MEMBERS), np.uint8)
     hashes = [np.concatenate([_hash_shingles(text, salt) for salt, text in enumerate(row, 1)]) for row in rows]
     ends = np.zeros(len(rows) + 1, np.uint64)
     ends[1:] = np.cumsum([len(row) for row in hashes])
