@@ -109,12 +109,15 @@ def test_bad_data_ends_two_processes_with_one_message(tiny_gpt2, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "chosen": \n')
     flags = ["--model_name_or_path", str(tiny_gpt2), "--dataset_name", str(tmp_path / "bad.jsonl")]
     flags += ["--output_dir", str(tmp_path / "run"), "--max_length", "96"]
+    record = tmp_path / "run" / "run.json"
     for expected in ("DataError: ", "RunFolderError: "):
         done = launch(TWO, *flags)
         assert done.returncode != 0
         assert done.stderr.count(expected) == 1
         assert "[rank1]" not in done.stderr
-        assert "failed" in (tmp_path / "run" / "run.json").read_text()
+        assert "failed" in record.read_text()
+        # As after a first step: the folder then belongs to this run.
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"shared_prefix": "on"}))
         flags += ["--resume_from_checkpoint", "never"]
 
 
