@@ -15,6 +15,7 @@ from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, FlagParser
 
+CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 LETTERS = "bcdfghjklmnpqrstvwz"
 KEY = "hf_" + "aB3" * 10
 PRIVATE = "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA7bq\n-----END RSA PRIVATE KEY-----"
@@ -108,6 +109,30 @@ def test_examples_hide_keys_and_personal_data(planted):
     for secret in (KEY, KEY[:12], "MIIEowIB", "jane.doe", "x_y+z@a-b", "1234 5678", "736-5000"):
         assert secret not in text
     assert "***" in text
+
+
+# Where a secret may stand: in dropped rows, in their reasons, and at the start of answers.
+PLACES = {
+    "a line of equal answers": lambda text: {"prompt": "Why?", "chosen": f"\n{text}", "rejected": f"\n{text}"},
+    "the end of a long text": lambda text: {"prompt": "x" * 560 + " " + text, "chosen": "So.", "rejected": "So."},
+    "JSON in a text": lambda text: {"prompt": json.dumps([f"\n{text}"]), "chosen": "", "rejected": "b"},
+    "a role": lambda text: {
+        "prompt": "Why?",
+        "chosen": [{"role": text, "content": "So."}],
+        "rejected": CONVERSATION[1:],
+    },
+    "the first word": lambda text: {"prompt": "Why?", "chosen": text, "rejected": "No."},
+    "the second word": lambda text: {"prompt": "Why?", "chosen": f"Ask {text}", "rejected": "No."},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_key_of_a_row_is_shown(tmp_path, place):
+    rows = [PLACES[place](text) | {"meta": text} for text in (KEY, "assistant")]
+    record = check_data([write(tmp_path / "pairs.jsonl", rows)], DataArguments(ignore_columns=["meta"]))
+    assert record["splits"][0]["rows"] == 2
+    assert KEY[:9].lower() not in json.dumps(record).lower()
+    assert "***" in json.dumps(record)
 
 
 def test_the_record_tells_where_a_row_has_its_twin(planted):
@@ -223,7 +248,6 @@ def test_several_sources_are_checked_together(tmp_path):
     assert len(record["splits"]) == 2
 
 
-CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 ODD = {
     "one row": [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}],
     "all rows dropped": [{"prompt": "Why?", "chosen": " ", "rejected": "No."}] * 3,

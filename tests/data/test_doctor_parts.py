@@ -1,5 +1,6 @@
 """The parts of `dpokit data check` by themselves: near duplicates, contradictions, texts."""
 
+import json
 import random
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from dpokit.data.doctor import near
 from dpokit.data.doctor.conflicts import find_conflicts
 from dpokit.data.doctor.near import find_twins, sign_texts
-from dpokit.data.doctor.shortcuts import begins_as_refusal
-from dpokit.data.doctor.texts import find_kinds, find_place, mask, show_text
+from dpokit.data.doctor.shortcuts import begins_as_refusal, read_opening
+from dpokit.data.doctor.texts import find_kinds, find_place, mask, mask_values, show_text
 
 WORDS = random.Random(1)
 VOCABULARY = ["".join(WORDS.choice("bcdfghjklmnprst") for _ in range(WORDS.randint(2, 9))) for _ in range(3000)]
@@ -188,3 +189,26 @@ def test_no_part_of_a_private_key_is_shown():
 )
 def test_a_refusal_is_recognised_at_the_start(text, refuses):
     assert begins_as_refusal(text) is refuses
+
+
+SECRETS = [
+    "hf_" + "aB3" * 10,
+    "AKIAIOSFODNN7EXAMPLZ",
+    "+49 30 1234567",
+    "(212) 736-5000",
+    "212-736-5000",
+    "bob.smith@mail-server.org",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_row_is_masked_wherever_a_secret_is(secret):
+    row = {secret: 1, "a": f"\n{secret}", "b": [{"c": (f"\t{secret}", None, 2.5)}], "d": json.dumps([f"\n{secret}"])}
+    masked = mask_values(row)
+    assert masked == {"***": 1, "a": "\n***", "b": [{"c": ["\t***", None, 2.5]}], "d": '["\\n***"]'}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_an_opening_has_no_part_of_a_secret(secret):
+    for text in (secret, f"Write {secret} down"):
+        assert secret.lower()[:12] not in read_opening(text)

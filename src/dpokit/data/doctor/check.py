@@ -15,7 +15,7 @@ from dpokit.data.doctor.near import compare, find_twins
 from dpokit.data.doctor.pairs import PairTable
 from dpokit.data.doctor.rows import SplitRows, load_parts, read_pairs
 from dpokit.data.doctor.shortcuts import FAMILIES, Accuracy, measure_scores, measure_shortcuts, rank_openings
-from dpokit.data.doctor.texts import PATTERNS, show_text
+from dpokit.data.doctor.texts import PATTERNS, mask, show_text
 from dpokit.data.prepare import find_limits
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
@@ -82,7 +82,10 @@ def check_data(
     lengths = tokens if len(tokens) else table.letters[training]
     return {
         "sources": list(sources),
-        "splits": [part.tally.record() | {"held_out": part.is_held_out} for part in parts],
+        "splits": [
+            part.tally.record() | {"dropped": dict(_count_dropped([part])), "held_out": part.is_held_out}
+            for part in parts
+        ],
         "findings": [finding.record() for finding in findings],
         "not_checked": missing,
         "shortcuts": {
@@ -108,10 +111,17 @@ def check_data(
     }
 
 
-def _list_dropped(parts: Sequence[SplitRows]) -> list[Finding]:
+def _count_dropped(parts: Sequence[SplitRows]) -> Counter[str]:
+    """Returns the number of dropped rows by reason, the most frequent first; a reason may quote a row."""
     dropped: Counter[str] = Counter()
     for part in parts:
-        dropped.update(part.tally.dropped)
+        for reason, count in part.tally.dropped.most_common():
+            dropped[mask(reason)] += count
+    return Counter(dict(dropped.most_common()))
+
+
+def _list_dropped(parts: Sequence[SplitRows]) -> list[Finding]:
+    dropped = _count_dropped(parts)
     examples = [example for part in parts for several in part.dropped.values() for example in several[:1]]
     detail = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
     total = sum(part.tally.rows for part in parts)

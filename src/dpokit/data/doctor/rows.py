@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from dpokit.data.columns import IDS
 from dpokit.data.doctor.kinds import MOST_EXAMPLES
-from dpokit.data.doctor.texts import show_text
+from dpokit.data.doctor.texts import mask, mask_values, shorten
 from dpokit.data.formats import Pair
 from dpokit.data.layouts import Layout
 from dpokit.data.messages import UnusableError
@@ -158,7 +158,8 @@ def _keep_example(part: SplitRows, reason: str, row: int, values: dict[str, Any]
     examples = part.dropped.setdefault(reason.partition(" (")[0], [])
     if len(examples) < MOST_EXAMPLES:
         try:
-            text = json.dumps(values, ensure_ascii=False, default=str)
+            text = json.dumps(mask_values(values), ensure_ascii=False)
         except (ValueError, RecursionError):
             text = "a row that cannot be shown"
-        examples.append({"source": f"{part.name}, row {row + 1:,}", "reason": reason, "row": show_text(text)})
+        place = f"{part.name}, row {row + 1:,}"
+        examples.append({"source": place, "reason": mask(reason), "row": shorten(text)})

@@ -32,6 +32,7 @@ _PHONE = re.compile(
 
 
 _DIGITS = re.compile(r"\d\d")
+_ESCAPE = re.compile(r"(\\[bfnrt]|\\u[0-9a-fA-F]{4})")
 # Up to its end, or to the end of the text.
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.S)
 PATTERNS: Mapping[str, re.Pattern[str]] = {
@@ -86,7 +87,28 @@ def find_kinds(prompt: str, chosen: str, rejected: str) -> list[str]:
 
 def mask(text: str) -> str:
     """Returns a text with `***` for each key, e-mail address and phone number."""
-    return _PHONE.sub(HIDDEN, _EMAIL.sub(HIDDEN, hide_secrets(_PRIVATE_KEY.sub(HIDDEN, text))))
+    text = _PRIVATE_KEY.sub(HIDDEN, text)
+    # In JSON inside a text, the letter of an escape stands before the secret: \\nhf_...
+    parts = _ESCAPE.split(text)
+    if len(parts) > 1:
+        text = "".join(part if number % 2 else _mask_part(part) for number, part in enumerate(parts))
+    return _mask_part(text)
+
+
+def _mask_part(text: str) -> str:
+    return _PHONE.sub(HIDDEN, _EMAIL.sub(HIDDEN, hide_secrets(text)))
+
+
+def mask_values(value: Any) -> Any:
+    """Returns JSON values in which each text is masked and shortened, also the names in objects.
+
+    A row must be masked before it becomes JSON, whose escapes hide where a secret begins.
+    """
+    if isinstance(value, Mapping):
+        return {show_text(str(name)): mask_values(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mask_values(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else show_text(str(value))
 
 
 def show_text(text: str, place: int = 0) -> str:
@@ -96,8 +118,12 @@ def show_text(text: str, place: int = 0) -> str:
     base = max(0, first - 2 * _PART_LETTERS)
     before, shown = mask(text[base:first]), mask(text[base : first + MOST_LETTERS + 2 * _PART_LETTERS])
     shown = shown[len(before) :]
-    is_cut = len(shown) > MOST_LETTERS
-    return ("... " if first else "") + shown[:MOST_LETTERS] + (" ..." if is_cut else "")
+    return ("... " if first else "") + shorten(shown)
+
+
+def shorten(masked: str) -> str:
+    """Returns the beginning of a text that is masked already."""
+    return masked[:MOST_LETTERS] + (" ..." if len(masked) > MOST_LETTERS else "")
 
 
 def show_pair(source: str, texts: Sequence[str], kind: str = "", **more: Any) -> dict[str, str]:
