@@ -11,6 +11,9 @@ from conftest import build_tokenizer
 from dpokit.data.doctor import near, pairs
 from dpokit.data.doctor.check import HELD_OUT_BY_PROMPT, NO_HELD_OUT, NO_RENSA, check_data
 from dpokit.data.doctor.kinds import KINDS
+from dpokit.data.doctor.rows import Usable
+from dpokit.data.doctor.shortcuts import cross_validate
+from dpokit.data.formats import Pair
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, FlagParser
@@ -181,11 +184,17 @@ def test_a_shortcut_is_named_with_its_accuracy(tmp_path, kind):
     assert named <= {kind, "all_shortcuts", *({"opening", "punctuation", "length"} if kind != "length" else set())}
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_few_prompts_hide_no_shortcut(prompts):
+    differences = np.ones((300, 2), np.float32)
+    groups = np.minimum(np.arange(300) % 12, prompts - 1).astype(np.uint64)
+    accuracy = cross_validate(differences, groups)
+    assert (accuracy.value, accuracy.decided) == (1, 300)
+
+
 def test_random_looks_are_no_shortcut():
     rng = np.random.default_rng(0)
     differences, groups = rng.normal(size=(2000, 20)), rng.integers(0, 900, 2000).astype(np.uint64)
-    from dpokit.data.doctor.shortcuts import cross_validate
-
     accuracy = cross_validate(differences, groups)
     assert abs(accuracy.value - 0.5) < 0.05
     assert not accuracy.is_certain
@@ -237,6 +246,36 @@ def test_a_hold_out_by_prompt_is_named(tmp_path):
     record = check_data([write(tmp_path / "pairs.jsonl", build_rows(5))], DataArguments(eval_fraction=0.2))
     assert HELD_OUT_BY_PROMPT in record["not_checked"]
     assert NO_HELD_OUT not in record["not_checked"]
+
+
+def test_a_named_source_is_checked_in_place_of_the_flags_own(tmp_path):
+    named, other = (write(tmp_path / f"{number}.jsonl", build_rows(number)) for number in (4, 7))
+    for flags in ({"datasets": [{"path": other}]}, {"dataset_mixer": {other: 0.5}}, {"dataset_name": other}):
+        record = check_data([named], DataArguments(**flags))
+        assert record["sources"] == [named]
+        assert [split["rows"] for split in record["splits"]] == [4]
+        assert not any("leave out" in line for line in record["not_checked"])
+
+
+def test_the_sources_of_the_flags_are_checked_with_their_keys(tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    first = write(tmp_path / "first.jsonl", [{"q": row["prompt"]} | row for row in build_rows(4)])
+    write(folder / "train.jsonl", build_rows(7, seed=1))
+    write(folder / "validation.jsonl", build_rows(2, seed=2))
+    entries = [{"path": first, "ignore_columns": ["q"], "count": 2}, {"path": str(folder), "test_split": "validation"}]
+    record = check_data([], DataArguments(datasets=entries, drop_duplicates=True))
+    assert [(split["rows"], split["held_out"]) for split in record["splits"]] == [(4, False), (7, False), (2, True)]
+    assert record["sources"] == [first, str(folder)]
+    (line,) = (line for line in record["not_checked"] if "leave out" in line)
+    assert "--drop_duplicates, count" in line
+
+
+def test_a_table_holds_pairs_of_many_splits_and_places():
+    table = pairs.PairTable([])
+    table.add(70_000, [Usable(Pair("Why?", "So.", "No."), 0, 80_000, ())])
+    table.finish()
+    assert (table.part[0], table._place[0]) == (70_000, 80_000)
 
 
 def test_several_sources_are_checked_together(tmp_path):

@@ -117,12 +117,28 @@ def test_training_flags_reach_the_check(clean, tmp_path, tiny_gpt2):
     assert record["lengths"]["unit"] == "tokens"
 
 
+@pytest.mark.parametrize("key", ["datasets", "dataset_name"])
+def test_a_config_file_names_the_sources(clean, tmp_path, key):
+    config = tmp_path / "mix.yaml"
+    config.write_text(f"{key}: {json.dumps(clean if key == 'dataset_name' else [{'path': clean}])}\n")
+    record = json.loads(run("--config", str(config), "--json").stdout)
+    assert record["sources"] == [clean]
+    assert record["splits"][0]["rows"] == 5
+
+
+def test_flags_of_a_run_on_chosen_answers_are_taken(clean):
+    done = run(clean, "--json", "--completion_only_loss", "false")
+    assert json.loads(done.stdout)["splits"][0]["rows"] == 5, done.stderr
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["/nowhere.jsonl"], "there is no such file"),
         (["--columns", "prompt=q"], "no source was named"),
-        (["FILE", "--dataset_name", "other.jsonl"], "--dataset_name beside"),
+        (["FILE", "--dataset_name", "other.jsonl"], "the pairs are named 2 times"),
+        (["FILE", "--datasets", '{"path": "other.jsonl"}'], "leave --datasets out"),
+        (["--datasets", '{"path": "a"}', "--dataset_name", "b"], "--dataset_name, --datasets: the pairs are named 2"),
         (["FILE", "--bta", "0.5"], "there is no setting 'bta'"),
         (["FILE", "--dataset_test_split", "test"], "there is no split 'test'"),
         (["FILE", "--columns", "prompt=nowhere"], "has no column nowhere"),

@@ -21,6 +21,7 @@ from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
 from dpokit.data.tally import find_remedies
 from dpokit.settings.flags import DataArguments
+from dpokit.settings.mixture import SHARES
 
 NO_RENSA = "nearly equal texts were not searched: pip install 'dpokit[data]'"
 NO_MODEL = "tokens were not counted: --model_name_or_path names the model whose tokenizer counts them"
@@ -41,8 +42,8 @@ def check_data(
     """Returns the content of data-check.json: counts, findings and measures of the pairs that training would get.
 
     Args:
-        sources: Hub ids, files or folders; their training splits are checked together.
-        data: the flags of training.
+        sources: Hub ids, files or folders; their training splits are checked together. [] for the sources of `data`.
+        data: the flags of training; with `sources`, those that name datasets are not read.
         tokenizer: of the model; None counts no tokens, and misses reasons that only a model has.
         max_length: most tokens of prompt and answer.
         has_test_flag: whether the user named the held-out split.
@@ -50,7 +51,8 @@ def check_data(
 
     Raises: DataError as `prepare_data`, except that no usable pair is a finding.
     """
-    parts = [part for source in sources for part in load_parts(source, data, has_test_flag=has_test_flag)]
+    named = [replace(data, dataset_name=source, datasets=None, dataset_mixer=None) for source in sources] or [data]
+    parts = [part for each in named for part in load_parts(each, has_test_flag=has_test_flag)]
     parts.sort(key=lambda part: part.is_held_out)
     renderer = None
     if tokenizer is not None:
@@ -78,10 +80,12 @@ def check_data(
     missing += [] if tokenizer is not None else [NO_MODEL]
     if not any(part.is_held_out for part in parts):
         missing.append(NO_HELD_OUT if data.eval_fraction is None else HELD_OUT_BY_PROMPT)
+    if settings := _list_later_settings(named):
+        missing.append(f"which pairs {', '.join(settings)} would leave out: all usable pairs are counted here")
     tokens = table.tokens[training] if len(table.tokens) else table.tokens
     lengths = tokens if len(tokens) else table.letters[training]
     return {
-        "sources": list(sources),
+        "sources": list(sources) or [source.title for source in data.sources()],
         "splits": [
             part.tally.record() | {"dropped": dict(_count_dropped([part])), "held_out": part.is_held_out}
             for part in parts
@@ -109,6 +113,14 @@ def check_data(
             if len(tokens)
         ],
     }
+
+
+def _list_later_settings(named: Sequence[DataArguments]) -> list[str]:
+    """Returns the settings that leave out usable pairs in training, which a check does not."""
+    flags = ("drop_duplicates", "max_length_gap", "max_pairs_per_source", "balance_sources")
+    given = [f"--{name}" for name in flags if getattr(named[0], name) not in (None, False)]
+    sources = [source for data in named for source in data.sources()]
+    return given + [name for name in SHARES if any(getattr(source, name) is not None for source in sources)]
 
 
 def _count_dropped(parts: Sequence[SplitRows]) -> Counter[str]:

@@ -134,10 +134,13 @@ def cross_validate(differences: np.ndarray, groups: np.ndarray) -> Accuracy:
 
     Args:
         differences: features of the preferred answer minus those of the other one, (pairs, features).
-        groups: a number for each pair, (pairs,); pairs of one number are in one fold, as those of one prompt must be.
+        groups: a number for each pair, (pairs,). Pairs of one number, as those of one prompt, are in one fold, unless
+            more than half of all pairs would be in it: then pairs are dealt out one by one.
     """
     scores = np.zeros(len(differences))
-    folds = groups % np.uint64(FOLDS)
+    folds = (groups % np.uint64(FOLDS)).astype(int)
+    if 2 * np.bincount(folds, minlength=1).max() > len(folds):
+        folds = np.arange(len(folds)) % FOLDS
     for fold in range(FOLDS):
         is_held_out = folds == fold
         if is_held_out.any() and not is_held_out.all():
