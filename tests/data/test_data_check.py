@@ -9,8 +9,8 @@ import pytest
 from conftest import build_tokenizer
 
 from dpokit.data.doctor import near, pairs
-from dpokit.data.doctor.check import HELD_OUT_BY_PROMPT, NO_HELD_OUT, NO_RENSA, check_data
-from dpokit.data.doctor.kinds import KINDS
+from dpokit.data.doctor.check import HELD_OUT_BY_PROMPT, NO_HELD_OUT, check_data
+from dpokit.data.doctor.kinds import KINDS, NO_RENSA
 from dpokit.data.doctor.rows import Usable
 from dpokit.data.doctor.shortcuts import cross_validate
 from dpokit.data.formats import Pair

@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.doctor.conflicts import MOST_LOOPS, find_conflicts
-from dpokit.data.doctor.kinds import MOST_EXAMPLES, Finding
+from dpokit.data.doctor.kinds import MOST_EXAMPLES, NO_RENSA, Finding
 from dpokit.data.doctor.lengths import LIMITS, count_bins, measure_cuts
 from dpokit.data.doctor.near import compare, find_twins
 from dpokit.data.doctor.pairs import PairTable
@@ -23,10 +23,12 @@ from dpokit.data.tally import find_remedies
 from dpokit.settings.flags import DataArguments
 from dpokit.settings.mixture import SHARES
 
-NO_RENSA = "nearly equal texts were not searched: pip install 'dpokit[data]'"
-NO_MODEL = "tokens were not counted: --model_name_or_path names the model whose tokenizer counts them"
-NO_HELD_OUT = "there is no held-out split, so no leak was searched: --dataset_test_split names one"
-HELD_OUT_BY_PROMPT = "--eval_fraction keeps equal prompts on one side; nearly repeated ones may still be on both"
+NO_MODEL = "numbers of tokens (--model_name_or_path names the model whose tokenizer counts them)"
+NO_HELD_OUT = "leaks into held-out pairs (there is no held-out split; --dataset_test_split names one)"
+HELD_OUT_BY_PROMPT = (
+    "leaks into held-out pairs (--eval_fraction keeps all pairs of one prompt on one side, but of two nearly equal "
+    "prompts, one may be trained on and the other held out)"
+)
 SHOWN_OPENINGS = 10
 
 
@@ -81,7 +83,7 @@ def check_data(
     if not any(part.is_held_out for part in parts):
         missing.append(NO_HELD_OUT if data.eval_fraction is None else HELD_OUT_BY_PROMPT)
     if settings := _list_later_settings(named):
-        missing.append(f"which pairs {', '.join(settings)} would leave out: all usable pairs are counted here")
+        missing.append(f"what {', '.join(settings)} would leave out (all usable pairs are counted here)")
     tokens = table.tokens[training] if len(table.tokens) else table.tokens
     lengths = tokens if len(tokens) else table.letters[training]
     return {
