@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +54,7 @@ def check_data(
 
     Raises: DataError as `prepare_data`, except that no usable pair is a finding.
     """
-    named = [replace(data, dataset_name=source, datasets=None, dataset_mixer=None) for source in sources] or [data]
+    named = [_name_source(data, source) for source in sources] or [data]
     parts = [part for each in named for part in load_parts(each, has_test_flag=has_test_flag)]
     parts.sort(key=lambda part: part.is_held_out)
     renderer = None
@@ -117,12 +118,19 @@ def check_data(
     }
 
 
+def _name_source(data: DataArguments, source: str) -> DataArguments:
+    """Returns the flags with this source as the only one."""
+    data = copy(data)
+    data.dataset_name, data.datasets, data.dataset_mixer = source, None, None
+    return data
+
+
 def _list_later_settings(named: Sequence[DataArguments]) -> list[str]:
     """Returns the settings that leave out usable pairs in training, which a check does not."""
     flags = ("drop_duplicates", "max_length_gap", "max_pairs_per_source", "balance_sources")
-    given = [f"--{name}" for name in flags if getattr(named[0], name) not in (None, False)]
+    settings = [f"--{name}" for name in flags if getattr(named[0], name) not in (None, False)]
     sources = [source for data in named for source in data.sources()]
-    return given + [name for name in SHARES if any(getattr(source, name) is not None for source in sources)]
+    return settings + [name for name in SHARES if any(getattr(source, name) is not None for source in sources)]
 
 
 def _count_dropped(parts: Sequence[SplitRows]) -> Counter[str]:
