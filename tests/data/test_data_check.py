@@ -268,7 +268,7 @@ def test_the_sources_of_the_flags_are_checked_with_their_keys(tmp_path):
     assert [(split["rows"], split["held_out"]) for split in record["splits"]] == [(4, False), (7, False), (2, True)]
     assert record["sources"] == [first, str(folder)]
     (line,) = (line for line in record["not_checked"] if "leave out" in line)
-    assert "--drop_duplicates, count" in line
+    assert "--drop_duplicates, the count of a source" in line
 
 
 def test_a_table_holds_pairs_of_many_splits_and_places():

@@ -130,7 +130,8 @@ def _list_later_settings(named: Sequence[DataArguments]) -> list[str]:
     flags = ("drop_duplicates", "max_length_gap", "max_pairs_per_source", "balance_sources")
     settings = [f"--{name}" for name in flags if getattr(named[0], name) not in (None, False)]
     sources = [source for data in named for source in data.sources()]
-    return settings + [name for name in SHARES if any(getattr(source, name) is not None for source in sources)]
+    shares = [name for name in SHARES if any(getattr(source, name) is not None for source in sources)]
+    return settings + [f"the {name} of a source" for name in shares]
 
 
 def _count_dropped(parts: Sequence[SplitRows]) -> Counter[str]:

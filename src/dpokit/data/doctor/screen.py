@@ -25,7 +25,8 @@ def print_check(record: Mapping[str, Any]) -> None:
     console.print(_build_shortcuts(record))
     console.print(
         "  A shortcut is a look of the answers that alone tells which one is preferred.\n"
-        "  decides: the share of pairs with a difference in it; right there: accuracy on these."
+        "  decides: the share of pairs whose answers differ in it.\n"
+        "  right there: how often it then points to the preferred answer."
     )
     if record["limits"]:
         console.print(_build_limits(record["limits"]))
@@ -94,7 +95,8 @@ def describe_findings(record: Mapping[str, Any]) -> str:
     findings = record["findings"]
     names = [finding["title"] for finding in findings if finding["is_problem"]]
     if names:
-        return f"{len(names)} of {len(findings)} checks have a finding: {', '.join(names)}."
+        verb = "has" if len(names) == 1 else "have"
+        return f"{len(names)} of {len(findings)} checks {verb} a finding: {', '.join(names)}."
     if not passes(record):
         return (
             f"{len(findings)} checks, and no finding; but nearly equal texts were not searched, so --strict ends with "
