@@ -18,6 +18,8 @@ TOKENS = {
     "an API key": re.compile(r"\bsk-(?=[A-Za-z_-]{0,200}\d)[\w-]{20,}"),
     "a Weights & Biases key": re.compile(r"\bwandb_v\d_\w{20,}"),
     "a GitHub token": re.compile(r"\b(gh[pousr]_|github_pat_)\w{20,}"),
+    "a Slack token": re.compile(r"\bxox[abeoprs]-(?=[A-Za-z-]{0,200}\d)[A-Za-z0-9-]{10,}"),
+    "a Google API key": re.compile(r"\bAIza[\w-]{35}(?![\w-])"),
     "an AWS key": re.compile(r"\bAKIA[0-9A-Z]{16}\b"),
     "a line of a .netrc": re.compile(r"\bmachine\s+\S+\s+login\s+\S+\s+password\s+\S+"),
     "a private key": re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----|\bPuTTY-User-Key-File-\d"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from datasets.utils.logging import disable_progress_bar, enable_progress_bar
@@ -15,13 +16,14 @@ from dpokit.rundir import find_model
 from dpokit.settings.bounds import check_bounds, check_date
 from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import read_layers
+from dpokit.settings.mixture import NAMES
 
 
 def check_sources(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]:
     """Returns the content of data-check.json.
 
     Args:
-        sources: Hub ids, files or folders; [] for the `dataset_name` of the flags.
+        sources: Hub ids, files or folders; [] for those that the flags name.
         argv: training flags. Those of the data, of the model's tokenizer and of the lengths count; the others may stay,
             so that a run's flags or its YAML file can be given as they are.
 
@@ -29,19 +31,21 @@ def check_sources(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]
     """
     quiet_dependencies()
     (enable_progress_bar if has_bars() else disable_progress_bar)()
-    _, layers = read_layers("data check", {}, argv)
+    layers = _read_layers(argv)
     values = {name: value for _, layer in layers for name, value in layer.items()}
     origins = {name: layer for layer, settings in layers for name in settings}
     check_bounds(values, origins)
     check_date(values)
-    if sources and "dataset_name" in layers[-1][1]:
+    beside = [name for name in NAMES if (layers[-1][1] if sources else values).get(name) is not None]
+    if len(beside) + bool(sources) > 1:
+        names = [f"--{name}" for name in beside]
         raise SettingsError(
-            f"--dataset_name beside {', '.join(sources)}",
+            f"{', '.join([*names, *sources])}: the pairs are named {len(beside) + bool(sources)} times",
             expected="sources in one place",
-            do="leave --dataset_name out",
+            do=f"leave {names[-1]} out",
         )
-    sources = list(sources) or [name for name in [values.get("dataset_name")] if name]
-    if not sources:
+    data = _pick(DataArguments, values)
+    if not sources and not data.sources():
         raise SettingsError(
             "no source was named", expected="a Hub id, a file or a folder", do="dpokit data check SOURCE"
         )
@@ -54,12 +58,22 @@ def check_sources(sources: Sequence[str], argv: Sequence[str]) -> dict[str, Any]
     with track_progress(desc="checking", unit="pair") as bar:
         return check_data(
             sources,
-            _pick(DataArguments, values),
+            data,
             tokenizer=tokenizer,
             max_length=values.get("max_length"),
             has_test_flag="dataset_test_split" in values,
             on_progress=bar.update,
         )
+
+
+def _read_layers(argv: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Returns the layers of the flags, which may be those of a run on pairs or of one on chosen answers."""
+    try:
+        return read_layers("data check", {}, argv)[1]
+    except SettingsError:
+        with suppress(SettingsError):
+            return read_layers("data check", {"kind": "sft"}, argv)[1]
+        raise
 
 
 def _pick(group: type[Any], values: Mapping[str, Any]) -> Any:

@@ -9,12 +9,16 @@ import pytest
 from conftest import build_tokenizer
 
 from dpokit.data.doctor import near, pairs
-from dpokit.data.doctor.check import HELD_OUT_BY_PROMPT, NO_HELD_OUT, NO_RENSA, check_data
-from dpokit.data.doctor.kinds import KINDS
+from dpokit.data.doctor.check import HELD_OUT_BY_PROMPT, NO_HELD_OUT, check_data
+from dpokit.data.doctor.kinds import KINDS, NO_RENSA
+from dpokit.data.doctor.rows import Usable
+from dpokit.data.doctor.shortcuts import cross_validate
+from dpokit.data.formats import Pair
 from dpokit.data.prepare import prepare_data
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, FlagParser
 
+CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 LETTERS = "bcdfghjklmnpqrstvwz"
 KEY = "hf_" + "aB3" * 10
 PRIVATE = "-----BEGIN RSA PRIVATE KEY-----\nMIIEowIBAAKCAQEA7bq\n-----END RSA PRIVATE KEY-----"
@@ -110,6 +114,30 @@ def test_examples_hide_keys_and_personal_data(planted):
     assert "***" in text
 
 
+# Where a secret may stand: in dropped rows, in their reasons, and at the start of answers.
+PLACES = {
+    "a line of equal answers": lambda text: {"prompt": "Why?", "chosen": f"\n{text}", "rejected": f"\n{text}"},
+    "the end of a long text": lambda text: {"prompt": "x" * 560 + " " + text, "chosen": "So.", "rejected": "So."},
+    "JSON in a text": lambda text: {"prompt": json.dumps([f"\n{text}"]), "chosen": "", "rejected": "b"},
+    "a role": lambda text: {
+        "prompt": "Why?",
+        "chosen": [{"role": text, "content": "So."}],
+        "rejected": CONVERSATION[1:],
+    },
+    "the first word": lambda text: {"prompt": "Why?", "chosen": text, "rejected": "No."},
+    "the second word": lambda text: {"prompt": "Why?", "chosen": f"Ask {text}", "rejected": "No."},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_key_of_a_row_is_shown(tmp_path, place):
+    rows = [PLACES[place](text) | {"meta": text} for text in (KEY, "assistant")]
+    record = check_data([write(tmp_path / "pairs.jsonl", rows)], DataArguments(ignore_columns=["meta"]))
+    assert record["splits"][0]["rows"] == 2
+    assert KEY[:9].lower() not in json.dumps(record).lower()
+    assert "***" in json.dumps(record)
+
+
 def test_the_record_tells_where_a_row_has_its_twin(planted):
     (finding,) = (finding for finding in planted["findings"] if finding["kind"] == "repeated_pairs")
     (first, *_) = finding["examples"]
@@ -156,11 +184,17 @@ def test_a_shortcut_is_named_with_its_accuracy(tmp_path, kind):
     assert named <= {kind, "all_shortcuts", *({"opening", "punctuation", "length"} if kind != "length" else set())}
 
 
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_few_prompts_hide_no_shortcut(prompts):
+    differences = np.ones((300, 2), np.float32)
+    groups = np.minimum(np.arange(300) % 12, prompts - 1).astype(np.uint64)
+    accuracy = cross_validate(differences, groups)
+    assert (accuracy.value, accuracy.decided) == (1, 300)
+
+
 def test_random_looks_are_no_shortcut():
     rng = np.random.default_rng(0)
     differences, groups = rng.normal(size=(2000, 20)), rng.integers(0, 900, 2000).astype(np.uint64)
-    from dpokit.data.doctor.shortcuts import cross_validate
-
     accuracy = cross_validate(differences, groups)
     assert abs(accuracy.value - 0.5) < 0.05
     assert not accuracy.is_certain
@@ -214,6 +248,36 @@ def test_a_hold_out_by_prompt_is_named(tmp_path):
     assert NO_HELD_OUT not in record["not_checked"]
 
 
+def test_a_named_source_is_checked_in_place_of_the_flags_own(tmp_path):
+    named, other = (write(tmp_path / f"{number}.jsonl", build_rows(number)) for number in (4, 7))
+    for flags in ({"datasets": [{"path": other}]}, {"dataset_mixer": {other: 0.5}}, {"dataset_name": other}):
+        record = check_data([named], DataArguments(**flags))
+        assert record["sources"] == [named]
+        assert [split["rows"] for split in record["splits"]] == [4]
+        assert not any("leave out" in line for line in record["not_checked"])
+
+
+def test_the_sources_of_the_flags_are_checked_with_their_keys(tmp_path):
+    folder = tmp_path / "splits"
+    folder.mkdir()
+    first = write(tmp_path / "first.jsonl", [{"q": row["prompt"]} | row for row in build_rows(4)])
+    write(folder / "train.jsonl", build_rows(7, seed=1))
+    write(folder / "validation.jsonl", build_rows(2, seed=2))
+    entries = [{"path": first, "ignore_columns": ["q"], "count": 2}, {"path": str(folder), "test_split": "validation"}]
+    record = check_data([], DataArguments(datasets=entries, drop_duplicates=True))
+    assert [(split["rows"], split["held_out"]) for split in record["splits"]] == [(4, False), (7, False), (2, True)]
+    assert record["sources"] == [first, str(folder)]
+    (line,) = (line for line in record["not_checked"] if "leave out" in line)
+    assert "--drop_duplicates, the count of a source" in line
+
+
+def test_a_table_holds_pairs_of_many_splits_and_places():
+    table = pairs.PairTable([])
+    table.add(70_000, [Usable(Pair("Why?", "So.", "No."), 0, 80_000, ())])
+    table.finish()
+    assert (table.part[0], table._place[0]) == (70_000, 80_000)
+
+
 def test_several_sources_are_checked_together(tmp_path):
     rows = build_rows(60)
     sources = [write(tmp_path / f"{number}.jsonl", rows) for number in range(2)]
@@ -223,7 +287,6 @@ def test_several_sources_are_checked_together(tmp_path):
     assert len(record["splits"]) == 2
 
 
-CONVERSATION = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 ODD = {
     "one row": [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}],
     "all rows dropped": [{"prompt": "Why?", "chosen": " ", "rejected": "No."}] * 3,

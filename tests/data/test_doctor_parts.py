@@ -1,5 +1,6 @@
 """The parts of `dpokit data check` by themselves: near duplicates, contradictions, texts."""
 
+import json
 import random
 
 import numpy as np
@@ -8,8 +9,8 @@ import pytest
 from dpokit.data.doctor import near
 from dpokit.data.doctor.conflicts import find_conflicts
 from dpokit.data.doctor.near import find_twins, sign_texts
-from dpokit.data.doctor.shortcuts import begins_as_refusal
-from dpokit.data.doctor.texts import find_kinds, find_place, mask, show_text
+from dpokit.data.doctor.shortcuts import begins_as_refusal, read_opening
+from dpokit.data.doctor.texts import find_kinds, find_place, mask, mask_values, show_text
 
 WORDS = random.Random(1)
 VOCABULARY = ["".join(WORDS.choice("bcdfghjklmnprst") for _ in range(WORDS.randint(2, 9))) for _ in range(3000)]
@@ -143,6 +144,9 @@ def test_many_answers_to_one_prompt_are_quick():
         ("in 2026-11-29 12:30, 1,234,567 of 10.0.0.1 and ISBN 978-3-16-148410-0", []),
         ("token hf_" + "aB3" * 10, ["keys"]),
         ("-----BEGIN PRIVATE KEY-----", ["keys"]),
+        ("xoxb-123456789012-abcdefghijkl", ["keys"]),
+        ("AIzaSy" + "aB3" * 11, ["keys"]),
+        ("xoxo-hugs and AIza, a name", []),
     ],
 )
 def test_the_kinds_of_a_text(text, kinds):
@@ -188,3 +192,87 @@ def test_no_part_of_a_private_key_is_shown():
 )
 def test_a_refusal_is_recognised_at_the_start(text, refuses):
     assert begins_as_refusal(text) is refuses
+
+
+SECRETS = [
+    "hf_" + "aB3" * 10,
+    "AKIAIOSFODNN7EXAMPLZ",
+    "+49 30 1234567",
+    "(212) 736-5000",
+    "212-736-5000",
+    "bob.smith@mail-server.org",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_row_is_masked_wherever_a_secret_is(secret):
+    row = {secret: 1, "a": f"\n{secret}", "b": [{"c": (f"\t{secret}", None, 2.5)}], "d": json.dumps([f"\n{secret}"])}
+    masked = mask_values(row)
+    assert masked == {"***": 1, "a": "\n***", "b": [{"c": ["\t***", None, 2.5]}], "d": '["\\n***"]'}
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_an_opening_has_no_part_of_a_secret(secret):
+    for text in (secret, f"Write {secret} down"):
+        assert secret.lower()[:12] not in read_opening(text)
+
+
+# Texts with a phone number (True), and numbers that are none.
+PHONES = {
+    "+49 30 1234567": True,
+    "+4930 1234567": True,
+    "+49 (0)30 123 45 67": True,
+    "+4930123456": True,
+    "+33 1 23 45 67 89": True,
+    "+44 (0)20 7946 0958": True,
+    "+91 98765 43210": True,
+    "+1 (212) 736-5000": True,
+    "+1(212)736-5000": True,
+    "tel:+12127365000.": True,
+    "00493012345678": True,
+    "0049 30 1234567": True,
+    "0800 123 4567": True,
+    "030 1234567": True,
+    "030/1234567, or later": True,
+    "020 7946 0958": True,
+    "07911 123456": True,
+    "044 668 18 00": True,
+    "01 23 45 67 89": True,
+    "1-800-273-8255": True,
+    "(555)123-4567": True,
+    "call 555-123-4567.": True,
+    "978-316-1484": True,
+    "+15000 dollars": False,
+    "x=+1000000": False,
+    "+1000000000": False,
+    "+25000000 people": False,
+    "+12.3456789012 degrees": False,
+    "+30123456789012345678": False,
+    "2026-11-29 12:30:00": False,
+    "29.11.2026 and 01/02/2026 12:30": False,
+    "2026-11-29T12:30:00+0100": False,
+    "01-02-2026": False,
+    "09:00-17:00, 0900-1700": False,
+    "192.168.100.1000": False,
+    "10.0.0.1": False,
+    "123-45-6789": False,
+    "4111 1111 1111 1111": False,
+    "DE89 3704 0044 0532 0130 00": False,
+    "ISBN 978-3-16-148410-0": False,
+    "1,234,567,890.12": False,
+    "chmod 0755 0644": False,
+    "0.0123456789": False,
+    "1234567890": False,
+    "3.14159265358979": False,
+}
+
+
+@pytest.mark.parametrize(("text", "is_phone"), PHONES.items())
+def test_a_phone_number_is_told_from_other_numbers(text, is_phone):
+    assert find_kinds("Why?", text, "No.") == ["phones"] * is_phone
+    assert ("***" in mask(text)) is is_phone
+
+
+@pytest.mark.parametrize("text", [text for text, is_phone in PHONES.items() if is_phone])
+def test_a_masked_phone_number_leaves_no_digit(text):
+    assert not any(letter.isdigit() for letter in mask(text))

@@ -6,6 +6,7 @@ import pytest
 from chromium import serve, skip_without_chromium
 from typer.testing import CliRunner
 
+from dpokit.data.doctor import pairs
 from dpokit.data.doctor.check import check_data
 from dpokit.errors import RunFolderError
 from dpokit.report.data_page import build_check_page, make_check_folder, write_check
@@ -100,6 +101,15 @@ def test_a_finding_is_an_error_only_with_strict(record, strict, code):
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("strict", "code"), [([], 0), (["--strict"], 2)])
+def test_a_strict_check_without_rensa_fails(clean, monkeypatch, strict, code):
+    monkeypatch.setattr(pairs, "can_sign", lambda: False)
+    done = run(clean, *strict)
+    assert done.exit_code == code
+    *_, last = done.stdout.split("\n\n")
+    assert "so --strict ends with exit code 2: pip install 'dpokit[data]'" in " ".join(last.split())
+
+
 def test_a_file_without_findings_ends_well_with_strict(clean, tmp_path):
     done = run(clean, "--strict", "--json", "--output", str(tmp_path / "out"))
     assert done.exit_code == 0, done.stderr
@@ -117,12 +127,29 @@ def test_training_flags_reach_the_check(clean, tmp_path, tiny_gpt2):
     assert record["lengths"]["unit"] == "tokens"
 
 
+@pytest.mark.parametrize("key", ["datasets", "dataset_name"])
+def test_a_config_file_names_the_sources(clean, tmp_path, key):
+    config = tmp_path / "mix.yaml"
+    config.write_text(f"{key}: {json.dumps(clean if key == 'dataset_name' else [{'path': clean}])}\n")
+    record = json.loads(run("--config", str(config), "--json").stdout)
+    assert record["sources"] == [clean]
+    assert record["splits"][0]["rows"] == 5
+
+
+def test_flags_of_a_run_on_chosen_answers_are_taken(clean):
+    done = run(clean, "--json", "--completion_only_loss", "false")
+    assert json.loads(done.stdout)["splits"][0]["rows"] == 5, done.stderr
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         (["/nowhere.jsonl"], "there is no such file"),
+        ([], "no source was named"),
         (["--columns", "prompt=q"], "no source was named"),
-        (["FILE", "--dataset_name", "other.jsonl"], "--dataset_name beside"),
+        (["FILE", "--dataset_name", "other.jsonl"], "the pairs are named 2 times"),
+        (["FILE", "--datasets", '{"path": "other.jsonl"}'], "leave --datasets out"),
+        (["--datasets", '{"path": "a"}', "--dataset_name", "b"], "--dataset_name, --datasets: the pairs are named 2"),
         (["FILE", "--bta", "0.5"], "there is no setting 'bta'"),
         (["FILE", "--dataset_test_split", "test"], "there is no split 'test'"),
         (["FILE", "--columns", "prompt=nowhere"], "has no column nowhere"),

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dpokit.atomic_files import write_json, write_whole
-from dpokit.data.doctor.screen import SHORTCUTS, describe_findings, describe_split, list_shortcuts, name_split
+from dpokit.data.doctor.screen import SHORTCUTS, describe_findings, describe_split, list_shortcuts, name_split, passes
 from dpokit.data.tally import describe_reason
 from dpokit.figures import Figure, Line, draw
 from dpokit.report.page import check_report_overwrite, find_report_trouble, render_page
@@ -66,7 +66,7 @@ def build_check_page(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": f"Data check of {', '.join(record['sources'])}",
         "verdict": describe_findings(record),
-        "proven": not problems,
+        "proven": passes(record),
         "judgements": [],
         "facts": [(name_split(split), describe_split(split)) for split in record["splits"]],
         "notes": [f"{finding['title']}: {finding['why']} {finding['do']}" for finding in problems],
@@ -102,7 +102,8 @@ def _list_findings(findings: Sequence[Mapping[str, Any]]) -> Table:
 def _list_accuracies(record: Mapping[str, Any]) -> Table:
     note = (
         "How often a model that sees only this part of the answers' look chooses the preferred one, on pairs that it "
-        "was not fitted to (5 folds by prompt; an undecided pair counts as half). Chance is 50 %."
+        "was not fitted to. Pairs are split into 5 folds, by prompt unless most pairs have the same one. A pair that "
+        "it does not decide counts as half. Chance is 50 %."
     )
     head = ["shortcut", "accuracy", "decides", "accuracy where it decides"]
     rows = [[f"{mark} {name}".strip(), *cells] for mark, name, *cells in list_shortcuts(record)]

@@ -19,23 +19,36 @@ app.add_typer(group, name="data")
 @group.command(context_settings=PASS_ON)
 def check(
     arguments: Annotated[
-        list[str], typer.Argument(metavar="SOURCE", help="Files, folders or Hub ids. They come first.")
-    ],
+        list[str] | None, typer.Argument(metavar="SOURCE", help="Files, folders or Hub ids, before all flags.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Write data-check.json and data-check.html, with examples and histograms."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with code 2 if there is a finding.")] = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict", help="Exit with code 2 if there is a finding, or if nearly equal texts were not searched."
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the content of data-check.json on stdout.")] = False,
 ) -> None:
-    """Looks for what is wrong with preference pairs: duplicates, contradictions, leaks, shortcuts, damaged texts.
+    """Looks for what is wrong with preference pairs, and says what to do about it.
 
-    Every other flag is a training flag, and the rows are read as a run with these flags reads them:
-    --columns prompt=question, --dataset_test_split test_prefs, --model_name_or_path M --max_length 1024.
+    It finds pairs that are repeated or contradict each other, held-out prompts
+    that are also trained on, looks of the answers that alone tell which one is
+    preferred, damaged texts, keys and personal data.
+
+    All flags of a run may follow, also --config run.yaml, and the rows are read
+    as that run would read them. Without SOURCE, the datasets that these flags
+    name are checked.
+
+    Example: dpokit data check pairs.jsonl --max_length 1024 --output check
     """
+    arguments = arguments or []
     first_flag = next((at for at, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     with redirect_stdout(sys.stderr), errors_without_torch():
-        from dpokit.data.doctor.screen import print_check
+        from dpokit.data.doctor.screen import passes, print_check
         from dpokit.data_check import check_sources
         from dpokit.report.data_page import make_check_folder, write_check
 
@@ -49,5 +62,5 @@ def check(
         print_check(record)
         if written is not None:
             echo(one_line(written.page))
-    if strict and any(finding["is_problem"] for finding in record["findings"]):
+    if strict and not passes(record):
         raise typer.Exit(2)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,23 +10,26 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from dpokit.data.doctor.conflicts import MOST_LOOPS, find_conflicts
-from dpokit.data.doctor.kinds import MOST_EXAMPLES, Finding
+from dpokit.data.doctor.kinds import MOST_EXAMPLES, NO_RENSA, Finding
 from dpokit.data.doctor.lengths import LIMITS, count_bins, measure_cuts
 from dpokit.data.doctor.near import compare, find_twins
 from dpokit.data.doctor.pairs import PairTable
 from dpokit.data.doctor.rows import SplitRows, load_parts, read_pairs
 from dpokit.data.doctor.shortcuts import FAMILIES, Accuracy, measure_scores, measure_shortcuts, rank_openings
-from dpokit.data.doctor.texts import PATTERNS, show_text
+from dpokit.data.doctor.texts import PATTERNS, mask, show_text
 from dpokit.data.prepare import find_limits
 from dpokit.data.rendering import Renderer
 from dpokit.data.shorten import LengthLimits
 from dpokit.data.tally import find_remedies
 from dpokit.settings.flags import DataArguments
+from dpokit.settings.mixture import SHARES
 
-NO_RENSA = "nearly equal texts were not searched: pip install 'dpokit[data]'"
-NO_MODEL = "tokens were not counted: --model_name_or_path names the model whose tokenizer counts them"
-NO_HELD_OUT = "there is no held-out split, so no leak was searched: --dataset_test_split names one"
-HELD_OUT_BY_PROMPT = "--eval_fraction keeps equal prompts on one side; nearly repeated ones may still be on both"
+NO_MODEL = "numbers of tokens (--model_name_or_path names the model whose tokenizer counts them)"
+NO_HELD_OUT = "leaks into held-out pairs (there is no held-out split; --dataset_test_split names one)"
+HELD_OUT_BY_PROMPT = (
+    "leaks into held-out pairs (--eval_fraction keeps all pairs of one prompt on one side, but of two nearly equal "
+    "prompts, one may be trained on and the other held out)"
+)
 SHOWN_OPENINGS = 10
 
 
@@ -41,8 +45,8 @@ def check_data(
     """Returns the content of data-check.json: counts, findings and measures of the pairs that training would get.
 
     Args:
-        sources: Hub ids, files or folders; their training splits are checked together.
-        data: the flags of training.
+        sources: Hub ids, files or folders; their training splits are checked together. [] for the sources of `data`.
+        data: the flags of training; with `sources`, those that name datasets are not read.
         tokenizer: of the model; None counts no tokens, and misses reasons that only a model has.
         max_length: most tokens of prompt and answer.
         has_test_flag: whether the user named the held-out split.
@@ -50,7 +54,8 @@ def check_data(
 
     Raises: DataError as `prepare_data`, except that no usable pair is a finding.
     """
-    parts = [part for source in sources for part in load_parts(source, data, has_test_flag=has_test_flag)]
+    named = [_name_source(data, source) for source in sources] or [data]
+    parts = [part for each in named for part in load_parts(each, has_test_flag=has_test_flag)]
     parts.sort(key=lambda part: part.is_held_out)
     renderer = None
     if tokenizer is not None:
@@ -78,11 +83,16 @@ def check_data(
     missing += [] if tokenizer is not None else [NO_MODEL]
     if not any(part.is_held_out for part in parts):
         missing.append(NO_HELD_OUT if data.eval_fraction is None else HELD_OUT_BY_PROMPT)
+    if settings := _list_later_settings(named):
+        missing.append(f"what {', '.join(settings)} would leave out (all usable pairs are counted here)")
     tokens = table.tokens[training] if len(table.tokens) else table.tokens
     lengths = tokens if len(tokens) else table.letters[training]
     return {
-        "sources": list(sources),
-        "splits": [part.tally.record() | {"held_out": part.is_held_out} for part in parts],
+        "sources": list(sources) or [source.title for source in data.sources()],
+        "splits": [
+            part.tally.record() | {"dropped": dict(_count_dropped([part])), "held_out": part.is_held_out}
+            for part in parts
+        ],
         "findings": [finding.record() for finding in findings],
         "not_checked": missing,
         "shortcuts": {
@@ -108,10 +118,33 @@ def check_data(
     }
 
 
-def _list_dropped(parts: Sequence[SplitRows]) -> list[Finding]:
+def _name_source(data: DataArguments, source: str) -> DataArguments:
+    """Returns the flags with this source as the only one."""
+    data = copy(data)
+    data.dataset_name, data.datasets, data.dataset_mixer = source, None, None
+    return data
+
+
+def _list_later_settings(named: Sequence[DataArguments]) -> list[str]:
+    """Returns the settings that leave out usable pairs in training, which a check does not."""
+    flags = ("drop_duplicates", "max_length_gap", "max_pairs_per_source", "balance_sources")
+    settings = [f"--{name}" for name in flags if getattr(named[0], name) not in (None, False)]
+    sources = [source for data in named for source in data.sources()]
+    shares = [name for name in SHARES if any(getattr(source, name) is not None for source in sources)]
+    return settings + [f"the {name} of a source" for name in shares]
+
+
+def _count_dropped(parts: Sequence[SplitRows]) -> Counter[str]:
+    """Returns the number of dropped rows by reason, the most frequent first; a reason may quote a row."""
     dropped: Counter[str] = Counter()
     for part in parts:
-        dropped.update(part.tally.dropped)
+        for reason, count in part.tally.dropped.most_common():
+            dropped[mask(reason)] += count
+    return Counter(dict(dropped.most_common()))
+
+
+def _list_dropped(parts: Sequence[SplitRows]) -> list[Finding]:
+    dropped = _count_dropped(parts)
     examples = [example for part in parts for several in part.dropped.values() for example in several[:1]]
     detail = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
     total = sum(part.tally.rows for part in parts)

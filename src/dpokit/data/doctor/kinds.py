@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MOST_EXAMPLES = 3
+NO_RENSA = "nearly equal texts (pip install 'dpokit[data]' adds this search)"  # in `not_checked`
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,7 @@ class PairTable:
 
     def __init__(self, parts: Sequence[SplitRows]) -> None:
         self.parts = parts
-        self._part, self._place = array("H"), array("H")
-        self._row = array("q")
+        self._part, self._row, self._place = array("i"), array("q"), array("i")
         self._hashes = array("Q")
         self._letters, self._tokens = array("i"), array("i")
         self._differences = array("f")
@@ -64,7 +63,7 @@ class PairTable:
             prompt, chosen, rejected = list_pair_texts(usable)
             number = len(self)
             self._part.append(part)
-            self._place.append(min(usable.place, 65535))
+            self._place.append(usable.place)
             self._row.append(usable.row)
             key = hash_text(prompt)
             self._hashes.extend((key, hash_text(chosen), hash_text(rejected)))
@@ -87,7 +86,7 @@ class PairTable:
 
     def finish(self) -> None:
         """Turns the arrays into those of numpy, once all pairs are added."""
-        self.part, self.row = np.asarray(self._part, np.uint16), np.asarray(self._row, np.int64)
+        self.part, self.row = np.asarray(self._part, np.int32), np.asarray(self._row, np.int64)
         hashes = np.asarray(self._hashes, np.uint64).reshape(-1, 3)
         self.prompts, self.chosen, self.rejected = hashes.T
         self.letters = np.asarray(self._letters, np.int64).reshape(-1, 3)

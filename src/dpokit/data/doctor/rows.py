@@ -10,7 +10,7 @@ from datasets import Dataset, IterableDataset
 
 from dpokit.data.columns import IDS
 from dpokit.data.doctor.kinds import MOST_EXAMPLES
-from dpokit.data.doctor.texts import show_text
+from dpokit.data.doctor.texts import mask, mask_values, shorten
 from dpokit.data.formats import Pair
 from dpokit.data.layouts import Layout
 from dpokit.data.messages import UnusableError
@@ -68,21 +68,19 @@ class SplitRows:
         return pair
 
 
-def load_parts(source: str, data: DataArguments, *, has_test_flag: bool) -> list[SplitRows]:
-    """Loads the training split of a source, and its held-out split.
+def load_parts(data: DataArguments, *, has_test_flag: bool) -> list[SplitRows]:
+    """Loads the training splits of the sources of the flags, and their held-out splits.
 
     Args:
-        source: a Hub id, a file or a folder.
-        data: the flags; `dataset_name` is not read.
+        data: the flags of training.
         has_test_flag: whether the user named the held-out split, so that it must be there.
 
     Raises: DataError as in training.
     """
     data = copy(data)
-    data.dataset_name = source
     if data.dataset_streaming and data.max_train_samples is None:
         raise DataError(
-            f"--dataset_streaming: {source} has no end that a check could wait for",
+            f"--dataset_streaming: {data.describe()} has no end that a check could wait for",
             expected="a number of rows to check",
             do="add --max_train_samples 10000, or leave --dataset_streaming out",
         )
@@ -90,7 +88,9 @@ def load_parts(source: str, data: DataArguments, *, has_test_flag: bool) -> list
         data.max_eval_samples = data.max_train_samples
     loaded = load_sources(data, streaming=data.dataset_streaming)
     parts = [_build_part(rows, is_held_out=False) for rows in choose_rows(data, loaded, training=True)]
-    has_split = all(data.dataset_test_split in splits for _, splits in loaded)
+    has_split = any(source.test_split for source, _ in loaded) or all(
+        data.dataset_test_split in splits for _, splits in loaded
+    )
     if data.eval_fraction is None and (has_test_flag or has_split):
         parts += [_build_part(rows, is_held_out=True) for rows in choose_rows(data, loaded, training=False)]
     return parts
@@ -158,7 +158,8 @@ def _keep_example(part: SplitRows, reason: str, row: int, values: dict[str, Any]
     examples = part.dropped.setdefault(reason.partition(" (")[0], [])
     if len(examples) < MOST_EXAMPLES:
         try:
-            text = json.dumps(values, ensure_ascii=False, default=str)
+            text = json.dumps(mask_values(values), ensure_ascii=False)
         except (ValueError, RecursionError):
             text = "a row that cannot be shown"
-        examples.append({"source": f"{part.name}, row {row + 1:,}", "reason": reason, "row": show_text(text)})
+        place = f"{part.name}, row {row + 1:,}"
+        examples.append({"source": place, "reason": mask(reason), "row": shorten(text)})

@@ -6,7 +6,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from dpokit.data.doctor.kinds import NO_RENSA
 from dpokit.data.doctor.shortcuts import FAMILIES
+from dpokit.data.tally import describe_reason
 from dpokit.safe_console import SafeConsole
 
 SHORTCUTS = frozenset({*FAMILIES, "opening", "all_shortcuts"})  # kinds with a table of their own
@@ -18,9 +20,14 @@ def print_check(record: Mapping[str, Any]) -> None:
     for split in record["splits"]:
         console.print(f"{name_split(split)}: {describe_split(split)}", markup=False)
         for reason, count in split["dropped"].items():
-            console.print(f"  {count:,} dropped as {reason}", markup=False)
+            console.print(f"  {count:,} dropped as {reason}: {describe_reason(reason)}", markup=False)
     console.print(_build_table(record["findings"]))
     console.print(_build_shortcuts(record))
+    console.print(
+        "  A shortcut is a look of the answers that alone tells which one is preferred.\n"
+        "  decides: the share of pairs whose answers differ in it.\n"
+        "  right there: how often it then points to the preferred answer."
+    )
     if record["limits"]:
         console.print(_build_limits(record["limits"]))
     for line in record["not_checked"]:
@@ -87,9 +94,20 @@ def describe_findings(record: Mapping[str, Any]) -> str:
     """One sentence on all findings."""
     findings = record["findings"]
     names = [finding["title"] for finding in findings if finding["is_problem"]]
-    if not names:
-        return f"{len(findings)} checks, and no finding."
-    return f"{len(names)} of {len(findings)} checks have a finding: {', '.join(names)}."
+    if names:
+        verb = "has" if len(names) == 1 else "have"
+        return f"{len(names)} of {len(findings)} checks {verb} a finding: {', '.join(names)}."
+    if not passes(record):
+        return (
+            f"{len(findings)} checks, and no finding; but nearly equal texts were not searched, so --strict ends with "
+            "exit code 2: pip install 'dpokit[data]'"
+        )
+    return f"{len(findings)} checks, and no finding."
+
+
+def passes(record: Mapping[str, Any]) -> bool:
+    """Whether `--strict` ends with exit code 0: no finding, and every search that the extra `data` is needed for."""
+    return not any(finding["is_problem"] for finding in record["findings"]) and NO_RENSA not in record["not_checked"]
 
 
 def name_split(split: Mapping[str, Any]) -> str:
@@ -99,4 +117,4 @@ def name_split(split: Mapping[str, Any]) -> str:
 
 def describe_split(split: Mapping[str, Any]) -> str:
     """The counts of a split."""
-    return f"{split['rows']:,} rows of {split['format']}, {split['kept']:,} kept"
+    return f"{split['rows']:,} rows ({split['format']}), {split['kept']:,} kept"

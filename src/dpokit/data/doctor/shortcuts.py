@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpokit.data.doctor.texts import mask
+
 FOLDS = 5
 MOST_PAIRS = 50_000  # for one accuracy; further pairs change it by less than half a point
 MOST_OPENINGS = 50
@@ -33,6 +35,7 @@ _REFUSAL_LETTERS = 200  # an answer that refuses does so at its start
 _NOT_LATIN = re.compile(r"[\u0370-\u1fff\u2c80-\ua71f\ua840-\ud7ff\uf900-\ufdff\ufe70-\ufefe\U00020000-\U0003ffff]")
 _ACCENTED = re.compile(r"[\u00c0-\u024f]")
 _EMOJI = re.compile(r"[\u2600-\u27bf\U0001f300-\U0001faff]")
+_MAY_BE_SECRET = re.compile(r"[\d@=:]")
 _QUOTES = str.maketrans({"\u2019": "'", "\u2018": "'"})
 
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -80,8 +83,10 @@ def begins_as_refusal(text: str) -> bool:
 
 
 def read_opening(text: str) -> str:
-    """Returns the first two words of an answer in lower case, at most 24 letters."""
-    return " ".join(text[:200].lower().split()[:2])[:24]
+    """Returns the first two words of an answer in lower case, at most 24 letters, without personal data."""
+    opening = " ".join(text[:200].split()[:2])
+    # A part of a key or its small letters would not look like a key, so it is masked before.
+    return (mask(opening) if _MAY_BE_SECRET.search(opening) else opening).lower()[:24]
 
 
 @dataclass(frozen=True)
@@ -129,10 +134,13 @@ def cross_validate(differences: np.ndarray, groups: np.ndarray) -> Accuracy:
 
     Args:
         differences: features of the preferred answer minus those of the other one, (pairs, features).
-        groups: a number for each pair, (pairs,); pairs of one number are in one fold, as those of one prompt must be.
+        groups: a number for each pair, (pairs,). Pairs of one number, as those of one prompt, are in one fold, unless
+            more than half of all pairs would be in it: then pairs are dealt out one by one.
     """
     scores = np.zeros(len(differences))
-    folds = groups % np.uint64(FOLDS)
+    folds = (groups % np.uint64(FOLDS)).astype(int)
+    if 2 * np.bincount(folds, minlength=1).max() > len(folds):
+        folds = np.arange(len(folds)) % FOLDS
     for fold in range(FOLDS):
         is_held_out = folds == fold
         if is_held_out.any() and not is_held_out.all():

@@ -25,13 +25,25 @@ _DAMAGE = re.compile(
     r"|\ufffd"  # a byte that was no UTF-8
 )
 _EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){0,4}\.[A-Za-z]{2,24}\b")
+_SPACE = r"[ ./-]"  # between the parts of a phone number
 _PHONE = re.compile(
-    r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(0?\d{1,4}\)[ .-]?)?\d{2,4}(?:[ .-]?\d{2,4}){1,4}"  # +49 30 1234567
-    r"|(?:1[ .-])?(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[ .-]\d{4})(?![\w-])"  # (212) 736-5000
+    r"(?<![\w.+-])(?:"
+    # +49 30 1234567, 0049 30 1234567, +1(212)736-5000: 8 digits or more, 10 without a space; no decimal fraction.
+    r"(?:\+|(?<!\d )00)(?!1[ .-]?\(?[01]|\d+\.\d+(?![ .-]?\d))(?=(?:[ ()./-]{0,3}\d){8})"
+    rf"[1-9](?:\d{{9,14}}|\d{{0,5}}(?:{_SPACE}\d(?={_SPACE}))?"
+    rf"(?:(?:{_SPACE}|{_SPACE}?\(\d{{1,4}}\)[ .-]?)\d{{2,10}}){{1,6}})"
+    # (212) 736-5000
+    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])\d{3}[ .-]\d{4}"
+    # 030 1234567, 0800 123 4567: the area, and 9 digits or more in all
+    r"|(?<!\d )(?=(?:[ /-]?\d){9})0[1-9]\d{1,4}[ /-](?!0)\d{3,8}(?:[ -]\d{2,4}){0,3}"
+    # 01 23 45 67 89
+    r"|(?<!\d )0[1-9](?:[ .]\d\d){4}"
+    r")(?![\w-]|[.,]\d)"
 )
 
 
 _DIGITS = re.compile(r"\d\d")
+_ESCAPE = re.compile(r"(\\[bfnrt]|\\u[0-9a-fA-F]{4})")
 # Up to its end, or to the end of the text.
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----.*?(?:-----END [A-Z0-9 ]*PRIVATE KEY-----|\Z)", re.S)
 PATTERNS: Mapping[str, re.Pattern[str]] = {
@@ -86,7 +98,28 @@ def find_kinds(prompt: str, chosen: str, rejected: str) -> list[str]:
 
 def mask(text: str) -> str:
     """Returns a text with `***` for each key, e-mail address and phone number."""
-    return _PHONE.sub(HIDDEN, _EMAIL.sub(HIDDEN, hide_secrets(_PRIVATE_KEY.sub(HIDDEN, text))))
+    text = _PRIVATE_KEY.sub(HIDDEN, text)
+    # In JSON inside a text, the letter of an escape stands before the secret: \\nhf_...
+    parts = _ESCAPE.split(text)
+    if len(parts) > 1:
+        text = "".join(part if number % 2 else _mask_part(part) for number, part in enumerate(parts))
+    return _mask_part(text)
+
+
+def _mask_part(text: str) -> str:
+    return _PHONE.sub(HIDDEN, _EMAIL.sub(HIDDEN, hide_secrets(text)))
+
+
+def mask_values(value: Any) -> Any:
+    """Returns JSON values in which each text is masked and shortened, also the names in objects.
+
+    A row must be masked before it becomes JSON, whose escapes hide where a secret begins.
+    """
+    if isinstance(value, Mapping):
+        return {show_text(str(name)): mask_values(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mask_values(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else show_text(str(value))
 
 
 def show_text(text: str, place: int = 0) -> str:
@@ -96,8 +129,12 @@ def show_text(text: str, place: int = 0) -> str:
     base = max(0, first - 2 * _PART_LETTERS)
     before, shown = mask(text[base:first]), mask(text[base : first + MOST_LETTERS + 2 * _PART_LETTERS])
     shown = shown[len(before) :]
-    is_cut = len(shown) > MOST_LETTERS
-    return ("... " if first else "") + shown[:MOST_LETTERS] + (" ..." if is_cut else "")
+    return ("... " if first else "") + shorten(shown)
+
+
+def shorten(masked: str) -> str:
+    """Returns the beginning of a text that is masked already."""
+    return masked[:MOST_LETTERS] + (" ..." if len(masked) > MOST_LETTERS else "")
 
 
 def show_pair(source: str, texts: Sequence[str], kind: str = "", **more: Any) -> dict[str, str]:
