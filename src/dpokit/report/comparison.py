@@ -53,8 +53,8 @@ def _find_pair_difference(runs: Sequence[Run], split: str) -> str | None:
         return f"{name} ({groups})"
     is_held_out_of_training = any(run.setting("eval_fraction") is not None for run in runs)
     flags = flags_of_pairs(with_training_rows=split == "train" or is_held_out_of_training)
-    if flags := [flag for flag in flags if _differ(runs, flag)]:
-        return f"{name} (by {', '.join(flags)})"
+    if different := [flag for flag in flags if _differ(runs, flag)]:
+        return f"{name} (by {', '.join(different)})"
     if _differ_in_all(runs):
         return f"their pairs ({_list_groups(runs, lambda run: str(mapping(run.data).get('fingerprint'))[:8])})"
     return None
