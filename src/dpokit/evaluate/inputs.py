@@ -68,10 +68,10 @@ def load_subject(
     sides = load_sides(settings, run, run_or_model, base)
     held_out = _prepare(settings, sides, sides.longest)
     recorded = {name: entry.get("value") for name, entry in record.get("settings", {}).items()}
-    given = {name for name, origin in settings.origins.items() if origin not in ("recipe evaluate", "this machine")}
+    overrides = {name for name, origin in settings.origins.items() if origin not in ("recipe evaluate", "this machine")}
     values = settings.values()
-    changed = [name for name in RESULT_FLAGS if name in given and values[name] != recorded.get(name)]
-    if "model_name_or_path" in given and sides.base_name != run_defaults.get("model_name_or_path"):
+    changed = [name for name in RESULT_FLAGS if name in overrides and values[name] != recorded.get(name)]
+    if "model_name_or_path" in overrides and sides.base_name != run_defaults.get("model_name_or_path"):
         changed.insert(0, "base")
     own_data = run is not None and _is_own(run, settings, sides, held_out, run_defaults, recorded)
     return Subject(**vars(sides), held_out=held_out, own_data=own_data, changed=changed)
