@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpokit.intervals import LEAST_PROMPTS, find_intervals, find_wilson
+from dpokit.intervals import LEAST_PROMPTS, count_effective, find_intervals, find_wilson
 from dpokit.sweep.ranking import find_interval
 
 Generator = np.random.Generator
@@ -126,7 +126,7 @@ def list_cases(rounds: int, seed: int = 0) -> Iterator[Case]:
             yield cover_shares(prompts, sizes, rounds, generator)
         for sizes in SIZES:
             yield cover_differences(prompts, sizes, rounds, generator)
-            if prompts >= LEAST_PROMPTS:
+            if count_effective(SIZES[sizes](prompts)) >= LEAST_PROMPTS:
                 yield from (cover_means(number, prompts, sizes, rounds, generator) for number in NUMBERS)
     for seeds in (2, 3, 10):
         yield cover_seeds(seeds, rounds, generator)

@@ -14,7 +14,7 @@ from interval_coverage import (
     cover_shares,
 )
 
-from dpokit.evaluate.measures import decide_verdict
+from dpokit.evaluate.measures import count_prompts, decide_verdict
 from dpokit.intervals import LEAST_PROMPTS, find_intervals, find_p_value, find_t, find_wilson
 
 ROUNDS = 250  # a rate of 95 % is then within 2.8 points with a probability of 95 %
@@ -65,8 +65,9 @@ def test_a_mean_is_over_pairs_and_its_interval_over_prompts():
         ([7.0], None),
         ([1.0] * 9 + [math.nan] * 5, None),
         (range(30), ["one"] * 30),
+        (range(309), [0] * 300 + list(range(1, 10))),
     ],
-    ids=["9 prompts", "9 prompts of 10 pairs", "all equal", "one pair", "9 numbers", "one prompt"],
+    ids=["9 prompts", "9 prompts of 10 pairs", "all equal", "one pair", "9 numbers", "one prompt", "mostly one prompt"],
 )
 def test_a_mean_without_spread_or_prompts_has_no_interval(values, prompts):
     values = np.array(list(values), dtype=float)
@@ -79,6 +80,14 @@ def test_nan_is_left_out_and_nothing_but_nan_is_no_number():
     assert find(values, [at // 2 for at in range(30)])["value"] == np.nanmean(values)
     assert find([math.nan] * 3) == find([math.nan] * 3, shares=True) == {"value": None}
     assert find_p_value(np.full(3, math.nan), np.ones(3), [0, 1, 2]) == 1.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [{}, {"shares": True}, {"share_differences": True}])
+def test_an_infinite_number_has_no_mean(kind):
+    values = np.append(np.arange(20.0), [math.inf, math.nan])
+    assert find(values, **kind) == find(-values, **kind) == {"value": None}
+    assert find_p_value(values, values, range(22)) == 1.0
 
 
 def test_the_interval_of_a_loss_is_not_below_0():
@@ -142,13 +151,14 @@ def test_differences_of_shares_are_covered(prompts, sizes):
     assert case.lowest >= 0.93 - NOISE
 
 
-@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(("sizes", "prompts"), [("1 pair each", 10), ("5 pairs each", 10), ("1 to 8 pairs each", 22)])
 @pytest.mark.parametrize(
     ("number", "least"),
     list(zip(NUMBERS, (0.94, 0.92, 0.86, 0.83), strict=True)),
 )
-def test_means_are_covered_less_if_skewed(number, least, sizes):
-    case = cover_means(number, LEAST_PROMPTS, sizes, ROUNDS, np.random.default_rng(0))
+def test_means_are_covered_less_if_skewed(number, least, sizes, prompts):
+    """Of as few prompts as have an interval."""
+    case = cover_means(number, prompts, sizes, ROUNDS, np.random.default_rng(0))
     assert case.lowest >= least - NOISE
 
 
@@ -166,7 +176,7 @@ def test_noise_is_seldom_called_better(prompts, deviation):
         margin = generator.normal(0, deviation, prompts)
         columns = {"loss": np.logaddexp(0, -margin), "accuracy": margin > 0}
         record = {
-            "data": {"pairs": prompts, "prompts": prompts},
+            "data": {"pairs": prompts, **count_prompts(range(prompts))},
             "tuned": find_intervals(columns, range(prompts), shares=["accuracy"]),
             "difference": {"logps_per_token/chosen": {"value": 0.0}},
         }

@@ -3,15 +3,18 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_pairs
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from dpokit.data.columns import fingerprint_ids
 from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.evaluate.answers import Sampling
 from dpokit.evaluate.command import Judge, run_evaluation
+from dpokit.evaluate.inputs import load_subject
 from dpokit.evaluate.judge import estimate_win_rate
 from dpokit.report.read import load_run
 from dpokit.rundir import EvaluationFiles, RunDir
@@ -192,13 +195,47 @@ def test_an_evaluation_replaces_no_other_one(run, pairs, capfd):
         ({"argv": ["--beta", "0.5"]}, ["beta"]),
         ({"argv": ["--max_length", "256", "--per_device_eval_batch_size", "3"]}, []),
         ({"argv": ["--max_length", "40"]}, ["max_length"]),
-        ({"base": "tuned"}, ["base"]),
+        ({"argv": ["--dtype", "bfloat16"]}, ["dtype"]),
+        ({"base": "OTHER"}, ["base"]),
+        ({"argv": ["--model_name_or_path", "OTHER"]}, ["base"]),
+        ({"argv": ["--model_name_or_path", "BASE"]}, []),
     ],
 )
 def test_flags_that_change_the_numbers_are_recorded(arguments, changed, run, make_model):
-    if "base" in arguments:
-        arguments = {"base": make_model("other", seed=2)}
+    places = {"OTHER": make_model("other", seed=2), "BASE": run.read_run()["settings"]["model_name_or_path"]["value"]}
+    arguments = {
+        name: [places.get(part, part) for part in value] if isinstance(value, list) else places[value]
+        for name, value in arguments.items()
+    }
     evaluate(run.path)
     record = evaluate(run.path, **arguments)
     assert record["changed"] == changed
     assert bool(load_run(run.path, name="run").pairs["changed"]) is False
+
+
+# Flags of an evaluation, and whether its pairs are those that the run held out: by their fingerprint, and by the flags
+# of a run without one. "CHANGED" adds rows to the data file first.
+OWN_CASES = {
+    "no flags": ([], True, True),
+    "other tokens of the same pairs": (["--max_length", "20"], True, True),
+    "a flag without an effect": (["--prompt_format", "raw"], True, False),
+    "fewer training rows": (["--max_train_samples", "6"], False, False),
+    "a part of the training rows": (["--dataset_train_split", "train[:50%]"], False, False),
+    "another fraction": (["--eval_fraction", "0.6"], False, False),
+    "a file that changed": (["CHANGED"], False, True),
+    "a file that changed, and another limit": (["CHANGED", "--max_length", "20"], False, True),
+}
+
+
+@pytest.mark.parametrize("case", OWN_CASES)
+def test_own_pairs_are_those_of_the_recorded_fingerprint(case, run, pairs, capfd):
+    argv, *expected = OWN_CASES[case]
+    subject = load_subject(str(run.path), base=None, data=None, split=None, argv=[])
+    fingerprint = fingerprint_ids([subject.held_out.pairs])
+    if "CHANGED" in argv:
+        write_pairs(Path(pairs), 40)
+    flags = [part for part in argv if part != "CHANGED"]
+    for record, is_own in zip(({"eval": {"fingerprint": fingerprint}}, {"eval": {}}), expected, strict=True):
+        run.data_json.write_text(json.dumps(record))
+        assert load_subject(str(run.path), base=None, data=None, split=None, argv=flags).own_data is is_own
+    assert ("has changed since training" in capfd.readouterr().err) is ("CHANGED" in argv)

@@ -8,6 +8,7 @@ import pytest
 from dpokit.evaluate.measures import (
     Scores,
     compare_models,
+    count_prompts,
     decide_verdict,
     describe_groups,
     name_bands,
@@ -112,7 +113,7 @@ def value(middle: float, width: float = 0.01) -> dict:
 )
 def test_the_verdict_follows_from_the_intervals(loss, accuracy, change, better, text):
     record = {
-        "data": {"pairs": 300, "prompts": 300},
+        "data": {"pairs": 300, **count_prompts(range(300))},
         "tuned": {"loss": value(loss), "accuracy": value(accuracy)},
         "difference": {"logps_per_token/chosen": value(change)},
     }
@@ -126,7 +127,7 @@ def decide_for(margins: list[float], prompts: list[bytes]) -> dict:
     number = len(margins)
     tuned, base = np.array([[-2.0] * number, [-2.0 - margin for margin in margins]]), np.zeros((2, number))
     measured = summarize_scores(Scores(tuned, base, np.ones((2, number))), None, prompts, beta=1.0)
-    return decide_verdict(measured | {"data": {"pairs": number, "prompts": len(set(prompts))}})
+    return decide_verdict(measured | {"data": {"pairs": number, **count_prompts(prompts)}})
 
 
 def test_one_pair_shows_no_difference():
@@ -139,6 +140,35 @@ def test_one_pair_shows_no_difference():
 def test_a_verdict_needs_ten_prompts(prompts, better):
     margins = [1.0 + at % 10 / 10 for at in range(30)]
     assert decide_for(margins, [bytes([at % prompts]) for at in range(30)])["better"] is better
+
+
+def test_a_verdict_needs_effectively_ten_prompts():
+    """One prompt has nearly all pairs, whose margins are alike: without this rule, most verdicts would be wrong."""
+    generator, sizes = np.random.default_rng(3), [300] + [1] * 9
+    prompts = [bytes([number]) for number, size in enumerate(sizes) for _ in range(size)]
+    for _ in range(10):
+        margins = np.repeat(generator.normal(size=10), sizes) + 0.3 * generator.normal(size=309)
+        verdict = decide_for(margins.tolist(), prompts)
+        assert verdict["better"] is None
+        assert "10 held-out prompts are, because of their unequal numbers of pairs, effectively 1.1:" in verdict["text"]
+
+
+@pytest.mark.parametrize(("better", "expected"), [(0, None), (40, True), (-40, False)])
+def test_a_tie_counts_half(better, expected):
+    margins = [math.copysign(1.0 + at / 50, better) for at in range(abs(better))]
+    verdict = decide_for(margins + [0.0] * (100 - abs(better)), [bytes([at]) for at in range(100)])
+    assert verdict["better"] is expected
+    assert f"{50 + better // 2}.0%" in verdict["text"] or not better
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_named_as_that(odd):
+    margins = [odd] * 20 if math.isnan(odd) else [-odd, *range(19)]
+    verdict = decide_for(margins, [bytes([at]) for at in range(20)])
+    assert verdict == {
+        "better": None,
+        "text": "No difference to its base is shown: the loss of the 20 held-out pairs is not a finite number.",
+    }
 
 
 @pytest.mark.parametrize("margin", [1.0, -1.0])

@@ -42,6 +42,8 @@ OLD_CASES = {
     "another data set": ({"dataset_name": "mine"}, {}, ALL_BUT_SPEED),
     "more training rows": ({"max_train_samples": 9}, {}, {"loss"}),
     "more training rows, held out of them": ({"max_train_samples": 9, "eval_fraction": 0.1}, {}, ALL_BUT_SPEED),
+    "other pairs by the same flags": ({}, {"fingerprint": "other"}, ALL_BUT_SPEED),
+    "other training rows in the fingerprint": ({"max_train_samples": 9}, {"fingerprint": "other"}, {"loss"}),
     "another number of pairs": ({}, {"eval": DATA["eval"] | {"kept": 299}}, {"eval_loss", MARGIN, ACCURACY}),
 }
 FIRST = {"kind": "dpo", "loss_weights": None, "label_smoothing": 0.0, "max_length": 64, "eval_fraction": None}
@@ -71,6 +73,12 @@ def test_runs_of_older_versions_are_compared_by_settings(case, tmp_path):
     settings, data, expected = OLD_CASES[case]
     runs = load_runs(make_two(tmp_path, settings, data, {}))
     assert {metric for metric in METRICS if find_obstacles(runs, metric)} == expected
+
+
+def test_a_fingerprint_without_held_out_pairs_does_not_differ(tmp_path):
+    """Of a run that does not evaluate, it is that of the training pairs alone."""
+    folders = make_two(tmp_path, {}, {"fingerprint": "other", "eval": None}, {})
+    assert find_obstacles(load_runs(folders), "loss") == []
 
 
 def test_a_setting_that_an_older_run_lacks_does_not_differ(tmp_path):

@@ -122,6 +122,23 @@ def test_changed_flags_of_the_shown_one_are_a_note(folder):
     assert "another value than the run&#39;s of base, beta" in write_report([folder]).report.read_text()
 
 
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"changed": ["base"]}, "eval/b/answers.jsonl was sampled with another value than the run's of base"),
+        ({"data": OTHER}, "eval/b/answers.jsonl was sampled on other pairs than the run holds out: harmless.jsonl"),
+        ({}, ""),
+    ],
+)
+def test_answers_of_another_base_or_data_are_a_note(changes, note, folder):
+    add_evaluation(folder, name="a", data=OWN, answers=None)
+    add_evaluation(folder, name="b", answers=3, **{"data": OWN | {"pairs": 2}} | changes)
+    run = load_run(folder, name="run")
+    assert (run.evaluation.name, run.answered.name) == ("eval/a", "eval/b")
+    assert note in " ".join(run.notes)
+    assert len(run.notes) == bool(note)
+
+
 def test_a_damaged_evaluation_is_an_error_with_a_remedy(folder):
     add_evaluation(folder, name="a")
     (folder / "eval" / "b").mkdir()

@@ -8,6 +8,7 @@ from conftest import ROOT
 from dpokit.errors import SettingsError
 from dpokit.sweep.space import Range, load_space
 
+ACCURACY, HELD = "eval_rewards/accuracies", "{eval_fraction: 0.3}"
 STAND_IN = Path(__file__).parent / "stand_in_recipe.py"
 
 
@@ -140,6 +141,15 @@ def test_trials_share_reference_log_probs_if_possible(text, shared, read):
         ("metric: eval_loss\nparameters: {beta: [0.1, 0.3], seed: [1, 2]}", "eval_loss", ["beta"]),
         ("metric: eval_rewards/margins\nparameters: {loss_type: [[ipo], [hinge]]}", "eval_rewards/margins", []),
         ("metric: eval_rewards/margins\nparameters: {beta: [0.1, 0.3]}", "eval_rewards/margins", ["beta"]),
+        (f"settings: {HELD}\nparameters: {{max_train_samples: [20, 40]}}", ACCURACY, ["max_train_samples"]),
+        (f"settings: {HELD}\nparameters: {{dataset_train_split: [a, b]}}", ACCURACY, ["dataset_train_split"]),
+        ("settings: {dataset_test_split: x}\nparameters: {max_train_samples: [20, 40]}", "eval_loss", []),
+        ("metric: loss\nparameters: {max_train_samples: [20, 40]}", "loss", ["max_train_samples"]),
+        ("parameters: {skip_bad_rows: [true, false]}", ACCURACY, ["skip_bad_rows"]),
+        ("parameters: {model_name_or_path: [a, b]}", ACCURACY, ["model_name_or_path"]),
+        ("parameters: {model_revision: [a, b]}", ACCURACY, ["model_revision"]),
+        ("parameters: {drop_duplicates: [true, false]}", ACCURACY, ["drop_duplicates"]),
+        ("parameters: {mixture_seed: [1, 2]}", ACCURACY, ["mixture_seed"]),
         ("metric: tokens_per_second\nparameters: {max_length: [64, 128]}", "tokens_per_second", []),
     ],
 )

@@ -1,13 +1,14 @@
 """Measures of base and tuned model from their log-probs: means with intervals, groups of pairs, a verdict. No torch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from dpokit.intervals import LEAST_PROMPTS, Value, find_intervals, find_p_value
+from dpokit.intervals import LEAST_PROMPTS, Value, count_effective, find_intervals, find_p_value
 from dpokit.metrics import MEASURED
 from dpokit.untrained_loss import LN_2
 
@@ -81,7 +82,9 @@ def describe_model(log_probs: np.ndarray, tokens: np.ndarray) -> dict[str, np.nd
 
 
 def compare_models(scores: Scores, *, beta: float) -> dict[str, np.ndarray]:
-    """Returns DPO's measures of each pair: loss -log sigmoid(margin), reward margin, whether it is above 0, rewards.
+    """Returns DPO's measures of each pair: loss -log sigmoid(margin), reward margin, accuracy, rewards.
+
+    The accuracy is 1 for a margin above 0, and 0.5 for a margin of 0: the pair is a tie.
 
     Rafailov et al., Direct Preference Optimization, 2023 (arXiv 2305.18290), equation 7.
     """
@@ -90,7 +93,7 @@ def compare_models(scores: Scores, *, beta: float) -> dict[str, np.ndarray]:
     margin = rewards[0] - rewards[1]
     return {
         "loss": np.logaddexp(0.0, -margin),
-        "accuracy": margin > 0,
+        "accuracy": (1 + np.sign(margin)) / 2,
         "margin": margin,
         "rewards/chosen": rewards[0],
         "rewards/rejected": rewards[1],
@@ -148,17 +151,32 @@ def name_gap(chosen: int, rejected: int) -> str:
 # -- verdict -----------------------------------------------------------------------------------------------------------
 
 
+def count_prompts(prompts: Sequence[Hashable]) -> dict[str, Any]:
+    """Returns `prompts`, the number of different ones, and `effective_prompts`, of which `decide_verdict` needs ten.
+
+    Args:
+        prompts: the prompt of each pair.
+    """
+    counts = np.array(list(Counter(prompts).values()), dtype=float)
+    return {"prompts": len(counts), "effective_prompts": round(count_effective(counts), 3)}
+
+
 def decide_verdict(record: Mapping[str, Any]) -> dict[str, Any]:
     """Returns `{text, better}`: the verdict in words, and as True, False, or None if no difference is shown.
 
-    Fewer than LEAST_PROMPTS prompts, or the same loss for all pairs, never show a difference.
+    Effectively fewer than LEAST_PROMPTS prompts, a loss that is not finite, or the same loss for all pairs, never show
+    a difference.
     """
-    tuned, pairs, prompts = record["tuned"], record["data"]["pairs"], record["data"]["prompts"]
-    loss, accuracy = tuned["loss"], tuned["accuracy"]
+    tuned, data = record["tuned"], record["data"]
+    loss, accuracy, pairs, prompts = tuned["loss"], tuned["accuracy"], data["pairs"], data["prompts"]
     reason = ""
-    if prompts < LEAST_PROMPTS:
+    if data["effective_prompts"] < LEAST_PROMPTS:
         subject = "1 held-out prompt is" if prompts == 1 else f"{prompts} held-out prompts are"
+        if prompts >= LEAST_PROMPTS:
+            subject += f", because of their unequal numbers of pairs, effectively {data['effective_prompts']:.1f}:"
         reason = f"{subject} too few for a verdict, which needs {LEAST_PROMPTS}"
+    elif loss["value"] is None:
+        reason = f"the loss of the {pairs:,} held-out pairs is not a finite number"
     elif "low" not in loss:
         reason = f"all {pairs:,} held-out pairs have the same loss, so it has no interval"
     if reason:

@@ -15,6 +15,7 @@ from dpokit.evaluate.log_probs import add_ranks, check_finite_log_probs, score_a
 from dpokit.evaluate.measures import (
     Scores,
     compare_models,
+    count_prompts,
     decide_verdict,
     describe_groups,
     name_bands,
@@ -61,7 +62,7 @@ def evaluate_pairs(subject: Subject, *, limit: int | None = None) -> dict[str, A
             "own": subject.own_data,
             "pairs": len(rows),
             "available": len(held_out.pairs),
-            "prompts": len(set(prompts)),
+            **count_prompts(prompts),
             "fingerprint": fingerprint,
         },
         "changed": subject.changed,

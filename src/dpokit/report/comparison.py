@@ -8,15 +8,10 @@ from dpokit.metrics import EVAL, find_needs, is_lower_better
 from dpokit.report.curves import letter
 from dpokit.report.read import Run, mapping
 from dpokit.report.tables import number, text_of
-from dpokit.settings.flag_facts import Fact, flags_with
+from dpokit.settings.flag_facts import Fact, flags_of_pairs, flags_with
 
 ACCURACY = "eval_rewards/accuracies"
 MOST_GROUPS = 4  # of runs with different values, in a sentence
-# Settings that select a run's pairs and their tokens; for runs from before data.json had a fingerprint of each split.
-PAIR_FLAGS = (
-    *(*flags_with(Fact.HELD_OUT), *flags_with(Fact.LENGTH), "skip_bad_rows", "model_name_or_path", "model_revision"),
-)
-TRAIN_FLAGS = ("dataset_train_split", "max_train_samples")
 
 
 def find_obstacles(runs: Sequence[Run], metric: str) -> list[str]:
@@ -44,7 +39,8 @@ def _list_obstacles(runs: Sequence[Run], metric: str) -> Iterator[str]:
 def _find_pair_difference(runs: Sequence[Run], split: str) -> str | None:
     """The pairs of each run if they are not the same, else None.
 
-    By the fingerprint of their token ids; if a run of an older version lacks it, by the settings that select them.
+    By the fingerprint of their token ids; if a run of an older version lacks it, by the settings that select them and
+    by the fingerprint of all pairs.
     """
     name = "the held-out pairs" if split == "eval" else "the training pairs"
     groups = _list_groups(runs, lambda run: _describe_split(run, split))
@@ -53,14 +49,27 @@ def _find_pair_difference(runs: Sequence[Run], split: str) -> str | None:
     for hashes in (fingerprints, of_all):
         if None not in hashes and len(set(map(str, hashes))) == 1:
             return None
-    if None not in fingerprints:
-        return f"{name} ({groups})"
-    is_held_out_of_training = any(run.setting("eval_fraction") is not None for run in runs)
-    flags = [*PAIR_FLAGS, *(TRAIN_FLAGS if split == "train" or is_held_out_of_training else ())]
-    flags = [flag for flag in flags if _differ(runs, flag)]
     if len({_describe_split(run, split) for run in runs}) > 1:
         return f"{name} ({groups})"
-    return f"{name} (by {', '.join(flags)})" if flags else None
+    is_held_out_of_training = any(run.setting("eval_fraction") is not None for run in runs)
+    flags = flags_of_pairs(with_training_rows=split == "train" or is_held_out_of_training)
+    if different := [flag for flag in flags if _differ(runs, flag)]:
+        return f"{name} (by {', '.join(different)})"
+    if _differ_in_all(runs):
+        return f"their pairs ({_list_groups(runs, lambda run: str(mapping(run.data).get('fingerprint'))[:8])})"
+    return None
+
+
+def _differ_in_all(runs: Sequence[Run]) -> bool:
+    """Whether the fingerprints of all pairs differ, and not because of other training rows or no held-out pairs."""
+    if any(_differ(runs, flag) for flag in flags_with(Fact.TRAIN_ROWS)):
+        return False
+    hashes: dict[bool, set[str]] = {}
+    for run in runs:
+        data = mapping(run.data)
+        if data.get("fingerprint") is not None:
+            hashes.setdefault(bool(data.get("eval")), set()).add(str(data["fingerprint"]))
+    return any(len(of_same) > 1 for of_same in hashes.values())
 
 
 def _differ(runs: Sequence[Run], flag: str) -> bool:

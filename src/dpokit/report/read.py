@@ -190,13 +190,7 @@ def load_run(path: Path, *, name: str, evaluation: str | None = None) -> Run:
     evaluations = read_evaluations(folder, notes)
     shown, answered = _choose_evaluations(path, evaluations, evaluation)
     restore = "restore it from a copy of the folder; a run that is resumed or started again also writes it"
-    if shown is not None and shown.data.get("own") is False:
-        data = shown.data.get("name")
-        notes.append(f"{shown.name}/pairs.json was measured on other pairs than the run holds out: {data}")
-    if shown is not None and shown.changed:
-        notes.append(
-            f"{shown.name}/pairs.json was measured with another value than the run's of {', '.join(shown.changed)}"
-        )
+    notes += _describe_differences(shown, answered)
     run = Run(
         path=path,
         name=name,
@@ -275,6 +269,18 @@ def _choose_evaluations(
         key=lambda other: other.rank(mapping(mapping(other.answer_numbers).get("settings")).get("prompts")),
         default=None,
     )
+
+
+def _describe_differences(shown: Evaluation | None, answered: Evaluation | None) -> Iterator[str]:
+    """Yields sentences on the evaluations whose numbers or answers are not of the run's own pairs, base and flags."""
+    files = {} if shown is None else {shown.name: (shown, "pairs.json was measured")}
+    if answered is not None and answered is not shown:
+        files[answered.name] = (answered, "answers.jsonl was sampled")
+    for evaluation, file in files.values():
+        if evaluation.data.get("own") is False:
+            yield f"{evaluation.name}/{file} on other pairs than the run holds out: {evaluation.data.get('name')}"
+        if evaluation.changed:
+            yield f"{evaluation.name}/{file} with another value than the run's of {', '.join(evaluation.changed)}"
 
 
 def choose_evaluation(evaluations: Iterable[Evaluation]) -> Evaluation | None:

@@ -18,6 +18,8 @@ class Fact(Flag):
     BY_SWEEP = auto()  # a sweep sets it for each trial, so a search space must not set it
     MACHINE = auto()  # its default depends on the machine; a plan for other devices decides it again
     HELD_OUT = auto()  # the choice of held-out pairs depends on it
+    TRAIN_ROWS = auto()  # the choice of training rows depends on it, and with eval_fraction that of held-out pairs
+    VOCABULARY = auto()  # the token ids of a text depend on it
     LENGTH = auto()  # it cuts prompts or answers, of held-out pairs too
     LOSS = auto()  # the loss of a pair depends on it, for the same log-probs
     LORA = auto()  # describes an adapter
@@ -29,6 +31,7 @@ class Fact(Flag):
 NONE, IDENTITY, EXACT, FROM_RUN, SAME_TOKENS = Fact.NONE, Fact.IDENTITY, Fact.EXACT, Fact.FROM_RUN, Fact.SAME_TOKENS
 BY_SWEEP, MACHINE, HELD_OUT, LORA, FOUR_BIT = Fact.BY_SWEEP, Fact.MACHINE, Fact.HELD_OUT, Fact.LORA, Fact.FOUR_BIT
 LENGTH, LOSS, RUN_NAME, PRIVATE = Fact.LENGTH, Fact.LOSS, Fact.RUN_NAME, Fact.PRIVATE
+TRAIN_ROWS, VOCABULARY = Fact.TRAIN_ROWS, Fact.VOCABULARY
 
 ORDER = "rows are read in a seeded random order, which a resume can repeat"
 AT_THE_END = "the model is uploaded once, at the end of the run"
@@ -81,7 +84,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "dataset_streaming": NONE,
     "dataset_test_split": FROM_RUN | HELD_OUT,
     "dataset_text_field": CHOSEN,
-    "dataset_train_split": FROM_RUN,
+    "dataset_train_split": FROM_RUN | TRAIN_ROWS,
     "datasets": EXACT | FROM_RUN | HELD_OUT,
     "ddp_backend": NONE,
     "ddp_broadcast_buffers": NONE,
@@ -177,14 +180,14 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "max_pairs_per_source": EXACT | FROM_RUN | HELD_OUT,
     "max_prompt_length": FROM_RUN | LENGTH,
     "max_steps": EXACT | SAME_TOKENS,
-    "max_train_samples": FROM_RUN,
+    "max_train_samples": FROM_RUN | TRAIN_ROWS,
     "merge_after_training": NONE,
     "metric_for_best_model": NONE,
     "min_score_gap": EXACT | FROM_RUN | HELD_OUT,
     "mixture_seed": EXACT | FROM_RUN | HELD_OUT,
     "model_init_kwargs": ("it would apply to the reference only; use --dtype, --attn_implementation, --model_revision"),
-    "model_name_or_path": IDENTITY | FROM_RUN,
-    "model_revision": EXACT | FROM_RUN,
+    "model_name_or_path": IDENTITY | FROM_RUN | VOCABULARY,
+    "model_revision": EXACT | FROM_RUN | VOCABULARY,
     "neftune_noise_alpha": EXACT,
     "num_train_epochs": EXACT | SAME_TOKENS,
     "optim": EXACT | SAME_TOKENS,
@@ -228,7 +231,7 @@ FLAG_FACTS: dict[str, Fact | str] = {
     "seed": EXACT | FROM_RUN | SAME_TOKENS,
     "shared_prefix": FROM_RUN,
     "shuffle_dataset": ORDER,
-    "skip_bad_rows": FROM_RUN,
+    "skip_bad_rows": FROM_RUN | HELD_OUT,
     "skip_memory_metrics": NONE,
     "sync_ref_model": EXACT | LOSS,
     "template_date": FROM_RUN | HELD_OUT,
@@ -263,6 +266,17 @@ REFUSED = {name: fact for name, fact in FLAG_FACTS.items() if isinstance(fact, s
 def flags_with(fact: Fact) -> tuple[str, ...]:
     """The names of all settings that have the fact, in alphabetical order."""
     return tuple(name for name, facts in FLAG_FACTS.items() if isinstance(facts, Fact) and fact in facts)
+
+
+def flags_of_pairs(*, with_training_rows: bool) -> tuple[str, ...]:
+    """The settings that choose a run's pairs, cut them and turn them into tokens.
+
+    Args:
+        with_training_rows: also those that choose the training rows: for training pairs, and for pairs that
+            `eval_fraction` holds out of them.
+    """
+    facts = (HELD_OUT, *([TRAIN_ROWS] if with_training_rows else []), LENGTH, VOCABULARY)
+    return tuple(name for fact in facts for name in flags_with(fact))
 
 
 def is_public(name: str) -> bool:

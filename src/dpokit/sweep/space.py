@@ -13,8 +13,8 @@ from transformers.hf_argparser import string_to_bool
 
 from dpokit.credentials import SECRET_SETTING, find_secrets
 from dpokit.errors import SettingsError
-from dpokit.metrics import find_needs
-from dpokit.settings.flag_facts import Fact, flags_with
+from dpokit.metrics import EVAL, find_needs
+from dpokit.settings.flag_facts import Fact, flags_of_pairs, flags_with
 from dpokit.settings.flags import FlagParser, split_kind
 from dpokit.settings.layers import find_recipe, read_defaults, read_yaml
 
@@ -121,8 +121,11 @@ class Space:
         """
         needs = find_needs(self.metric)
         flags = set(flags_with(Fact.LOSS)) if needs == "loss" else {"beta"} if needs == "beta" else set()
-        flags |= {*flags_with(Fact.HELD_OUT), *flags_with(Fact.LENGTH)} if needs else set()
-        return [name for name in self.find_varied() if name in flags]
+        varied = self.find_varied()
+        is_of_training = not self.metric.startswith(EVAL) or "eval_fraction" in varied
+        is_of_training |= self.setting("eval_fraction") is not None
+        flags |= set(flags_of_pairs(with_training_rows=is_of_training)) if needs else set()
+        return [name for name in varied if name in flags]
 
     def check_trial(self, number: int, settings: Mapping[str, Any]) -> None:
         """Raises SettingsError for settings in the study that this space cannot have drawn."""
