@@ -33,7 +33,10 @@ ENV = 'export VIRTUAL_ENV="$PWD/env" PATH="$PWD/env/bin:$PATH"\n'
     [
         ("export A=1\n", "A=1"),
         ("cd /\nset -- none\nset -ex; set -o pipefail\n", "A=|"),
-        ("folder=/tmp environment=x code=1 options=y; arguments=(z)\nIFS=,; set -f; shopt -s nullglob\n", "IFS=unset|globs=off"),
+        (
+            "folder=/tmp environment=x code=1 options=y; arguments=(z)\nIFS=,; set -f; shopt -s nullglob\n",
+            "IFS=unset|globs=off",
+        ),
         ("end_setup() { exit 9; }\nfalse || true\n", "python=unset"),
         ("f() { false; true; }\nf\n[ 1 = 2 ] && echo\nfalse || true\nexport A=1\n", "A=1"),
         ("source nested.sh\nexport A=1\n", "A=1"),

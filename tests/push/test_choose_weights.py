@@ -112,8 +112,9 @@ def test_an_unusable_base_is_refused_before_a_card_is_written(run, weights, base
 def test_the_old_name_of_the_weights_flag_prints_a_line(run):
     shown = [
         CliRunner().invoke(app, ["push", str(run.path), "--repo-id", REPO, *flags, "--dry-run", "--json"])
-        for flags in (["--what", "merged"], ["--weights", "model"])
+        for flags in (["--what", "merged"], ["--weights", "model"], ["--what", "adapter", "--weights", "model"])
     ]
+    assert shown.pop().exit_code == 2
     assert [json.loads(result.stdout)["weights"] for result in shown] == ["model", "model"]
     assert "--what is now --weights" in shown[0].stderr
     assert "--what" not in shown[1].stderr

@@ -118,7 +118,9 @@ def write_card(
     for flag, name in (("repo-id", repo_id), ("base-model", base_model)):
         if name is not None:
             check_hub_id(name, flag)
-    publisher = Publisher(license, license_name, license_link, tuple(language), repo_id, base_model, contact, evaluation)
+    publisher = Publisher(
+        license, license_name, license_link, tuple(language), repo_id, base_model, contact, evaluation
+    )
     record = load_run(run.path, name=run.path.resolve().name, evaluation=evaluation)
     lineage = find_lineage(run, record, weights=weights, base_model=base_model)
     drawings = [draw(figure, software=CARD_MARK) for figure in build_figures([record])]
