@@ -30,7 +30,7 @@ WRITTEN = {
     "run.json": "lora/run.json",
     "metrics": "lora/metrics.jsonl",
     "counts of the data": "lora/data.json",
-    "evaluation": "lora/eval/pairs.json",
+    "evaluation": "lora/eval/*/pairs.json",
     "card": "lora/README.md",
     "pictures of the card": "lora/figures/*.png",
     "report": "lora/report/report.html",
