@@ -303,4 +303,6 @@ def describe_status(status: Status) -> str:
         "lost": lost,
         "next": f"{status.next}: {status.reason}",
     }
+    if status.state == "none":  # the decision is about a job that has ended, and this one may wait in the queue
+        del lines["next"]
     return "\n".join(f"{name:<22}{one_line(text)}" for name, text in lines.items())
