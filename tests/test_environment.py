@@ -97,6 +97,7 @@ def test_only_variables_that_change_a_run_are_shown(name, is_shown):
         ("/home/a.b/x:/home/a.b", "/home/a.b", "~/x:~"),
         ("/home/a.bc/x", "/home/a.b", "/home/a.bc/x"),
         ("/data/a.b/x", "/home/a.b", "/data/USER/x"),
+        ("/data/root/x:/root/y", "/root", "/data/USER/x:~/y"),
         ("/work/x", "/", "/work/x"),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_misspelt_flag_is_one_message_and_exit_code_2(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert "did you mean learning_rate?" in done.stderr
+    assert "did you mean --learning_rate?" in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -64,6 +64,7 @@ def dead_pid() -> int:
 # state, other fields of run.json, files beside it; whether the folder holds only failed starts
 HOST = socket.gethostname()
 STEP_0, STEP_5 = '{"step": 0, "eval_loss": 0.7}\n', '{"step": 5, "loss": 0.7}\n'
+START = ("host", "pid", "resumed_step")
 FAILED_STARTS = {
     "failed": ("failed", {}, {}, True),
     "ended by Ctrl-C": ("preempted", {}, {"data.json": "{}", "metrics.jsonl": ""}, True),
@@ -74,6 +75,10 @@ FAILED_STARTS = {
     "alive or killed on another machine": ("running", {"host": f"{HOST}2", "pid": "dead"}, {}, False),
     "running, of a version without pids": ("running", {"host": HOST}, {}, False),
     "running, with a pid that is none": ("running", {"host": HOST, "pid": 10**30}, {}, False),
+    "failed, and its process lives": ("failed", {"host": HOST, "pid": os.getppid()}, {}, False),
+    "failed in this process": ("failed", {"host": HOST, "pid": os.getpid()}, {}, True),
+    "failed after a resume, its checkpoints moved away": ("failed", {"resumed_step": 500}, {}, False),
+    "failed, the first line of its metrics damaged": ("failed", {}, {"metrics.jsonl": "{\n" + STEP_5}, False),
     "failed after a step that was not logged": ("failed", {"shared_prefix": "on"}, {}, False),
     "failed after a logged step": ("failed", {}, {"metrics.jsonl": STEP_0 + STEP_5}, False),
     "failed after a checkpoint": ("preempted", {}, {"checkpoint-5/manifest.json": "{"}, False),
@@ -85,7 +90,7 @@ FAILED_STARTS = {
 @pytest.mark.parametrize("name", FAILED_STARTS)
 def test_a_folder_without_a_step_holds_only_failed_starts(name, tmp_path, dead_pid):
     state, fields, files, expected = FAILED_STARTS[name]
-    start = {key: dead_pid if value == "dead" else value for key, value in fields.items() if key in ("host", "pid")}
+    start = {key: dead_pid if value == "dead" else value for key, value in fields.items() if key in START}
     rest = {key: value for key, value in fields.items() if key not in start}
     RunDir(tmp_path).write_run(state=state, generations=[{"token": "t0", **start}], **rest)
     for path, text in files.items():

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def test_only_private_files_are_changed_and_only_to_the_umask(umask, before, aft
     outside.touch()
     outside.chmod(0o600)
     (folder / "link").symlink_to(outside)
+    other = tmp_path / f".umask-{os.getpid()}-{threading.get_native_id()}"
+    other.touch()  # of a process in another container
     former = os.umask(umask)
     try:
         apply_umask(folder)
@@ -107,4 +110,4 @@ def test_only_private_files_are_changed_and_only_to_the_umask(umask, before, aft
         os.umask(former)
     assert stat.S_IMODE(path.stat().st_mode) == after
     assert stat.S_IMODE(outside.stat().st_mode) == 0o600
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "outside"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [other.name, "a", "outside"]

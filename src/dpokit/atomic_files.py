@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import stat
 import threading
@@ -52,9 +53,9 @@ def apply_umask(path: Path) -> None:
     if not private:
         return
     # A new file shows the umask; to ask the kernel for it, a process must change it for all of its threads.
-    probe = path.parent / f".umask-{os.getpid()}-{threading.get_native_id()}"
+    probe = path.parent / f".umask-{secrets.token_hex(6)}"  # containers that share a folder may have equal pids
+    probe.touch(exist_ok=False)
     try:
-        probe.touch(exist_ok=False)
         mode = stat.S_IMODE(probe.stat().st_mode)
     finally:
         probe.unlink(missing_ok=True)

@@ -98,7 +98,7 @@ def _hide(value: Any) -> Any:
 def hide_user(text: str, *, home: str, user: str) -> str:
     """The text with `~` for the home folder, and `USER` for a folder of the user's name elsewhere."""
     if len(home) > 1:
-        text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)
+        text = re.sub(rf"(?<![\w./-]){re.escape(home)}(?![\w.-])", "~", text)
     return re.sub(rf"(?<=/){re.escape(user)}(?![\w.-])", "USER", text) if user else text
 
 

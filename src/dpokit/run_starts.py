@@ -28,21 +28,32 @@ def has_only_failed_starts(run: RunDir) -> bool:
     """Whether the folder holds nothing but starts that ended before their first step, such as one with a typo.
 
     No run owns such a folder. A start that is recorded as running has ended if its process is gone; on another machine
-    it may be alive.
+    it may be alive. A start that was resumed counts as one with steps, wherever its checkpoints are now.
 
     Raises: RunFolderError as `RunDir.read_run`.
     """
     record = run.read_run() or {}
     last = (record.get("generations") or [{}])[-1]
-    if record.get("state") == "finished" or (record.get("state") == "running" and not _is_gone(last)):
+    if record.get("state") == "finished" or (record.get("state") == "running" and not is_gone(last)):
+        return False
+    if _is_another_process(last) or any(start.get("resumed_step") for start in record.get("generations") or []):
         return False
     before_first_step = (run.run_json, run.metrics_jsonl, run.data_json)
     if "shared_prefix" in record or any(path not in before_first_step for path in run.own_files()):
         return False  # run.json has `shared_prefix` from the end of the first step on
-    return not run.metrics_jsonl.is_file() or all(entry["step"] <= 0 for entry in read_metrics(run.metrics_jsonl))
+    if not run.metrics_jsonl.is_file():
+        return True
+    logged = read_metrics(run.metrics_jsonl)
+    is_readable = bool(logged) or run.metrics_jsonl.stat().st_size == 0
+    return is_readable and all(entry["step"] <= 0 for entry in logged)
 
 
-def _is_gone(start: Mapping[str, Any]) -> bool:
+def is_interrupted_by_another(record: Mapping[str, Any]) -> bool:
+    """Whether a signal other than Ctrl-C ended the last start: a scheduler may start that run again."""
+    return record.get("state") == "preempted" and not str(record.get("why")).startswith("SIGINT")
+
+
+def is_gone(start: Mapping[str, Any]) -> bool:
     """Whether the process of a start has ended; False if this cannot be known."""
     pid = start.get("pid")
     if start.get("host") != socket.gethostname() or type(pid) is not int or pid <= 0:
@@ -54,3 +65,11 @@ def _is_gone(start: Mapping[str, Any]) -> bool:
     except (OSError, OverflowError):  # a process of another user; a number that no process has
         return False
     return False
+
+
+def _is_another_process(start: Mapping[str, Any]) -> bool:
+    """Whether a start's process lives on this host and is not this one."""
+    pid = start.get("pid")
+    if start.get("host") != socket.gethostname() or type(pid) is not int or pid in (0, os.getpid()):
+        return False
+    return not is_gone(start) and pid < 2**31

@@ -244,7 +244,8 @@ class RunDir:
         starts.append(start | {"job": os.environ.get("SLURM_JOB_ID"), "launcher": os.getppid(), "pid": os.getpid()})
         self.token = token  # set before the write: a signal in between records its reason, which needs the token
         former = {"former_starts": former_starts} if former_starts else {}
-        write_json(self.run_json, {**record, **former, "generations": starts})
+        # `running` at once: by an older state, another run might take the folder for free.
+        write_json(self.run_json, {**record, **former, "state": "running", "generations": starts})
         return token
 
     def check_possession(self) -> None:

@@ -346,6 +346,26 @@ def test_a_corrected_command_works_after_starts_without_a_step(defaults, tmp_pat
         train("another", changed, [])
 
 
+ENDS = [("preempted", "SIGINT on rank 0", True), ("preempted", "SIGTERM", False), ("failed", "no such data", True)]
+
+
+@pytest.mark.parametrize(("state", "why", "is_free"), ENDS)
+def test_another_run_replaces_only_a_start_that_is_over(state, why, is_free, defaults, tmp_path):
+    """A preempted start waits in the queue to begin again; one that holds the folder is alive."""
+    run = RunDir(tmp_path / "run")
+    run.make()
+    run.write_run(state=state, why=why, recipe="another", settings={}, generations=[{"token": "t"}])
+    if not is_free:
+        with pytest.raises(RunFolderError, match="holds another run"):
+            claim(defaults, run, world_size=1)
+        return
+    claim(defaults, run, world_size=1)
+    run.write_run(state=state, why=why, recipe="another", settings={})
+    run.take_possession(0)  # by the other run
+    with pytest.raises(RunFolderError, match="holds another run"):
+        claim(defaults, run, world_size=1)
+
+
 def test_a_run_whose_first_step_was_not_logged_is_kept(defaults, tmp_path, monkeypatch):
     """It is killed before its first log and its first checkpoint."""
     run = RunDir(tmp_path / "run")

@@ -51,6 +51,7 @@ def test_a_log_lies_in_the_run_folder_or_where_asked(output_dir, options, log, f
         ({"output": "%a/log.out"}, "only the job knows %a"),
         ({"output": "file/log.out"}, "the folder of the job's log cannot be created"),
         ({"array": "0-99999999"}, "no index above"),
+        ({"array": "0-100000"}, "would lie in 100,001 folders"),
     ],
 )
 def test_a_log_that_slurm_could_not_write_is_refused(options, message, tmp_path, monkeypatch):

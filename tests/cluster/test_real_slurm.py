@@ -275,5 +275,5 @@ def test_a_user_error_fails_the_job_without_a_restart(cluster, training_flags, t
     job = submit(cluster, run, *training_flags, "--learning_rat", "1")
     assert end_of(cluster, job, run) == "FAILED"
     assert cluster.show(job)["Restarts"] == "0"
-    assert "did you mean learning_rate?" in log_of(run)
+    assert "did you mean --learning_rate?" in log_of(run)
     assert "dpokit: stop: the run never began" in log_of(run)

@@ -9,7 +9,7 @@ from dpokit.cluster.slurm import find_body
 
 REPORT = """
 echo "arguments=$*|folder=$PWD|options=$-|pipefail=$(shopt -o pipefail | cut -f2)"
-echo "python=${DPOKIT_PYTHON:-unset}|A=${A:-}"
+echo "python=${DPOKIT_PYTHON:-unset}|A=${A:-}|IFS=$(printf %q "${IFS-unset}")|globs=$(shopt nullglob | cut -f2)"
 """
 
 
@@ -32,7 +32,12 @@ ENV = 'export VIRTUAL_ENV="$PWD/env" PATH="$PWD/env/bin:$PATH"\n'
     ("content", "expected"),
     [
         ("export A=1\n", "A=1"),
-        ("cd /\nset -- none\nset -ex; set -o pipefail\n", "A=\n"),
+        ("cd /\nset -- none\nset -ex; set -o pipefail\n", "A=|"),
+        (
+            "folder=/tmp environment=x code=1 options=y; arguments=(z)\nIFS=,; set -f; shopt -s nullglob\n",
+            "IFS=unset|globs=off",
+        ),
+        ("end_setup() { exit 9; }\nfalse || true\n", "python=unset"),
         ("f() { false; true; }\nf\n[ 1 = 2 ] && echo\nfalse || true\nexport A=1\n", "A=1"),
         ("source nested.sh\nexport A=1\n", "A=1"),
         (ENV, "python={folder}/env/bin/python"),
@@ -58,7 +63,8 @@ def test_a_setup_file_prepares_the_job_and_nothing_else(content, expected, tmp_p
         ("(exit 4)\n", "failed in line 1 (exit code 4)"),
         ("exit 0\n", "called exit 0"),
         ("set -u\necho $NOPE\n", "called exit 1"),
-        ("false || return 3\n", "returned 3"),
+        ("false || return 3\n", "its last command returned 3"),
+        ("[ -f none.sh ] && . none.sh\n", "its last command returned 1"),
         ("source nested.sh\nexport A=1\n", "failed in line 1 (exit code 1)"),
         ("if true\n", "returned"),
         (None, "does not exist on"),

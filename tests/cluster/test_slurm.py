@@ -252,6 +252,7 @@ def test_a_dry_run_prints_only_the_job_script(tmp_path):
         (["dpo_gpt2", "--bta", "0.5"], "SettingsError: the command line: there is no setting 'bta'"),
         (["dpo_gpt2", "--fp16", "--bf16", "--gpus-per-node", "1"], "SettingsError: fp16 and bf16 are both true"),
         (["dpo_gpt2"], "MachineError: there is no sbatch on this machine"),
+        (["dpo_gpt2", "--dry-run", "--output", "/"], "SettingsError: --output / is a folder"),
     ],
 )
 def test_an_invalid_submit_prints_one_message(arguments, message, monkeypatch, tmp_path):

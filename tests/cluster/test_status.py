@@ -197,6 +197,8 @@ def test_the_verb_prints_lines_or_json_without_torch(tmp_path):
         "none",
     ]
     assert "not begun" in dpokit("status", *folders).stdout
+    alone = dpokit("status", folders[1])
+    assert (alone.returncode, "not begun" in alone.stdout) == (0, True)
     nowhere = dpokit("status", str(tmp_path / "nowhere"))
     assert nowhere.returncode == 2
     assert "there is no such run" in nowhere.stderr

@@ -1,5 +1,8 @@
 """`dpokit status --watch`: run folders that change while they are watched."""
 
+import os
+import signal
+import socket
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
@@ -8,41 +11,57 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 from test_status import make_run, start
+from typer.testing import CliRunner
 
 from dpokit.cluster.status import Status, read_status
 from dpokit.cluster.watch import build_run_table, describe_age, watch_runs
 from dpokit.rundir import RunDir
+from dpokit.verbs.app import app
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC)
 
 
-def watch(states: list[str], folder: Path) -> tuple[bool, int]:
+def watch(states: list[str], folder: Path, job: str | None) -> tuple[bool, int]:
     """Watches a run that has each of the states in turn; returns the result and how often it was looked at."""
     looks = []
+    begun = start(0, job=job) | {"host": socket.gethostname()}
 
     def read() -> list[Status]:
         state, _, error = states[min(len(looks), len(states) - 1)].partition(":")
         looks.append(state)
+        begun["pid"] = 2**22 + 1 if state == "killed" else os.getpid()  # Linux has no process above 2**22
+        state = "running" if state == "killed" else state
         if state == "none":
             return [read_status(RunDir(folder / "run"))]
-        return [read_status(make_run(folder / "run", start(0), state=state, error=error or None))]
+        return [read_status(make_run(folder / "run", begun, state=state, error=error or None))]
 
     return watch_runs(read, pause=lambda _: None), len(looks)
 
 
 @pytest.mark.parametrize(
-    ("states", "is_finished", "looks"),
+    ("job", "states", "is_finished", "looks"),
     [
-        (["finished"], True, 1),
-        (["none", "running", "running", "preempted", "running", "finished"], True, 6),
-        (["failed:MachineError", "running", "failed:DataError"], False, 3),
+        (None, ["finished"], True, 1),
+        ("7", ["none", "running", "running", "preempted", "running", "finished"], True, 6),
+        ("7", ["failed:MachineError", "running", "failed:DataError"], False, 3),
+        ("7", ["killed", "running", "finished"], True, 3),
+        (None, ["running", "killed"], False, 2),
+        (None, ["running", "preempted"], False, 2),
+        (None, ["failed:MachineError"], False, 1),
     ],
 )
-def test_runs_are_watched_until_they_finish_or_stop(states, is_finished, looks, tmp_path, capsys):
-    assert watch(states, tmp_path) == (is_finished, looks)
+def test_runs_are_watched_until_they_finish_or_stop(job, states, is_finished, looks, tmp_path, capsys):
+    assert watch(states, tmp_path, job) == (is_finished, looks)
     lines = capsys.readouterr().out.splitlines()
     changes = [state for place, state in enumerate(states) if place == 0 or state != states[place - 1]]
     assert len(lines) == len(changes)
+
+
+def test_ctrl_c_ends_watching_without_a_word(tmp_path, monkeypatch):
+    make_run(tmp_path / "run", start(0), state="running")
+    monkeypatch.setattr("dpokit.cluster.watch.watch_runs", lambda _: os.kill(os.getpid(), signal.SIGINT))
+    ended = CliRunner().invoke(app, ["status", str(tmp_path / "run"), "--watch"])
+    assert (ended.exit_code, ended.output) == (130, "")
 
 
 def test_the_table_fits_80_columns_and_escapes_names(tmp_path):

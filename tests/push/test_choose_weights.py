@@ -6,11 +6,13 @@ import pytest
 from pushing import REPO, hash_tree, make_run
 from typer.testing import CliRunner
 
+from dpokit.atomic_files import write_json
 from dpokit.card.card import write_card
 from dpokit.errors import HubError, RunFolderError, SettingsError
 from dpokit.push.bundle import build_bundle
 from dpokit.push.hub import PushTarget
 from dpokit.push.push import push_run
+from dpokit.report.read import PAIRS_FORMAT
 from dpokit.verbs.app import app
 
 
@@ -63,12 +65,17 @@ OTHER = {"license": "other", "license_name": "mine", "license_link": "https://a.
             "mit",
             ['# contact: "M\\u00e9 \\"of\\" <a@b.c> #1"\n', "## Contact"],
         ),
+        ({"license": "mit", "base_model": "org/b"}, "mit", ["base_model: org/b\n", "base_model_relation: finetune\n"]),
+        ({"license": "mit", "evaluation": "small"}, "mit", ['# evaluation: "small"\n']),
         (OTHER, "other", ["license_name: mine", "license_link: https://a.b/c"]),
         (OTHER, "mit", ["license: mit"]),
     ],
 )
 def test_a_push_with_a_licence_keeps_the_rest_of_the_card(run, card, licence, kept):
     run.card.unlink()
+    for name, pairs in (("large", 9), ("small", 2)):
+        scores = {"format": PAIRS_FORMAT, "data": {"pairs": pairs, "own": True}}
+        write_json(run.make_evaluation(name).pairs_json, scores)
     first = write_card(run, **card, repo_id=REPO).read_text()
     list_bundle(run, license=licence)
     again = run.card.read_text()
@@ -87,9 +94,13 @@ def test_a_push_with_a_licence_keeps_an_edited_card(run):
     assert run.card.read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    ("weights", "base_model"), [("adapter", "/models/base"), ("model", "org/base"), (None, "org/b")]
-)
+def test_a_new_card_of_a_whole_model_names_the_base_given(run):
+    run.card.unlink()
+    list_bundle(run, base_model="org/base", license="mit")
+    assert "base_model: org/base\n" in run.card.read_text()
+
+
+@pytest.mark.parametrize(("weights", "base_model"), [("adapter", "/models/base"), ("model", "/models/base")])
 def test_an_unusable_base_is_refused_before_a_card_is_written(run, weights, base_model):
     run.card.unlink()
     before = hash_tree(run.path)
@@ -101,8 +112,9 @@ def test_an_unusable_base_is_refused_before_a_card_is_written(run, weights, base
 def test_the_old_name_of_the_weights_flag_prints_a_line(run):
     shown = [
         CliRunner().invoke(app, ["push", str(run.path), "--repo-id", REPO, *flags, "--dry-run", "--json"])
-        for flags in (["--what", "merged"], ["--weights", "model"])
+        for flags in (["--what", "merged"], ["--weights", "model"], ["--what", "adapter", "--weights", "model"])
     ]
+    assert shown.pop().exit_code == 2
     assert [json.loads(result.stdout)["weights"] for result in shown] == ["model", "model"]
     assert "--what is now --weights" in shown[0].stderr
     assert "--what" not in shown[1].stderr

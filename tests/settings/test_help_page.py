@@ -89,6 +89,12 @@ def test_the_page_fits_the_width(recipe, width):
     assert all(f"\n\n{group}\n" in text for group in GROUPS)
 
 
+def test_a_value_that_the_machine_decides_is_shown_so():
+    unset, given = (render_help(str(GPT2), {}, argv, width=80) for argv in ([], ["--bf16", "false", "--use_cpu"]))
+    assert all(f"--{name} by machine " in unset for name in ("bf16", "use_cpu"))
+    assert all(text in given for text in ("--bf16 false ", "--use_cpu true "))
+
+
 @pytest.mark.parametrize(
     "argv",
     [["--max_steps", "abc"], ["--save_steps", "x", "--eval_steps", "[1"], ["--eval_strategy"], ["stray"], ["--=", "é"]],
@@ -139,7 +145,8 @@ def test_a_name_that_people_type_leads_to_the_flag(name):
     assert name not in parser.names()
     assert name not in RETIRED
     error = parser._unknown(f"--{name}", "the command line")
-    assert error.do == f"did you mean {MEANT[name]}?"
+    assert error.do == f"did you mean --{MEANT[name]}?"
+    assert parser._unknown(f"--{name}", "a.yaml", written=name).do == f"did you mean {MEANT[name]}?"
     assert MEANT[name] in parser.names()
 
 

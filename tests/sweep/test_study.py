@@ -1,5 +1,7 @@
 """The study of a search: every trial is taken once, also when workers die, and a resume draws the same trials."""
 
+import os
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -9,11 +11,12 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState
 
+from dpokit.atomic_files import write_json
 from dpokit.errors import MachineError, SettingsError
 from dpokit.rundir import RunDir
 from dpokit.sweep.command import _check_same_mode, run_sweep
 from dpokit.sweep.space import load_space
-from dpokit.sweep.study import SETTINGS, Search
+from dpokit.sweep.study import SETTINGS, Search, find_start
 
 STAND_IN = Path(__file__).parent / "stand_in_recipe.py"
 GRID = "parameters: {learning_rate: [1e-5, 2e-5], beta: [0.1, 0.2]}"
@@ -119,11 +122,16 @@ def test_a_corrected_space_starts_again_if_no_trial_took_a_step(open_search, cap
         open_search(wrong)
 
 
-@pytest.mark.parametrize("state", ["alive", "queued", "pruned", "only watched"])
+@pytest.mark.parametrize("state", ["alive", "between two trials", "queued", "pruned", "only watched"])
 def test_a_search_in_use_is_not_started_again(state, open_search, tmp_path):
     search = open_search(GRID)
     fail(search)
-    trial = search.take()
+    if state == "between two trials":
+        search.leave()
+        worker = f"{socket.gethostname()}:{os.getppid()}:{find_start(os.getppid())}"
+        write_json(tmp_path / "sweep" / "workers" / f"{socket.gethostname()}-{os.getppid()}", {"worker": worker})
+    else:
+        trial = search.take()
     if state == "queued":
         search.leave()
         (tmp_path / "sweep" / f"trial-{trial.number}.job").write_text("12_1")

@@ -41,7 +41,7 @@ from dpokit.rundir import CARD_MARK, RunDir, is_card_file
 FIRST_FIGURES = ("loss", "margins", "accuracies", "rewards", "logps", "grad_norm")
 FIRST_ROWS = ("accuracy", "margin", "loss", "kl_per_token")
 MOST_SAMPLES = 5
-CONTACT = "# contact: "  # a YAML comment, from which the card can be written again
+CONTACT, EVALUATION = "# contact: ", "# evaluation: "  # YAML comments, from which the card can be written again
 MERGE = {
     "pairs": "held-out pairs scored before and after",
     "mean_drift": "mean change of a token's log-prob",
@@ -60,7 +60,9 @@ class Publisher:
         license, license_name, license_link: name and link only for `other`.
         language: ISO 639 codes of the data's languages.
         repo_id: the model's repository; None shows the folder's name instead.
+        base_model: the base's id on the Hub.
         contact: where readers can ask questions.
+        evaluation: the evaluation that the card shows; None for the largest of the run's own pairs.
     """
 
     license: str
@@ -68,7 +70,9 @@ class Publisher:
     license_link: str | None = None
     language: Sequence[str] = ()
     repo_id: str | None = None
+    base_model: str | None = None
     contact: str | None = None
+    evaluation: str | None = None
 
     def licence(self) -> dict[str, str | None]:
         return {"license": self.license, "license_name": self.license_name, "license_link": self.license_link}
@@ -114,7 +118,9 @@ def write_card(
     for flag, name in (("repo-id", repo_id), ("base-model", base_model)):
         if name is not None:
             check_hub_id(name, flag)
-    publisher = Publisher(license, license_name, license_link, tuple(language), repo_id, contact)
+    publisher = Publisher(
+        license, license_name, license_link, tuple(language), repo_id, base_model, contact, evaluation
+    )
     record = load_run(run.path, name=run.path.resolve().name, evaluation=evaluation)
     lineage = find_lineage(run, record, weights=weights, base_model=base_model)
     drawings = [draw(figure, software=CARD_MARK) for figure in build_figures([record])]
@@ -122,8 +128,9 @@ def write_card(
     title = repo_id.rpartition("/")[2] if repo_id else record.name
     head = build_front_matter(record, lineage, model_name=title, language=language, licence=publisher.licence())
     body = render_card(build_card(run, record, lineage, publisher, drawings, title=title), record)
-    if contact is not None:  # its text in the body is escaped
-        head = f"{CONTACT}{json.dumps(contact)}\n{head}"
+    for mark, text in ((EVALUATION, evaluation), (CONTACT, contact)):
+        if text is not None:  # a contact's text in the body is escaped
+            head = f"{mark}{json.dumps(text)}\n{head}"
     text = sign_card(f"---\n{head}\n---\n\n{body}")
     check_front_matter(text)
     _write(run, text, drawings)
@@ -139,13 +146,16 @@ def read_publisher(run: RunDir) -> Publisher:
     text = run.card.read_bytes().decode(errors="replace") if run.card.exists() else ""
     head = read_front_matter(text)
     language = head.get("language") or ()
-    contact = re.search(rf"^{CONTACT}(.*)$", text.partition("\n---\n")[0], re.MULTILINE)
+    comments = text.partition("\n---\n")[0]
+    contact, evaluation = (re.search(rf"^{mark}(.*)$", comments, re.MULTILINE) for mark in (CONTACT, EVALUATION))
     return Publisher(
         str(head.get("license") or ""),
         head.get("license_name"),
         head.get("license_link"),
         (language,) if isinstance(language, str) else tuple(map(str, language)),
+        base_model=head.get("base_model"),
         contact=json.loads(contact[1]) if contact else None,
+        evaluation=json.loads(evaluation[1]) if evaluation else None,
     )
 
 

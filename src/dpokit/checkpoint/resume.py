@@ -19,7 +19,7 @@ from dpokit.checkpoint.store import (
 from dpokit.checkpoint.universal import convert_shards
 from dpokit.console import say
 from dpokit.errors import RunFolderError, SettingsError, find_disk_trouble
-from dpokit.run_starts import clear_folder, has_only_failed_starts
+from dpokit.run_starts import clear_folder, has_only_failed_starts, is_interrupted_by_another
 from dpokit.rundir import RunDir
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import DataArguments
@@ -283,7 +283,7 @@ def _is_free(run: RunDir, settings: Settings) -> bool:
     record = run.read_run() or {}
     if "recipe" not in record or _describe_record(record) == _describe_run(settings):
         return False
-    if not has_only_failed_starts(run):
+    if is_interrupted_by_another(record) or not has_only_failed_starts(run):
         return False
     why = f" ({str(record['why']).splitlines()[0]})" if record.get("why") else ""
     say(f"{run.path} held only a start of another run that ended before its first step{why}: this run replaces it")

@@ -12,6 +12,7 @@ from dpokit.errors import RunFolderError, SettingsError
 
 # Slurm's own upper limit of MaxArraySize.
 MOST_INDEX = 4_000_000
+MOST_FOLDERS = 10_000  # that a submission makes before sbatch has accepted the job
 
 
 def with_log(job: SlurmJob) -> SlurmJob:
@@ -33,10 +34,10 @@ def log_folders(job: SlurmJob) -> Iterator[None]:
     """Creates the folders of the job's logs, without which Slurm ends a job unseen; empty again if the block raises.
 
     Raises:
-        SettingsError: the log is a folder, lies in a folder that only the job can name, or is one file for an array.
+        SettingsError: as `list_log_folders`.
         RunFolderError: a folder cannot be created.
     """
-    folders = _list_log_folders(job)
+    folders = list_log_folders(job)
     made: list[Path] = []
     try:
         for folder in folders:
@@ -57,7 +58,13 @@ def log_folders(job: SlurmJob) -> Iterator[None]:
         raise
 
 
-def _list_log_folders(job: SlurmJob) -> list[Path]:
+def list_log_folders(job: SlurmJob) -> list[Path]:
+    """The folders of the job's logs; of an array, of all of its jobs.
+
+    Raises:
+        SettingsError: the log is a folder, lies in a folder that only the job can name, or is one file for an array;
+            or there are more than MOST_FOLDERS folders.
+    """
     if job.output is None:
         return []
     log = Path(job.output)
@@ -83,6 +90,12 @@ def _list_log_folders(job: SlurmJob) -> list[Path]:
             do="write such marks into the name of the file alone",
         )
     indices = list_indices(job.array) if job.array and "a" in marks else [0]
+    if "%a" in folder and len(indices) > MOST_FOLDERS:
+        raise SettingsError(
+            f"the logs of --array {job.array} would lie in {len(indices):,} folders, made before the job is queued",
+            expected=f"at most {MOST_FOLDERS:,} folders",
+            do="--output logs/%A_%a.out: one folder for all logs",
+        )
     return sorted({Path(_fill_pattern(folder, index)) for index in indices})
 
 

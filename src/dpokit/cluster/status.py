@@ -12,8 +12,8 @@ from typing import Any
 
 from dpokit import errors
 from dpokit.checkpoint.store import find_checkpoints
-from dpokit.errors import DpokitError, RunFolderError
-from dpokit.run_starts import count_starts
+from dpokit.errors import DpokitError
+from dpokit.run_starts import count_starts, is_gone
 from dpokit.rundir import RunDir, read_metrics
 from dpokit.terminal import one_line
 
@@ -31,7 +31,8 @@ class Status:
 
     Attributes:
         run: the folder.
-        state: `running` (or killed, as no end is recorded), `preempted`, `finished`, `failed`; `none` without run.json.
+        state: `running` (or killed on another host, as no end is recorded), `killed`, `preempted`, `finished`,
+            `failed`; `none` without run.json.
         why, error: the cause of a failed run, as text and as the name of the error's class.
         last_step: the last logged step; None before the first.
         steps: the number of steps of the whole run; None if it is not recorded yet.
@@ -40,6 +41,7 @@ class Status:
             logged step, and after the end.
         last_sign: when the run last wrote to its metrics, ISO 8601; None before the first time.
         good_step: the step of the newest complete checkpoint; None without one.
+        job: the Slurm job of the last start, which may start it again; None outside Slurm.
         generations: how often the run was started.
         began: how many starts the folder has seen, also those of runs that it no longer holds (for `--since`).
         restarts: the number of starts after the first.
@@ -60,6 +62,7 @@ class Status:
     seconds_left: float | None
     last_sign: str | None
     good_step: int | None
+    job: str | None
     generations: int
     began: int
     restarts: int
@@ -122,9 +125,10 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
     decided, reason = decide_next(
         record, good_step=good, after_crash=after_crash, max_restarts=max_restarts, attempt=attempt
     )
+    is_killed = record.get("state") == "running" and bool(generations) and is_gone(generations[-1])
     return Status(
         run=str(run.path),
-        state=record.get("state") or "none",
+        state="killed" if is_killed else record.get("state") or "none",
         why=record.get("why"),
         error=record.get("error"),
         last_step=last_step,
@@ -133,6 +137,7 @@ def read_status(run: RunDir, *, max_restarts: int = MAX_RESTARTS, attempt: Attem
         seconds_left=find_seconds_left(metrics, steps) if record.get("state") != "finished" else None,
         last_sign=_read_modification_time(run.metrics_jsonl) if metrics else None,
         good_step=good,
+        job=generations[-1].get("job") if generations else None,
         generations=len(generations),
         began=count_starts(record),
         restarts=max(0, len(generations) - 1),
@@ -265,16 +270,6 @@ def _read_modification_time(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime).astimezone().isoformat(timespec="seconds")
 
 
-def check_run(run: RunDir) -> None:
-    """Raises RunFolderError if the folder holds no run."""
-    if not run.run_json.is_file():
-        raise RunFolderError(
-            f"{run.path} holds no run.json" if run.path.is_dir() else f"there is no folder {run.path}",
-            expected="the folder of a run: its --output_dir",
-            do="correct the path; a run that has not begun, or never did, has no run.json: read the log of its job",
-        )
-
-
 def describe_progress(status: Status) -> str:
     """The last step of all, the share that is done and the time left: `1,200 of 3,000, 40.0 %, 0:31:10 left`."""
     step = "none yet" if status.last_step is None else f"{status.last_step:,}"
@@ -294,6 +289,8 @@ def describe_status(status: Status) -> str:
     state = f"{status.state} ({status.why})" if status.why else status.state
     if status.state == "running":
         state = f"running, or killed; last sign of life {status.last_sign or 'none yet'}"
+    if status.state == "none":
+        state = "not begun: the folder holds no run.json; if its job has ended, its log says why"
     lost = f"{status.lost_steps:,} steps trained twice"
     if status.lost_steps and status.lost_seconds is not None:
         lost += f", about {status.lost_seconds:,.0f} s"
@@ -306,4 +303,6 @@ def describe_status(status: Status) -> str:
         "lost": lost,
         "next": f"{status.next}: {status.reason}",
     }
+    if status.state == "none":  # the decision is about a job that has ended, and this one may wait in the queue
+        del lines["next"]
     return "\n".join(f"{name:<22}{one_line(text)}" for name, text in lines.items())

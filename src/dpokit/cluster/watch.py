@@ -13,6 +13,7 @@ from dpokit.safe_console import SafeConsole
 from dpokit.terminal import echo, one_line
 
 EVERY_SECONDS = 5.0
+ENDED_EARLY = ("failed", "preempted", "killed")  # Slurm may start such a run again
 LINE_SECONDS = 60.0  # between two lines about a running run where there is no terminal
 
 
@@ -24,7 +25,7 @@ def build_run_table(statuses: Sequence[Status], *, now: datetime) -> Table:
     for name in ("step", "done", "left", "last sign"):
         table.add_column(name, justify="right")
     for status in statuses:
-        decision = f", {status.next}" if status.state in ("failed", "preempted") else ""
+        decision = f", {status.next}" if status.state in ENDED_EARLY else ""
         table.add_row(
             one_line(status.run),
             "not begun" if status.state == "none" else status.state + decision,
@@ -54,7 +55,7 @@ def watch_runs(read: Callable[[], Sequence[Status]], *, pause: Callable[[float],
     """Shows the runs until each has finished or stopped for good; returns whether all have finished.
 
     On a terminal it redraws the table every few seconds, elsewhere it prints a line for each change of a state and, at
-    most each minute, for new steps. A run that has not begun, is preempted or will be requeued is waited for.
+    most each minute, for new steps. A run that has not begun, or that Slurm will requeue, is waited for.
 
     Args:
         read: returns the current statuses, always in the same order.
@@ -77,7 +78,7 @@ def watch_runs(read: Callable[[], Sequence[Status]], *, pause: Callable[[float],
 
 def has_ended(status: Status) -> bool:
     """Whether no further start of the run is expected."""
-    return status.state == "finished" or (status.state == "failed" and status.next == "stop")
+    return status.state == "finished" or (status.state in ENDED_EARLY and (status.next == "stop" or status.job is None))
 
 
 def _print_changes(statuses: Sequence[Status], printed: dict[str, tuple[str, float]]) -> None:
@@ -88,5 +89,5 @@ def _print_changes(statuses: Sequence[Status], printed: dict[str, tuple[str, flo
         line = f"{status.state}: {describe_progress(status)}"
         if is_new or (line != state and time.monotonic() - moment >= LINE_SECONDS):
             printed[status.run] = (line, time.monotonic())
-            reason = f" ({status.reason})" if status.state in ("failed", "preempted") else ""
+            reason = f" ({status.reason})" if status.state in ENDED_EARLY else ""
             echo(one_line(f"{status.run}: {line.replace('none: none yet', 'not begun')}{reason}"))

@@ -58,15 +58,15 @@ def choose_weights(run: RunDir, weights: str | None) -> Weights:
     return next(name for name in WEIGHTS if name == weights)
 
 
-def check_base_model(weights: Weights, base_model: str | None) -> None:
+def check_base_model(weights: Weights, base_model: str | None, *, writes_card: bool = False) -> None:
     """Raises SettingsError for a base model that has no effect, or that others cannot load."""
     if base_model is None:
         return
-    if weights == "model":
+    if weights == "model" and not writes_card:
         raise SettingsError(
-            f"--base-model {base_model} has no effect: no adapter is sent",
-            expected="--base-model with --weights adapter or both",
-            do="leave --base-model out",
+            f"--base-model {base_model} has no effect: no adapter is sent, and the card is kept",
+            expected="--base-model with --weights adapter or both, or with --license, which writes the card again",
+            do="leave --base-model out, or add --license",
         )
     if is_on_disk(base_model):
         raise SettingsError(

@@ -56,8 +56,8 @@ def push_run(
         folder: the run folder.
         target: the repository.
         weights, base_model: as for `build_bundle`.
-        license: writes the card again with this licence, and with the language and contact of the present card, if
-            dpokit wrote it; None keeps that card.
+        license: writes the card again with this licence and, if dpokit wrote the present card, with its language,
+            base model, contact and evaluation; None keeps that card.
         dry_run: send nothing, contact no server and need no token.
         yes: send without asking on the terminal.
         retry: how often and how long failed requests are repeated.
@@ -68,12 +68,14 @@ def push_run(
     run = RunDir(folder)
     if license is not None:
         published = choose_weights(run, weights)
-        check_base_model(published, base_model)
-        publisher = replace(read_publisher(run), repo_id=target.repo_id)
+        check_base_model(published, base_model, writes_card=True)
+        publisher = read_publisher(run)
+        publisher = replace(publisher, repo_id=target.repo_id, base_model=base_model or publisher.base_model)
         if license != "other":
             publisher = replace(publisher, license_name=None, license_link=None)
         facts = vars(replace(publisher, license=license))
-        write_card(run, **facts, base_model=base_model, weights=published)
+        write_card(run, **facts, weights=published)
+        base_model = None if published == "model" else base_model  # only the card names it
     bundle = build_bundle(run, weights=weights, base_model=base_model, repo_id=target.repo_id)
     if dry_run:
         return Outcome(bundle, target, None)

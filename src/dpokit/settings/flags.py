@@ -274,12 +274,13 @@ class FlagParser(TrlParser):
                 f"{layer}: {argument!r} belongs to no flag", expected="--flag value", do="remove it, or quote the value"
             )
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
+        dashes = "" if written else "--"  # a mapping has names without them
         if name in RETIRED:
             remedy = ("" if RETIRED[name].startswith("remove it") else "today's name is ") + RETIRED[name]
         elif name in OF_LAUNCHER:
             remedy = LAUNCHER
         elif MEANT.get(name) in self.names():
-            remedy = f"did you mean {MEANT[name]}?"
+            remedy = f"did you mean {dashes}{MEANT[name]}?"
         elif other_kinds := [
             kind
             for kind, group in KINDS.items()
@@ -289,7 +290,8 @@ class FlagParser(TrlParser):
         else:
             near = difflib.get_close_matches(name, self.names(), n=3, cutoff=0.6)
             near = near or [flag for flag in self.names() if flag.startswith(name)][:3]
-            remedy = "did you mean " + " or ".join(near) + "?" if near else "see --help for every setting"
+            named = " or ".join(f"{dashes}{flag}" for flag in near)
+            remedy = f"did you mean {named}?" if near else "see --help for every setting"
         return SettingsError(
             f"{layer}: there is no setting {(written or name)!r}",
             expected="full names of TRL's and dpokit's flags",

@@ -16,6 +16,7 @@ from dpokit.settings.layers import parse_yaml, read_yaml
 from dpokit.settings.yielding import yield_defaults
 
 LEFT, ORIGIN = 34, 8  # columns of a flag with its value, and of the value's origin
+BY_MACHINE = ("use_cpu", "bf16")  # unless set; as `load.find_machine_settings`, which needs torch
 LEAST_WIDTH, MOST_WIDTH = 80, 120
 
 
@@ -51,6 +52,8 @@ def render_help(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str], *
         for name, row in shown.items():
             value = values.get(name, find_default(name, kind))
             origin = origins.get(name, "" if value is None else "dpokit" if row.is_own else "TRL")
+            if name in BY_MACHINE and values.get(name) is None:
+                value, origin = "by machine", "dpokit"
             lines += _render_row(name, format_value(value), origin, row.text, width)
     return "\n".join(lines)
 

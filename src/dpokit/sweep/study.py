@@ -12,7 +12,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -22,7 +22,7 @@ import psutil
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dpokit.atomic_files import write_json
+from dpokit.atomic_files import read_record, write_json
 from dpokit.console import say
 from dpokit.errors import MachineError, SettingsError
 from dpokit.metrics import is_lower_better
@@ -134,7 +134,9 @@ class Search:
         return study
 
     def _has_only_failed_starts(self, study: optuna.Study) -> bool:
-        """Whether a trial failed, none took a step, and none is running or in Slurm's queue."""
+        """Whether a trial failed, none took a step, none is running or queued, and no other worker is alive."""
+        if any(worker != self.worker and self._is_alive(worker) for worker in self._list_workers()):
+            return False  # it may be about to take its next trial
         states = [trial.state for trial in study.get_trials(deepcopy=False)]
         if TrialState.FAIL not in states or not {*states} <= {TrialState.FAIL, TrialState.RUNNING, TrialState.WAITING}:
             return False
@@ -241,6 +243,14 @@ class Search:
     def leave(self) -> None:
         """Removes the heartbeat: other workers may take over this worker's trials."""
         self._heartbeat_file.unlink(missing_ok=True)
+
+    def _list_workers(self) -> list[str]:
+        """The workers that have a heartbeat in the folder, also those that were killed."""
+        workers = []
+        for path in (self.folder / "workers").iterdir():
+            with suppress(OSError, ValueError, KeyError, TypeError):  # removed meanwhile, or half written
+                workers.append(str(read_record(path)["worker"]))
+        return workers
 
     def _is_alive(self, worker: str | None) -> bool:
         if worker is None:  # killed after the study created the trial and before it was assigned

@@ -131,6 +131,8 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="Print the uploaded (or planned) files as JSON.")] = False,
 ) -> None:
     """Uploads a run's model, card and curves to the Hub: private, searched for secrets, and only missing files."""
+    if old_weights is not None and weights is not None:
+        raise typer.BadParameter("--what is the old name of --weights: give --weights alone")
     with redirect_stdout(sys.stderr), errors_without_torch():
         check_run_name(run)
         from dpokit.push.hub import PushTarget

@@ -16,6 +16,7 @@ from dpokit.terminal import echo, one_line
 from dpokit.verbs.common import PASS_ON, Recipe, TrainingCommand, complete_run, errors_without_torch
 
 app = typer.Typer()
+CTRL_C = 130  # the exit code of a shell's own command that Ctrl-C ended
 
 
 @app.command(cls=TrainingCommand, context_settings=PASS_ON | {"help_option_names": []})
@@ -146,7 +147,7 @@ def submit(
         path = find_recipe(recipe)
         check_file_name(config_file, "--config-file")
     with redirect_stdout(sys.stderr):
-        from dpokit.cluster.job_files import describe_log, log_folders, with_log
+        from dpokit.cluster.job_files import describe_log, list_log_folders, log_folders, with_log
         from dpokit.cluster.slurm import SlurmJob, check_job, render_job, submit_text
         from dpokit.console import quiet_dependencies
         from dpokit.story import user_errors
@@ -182,6 +183,7 @@ def submit(
             gpus = f"{nodes * gpus_per_node}x80" if gpus_per_node else None
             load_request(str(job.recipe), job.command().flags, gpus)
             job = with_log(job)
+            list_log_folders(job)  # a dry run refuses what the submission would
             text = render_job(job)
             if not dry_run:
                 with log_folders(job):
@@ -203,7 +205,7 @@ def status(
         typer.Argument(metavar="RUN [RUN ...]", help="Run folders: their --output_dir.", autocompletion=complete_run),
     ],
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show the runs until all have ended; exit code 1 if one has failed.")
+        bool, typer.Option("--watch", help="Show the runs until all have ended; exit code 1 if one has not finished.")
     ] = False,
     max_restarts: Annotated[int, typer.Option(help="Most restarts after crashes.")] = 3,
     since: Annotated[
@@ -219,12 +221,11 @@ def status(
     if watch and as_json:
         raise typer.BadParameter("--watch shows a table; --json prints the status once")
     with errors_without_torch():
-        # `dpokit submit` makes the folder of a job that waits in the queue; runs/* may name such folders.
-        named = [] if as_json else [run for run in runs if not ((watch or len(runs) > 1) and Path(run).is_dir())]
-        for run in named:
+        for run in [] if as_json else runs:
             check_run_name(run)
-        from dpokit.cluster.status import Status, check_run, describe_status, find_attempt, read_status
+        from dpokit.cluster.status import Status, describe_status, find_attempt, read_status
         from dpokit.cluster.watch import print_runs, watch_runs
+        from dpokit.interrupts import left_to_python
         from dpokit.rundir import RunDir
 
         folders = [RunDir(run) for run in runs]
@@ -233,17 +234,20 @@ def status(
             attempt = None if since is None else find_attempt(since)
             return [read_status(folder, max_restarts=max_restarts, attempt=attempt) for folder in folders]
 
-        for run in named:
-            check_run(RunDir(run))
-        if watch and not watch_runs(read):
-            raise typer.Exit(1)
-        statuses = [] if watch else read()
+        if watch:
+            try:
+                with left_to_python():
+                    are_finished = watch_runs(read)
+            except KeyboardInterrupt:  # watching has nothing to save and nothing to go on with
+                raise typer.Exit(CTRL_C) from None
+            raise typer.Exit(0 if are_finished else 1)
+        statuses = read()
     if as_json:
         records = [state.record() for state in statuses]
         echo(json.dumps(records[0] if len(records) == 1 else records, indent=2))
     elif len(statuses) == 1:
         echo(describe_status(statuses[0]))
-    elif statuses:
+    else:
         print_runs(statuses)
 
 
