@@ -164,11 +164,13 @@ VERBS = {
     "plan": ["plan", "PATH"],
     "prepare": ["prepare", "PATH"],
     "submit": ["submit", "PATH"],
+    "train": ["train", "PATH"],
+    "data": ["data", "check", "PATH"],
 }
 
 
 def test_every_verb_is_tried():
-    verbs = set(typer.main.get_command(app).commands)
+    verbs = set(typer.main.get_command(app).commands) - {"env"}  # it has no arguments
     assert [f"{verb}: add its arguments to VERBS in this file" for verb in sorted(verbs - set(VERBS))] == []
     assert set(VERBS) <= verbs
 
