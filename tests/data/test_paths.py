@@ -149,6 +149,7 @@ def test_commas_separate_names_but_not_in_a_file_of_that_name(tmp_path, monkeypa
         ({"path": "parquet", "data_files": ["x.parquet", "y.parquet"]}, ["x.parquet", "y.parquet"]),
         ({"path": "csv", "data_dir": "folder"}, "folder"),
         ({"path": "folder", "data_files": "x.jsonl"}, "folder/x.jsonl"),
+        ({"path": "https://host/folder/", "data_files": "x.jsonl"}, "https://host/folder/x.jsonl"),
         ({"path": "folder", "data_dir": "deep", "data_files": ["x.csv"]}, "folder/deep/x.csv"),
         ({"id": "owner/name", "config": "en"}, "owner/name"),
     ],
