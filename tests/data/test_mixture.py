@@ -240,11 +240,13 @@ def test_held_out_pairs_have_the_prompts_of_their_rows(flags, folder, plain_toke
     assert list_ids(prepared.eval) == list_ids(held_out.pairs)
 
 
-@pytest.mark.parametrize("form", ["texts", "list"])
+@pytest.mark.parametrize("form", ["texts", "list", "lists"])
 def test_sources_on_a_command_line_are_json(form, tmp_path):
     sources = [{"path": "a", "weight": 0.5}, {"path": "b"}]
-    texts = [json.dumps(sources)] if form == "list" else [json.dumps(source) for source in sources]
+    texts = [json.dumps([source] if form == "lists" else source) for source in sources]
+    texts = [json.dumps(sources)] if form == "list" else texts
     settings = load_settings("x", {"output_dir": str(tmp_path), "use_cpu": True}, ["--datasets", *texts])
+    assert settings.data.datasets == sources
     assert [(source.path, source.weight) for source in settings.data.sources()] == [("a", 0.5), ("b", None)]
 
 
@@ -276,6 +278,7 @@ BAD_SOURCES: dict[str, tuple[Any, str]] = {
     "unknown column": ({"path": "b", "columns": {"answer": "x"}}, "the name 'answer'"),
     "columns as numbers": ({"path": "b", "columns": [1]}, "has columns"),
     "files by split": ({"path": "json", "data_files": {"train": "x"}}, "has data_files"),
+    "columns of another form": ({"path": "b", "columns": ["prompt=x", "y"]}, "b: the key columns has 'y'"),
     "no source": (["b"], "source 2 of --datasets is"),
     "lists in columns": ({"path": "b", "columns": [["a", "b"]]}, 'has columns [["a", "b"]]'),
     "a list in ignore_columns": ({"path": "b", "ignore_columns": ["a", ["b"]]}, "has ignore_columns"),
@@ -319,7 +322,7 @@ BAD_DATA = {
     "an empty file": ("empty", {}, "source 2 of 3, .*empty.jsonl"),
     "labels": ("labels", {}, "source 2 of 3, .*labels.jsonl"),
     "no such split": ({"path": "splits", "split": "valid"}, {}, "source 2 of 3, .*there is no split 'valid'"),
-    "no such column": ({"path": "b", "columns": ["prompt", "reward"]}, {}, "source 2 of 3, .*--columns reward"),
+    "no such column": ({"path": "b", "columns": ["prompt", "reward"]}, {}, "source 2 of 3, .*the key columns reward"),
     "a file of the Hub": (
         {"path": "me/x", "data_files": "a.csv"},
         {},
@@ -333,6 +336,11 @@ BAD_DATA = {
     "a folder of the Hub": ({"path": "me/x", "data_dir": "a"}, {}, "source 2 of 3, .*no folder of this machine"),
     "a reader without files": ({"path": "json"}, {}, "source 2 of 3, json: the path json reads the files"),
     "a count above the source": ({"path": "b", "count": 26}, {}, "b.jsonl, split train gives 25 usable pairs"),
+    "no duplicate to balance": (
+        {"path": "a", "split": "train[:5]"},
+        {"drop_duplicates": True, "balance_sources": True},
+        "no usable pair is left of the 5 rows of .*a.jsonl.* duplicate_pair",
+    ),
     "a share of nothing": ({"path": "b", "weight": 0.001}, {}, "no usable pair is left .* 25 over_share"),
     "no pair within the gap": ("b", {"max_length_gap": 0}, "no usable pair is left of the 40 rows"),
     "no test split": ("b", {"with_eval": True}, "source 1 of 3, .*there is no split 'test'"),

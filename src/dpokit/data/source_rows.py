@@ -18,7 +18,7 @@ from dpokit.data.tally import Tally
 from dpokit.data.text_columns import Rows
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, parse_columns, read_columns
-from dpokit.settings.mixture import HUB_FILE, READERS, DataSource
+from dpokit.settings.mixture import HUB_FILE, READERS, DataSource, name_keys
 
 SAMPLE_ROWS = 32
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # with an owner
@@ -87,10 +87,11 @@ def naming_source(source: DataSource, number: int, of: int) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if of == 1:
-            raise
-        problem = error.seen if error.seen.startswith(source.place) else f"{source.title}: {error.seen}"
-        raise DataError(f"source {number} of {of}, {problem}", expected=error.expected, do=error.do) from error
+        seen, expected, do = (name_keys(text, source) for text in (error.seen, error.expected, error.do))
+        if of > 1:
+            problem = seen if seen.startswith(source.place) else f"{source.title}: {seen}"
+            seen = f"source {number} of {of}, {problem}"
+        raise DataError(seen, expected=expected, do=do) from error
 
 
 def choose_rows(

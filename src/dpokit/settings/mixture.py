@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -116,13 +117,12 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
     """
     datasets, mixer = values.get("datasets"), values.get("dataset_mixer")
     if datasets is not None:
-        # A JSON text on the command line may be a list, too.
-        entries = [entry for each in datasets for entry in (each if isinstance(each, list) else [each])]
+        entries = flatten_sources(datasets)
         sources = [_parse_source(entry, f"source {number}") for number, entry in enumerate(entries, 1)]
     elif mixer is not None:
         if not isinstance(mixer, Mapping):
             _refuse(
-                f"--dataset_mixer is {_show(mixer)}", "names with their shares", "--dataset_mixer '{\"a\": 1}'"
+                f"--dataset_mixer is {show_json(mixer)}", "names with their shares", "--dataset_mixer '{\"a\": 1}'"
             )
         sources = [_parse_source({"path": path, "weight": weight}, str(path)) for path, weight in mixer.items()]
     else:
@@ -134,6 +134,30 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
     return sources
 
 
+def flatten_sources(entries: Any) -> Any:
+    """Returns the entries of `--datasets` as one list: a JSON text on the command line may be a list, too."""
+    if not isinstance(entries, list | tuple):
+        return entries
+    return [entry for each in entries for entry in (each if isinstance(each, list) else [each])]
+
+
+def is_other(name: str, then: Any, now: Any) -> bool:
+    """Whether a setting has another value than before; the order of a mixture's sources decides which pairs it has."""
+    if name == "datasets":
+        then = flatten_sources(then)
+    if name == "dataset_mixer" and isinstance(then, Mapping) and isinstance(now, Mapping):
+        return list(then.items()) != list(now.items())
+    return bool(then != now)
+
+
+def name_keys(text: str, source: DataSource) -> str:
+    """Returns a message that names the keys that the source sets in place of the flags for all sources."""
+    for key, flag in FLAGS.items():
+        if getattr(source, key) is not None:
+            text = re.sub(rf"--{flag}\b", f"the key {key}", text)
+    return text
+
+
 def is_local(source: DataSource) -> bool:
     """Whether a source is a file or a folder of this machine, or a pattern of files."""
     return all(
@@ -143,7 +167,7 @@ def is_local(source: DataSource) -> bool:
 
 def _parse_source(entry: Any, label: str) -> DataSource:
     if not isinstance(entry, Mapping):
-        _refuse(f"{label} of --datasets is {_show(entry)}", "a source with a path", 'write {"path": "ID|PATH"}')
+        _refuse(f"{label} of --datasets is {show_json(entry)}", "a source with a path", 'write {"path": "ID|PATH"}')
     keys = [field.name for field in fields(DataSource)]
     values: dict[str, Any] = {}
     for key, value in entry.items():
@@ -197,10 +221,10 @@ def _check_value(name: str, value: Any, label: str) -> None:
         do = f"correct {name} of {label}"
         if name == "data_files" and isinstance(value, Mapping):
             do = "list the files of training alone; for other splits name a folder with train.jsonl and test.jsonl as path"
-        _refuse(f"{label} has {name} {_show(value)}", expected, do)
+        _refuse(f"{label} has {name} {show_json(value)}", expected, do)
 
 
-def _show(value: Any) -> str:
+def show_json(value: Any) -> str:
     """Returns a value of YAML as JSON; its dates, and keys of any type, as texts."""
     try:
         return json.dumps(value, default=str)
