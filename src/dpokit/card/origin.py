@@ -154,7 +154,9 @@ def _find_datasets(run: Run) -> dict[str, Source]:
         path = source.place if source.path in READERS else source.path.removeprefix(HUB_FILE)
         dataset = _find_source(run, flag, path)
         # Several files have one place, but each has a name.
-        datasets[source.title] = dataset if dataset.on_hub else Source(", ".join(map(last_name, source.locations)), False)
+        datasets[source.title] = (
+            dataset if dataset.on_hub else Source(", ".join(map(last_name, source.locations)), False)
+        )
     return datasets
 
 
@@ -197,7 +199,9 @@ def _list_results(run: Run, lineage: Lineage) -> list[EvalResult]:
                 task_type="text-generation",
                 task_name="Preference between two answers",
                 dataset_type=source.name if on_hub else "custom",
-                dataset_name=source.name if on_hub else f"held-out pairs, {'not on the Hub' if is_local else 'of several datasets'}",
+                dataset_name=source.name
+                if on_hub
+                else f"held-out pairs, {'not on the Hub' if is_local else 'of several datasets'}",
                 dataset_split=lineage.measured_split or "held-out",
                 metric_type=kind,
                 metric_name=name + interval,

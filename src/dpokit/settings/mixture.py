@@ -121,9 +121,7 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
         sources = [_parse_source(entry, f"source {number}") for number, entry in enumerate(entries, 1)]
     elif mixer is not None:
         if not isinstance(mixer, Mapping):
-            _refuse(
-                f"--dataset_mixer is {show_json(mixer)}", "names with their shares", "--dataset_mixer '{\"a\": 1}'"
-            )
+            _refuse(f"--dataset_mixer is {show_json(mixer)}", "names with their shares", "--dataset_mixer '{\"a\": 1}'")
         sources = [_parse_source({"path": path, "weight": weight}, str(path)) for path, weight in mixer.items()]
     else:
         name = values.get("dataset_name")
@@ -161,7 +159,8 @@ def name_keys(text: str, source: DataSource) -> str:
 def is_local(source: DataSource) -> bool:
     """Whether a source is a file or a folder of this machine, or a pattern of files."""
     return all(
-        "://" not in place and (_exists(place) or any(letter in place for letter in "*?[")) for place in source.locations
+        "://" not in place and (_exists(place) or any(letter in place for letter in "*?["))
+        for place in source.locations
     )
 
 
