@@ -87,11 +87,11 @@ def naming_source(source: DataSource, number: int, of: int) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        seen, expected, do = (name_keys(text, source) for text in (error.seen, error.expected, error.do))
+        problem = name_keys(error.seen, source)
         if of > 1:
-            problem = seen if seen.startswith(source.place) else f"{source.title}: {seen}"
-            seen = f"source {number} of {of}, {problem}"
-        raise DataError(seen, expected=expected, do=do) from error
+            problem = problem if problem.startswith(source.place) else f"{source.title}: {problem}"
+            problem = f"source {number} of {of}, {problem}"
+        raise DataError(problem, expected=error.expected, do=name_keys(error.do, source)) from error
 
 
 def choose_rows(

@@ -68,8 +68,9 @@ class DataArguments(ScriptArguments):
                 try:
                     read_columns(source.columns)
                 except SettingsError as error:
-                    seen, expected, do = (name_keys(text, source) for text in (error.seen, error.expected, error.do))
-                    raise SettingsError(f"{source.title}: {seen}", expected=expected, do=do) from error
+                    problem = f"{source.title}: {name_keys(error.seen, source)}"
+                    do = name_keys(error.do, source)
+                    raise SettingsError(problem, expected=error.expected, do=do) from error
         return sources
 
     def describe(self) -> str:

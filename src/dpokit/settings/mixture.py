@@ -219,7 +219,7 @@ def _check_value(name: str, value: Any, label: str) -> None:
     if not fits:
         do = f"correct {name} of {label}"
         if name == "data_files" and isinstance(value, Mapping):
-            do = "list the files of training alone; for other splits name a folder with train.jsonl and test.jsonl as path"
+            do = "list the training files alone; or name as path a folder with train.jsonl and test.jsonl"
         _refuse(f"{label} has {name} {show_json(value)}", expected, do)
 
 
