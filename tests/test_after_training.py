@@ -125,8 +125,7 @@ def test_the_end_names_the_result_the_files_and_what_comes_next(tmp_path):
     assert not any("trust" in line for line in commands)
     coded = describe_end(run, load(tmp_path, "--trust_remote_code", "true"))
     assert [line.count("--trust_remote_code true") for line in coded.splitlines() if "dpokit" in line[:8]] == [1, 0, 1]
-    run.eval.mkdir()
-    run.pairs_json.write_text("{")
+    run.make_evaluation("own").pairs_json.write_text("{")
     assert "pairs.json" in describe_end(run, load(tmp_path)).splitlines()[1]
 
 
