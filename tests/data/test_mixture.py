@@ -250,6 +250,13 @@ def test_sources_on_a_command_line_are_json(form, tmp_path):
     assert [(source.path, source.weight) for source in settings.data.sources()] == [("a", 0.5), ("b", None)]
 
 
+def test_a_day_in_a_file_of_settings_is_the_name_of_a_split(tmp_path):
+    config = tmp_path / "mixture.yaml"
+    config.write_text("datasets:\n  - path: a\n    split: 2024-01-01\n")
+    settings = load_settings("x", {"output_dir": str(tmp_path), "use_cpu": True}, ["--config", str(config)])
+    assert [source.split for source in settings.data.sources()] == ["2024-01-01"]
+
+
 def test_columns_of_a_source_are_mapped_or_chosen(folder, plain_tokenizer):
     mapped = {"path": "again", "columns": {"prompt": "question", "chosen": "reject", "rejected": "accepted"}}
     chosen = {"path": "a", "columns": ["prompt", "chosen", "rejected"]}
