@@ -341,6 +341,11 @@ BAD_DATA = {
         "source 2 of 3, .*hf://datasets/me/x/a.csv could not be downloaded",
     ),
     "a folder of the Hub": ({"path": "me/x", "data_dir": "a"}, {}, "source 2 of 3, .*no folder of this machine"),
+    "a folder of nobody": (
+        {"path": "~nobody-here/x", "data_dir": "a"},
+        {},
+        "source 2 of 3, .*no folder of this machine",
+    ),
     "a reader without files": ({"path": "json"}, {}, "source 2 of 3, json: the path json reads the files"),
     "a count above the source": ({"path": "b", "count": 26}, {}, "b.jsonl, split train gives 25 usable pairs"),
     "no duplicate to balance": (

@@ -78,7 +78,10 @@ def _check_files(source: DataSource) -> None:
 
 
 def _is_folder(source: DataSource) -> bool:
-    return Path(source.path).expanduser().is_dir()
+    try:
+        return Path(source.path).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, or ~nobody
+        return False
 
 
 @contextmanager
