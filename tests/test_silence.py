@@ -67,6 +67,9 @@ def list_calls(folder: Path, gpt2: Path, qwen2: Path) -> dict[str, list[str]]:
         "dpo_quickstart": [sys.executable, *recipe("dpo_quickstart", "--max_length", "256")],
     }
     return calls | {
+        "train": verb("train", str(ROOT / "recipes" / "dpo_gpt2.py"), "--output_dir", str(folder / "again"), *TRAINING)
+        + small,
+        "env": verb("env"),
         "plan": verb("plan", *recipe("dpo_gpt2", *small), "--gpus", "1x80"),
         "prepare": verb("prepare", *recipe("dpo_gpt2", *small)),
         "submit": verb(

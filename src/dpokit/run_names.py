@@ -14,9 +14,12 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_run_name(name: str | Path) -> None:
-    """Raises RunFolderError for a run's folder that does not exist; the message names the runs beside it."""
-    if not _exists(Path(name)):
-        raise _refuse(Path(name), "run", RUN_FILES)
+    """Raises RunFolderError for a file, or a folder that does not exist; the message names the runs beside it."""
+    path = Path(name)
+    if not _exists(path):
+        raise _refuse(path, "run", RUN_FILES)
+    if not _is_folder(path):
+        raise RunFolderError(f"{path} is a file", expected="a run folder", do="name the --output_dir of the run")
 
 
 def check_run_or_model(name: str | None) -> None:

@@ -225,6 +225,67 @@ def test_a_local_folder_named_like_a_hub_id_stays_local(tmp_path):
     assert (data["base_model"], data["datasets"]) == ("models/tiny", ["data/pairs"])
 
 
+# settings of the data, the local ones, the name of the held-out pairs, the card's sources, those of the results
+MIXTURES: dict[str, tuple[dict, list[str], str, list[str], str]] = {
+    "files with a comma": (
+        {"dataset_name": "/d/a.jsonl,/d/big.jsonl"},
+        ["/d/a.jsonl", "/d/big.jsonl"],
+        "10.00% of the training pairs",
+        ["a.jsonl (local, not on the Hub)", "big.jsonl (local, not on the Hub)"],
+        "a.jsonl and big.jsonl",
+    ),
+    "files of one source": (
+        {"datasets": [{"path": "json", "data_files": ["/d/a.jsonl", "/d/big.jsonl"]}]},
+        ["/d/a.jsonl /d/big.jsonl"],
+        "/d/a.jsonl /d/big.jsonl, split test",
+        ["a.jsonl, big.jsonl (local, not on the Hub)"],
+        "a.jsonl, big.jsonl",
+    ),
+    "configurations": (
+        {"datasets": [{"path": "me/x", "name": "en"}, {"path": "me/x", "name": "de"}, {"path": "me/y"}]},
+        [],
+        "me/x (en) + me/x (de)",
+        ["me/x", "me/y"],
+        "me/x",
+    ),
+    "a single configuration": (
+        {"datasets": [{"path": "me/x", "name": "en"}]},
+        [],
+        "me/x (en), split test",
+        ["me/x"],
+        "me/x",
+    ),
+    "a file of the Hub": (
+        {"datasets": [{"path": "me/x", "data_files": "data/a.jsonl"}]},
+        [],
+        "me/x/data/a.jsonl, split test",
+        ["me/x"],
+        "me/x",
+    ),
+    "other data": (
+        {"dataset_name": "/d/a.jsonl"},
+        ["dataset_name"],
+        "/d/b.jsonl + /d/c.jsonl",
+        ["a.jsonl (local, not on the Hub)"],
+        "b.jsonl and c.jsonl",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MIXTURES)
+def test_a_card_names_every_source_of_a_mixture(case, tmp_path):
+    settings, local, held_out, sources, measured = MIXTURES[case]
+    folder = make_full(tmp_path / "run", settings={"dataset_name": None, **settings}, local=local)
+    file = folder / "eval" / "pairs.json"
+    pairs = json.loads(file.read_text())
+    file.write_text(json.dumps(pairs | {"data": pairs["data"] | {"name": held_out, "own": case != "other data"}}))
+    text = parse(show(card_of(folder))).text
+    for source in sources:
+        assert f"trained on: {source}" in text
+    assert f"pairs of {measured}; other kinds" in text
+    assert "/d/" not in text
+
+
 def test_a_card_holds_nothing_personal(tmp_path):
     """Local paths, the host and the user's name, in whatever file of the run."""
     secret = "/home/quincy/wonder/land"

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from datetime import date, timedelta
+from typing import Any
 
 import datasets
 import pytest
@@ -19,7 +20,7 @@ from dpokit.errors import DataError, ModelError, RunFolderError, SettingsError
 from dpokit.interrupts import Preempted
 from dpokit.run import train
 from dpokit.rundir import RunDir, read_metrics
-from dpokit.settings.load import load_settings, read_run_settings
+from dpokit.settings.load import Settings, load_settings, read_run_settings
 from dpokit.train.callbacks import PreemptCallback
 
 # Single options, and combinations of them that resume differently.
@@ -248,6 +249,20 @@ def test_a_checkpoint_from_before_raw_prompts_names_the_flag(before, now, refuse
     with pytest.raises(RunFolderError, match=refused) as error:
         compare_settings(older | {"data": before}, values, settings)
     assert "--prompt_format raw" in error.value.do
+
+
+def test_sources_in_another_order_are_another_mixture(tmp_path):
+    def describe(**data: Any) -> tuple[dict[str, Any], Settings]:
+        defaults = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none"}
+        settings = load_settings("dpo_test", {**defaults, **data}, [])
+        return describe_identity(settings, world_size=1, data_fingerprint=None, model="m"), settings
+
+    then, _ = describe(dataset_mixer={"a": 0.5, "b": 1.0})
+    same, settings = describe(dataset_mixer={"a": 0.5, "b": 1.0})
+    assert compare_settings(then, same, settings) == {}
+    now, settings = describe(dataset_mixer={"b": 1.0, "a": 0.5})
+    with pytest.raises(RunFolderError, match="dataset_mixer was"):
+        compare_settings(then, now, settings)
 
 
 def test_a_setting_that_no_resume_compares_cannot_be_accepted(defaults, broken):

@@ -1,6 +1,7 @@
 """Mixtures: how many pairs of each source, which ones, what is counted, and which settings are refused."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def folder(tmp_path_factory) -> Path:
     write(path / "chat.jsonl", 400, 6, layout="chat")
     (path / "empty.jsonl").write_text("\n")
     (path / "broken.jsonl").write_text('{"prompt": "a"\n')
+    (path / "same.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3)
     (path / "labels.jsonl").write_text('{"prompt": "a", "completion": "b", "label": true}\n' * 3)
     splits = path / "splits"
     splits.mkdir()
@@ -86,6 +88,7 @@ def list_ids(rows: Any) -> list[tuple]:
 SHARES: dict[str, tuple[tuple, dict[str, Any], list[int]]] = {
     "all of each": (("a", "b", "c"), {}, [40, 25, 10]),
     "a count": (("a", {"path": "b", "count": 5}), {}, [40, 5]),
+    "a count with a point": (("a", {"path": "b", "count": 5.0}), {}, [40, 5]),
     "a weight": (({"path": "a", "weight": 0.25}, "c"), {}, [10, 10]),
     "a weight of all": (({"path": "a", "weight": 1}, "c"), {}, [40, 10]),
     "a cap": (("a", "b", "c"), {"max_pairs_per_source": 12}, [12, 12, 10]),
@@ -213,6 +216,19 @@ def test_sources_with_a_test_split_are_evaluated_on(folder, plain_tokenizer):
     assert count_kept(every, "eval") == [2]
 
 
+def test_two_parts_of_one_dataset_hold_out_its_pairs_once(folder, plain_tokenizer):
+    sources = ({"path": "splits", "split": "train[:4]"}, {"path": "splits", "split": "train[4:]"})
+    prepared = mix(folder, plain_tokenizer, *sources, with_eval=True)
+    assert (count_kept(prepared), count_kept(prepared, "eval")) == ([4, 5], [4])
+    data = DataArguments(**name_sources(folder, *sources))
+    assert len(prepare_held_out(data, plain_tokenizer, max_length=None).pairs) == 4
+
+
+def test_a_file_that_is_named_twice_is_read_once(folder, plain_tokenizer):
+    files = [str(folder / "c.jsonl"), str(folder / "splits" / ".." / "c.jsonl")]
+    assert count_kept(mix(folder, plain_tokenizer, {"path": "json", "data_files": files})) == [10]
+
+
 @pytest.mark.parametrize("flags", [{"eval_fraction": 0.5}, {"dataset_test_split": "train"}], ids=["share", "split"])
 def test_held_out_pairs_have_the_prompts_of_their_rows(flags, folder, plain_tokenizer):
     data = DataArguments(**name_sources(folder, "a", "again", "c"), **flags)
@@ -224,12 +240,21 @@ def test_held_out_pairs_have_the_prompts_of_their_rows(flags, folder, plain_toke
     assert list_ids(prepared.eval) == list_ids(held_out.pairs)
 
 
-@pytest.mark.parametrize("form", ["texts", "list"])
+@pytest.mark.parametrize("form", ["texts", "list", "lists"])
 def test_sources_on_a_command_line_are_json(form, tmp_path):
     sources = [{"path": "a", "weight": 0.5}, {"path": "b"}]
-    texts = [json.dumps(sources)] if form == "list" else [json.dumps(source) for source in sources]
+    texts = [json.dumps([source] if form == "lists" else source) for source in sources]
+    texts = [json.dumps(sources)] if form == "list" else texts
     settings = load_settings("x", {"output_dir": str(tmp_path), "use_cpu": True}, ["--datasets", *texts])
+    assert settings.data.datasets == sources
     assert [(source.path, source.weight) for source in settings.data.sources()] == [("a", 0.5), ("b", None)]
+
+
+def test_a_day_in_a_file_of_settings_is_the_name_of_a_split(tmp_path):
+    config = tmp_path / "mixture.yaml"
+    config.write_text("datasets:\n  - path: a\n    split: 2024-01-01\n")
+    settings = load_settings("x", {"output_dir": str(tmp_path), "use_cpu": True}, ["--config", str(config)])
+    assert [source.split for source in settings.data.sources()] == ["2024-01-01"]
 
 
 def test_columns_of_a_source_are_mapped_or_chosen(folder, plain_tokenizer):
@@ -240,7 +265,7 @@ def test_columns_of_a_source_are_mapped_or_chosen(folder, plain_tokenizer):
     assert "No idea" in plain_tokenizer.decode(prepared.train[-1]["chosen_ids"])
 
 
-BAD_SOURCES: dict[str, tuple[dict[str, Any], str]] = {
+BAD_SOURCES: dict[str, tuple[Any, str]] = {
     "weight 0": ({"path": "b", "weight": 0}, "source b has weight 0"),
     "negative weight": ({"path": "b", "weight": -1}, "has weight -1"),
     "weight above 1": ({"path": "b", "weight": 1.5}, "has weight 1.5"),
@@ -260,7 +285,15 @@ BAD_SOURCES: dict[str, tuple[dict[str, Any], str]] = {
     "unknown column": ({"path": "b", "columns": {"answer": "x"}}, "the name 'answer'"),
     "columns as numbers": ({"path": "b", "columns": [1]}, "has columns"),
     "files by split": ({"path": "json", "data_files": {"train": "x"}}, "has data_files"),
+    "columns of another form": ({"path": "b", "columns": ["prompt=x", "y"]}, "b: the key columns has 'y'"),
     "no source": (["b"], "source 2 of --datasets is"),
+    "lists in columns": ({"path": "b", "columns": [["a", "b"]]}, 'has columns [["a", "b"]]'),
+    "a list in ignore_columns": ({"path": "b", "ignore_columns": ["a", ["b"]]}, "has ignore_columns"),
+    "a day as split": ({"path": "b", "split": date(2024, 1, 1)}, 'has split "2024-01-01"'),
+    "a day in a list": ([date(2024, 1, 1)], "source 2 of --datasets is"),
+    "a key that is no text": ({"path": "b", "columns": {(1, 2): "x"}}, "has columns"),
+    "an endless fraction": ({"path": "b", "fraction": 1e308}, "has fraction 1e+308"),
+    "two names of the Hub": ({"path": "hf://datasets/a"}, "the source hf://datasets/a is listed twice"),
 }
 
 
@@ -296,10 +329,30 @@ BAD_DATA = {
     "an empty file": ("empty", {}, "source 2 of 3, .*empty.jsonl"),
     "labels": ("labels", {}, "source 2 of 3, .*labels.jsonl"),
     "no such split": ({"path": "splits", "split": "valid"}, {}, "source 2 of 3, .*there is no split 'valid'"),
-    "no such column": ({"path": "b", "columns": ["prompt", "reward"]}, {}, "source 2 of 3, .*--columns reward"),
-    "files of the Hub": ({"path": "me/x", "data_files": "a.csv"}, {}, "source 2 of 3, .*no folder of this machine"),
+    "no such column": ({"path": "b", "columns": ["prompt", "reward"]}, {}, "source 2 of 3, .*the key columns reward"),
+    "a file of the Hub": (
+        {"path": "me/x", "data_files": "a.csv"},
+        {},
+        "source 2 of 3, .*hf://datasets/me/x/a.csv could not be downloaded",
+    ),
+    "a file below an address": (
+        {"path": "hf://datasets/me/x/", "data_files": "a.csv"},
+        {},
+        "source 2 of 3, .*hf://datasets/me/x/a.csv could not be downloaded",
+    ),
+    "a folder of the Hub": ({"path": "me/x", "data_dir": "a"}, {}, "source 2 of 3, .*no folder of this machine"),
+    "a folder of nobody": (
+        {"path": "~nobody-here/x", "data_dir": "a"},
+        {},
+        "source 2 of 3, .*no folder of this machine",
+    ),
     "a reader without files": ({"path": "json"}, {}, "source 2 of 3, json: the path json reads the files"),
     "a count above the source": ({"path": "b", "count": 26}, {}, "b.jsonl, split train gives 25 usable pairs"),
+    "no duplicate to balance": (
+        {"path": "a", "split": "train[:5]"},
+        {"drop_duplicates": True, "balance_sources": True},
+        "no usable pair is left of the 5 rows of .*a.jsonl.* duplicate_pair",
+    ),
     "a share of nothing": ({"path": "b", "weight": 0.001}, {}, "no usable pair is left .* 25 over_share"),
     "no pair within the gap": ("b", {"max_length_gap": 0}, "no usable pair is left of the 40 rows"),
     "no test split": ("b", {"with_eval": True}, "source 1 of 3, .*there is no split 'test'"),
@@ -357,6 +410,38 @@ def test_streams_give_the_same_pairs_each_time(case, folder, plain_tokenizer):
     assert first == again == list_ids(stream(folder, plain_tokenizer, *sources, **flags).train)
     assert len(first) == expected
     assert sum(count_kept(prepared)) == expected  # a row counts once, however often it is read
+
+
+# the second source, the first one's keys, flags, and the message
+BAD_STREAMS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+    "no pair": ("same", {}, {}, "no usable pair is left of the 3 rows of .*same.jsonl"),
+    "no pair of a fraction": (
+        {"path": "same", "fraction": 1},
+        {"fraction": 9},
+        {},
+        "no usable pair is left of the 3 rows of .*same.jsonl",
+    ),
+    "no pair to balance": (
+        "same",
+        {},
+        {"balance_sources": True},
+        "no usable pair is left of the 3 rows of .*same.jsonl",
+    ),
+    "a count above the source": ({"path": "c", "count": 11}, {}, {}, "c.jsonl, split train gives 10 usable pairs"),
+    "a count above the cap": (
+        {"path": "c", "count": 9},
+        {},
+        {"max_pairs_per_source": 8},
+        "c.jsonl, split train gives 8 usable pairs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STREAMS)
+def test_a_stream_without_enough_pairs_is_named(case, folder, plain_tokenizer):
+    source, keys, flags, message = BAD_STREAMS[case]
+    with pytest.raises(DataError, match=message):
+        list(stream(folder, plain_tokenizer, {"path": "a", **keys}, source, **flags).train)
 
 
 @pytest.mark.parametrize("flags", [{}, {"balance_sources": True}], ids=["fractions", "balance"])

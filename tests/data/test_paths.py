@@ -56,7 +56,8 @@ BROKEN = {
     "damaged": (WHOLE[:30] + b"x" * 40, "the zstd data is cut off or broken"),
     "gzip": (gzip.compress(LINES.encode()), "it is packed with gzip"),
     "plain": (LINES.encode(), "it is not packed with zstd"),
-    "empty": (b"", "it is not packed with zstd"),
+    "empty": (b"", "it is cut off"),
+    "three bytes": (WHOLE[:3], "it is cut off"),
     "a broken line": (pa.compress(LINES.encode() + b"{", codec="zstd", asbytes=True), "line 6 is broken JSON"),
     "a list that ends": (pa.compress(b'[{"a": 1},', codec="zstd", asbytes=True), "is broken JSON"),
 }
@@ -97,6 +98,9 @@ BAD_NAMES = {
     "another protocol": ("s3://bucket/rows.jsonl", "is no address of a data file"),
     "no network": ("https://host.example/rows.jsonl", "could not be downloaded"),
     "no such file": ("none.jsonl.zst", "there is no such file"),
+    "no such user": ("~nobody-here/x.jsonl", "is no path"),
+    "a long name": ("x" * 300, "is no path"),
+    "no host": ("https://[::bad/x.jsonl", "is no address of a data file"),
 }
 
 
@@ -149,6 +153,7 @@ def test_commas_separate_names_but_not_in_a_file_of_that_name(tmp_path, monkeypa
         ({"path": "parquet", "data_files": ["x.parquet", "y.parquet"]}, ["x.parquet", "y.parquet"]),
         ({"path": "csv", "data_dir": "folder"}, "folder"),
         ({"path": "folder", "data_files": "x.jsonl"}, "folder/x.jsonl"),
+        ({"path": "https://host/folder/", "data_files": "x.jsonl"}, "https://host/folder/x.jsonl"),
         ({"path": "folder", "data_dir": "deep", "data_files": ["x.csv"]}, "folder/deep/x.csv"),
         ({"id": "owner/name", "config": "en"}, "owner/name"),
     ],

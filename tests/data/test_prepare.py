@@ -420,6 +420,17 @@ def test_a_limited_hold_out_counts_every_row(pairs_file, plain_tokenizer):
     assert train["rows"] + held_out["rows"] == 40
 
 
+def test_markup_in_the_data_stays_text_on_the_screen(tmp_path, plain_tokenizer, capsys):
+    rows = [[{"role": "user", "content": "Q?"}, {"role": role, "content": "A"}] for role in ("assistant", "[/red]")]
+    good = {"chosen": rows[0], "rejected": [rows[0][0], {"role": "assistant", "content": "B"}]}
+    bad = {"chosen": rows[1], "rejected": rows[0]}
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (good, bad)))
+    record = prepare(tmp_path / "x.jsonl", plain_tokenizer).record()
+    print_report(record)
+    assert any("[/red]" in reason for reason in record["train"]["dropped"])
+    assert "[/red]" in capsys.readouterr().err
+
+
 def test_the_screen_shows_reasons_and_findings(tmp_path, plain_tokenizer, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -446,6 +457,16 @@ def test_real_hh_rows_and_gpt2_tokenizer_are_counted_with_eos(shared):
     whole = [row["chosen_ids"] for row in data.train if tokenizer.eos_token_id in row["chosen_ids"]]
     assert all(ids.index(tokenizer.eos_token_id) == len(ids) - 1 for ids in whole)
     assert len(whole) >= 1400
+
+
+def test_cut_held_out_pairs_are_counted_by_source(tmp_path, plain_tokenizer):
+    for name in ("a", "b"):
+        rows = [{"prompt": f"Q {n}?", "chosen": f"yes {name} {n}", "rejected": "no"} for n in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}"
+    data = prepare(names, plain_tokenizer, with_eval=True, eval_fraction=0.5, max_eval_samples=1)
+    whole = data.record()["eval"]
+    assert (len(data.eval), whole["kept"], [source["kept"] for source in whole["sources"]]) == (1, 1, [1, 0])
 
 
 def test_max_eval_samples_limits_prompts_with_several_pairs(tmp_path, plain_tokenizer):

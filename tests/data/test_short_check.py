@@ -36,7 +36,7 @@ def test_a_finding_names_the_reason_of_many_dropped_rows(tmp_path, plain_tokeniz
 
 def test_the_main_reason_is_named_with_its_own_remedy():
     tally = Tally("pairs", "HH", rows=10)
-    tally.dropped.update({"empty_answer": 1, "unknown_role (narrator)": 3, "over_max_eval_samples": 5})
+    tally.dropped.update({"empty_answer": 1, "unknown_role (narrator)": 3, "over_max_eval_samples": 2, "over_share": 3})
     line = describe_losses("eval", tally)
     assert line.startswith(
         "4 of 10 eval rows (40%) are dropped, 3 of them as unknown_role (narrator) (a message has a "

@@ -207,6 +207,12 @@ CONFLICTS: dict[str, tuple[dict[str, Any], str, dict[str, Any], bool]] = {
         {"datasets": [{"path": "b"}]},
         True,
     ),
+    "a share and a split": (
+        {"datasets": [{"path": "a", "test_split": "test"}], "eval_fraction": 0.1},
+        "or the test split of a source",
+        {"datasets": [{"path": "a", "test_split": "test"}]},
+        True,
+    ),
     "balance and shares": (
         {"dataset_mixer": {"a": 0.5, "b": 1.0}, "balance_sources": True},
         "and so do these shares",

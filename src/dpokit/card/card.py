@@ -199,6 +199,7 @@ def build_card(
 def render_card(card: dict[str, Any], run: Run) -> str:
     """The card's text. Every value except Markup is escaped, and its local paths are shortened."""
     names = [run.setting(name) for name in ("model_name_or_path", "output_dir", "deepspeed")] + run.data_names()
+    names += [place for source in run.data_sources() for place in source.locations]
     names.append(str(mapping((run.pairs or {}).get("data")).get("name")).rpartition(", split ")[0])
     local = local_names(run)
     mask = Mask(name for name in names if isinstance(name, str) and (name in local or not is_hub_id(name)))
@@ -296,8 +297,7 @@ def _list_origin(run: Run, lineage: Lineage) -> list[tuple[str, object]]:
     if lineage.continued is not None:
         rows.append(("adapter that was trained further", _link(lineage.continued)))
     rows += [("trained on", _link(source, "datasets/")) for source in lineage.datasets]
-    if lineage.measured_on is not None:
-        rows.append(("measured on", _link(lineage.measured_on[0], "datasets/")))
+    rows += [("measured on", _link(source, "datasets/")) for source in lineage.measured_on]
     fingerprint = (run.data or {}).get("fingerprint") or run.record.get("data_fingerprint")
     if fingerprint:
         rows.append(("fingerprint of the tokenised pairs", fingerprint))

@@ -13,6 +13,7 @@ from dpokit.errors import SettingsError
 from dpokit.metrics import list_results
 from dpokit.report.read import Run, finite, mapping, read_object
 from dpokit.rundir import RunDir
+from dpokit.settings.mixture import HUB_FILE, READERS
 
 Weights = Literal["model", "adapter", "both"]
 
@@ -34,14 +35,16 @@ class Lineage:
         base: the whole model from which training started; None if it is unknown.
         continued: the adapter from which training started; None without one.
         datasets: the training data.
-        measured_on: source and split of the held-out pairs; None without an evaluation.
+        measured_on: the sources of the held-out pairs; empty without an evaluation.
+        measured_split: the split of a single such source; None for pairs that were held out, and of several sources.
     """
 
     weights: Weights
     base: Source | None
     continued: Source | None
     datasets: list[Source]
-    measured_on: tuple[Source, str | None] | None
+    measured_on: list[Source]
+    measured_split: str | None
 
     @property
     def is_adapter(self) -> bool:
@@ -74,12 +77,14 @@ def find_lineage(folder: RunDir, run: Run, *, weights: Weights | None, base_mode
         base = _as_source(adapter_base, on_disk=is_on_disk(adapter_base))
     elif model or adapter_base:
         base = _find_source(run, "model_name_or_path", str(model or adapter_base))
+    measured_on, measured_split = _find_measured(run)
     return Lineage(
         weights=weights,
         base=Source(base_model, True) if base_model else base,
         continued=continued,
-        datasets=[_find_dataset(run, name) for name in run.data_names()],
-        measured_on=_find_measured(run),
+        datasets=list(dict.fromkeys(_find_datasets(run).values())),
+        measured_on=measured_on,
+        measured_split=measured_split,
     )
 
 
@@ -141,10 +146,18 @@ def _find_source(run: Run, flag: str, name: str) -> Source:
     return _as_source(name, on_disk=flag in local if isinstance(local, list) else is_on_disk(name))
 
 
-def _find_dataset(run: Run, name: str) -> Source:
-    """A source of the run's pairs. Of a mixture, run.json has the names of the local ones."""
-    is_single = name == run.setting("dataset_name")
-    return _find_source(run, "dataset_name" if is_single else name, name)
+def _find_datasets(run: Run) -> dict[str, Source]:
+    """The sources of the run's pairs, by their titles. Of a mixture, run.json has the places of the local ones."""
+    datasets = {}
+    for source in run.data_sources():
+        flag = "dataset_name" if source.place == run.setting("dataset_name") else source.place
+        path = source.place if source.path in READERS else source.path.removeprefix(HUB_FILE)
+        dataset = _find_source(run, flag, path)
+        # Several files have one place, but each has a name.
+        datasets[source.title] = (
+            dataset if dataset.on_hub else Source(", ".join(map(last_name, source.locations)), False)
+        )
+    return datasets
 
 
 def _as_source(name: str, *, on_disk: bool) -> Source:
@@ -152,23 +165,28 @@ def _as_source(name: str, *, on_disk: bool) -> Source:
     return Source(name if on_hub else last_name(name), on_hub)
 
 
-def _find_measured(run: Run) -> tuple[Source, str | None] | None:
-    full_name = mapping((run.pairs or {}).get("data")).get("name")
+def _find_measured(run: Run) -> tuple[list[Source], str | None]:
+    """The sources of the held-out pairs; and their split if they are of a single source."""
+    data = mapping((run.pairs or {}).get("data"))
+    full_name = data.get("name")
     if not isinstance(full_name, str):
-        return None
+        return [], None
+    datasets = _find_datasets(run)
     name, comma, split = full_name.rpartition(", split ")
-    if not comma:  # the pairs were held out of the training data
-        name = " + ".join(run.data_names())
-    is_run_data = name in run.data_names()
-    source = _find_dataset(run, name) if is_run_data else _as_source(name, on_disk=is_on_disk(name))
-    return source, split if comma else None
+    names = [name] if comma else full_name.split(" + ")
+    if not comma and data.get("own", True) and not datasets.keys() >= {*names}:
+        names = list(datasets)  # a share of the training pairs
+    sources = [datasets.get(name) or _as_source(name, on_disk=is_on_disk(name)) for name in names]
+    return list(dict.fromkeys(sources)), split if comma else None
 
 
 def _list_results(run: Run, lineage: Lineage) -> list[EvalResult]:
     tuned = mapping((run.pairs or {}).get("tuned"))
-    if lineage.measured_on is None:
+    if not lineage.measured_on:
         return []
-    source, split = lineage.measured_on
+    source = lineage.measured_on[0]
+    on_hub = len(lineage.measured_on) == 1 and source.on_hub
+    is_local = not any(each.on_hub for each in lineage.measured_on)
     results = []
     for key, (kind, name) in list_results().items():
         result: dict[str, Any] = mapping(tuned.get(key))
@@ -180,9 +198,11 @@ def _list_results(run: Run, lineage: Lineage) -> list[EvalResult]:
             EvalResult(
                 task_type="text-generation",
                 task_name="Preference between two answers",
-                dataset_type=source.name if source.on_hub else "custom",
-                dataset_name=source.name if source.on_hub else "held-out pairs, not on the Hub",
-                dataset_split=split or "held-out",
+                dataset_type=source.name if on_hub else "custom",
+                dataset_name=source.name
+                if on_hub
+                else f"held-out pairs, {'not on the Hub' if is_local else 'of several datasets'}",
+                dataset_split=lineage.measured_split or "held-out",
                 metric_type=kind,
                 metric_name=name + interval,
                 metric_value=value,

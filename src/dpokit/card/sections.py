@@ -88,7 +88,7 @@ def _list_evaluation_limits(run: Run, lineage: Lineage) -> list[str]:
     data, tuned = mapping(pairs.get("data")), mapping(pairs.get("tuned"))
     count = data.get("pairs")
     count = f"{count:,}" if isinstance(count, int) else "held-out"
-    name = lineage.measured_on[0].name if lineage.measured_on else "the data"
+    name = " and ".join(source.name for source in lineage.measured_on) or "the data"
     sentences = [f"The results are from {count} pairs of {name}; other kinds of prompts were not measured."]
     low = finite(mapping(tuned.get("accuracy")).get("low"))
     longer = pairs.get("always_longer")

@@ -24,6 +24,7 @@ from dpokit.rundir import RunDir
 from dpokit.settings.flag_facts import Fact, flags_with
 from dpokit.settings.flags import DataArguments
 from dpokit.settings.load import Settings
+from dpokit.settings.mixture import is_other
 
 # Flags that a resume compares; each kind of recipe has some of them.
 EXACT = flags_with(Fact.EXACT)
@@ -204,7 +205,7 @@ def compare_settings(then: Mapping[str, Any], now: Mapping[str, Any], settings: 
     raw = {"prompt_format": now.get("prompt_format")} if then.get(DATA) is not None else {}
     newer = {flag.name: flag.default for flag in fields(DataArguments) if flag.name in EXACT}
     then = {**newer, "prompt_format": None, "group_by_prompt": False, **raw, **then}
-    changed = {name: [then.get(name), value] for name, value in now.items() if then.get(name) != value}
+    changed = {name: [then.get(name), value] for name, value in now.items() if is_other(name, then.get(name), value)}
     accepted = find_accepted(settings)
     refused = {name: both for name, both in changed.items() if name not in accepted}
     if refused:

@@ -36,6 +36,8 @@ def check_kind(path: Path, builder: str) -> None:
     with path.open("rb") as file:
         start = file.read(LONGEST)
     if path.suffix == ".zst":
+        if ZSTD.startswith(start):
+            raise _refuse(path, "cut off", "download or pack it again")
         if not start.startswith(ZSTD):
             raise _refuse(path, *(_describe(start) or ("not packed with zstd", "remove the ending .zst from its name")))
         return  # its content is checked after it is unpacked

@@ -104,6 +104,8 @@ def mix_pairs(parts: Sequence[Part], rules: MixtureRules) -> Mixture:
                     by_key.setdefault(keys[pair], pair)
                 part.tally.drop("duplicate_pair", len(kept) - len(by_key))
                 kept = list(by_key.values())
+        if not kept:
+            raise refuse_empty(part.tally)
         usable.append(kept)
     for (part, kept), size in zip(zip(parts, usable, strict=True), _find_sizes(parts, usable, rules), strict=True):
         capped = min(len(kept), rules.most_per_source or len(kept))
@@ -133,13 +135,18 @@ def _find_sizes(parts: Sequence[Part], usable: Sequence[Sequence[int]], rules: M
     for number, part in enumerate(parts):
         source, size = part.source, sizes[number]
         if source.count is not None and source.count > size:
-            raise DataError(
-                f"{part.tally.source} gives {size:,} usable pairs, and its count is {source.count:,}",
-                expected="a count that the source can give, after duplicates and caps",
-                do=f"lower count to {size:,}, or leave it out",
-            )
+            raise _refuse_count(part.tally, source.count, size)
         sizes[number] = source.count or (size if source.weight is None else round(source.weight * size))
     return sizes
+
+
+def _refuse_count(tally: Tally, count: int, size: int) -> DataError:
+    """Returns the error for a source with fewer usable pairs than its count."""
+    return DataError(
+        f"{tally.source} gives {size:,} usable pairs, and its count is {count:,}",
+        expected="a count that the source can give, after duplicates and caps",
+        do=f"lower count to {size:,}, or leave it out",
+    )
 
 
 def _sample(pairs: Sequence[int], size: int, seed: str) -> list[int]:
@@ -163,6 +170,8 @@ def mix_streams(
 
     Args:
         tally: the counts of the whole split; each row counts once, however often the streams are read.
+
+    Raises: DataError while the streams are read: at the end of a source that gave no pair, or fewer than its `count`.
     """
     balanced = rules.balances or parts[0].source.fraction is not None
     encoded = [_encode_stream(part) for part in parts]
@@ -187,7 +196,11 @@ def mix_streams(
                 taken += 1
                 yield row
                 if taken == most:
-                    return
+                    break
+        if not taken:
+            raise refuse_empty(part.tally)
+        if part.source.count is not None and taken < part.source.count:
+            raise _refuse_count(part.tally, part.source.count, taken)
 
     def read_all() -> Iterator[dict[str, Any]]:
         earlier: set[bytes] = set()

@@ -14,10 +14,10 @@ from datasets import DownloadConfig, DownloadManager, config
 from dpokit.data.files import BUILDERS, PACKED, find_builder
 from dpokit.errors import DataError, find_disk_trouble_or
 from dpokit.file_hashes import hash_file
+from dpokit.settings.mixture import HUB_FILE
 
 ADDRESSES = ("https://", "hf://")
 TIMEOUT_SECONDS = 60.0  # without a byte
-HUB_FILE = "hf://datasets/"
 KINDS = "one of " + ", ".join(BUILDERS) + f" (each also with {' or '.join(PACKED)})"
 
 
@@ -34,8 +34,16 @@ def find_paths(name: str) -> list[Path]:
         return []  # a whole dataset
     if "://" in name:
         return [_download(name)]
-    path = Path(name).expanduser()
-    if path.exists():
+    try:
+        path = Path(name).expanduser()
+        is_there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, or a zero byte
+        raise DataError(
+            f"{name[:200]!r} is no path: {error.strerror if isinstance(error, OSError) else error}",
+            expected="a file, a folder or a Hub id",
+            do="correct the path",
+        ) from error
+    if is_there:
         return [path]
     if glob.has_magic(name):
         return _match(name)
@@ -68,7 +76,10 @@ def _match(pattern: str) -> list[Path]:
 
 def _download(address: str) -> Path:
     """Returns a copy of the file in the cache, under the file's own name, which tells its kind."""
-    name = PurePosixPath(unquote(urlsplit(address).path)).name
+    try:
+        name = PurePosixPath(unquote(urlsplit(address).path)).name
+    except ValueError:  # brackets that are no IPv6 address
+        name = ""
     if not address.startswith(ADDRESSES) or find_builder(PurePosixPath(name)) is None:
         raise DataError(
             f"{address} is no address of a data file",

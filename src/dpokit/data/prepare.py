@@ -142,10 +142,13 @@ def _prepare(
         held_out, train = train.select(taken), train.select(rest)
         tallies["eval"] = _move(tallies["train"], [origins[pair] for pair in taken], data.eval_fraction)
         origins = [origins[pair] for pair in taken]
-        surplus = len(held_out) - (data.max_eval_samples or len(held_out))
-        if surplus > 0:  # a single prompt has more pairs than max_eval_samples
-            tallies["eval"].dropped["over_max_eval_samples"] = surplus
-            held_out = held_out.select(range(data.max_eval_samples or 0))
+        surplus = origins[data.max_eval_samples or len(origins) :]
+        if surplus:  # a single prompt has more pairs than max_eval_samples
+            tallies["eval"].drop("over_max_eval_samples", len(surplus))
+            for number, source in enumerate(tallies["eval"].sources):
+                source.drop("over_max_eval_samples", surplus.count(number))
+            origins = origins[: data.max_eval_samples]
+            held_out = held_out.select(range(len(origins)))
         eval_rows = train_rows
 
     if held_out is not None and isinstance(train, Dataset):

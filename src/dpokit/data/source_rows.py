@@ -1,5 +1,6 @@
 """Loads the rows of each source of a run, and recognises their layouts."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from dpokit.data.tally import Tally
 from dpokit.data.text_columns import Rows
 from dpokit.errors import DataError
 from dpokit.settings.flags import DataArguments, parse_columns, read_columns
-from dpokit.settings.mixture import READERS, DataSource
+from dpokit.settings.mixture import HUB_FILE, READERS, DataSource, name_keys
 
 SAMPLE_ROWS = 32
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")  # with an owner
 
 
 @dataclass
@@ -42,8 +44,9 @@ def load_sources(data: DataArguments, *, streaming: bool) -> list[tuple[DataSour
         with naming_source(source, number, len(sources)):
             _check_files(source)
             columns = None if source.columns is None else read_columns(source.columns)
+            is_in_hub = source.data_files is not None and HUB_ID.fullmatch(source.path) and not _is_folder(source)
             splits = load_splits(
-                source.location,
+                [f"{HUB_FILE}{place}" for place in source.locations] if is_in_hub else source.location,
                 source.name or data.dataset_config,
                 streaming=streaming,
                 ignore=_list_ignored(data, source),
@@ -64,12 +67,21 @@ def _check_files(source: DataSource) -> None:
                 expected="data_files beside it",
                 do="name the file: path: FILE",
             )
-    elif has_files and not Path(source.path).expanduser().is_dir():
+    elif has_files and not _is_folder(source):
+        if source.data_files is not None and ("://" in source.path or HUB_ID.fullmatch(source.path)):
+            return
         raise DataError(
             f"data_dir and data_files are below {source.path}, which is no folder of this machine",
-            expected="a folder",
-            do=f"name a file of the Hub by its address: path: hf://datasets/{source.path}/FILE",
+            expected="a folder, or data_files below a dataset of the Hub",
+            do="correct path; for a folder of the Hub name its files: data_files: [data/train.parquet, ...]",
         )
+
+
+def _is_folder(source: DataSource) -> bool:
+    try:
+        return Path(source.path).expanduser().is_dir()
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, or ~nobody
+        return False
 
 
 @contextmanager
@@ -78,10 +90,11 @@ def naming_source(source: DataSource, number: int, of: int) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        if of == 1:
-            raise
-        problem = error.seen if error.seen.startswith(source.place) else f"{source.title}: {error.seen}"
-        raise DataError(f"source {number} of {of}, {problem}", expected=error.expected, do=error.do) from error
+        problem = name_keys(error.seen, source)
+        if of > 1:
+            problem = problem if problem.startswith(source.place) else f"{source.title}: {problem}"
+            problem = f"source {number} of {of}, {problem}"
+        raise DataError(problem, expected=error.expected, do=name_keys(error.do, source)) from error
 
 
 def choose_rows(
@@ -91,6 +104,8 @@ def choose_rows(
     flag = "dataset_train_split" if training else "dataset_test_split"
     if not training and any(source.test_split for source, _ in loaded):
         loaded = [entry for entry in loaded if entry[0].test_split]  # the others are not evaluated on
+    if not training:
+        loaded = _leave_out_repeated(loaded, data.dataset_test_split)
     most = data.max_train_samples if training else data.max_eval_samples
     chosen = []
     for number, (source, splits) in enumerate(loaded, 1):
@@ -103,6 +118,22 @@ def choose_rows(
             layout = _find_layout_for(data, source, rows, name)
         chosen.append(SourceRows(source, rows, layout, Tally(name, layout.name)))
     return chosen
+
+
+def _leave_out_repeated(
+    loaded: Sequence[tuple[DataSource, dict[str, Rows]]], test_split: str
+) -> list[tuple[DataSource, dict[str, Rows]]]:
+    """Returns the sources whose held-out pairs no earlier one has: several may be training splits of one dataset."""
+    by_rows: list[tuple[Any, ...]] = []
+    kept = []
+    for source, splits in loaded:
+        rows = source.identify_rows(source.test_split or test_split)
+        # Other columns or another ranking make other pairs of the same rows.
+        key = (*rows, source.columns, source.format, source.ranked, source.min_score_gap)
+        if key not in by_rows:
+            by_rows.append(key)
+            kept.append((source, splits))
+    return kept
 
 
 def _take(rows: Rows, number: int) -> Rows:

@@ -66,7 +66,7 @@ def load_splits(
     names = [name] if isinstance(name, str) else list(name or ())
     if not all(names) or not names:
         raise DataError("no dataset was named", expected="a Hub id, a file or a folder", do="--dataset_name ID|PATH")
-    paths = [path for each in names for path in find_paths(each)]
+    paths = list({path.resolve(): path for each in names for path in find_paths(each)}.values())  # each file once
     choice = ColumnChoice(tuple(ignore), None if keep is None else tuple(keep))
     if len(names) > 1 or len(paths) > 1:
         return _load_several(names, paths, streaming=streaming, choice=choice, skip_bad=skip_bad)

@@ -101,11 +101,13 @@ REMEDIES = {
     "length_gap": "raise --max_length_gap",
     "duplicate_pair": "leave the source out: an earlier one has all of its pairs",
     "over_source_cap": "raise --max_pairs_per_source",
-    "over_share": "raise the fraction, weight or count of this source",
+    "over_share": "raise the fraction or weight of this source: it is less than one pair",
     "equal_after_cut": _LENGTHS,
     "over_max_eval_samples": "raise --max_eval_samples",
     "no_room": _LENGTHS,
 }
+# Reasons that a flag or a share asks for: no warning tells of them.
+CHOSEN = ("length_gap", "duplicate_pair", "over_source_cap", "over_share", "over_max_eval_samples")
 MOST_DROPPED = 0.1  # of a split's rows, without a warning
 MOST_DETAILS = 10  # of one reason; data.json counts further ones without their detail
 
@@ -155,10 +157,6 @@ class Tally:
         if number:
             self.dropped[reason] += number
 
-    def hold_out(self, number: int) -> None:
-        """Moves so many pairs to another split."""
-        self.rows -= number
-
     def add(self, dropped: str, cut: str = "", notes: str = "") -> bool:
         """Counts one encoded row; returns whether it is kept."""
         self.rows += 1
@@ -203,7 +201,7 @@ class Tally:
 
 def describe_losses(name: str, tally: Tally) -> str:
     """Returns a finding that names the main reason if more than MOST_DROPPED of a split's rows are dropped; else ""."""
-    dropped = Counter({reason: count for reason, count in tally.dropped.items() if reason != "over_max_eval_samples"})
+    dropped = Counter({reason: count for reason, count in tally.dropped.items() if reason not in CHOSEN})
     if tally.is_stream or dropped.total() <= MOST_DROPPED * tally.rows:
         return ""
     reason, count = dropped.most_common(1)[0]
@@ -235,10 +233,10 @@ def print_report(report: Mapping[str, Any]) -> None:
             kept = f"{source['rows']:,} rows, {source['kept']:,} kept"
             console.print(f"  {name}: {source['source']} ({source['format']}): {kept}", markup=False)
         for reason, count in split["dropped"].items():
-            console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}")
+            console.print(f"  {name}: {count:,} dropped as {reason}: {describe_reason(reason)}", markup=False)
         for note, count in split["notes"].items():
-            console.print(f"  {name}: {count:,} with {note}: {NOTES[note]}")
+            console.print(f"  {name}: {count:,} with {note}: {NOTES[note]}", markup=False)
     if report.get("unused_columns"):
         console.print(f"  columns that no pair depends on: {', '.join(report['unused_columns'])}", markup=False)
     for finding in report["findings"]:
-        console.print(f"  note: {finding}")
+        console.print(f"  note: {finding}", markup=False)

@@ -11,7 +11,7 @@ from dpokit.errors import RunFolderError, SettingsError
 from dpokit.metrics import is_lower_better
 from dpokit.report.votes import is_between
 from dpokit.rundir import RunDir
-from dpokit.settings.mixture import NAMES, parse_sources
+from dpokit.settings.mixture import NAMES, DataSource, parse_sources
 
 PAIRS_FORMAT = 1
 EVAL_LOSS = "eval_loss"
@@ -111,12 +111,16 @@ class Run:
         """A setting's value; None if it is unknown."""
         return self.settings().get(name, {}).get("value")
 
-    def data_names(self) -> list[str]:
-        """The names of the sources of its pairs; empty if they are unknown."""
+    def data_sources(self) -> list[DataSource]:
+        """The sources of its pairs; empty if they are unknown."""
         try:
-            return [source.place for source in parse_sources({name: self.setting(name) for name in NAMES})]
+            return parse_sources({name: self.setting(name) for name in NAMES})
         except (SettingsError, TypeError, ValueError):  # a damaged record
             return []
+
+    def data_names(self) -> list[str]:
+        """The names of the sources of its pairs; empty if they are unknown."""
+        return [source.place for source in self.data_sources()]
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """`{name: {value, origin}}`."""

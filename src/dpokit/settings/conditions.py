@@ -452,6 +452,13 @@ CONDITIONS = (
         "choose one: a split of the data, or a share of the training pairs",
     ),
     Condition(
+        ("eval_fraction", "datasets"),
+        (),
+        lambda values: values["eval_fraction"] is None or not any(each.test_split for each in parse_sources(values)),
+        "leave eval_fraction out, or test_split of all sources",
+        why="either a share of the training pairs is held out, or the test split of a source",
+    ),
+    Condition(
         NAMES,
         (),
         lambda values: sum(values[name] is not None for name in NAMES) <= 1,

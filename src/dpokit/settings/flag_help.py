@@ -54,8 +54,10 @@ GROUPS: dict[str, dict[str, Help]] = {
             False, "Leave out training pairs with the prompt and answers of an earlier row or source."
         ),
         "eval_fraction": _own(None, "Hold out this share of the training pairs, by prompt, instead of a test split."),
-        "max_train_samples": _own(None, "Use only the first N rows of the training split."),
-        "max_eval_samples": _own(None, "Use only the first N rows of the evaluation split."),
+        "max_train_samples": _own(None, "Use only the first N rows of the training split, of each source."),
+        "max_eval_samples": _own(
+            None, "Use only the first N rows of the evaluation split, of each source; with eval_fraction N pairs."
+        ),
         "max_length": Help(1024, "Most tokens of prompt and answer together."),
         "prompt_share": _own(0.5, "The share of max_length that a long prompt keeps when long answers are cut."),
         "max_prompt_length": _own(None, "Keep at most this many tokens of a prompt: whole turns of its end."),

@@ -12,7 +12,7 @@ from trl import DPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from dpokit.errors import SettingsError
 from dpokit.settings.flag_facts import REFUSED
 from dpokit.settings.flag_help import LAUNCHER, MEANT, OF_LAUNCHER, own_field
-from dpokit.settings.mixture import DataSource, parse_sources
+from dpokit.settings.mixture import DataSource, flatten_sources, name_keys, parse_sources, show_json
 
 
 @dataclasses.dataclass
@@ -56,6 +56,7 @@ class DataArguments(ScriptArguments):
 
     def __post_init__(self) -> None:
         self.columns = [f"{name}={path}" for name, path in parse_columns(self.columns).items()] or None
+        self.datasets = flatten_sources(self.datasets)
         self.sources()
         self.ignore_columns = _split_items(",".join(self.ignore_columns or ()), "ignore_columns") or None
 
@@ -64,7 +65,12 @@ class DataArguments(ScriptArguments):
         sources = parse_sources(vars(self))
         for source in sources:
             if source.columns is not None:
-                read_columns(source.columns)
+                try:
+                    read_columns(source.columns)
+                except SettingsError as error:
+                    problem = f"{source.title}: {name_keys(error.seen, source)}"
+                    do = name_keys(error.do, source)
+                    raise SettingsError(problem, expected=error.expected, do=do) from error
         return sources
 
     def describe(self) -> str:
@@ -263,9 +269,9 @@ class FlagParser(TrlParser):
                     self.error(f"{name} is a list")
                 if not value:
                     self.error(f"{name} is empty")
-                argv += [f"--{name}", *(json.dumps(item) if isinstance(item, Mapping) else str(item) for item in value)]
+                argv += [f"--{name}", *(show_json(item) if isinstance(item, Mapping) else str(item) for item in value)]
             else:  # as one argument, because a value may begin with a dash
-                argv.append(f"--{name}={json.dumps(value) if isinstance(value, Mapping) else value}")
+                argv.append(f"--{name}={show_json(value) if isinstance(value, Mapping) else value}")
         return self.parse_layer(argv, layer) | nones
 
     def _unknown(self, argument: str, layer: str, written: str = "") -> SettingsError:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ FLAGS = {
 }
 # A source of TRL's list whose `path` is the name of a reader, and whose files are in `data_files`.
 READERS = ("json", "csv", "parquet")
+HUB_FILE = "hf://datasets/"  # the start of the address of a dataset, or of one of its files
 
 
 @dataclass(frozen=True)
@@ -64,22 +66,31 @@ class DataSource:
         files = [self.data_files] if isinstance(self.data_files, str) else list(self.data_files or ())
         folder = None if self.path in READERS else self.path
         if self.data_dir is not None:
-            folder = self.data_dir if folder is None else str(Path(folder) / self.data_dir)
+            folder = self.data_dir if folder is None else _join(folder, self.data_dir)
         if not files:
             return folder or self.path
-        places = [file if folder is None or "://" in file else str(Path(folder) / file) for file in files]
+        places = [file if folder is None else _join(folder, file) for file in files]
         return places[0] if len(places) == 1 else places
+
+    @property
+    def locations(self) -> list[str]:
+        """The location as a list."""
+        place = self.location
+        return [place] if isinstance(place, str) else place
 
     @property
     def place(self) -> str:
         """The location as one text."""
-        place = self.location
-        return place if isinstance(place, str) else " ".join(place)
+        return " ".join(self.locations)
 
     @property
     def title(self) -> str:
         """The source's name in tables, messages and data.json: its place, with its configuration in brackets."""
         return self.place + (f" ({self.name})" if self.name else "")
+
+    def identify_rows(self, split: str | None) -> tuple[Any, ...]:
+        """Returns a value that is equal for sources with the same place, configuration and split."""
+        return tuple(map(_resolve, self.locations)), self.name, split
 
 
 def split_names(text: str) -> list[str]:
@@ -106,14 +117,11 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
     """
     datasets, mixer = values.get("datasets"), values.get("dataset_mixer")
     if datasets is not None:
-        is_whole_list = len(datasets) == 1 and isinstance(datasets[0], list)  # one JSON text on the command line
-        entries = datasets[0] if is_whole_list else datasets
+        entries = flatten_sources(datasets)
         sources = [_parse_source(entry, f"source {number}") for number, entry in enumerate(entries, 1)]
     elif mixer is not None:
         if not isinstance(mixer, Mapping):
-            _refuse(
-                f"--dataset_mixer is {json.dumps(mixer)}", "names with their shares", "--dataset_mixer '{\"a\": 1}'"
-            )
+            _refuse(f"--dataset_mixer is {show_json(mixer)}", "names with their shares", "--dataset_mixer '{\"a\": 1}'")
         sources = [_parse_source({"path": path, "weight": weight}, str(path)) for path, weight in mixer.items()]
     else:
         name = values.get("dataset_name")
@@ -124,16 +132,41 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
     return sources
 
 
+def flatten_sources(entries: Any) -> Any:
+    """Returns the entries of `--datasets` as one list: a JSON text on the command line may be a list, too."""
+    if not isinstance(entries, list | tuple):
+        return entries
+    return [entry for each in entries for entry in (each if isinstance(each, list) else [each])]
+
+
+def is_other(name: str, then: Any, now: Any) -> bool:
+    """Whether a setting has another value than before; the order of a mixture's sources decides which pairs it has."""
+    if name == "datasets":
+        then = flatten_sources(then)
+    if name == "dataset_mixer" and isinstance(then, Mapping) and isinstance(now, Mapping):
+        return list(then.items()) != list(now.items())
+    return bool(then != now)
+
+
+def name_keys(text: str, source: DataSource) -> str:
+    """Returns a message that names the keys that the source sets in place of the flags for all sources."""
+    for key, flag in FLAGS.items():
+        if getattr(source, key) is not None:
+            text = re.sub(rf"--{flag}\b", f"the key {key}", text)
+    return text
+
+
 def is_local(source: DataSource) -> bool:
     """Whether a source is a file or a folder of this machine, or a pattern of files."""
-    place = source.location
-    places = [place] if isinstance(place, str) else place
-    return all("://" not in each and (_exists(each) or any(letter in each for letter in "*?[")) for each in places)
+    return all(
+        "://" not in place and (_exists(place) or any(letter in place for letter in "*?["))
+        for place in source.locations
+    )
 
 
 def _parse_source(entry: Any, label: str) -> DataSource:
     if not isinstance(entry, Mapping):
-        _refuse(f"{label} of --datasets is {json.dumps(entry)}", "a source with a path", 'write {"path": "ID|PATH"}')
+        _refuse(f"{label} of --datasets is {show_json(entry)}", "a source with a path", 'write {"path": "ID|PATH"}')
     keys = [field.name for field in fields(DataSource)]
     values: dict[str, Any] = {}
     for key, value in entry.items():
@@ -154,6 +187,8 @@ def _parse_source(entry: Any, label: str) -> DataSource:
     label = f"source {values['path']}"
     for name, value in values.items():
         _check_value(name, value, label)
+    if "count" in values:
+        values["count"] = int(values["count"])  # YAML's 3.0 is a number of pairs, too
     shares = [name for name in SHARES if name in values]
     if len(shares) > 1:
         _refuse(f"{label} has {' and '.join(shares)}", "one of them", f"remove {' or '.join(shares)}")
@@ -164,12 +199,15 @@ def _check_value(name: str, value: Any, label: str) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     finite = is_number and math.isfinite(value)
     if name in ("data_files", "ignore_columns", "columns"):
-        items = value.items() if isinstance(value, Mapping) and name == "columns" else value
-        fits = isinstance(value, str) or (bool(items) and not isinstance(items, Mapping) and _are_texts(items))
+        items = [value] if isinstance(value, str) else value
+        if isinstance(value, Mapping):
+            items = [*value, *value.values()] if name == "columns" else None
+        fits = isinstance(items, list | tuple) and bool(items) and all(isinstance(item, str) for item in items)
         expected = "a text or a list of texts" + (", or names with their columns" if name == "columns" else "")
     elif name in ("fraction", "weight"):
-        fits = finite and value > 0 and (value <= 1 or name == "fraction")
-        expected = "a number above 0" + (" and at most 1" if name == "weight" else "") + ": leave out an unused source"
+        least, most = (1e-9, 1e9) if name == "fraction" else (0, 1)  # the sum of larger ones would be infinite
+        fits = finite and value > 0 and least <= value <= most
+        expected = f"a number above {least:g} and at most {most:,g}: leave out an unused source"
     elif name == "count":
         fits, expected = finite and value >= 1 and value == int(value), "a number of pairs, 1 or more"
     elif name == "min_score_gap":
@@ -179,23 +217,25 @@ def _check_value(name: str, value: Any, label: str) -> None:
     else:
         fits, expected = isinstance(value, str) and bool(value.strip()), "a text"
     if not fits:
-        _refuse(f"{label} has {name} {json.dumps(value, default=str)}", expected, f"correct {name} of {label}")
+        do = f"correct {name} of {label}"
+        if name == "data_files" and isinstance(value, Mapping):
+            do = "list the training files alone; or name as path a folder with train.jsonl and test.jsonl"
+        _refuse(f"{label} has {name} {show_json(value)}", expected, do)
 
 
-def _are_texts(items: Any) -> bool:
+def show_json(value: Any) -> str:
+    """Returns a value of YAML as JSON; its dates, and keys of any type, as texts."""
     try:
-        return all(isinstance(item, str) or all(isinstance(part, str) for part in item) for item in items)
-    except TypeError:
-        return False
+        return json.dumps(value, default=str)
+    except (TypeError, ValueError):
+        return str(value)
 
 
 def _check_together(sources: Sequence[DataSource]) -> None:
     """Raises SettingsError for a source that is there twice, and for fractions of only some sources."""
     places: dict[tuple[Any, ...], str] = {}
     for source in sources:
-        place = source.location
-        resolved = tuple(_resolve(each) for each in ([place] if isinstance(place, str) else place))
-        key = (resolved, source.name, source.split)
+        key = source.identify_rows(source.split)
         if key in places:
             _refuse(
                 f"the source {source.title} is listed twice",
@@ -212,8 +252,15 @@ def _check_together(sources: Sequence[DataSource]) -> None:
         )
 
 
+def _join(folder: str, name: str) -> str:
+    """Returns the path or the address of a name below a folder or an address."""
+    if "://" in name:
+        return name
+    return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
+
+
 def _resolve(place: str) -> str:
-    return str(Path(place).expanduser().resolve()) if _exists(place) else place
+    return str(Path(place).expanduser().resolve()) if _exists(place) else place.removeprefix(HUB_FILE)
 
 
 def _exists(place: str) -> bool:

@@ -20,6 +20,7 @@ from dpokit.distributed.processes import check_world_size
 from dpokit.errors import MachineError
 from dpokit.model.reference import hash_weights
 from dpokit.settings.load import Settings
+from dpokit.settings.mixture import is_other
 from dpokit.train.gates import Gates, list_places
 
 # The folders of models that a run writes; a base model may be in the run folder, too.
@@ -98,7 +99,7 @@ def check_model_path(settings: Settings, gates: Gates) -> None:
 def _are_same_pairs(settings: Settings, then: dict[str, Any]) -> bool:
     now = settings.data
     names = ("dataset_config", "dataset_train_split", "columns", "format", "datasets", "dataset_mixer")
-    if any(getattr(now, name) != then.get(name) for name in names):
+    if any(is_other(name, then.get(name), getattr(now, name)) for name in names):
         return False
     a, b = (str(name or "") for name in (now.dataset_name, then.get("dataset_name")))
     if not a:
