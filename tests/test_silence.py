@@ -87,8 +87,6 @@ def list_calls(folder: Path, gpt2: Path, qwen2: Path) -> dict[str, list[str]]:
         "chat": verb("chat", run, "--prompt", "Why?", "--max-new-tokens", "4"),
         "serve": verb("serve", run, "--port", "0"),
         "init": verb("init", str(folder / "starter")),
-        "env": verb("env"),
-        "train": verb("train", *recipe("sft_gpt2", *small, "--output_dir", str(folder / "train"))),
     }
 
 
