@@ -91,7 +91,8 @@ class TrialRun:
 
     def write_settings(self) -> None:
         """Writes its YAML file, which every start reads."""
-        self.settings_file.write_text(yaml.safe_dump(self.settings, sort_keys=True))
+        # The order of the settings themselves does not matter; that of the sources of a mixture does.
+        self.settings_file.write_text(yaml.safe_dump(dict(sorted(self.settings.items())), sort_keys=False))
 
     def is_running(self) -> bool:
         """Whether any of its processes is alive."""
