@@ -55,21 +55,25 @@ def is_interrupted_by_another(record: Mapping[str, Any]) -> bool:
 
 def is_gone(start: Mapping[str, Any]) -> bool:
     """Whether the process of a start has ended; False if this cannot be known."""
-    pid = start.get("pid")
-    if start.get("host") != socket.gethostname() or type(pid) is not int or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # a process of another user; a number that no process has
-        return False
-    return False
+    return _is_alive(start) is False
 
 
 def _is_another_process(start: Mapping[str, Any]) -> bool:
     """Whether a start's process lives on this host and is not this one."""
+    return _is_alive(start) is True and start["pid"] != os.getpid()
+
+
+def _is_alive(start: Mapping[str, Any]) -> bool | None:
+    """Whether the process of a start lives; None if this cannot be known, as on another host."""
     pid = start.get("pid")
-    if start.get("host") != socket.gethostname() or type(pid) is not int or pid in (0, os.getpid()):
+    if start.get("host") != socket.gethostname() or type(pid) is not int or pid <= 0:
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
-    return not is_gone(start) and pid < 2**31
+    except OverflowError:  # a number that no process has
+        return None
+    except OSError:  # a process of another user
+        return True
+    return True
