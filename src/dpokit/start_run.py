@@ -5,8 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dpokit.errors import SettingsError
 from dpokit.interpreter import PYTHON
+from dpokit.run_names import check_file_name
 from dpokit.settings.layers import read_yaml
 
 # The settings of a placement that say no more than: one process on this machine.
@@ -35,13 +35,7 @@ def build_run_command(recipe: Path, flags: Sequence[str], config_file: Path | No
         is_one_process = not (has_gpu() or has_default_configuration(os.environ))
         placement = []
     else:
-        if not config_file.is_file():
-            names = ", ".join(sorted(path.stem for path in Path("accelerate_configs").glob("*.yaml"))) or "none"
-            raise SettingsError(
-                f"--config-file {config_file}: there is no such file",
-                expected=f"the file of a placement (in accelerate_configs: {names})",
-                do="--config-file accelerate_configs/ddp.yaml; a file of settings is --config",
-            )
+        check_file_name(config_file, "--config-file")
         settings = read_yaml(str(config_file), "--config-file")
         is_one_process = all(value in ONE_PROCESS.get(name, ()) for name, value in settings.items())
         placement = ["--config_file", str(config_file)]

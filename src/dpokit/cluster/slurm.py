@@ -13,6 +13,7 @@ from dpokit.cluster.command import Command, read_placement, split_arguments
 from dpokit.cluster.status import MAX_RESTARTS
 from dpokit.credentials import SECRET_SETTING, SECRET_VARIABLE, find_secrets
 from dpokit.errors import MachineError, RunFolderError, SettingsError
+from dpokit.run_names import check_file_name
 from dpokit.rundir import RunDir
 
 BODY = Path("launch") / "train.sbatch"
@@ -184,13 +185,7 @@ def check_job(job: SlurmJob) -> None:
     _check_numbers(job)
     if job.setup is not None:
         check_setup(job.setup)
-    if not job.config_file.is_file():
-        placements = ", ".join(sorted(path.stem for path in Path("accelerate_configs").glob("*.yaml"))) or "none"
-        raise SettingsError(
-            f"--config-file {job.config_file}: there is no such file",
-            expected=f"the file of a placement (in accelerate_configs: {placements})",
-            do="--config-file accelerate_configs/ddp.yaml",
-        )
+    check_file_name(job.config_file, "--config-file")
     command = job.command()
     placement = read_placement(command)
     if placement.get("distributed_type", "NO") in ("NO", False) and (job.nodes > 1 or job.gpus_per_node > 1):
