@@ -98,7 +98,7 @@ def test_only_variables_that_change_a_run_are_shown(name, is_shown):
         ("/home/a.bc/x", "/home/a.b", "/home/a.bc/x"),
         ("/data/a.b/x", "/home/a.b", "/data/USER/x"),
         ("/data/root/x:/root/y", "/root", "/data/USER/x:~/y"),
-        ("/work/x", "/", "/work/x"),
+        ("/srv/x", "/", "/srv/x"),
     ],
 )
 def test_the_home_folder_and_the_users_name_are_replaced(text, home, shown):
