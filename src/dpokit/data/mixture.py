@@ -71,7 +71,7 @@ class Mixture:
     Attributes:
         pairs: those of the first source, then those of the second one, ...
         origins: the number of each pair's source.
-        shared: the number of pairs whose prompt and answers an earlier source has, too.
+        shared: the number of pairs whose prompt and answers are also in an earlier source.
     """
 
     pairs: Dataset

@@ -26,7 +26,7 @@ def render_help(recipe: str, defaults: Mapping[str, Any], argv: Sequence[str], *
     Args:
         recipe: the recipe's file.
         defaults: the recipe's `DEFAULTS`.
-        argv: the command line; its other flags are values in force, too.
+        argv: the command line; its other flags are also values in force.
         width: in columns; None for the terminal's.
 
     Raises: SettingsError if the file of `--config` cannot be read.

@@ -133,7 +133,7 @@ def parse_sources(values: Mapping[str, Any]) -> list[DataSource]:
 
 
 def flatten_sources(entries: Any) -> Any:
-    """Returns the entries of `--datasets` as one list: a JSON text on the command line may be a list, too."""
+    """Returns the entries of `--datasets` as one list: a JSON text on the command line may also be a list."""
     if not isinstance(entries, list | tuple):
         return entries
     return [entry for each in entries for entry in (each if isinstance(each, list) else [each])]

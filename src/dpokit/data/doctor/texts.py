@@ -15,7 +15,7 @@ _BLANK = frozenset("\u2800\u3164\uffa0\u115f\u1160")
 
 # The characters that the bytes 0x80 to 0xbf become in Latin-1 and in Windows-1252.
 _REST = re.escape("".join({chr(byte) + bytes([byte]).decode("cp1252", "ignore") for byte in range(0x80, 0xC0)}))
-# UTF-8 that was decoded as one of the two. A lead byte alone proves nothing: a French quotation may end so, too.
+# UTF-8 that was decoded as one of the two. A lead byte alone proves nothing: a French quotation may also end so.
 _DAMAGE = re.compile(
     rf"[\u00c2\u00c3][{_REST}]"  # Latin letters, spaces
     rf"|\u00e2[\u20ac\u201a\u201e\u2026\u2020\u2030\u201d\u2022\u0080-\u0095][{_REST}]"  # quotes, dashes, signs
